@@ -1,0 +1,49 @@
+"""taylorfx: functional, JAX-style structured pruning on PyTorch. Couple, measure, select, cut.
+
+params, spec = tfx.prune(params, spec, batch, budget=tfx.Flops(0.5))
+"""
+
+from taylorfx import layers
+from taylorfx.build import concat, inline, multihead_attention, residual, serial
+from taylorfx.cost import Cost, flops, parameters
+from taylorfx.coupling import Coupling, Place, couple
+from taylorfx.criteria import (
+    activation_mean,
+    activation_std,
+    apoz,
+    batchnorm_scale,
+    compat,
+    fisher,
+    of_weights,
+    per_layer_l2,
+    per_layer_max,
+    per_layer_mean,
+    random,
+    second_order,
+    signed,
+    taylor,
+    taylor_squared,
+    unnormalized,
+    weight_l1,
+    weight_l2,
+)
+from taylorfx.gates import Moments, Statistics, cross_entropy, derivatives, gates, measure
+from taylorfx.layers import *
+from taylorfx.plan import Plan, PlanError, compose, cut, expand
+from taylorfx.prune import prune
+from taylorfx.selection import Budget, BudgetError, Flops, Parameters, Remove, SelectionError, Units, select
+from taylorfx.spec import Node, Spec, SpecError, apply, check, combine, init, partition, train
+from taylorfx.tree import Params, flatten, unflatten
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Budget", "BudgetError", "Cost", "Coupling", "Flops", "Moments", "Node", "Parameters", "Params", "Place", "Plan",
+    "PlanError", "Remove", "SelectionError", "Spec", "SpecError", "Statistics", "Units", "activation_mean",
+    "activation_std", "apoz", "apply", "batchnorm_scale", "check", "combine", "compat", "compose", "concat", "couple",
+    "cross_entropy", "cut", "derivatives", "expand", "fisher", "flatten", "flops", "gates", "init", "inline", "layers",
+    "measure", "multihead_attention", "of_weights", "parameters", "partition", "per_layer_l2", "per_layer_max",
+    "per_layer_mean", "prune", "random", "residual", "second_order", "select", "serial", "signed", "taylor",
+    "taylor_squared", "train", "unflatten", "unnormalized", "weight_l1", "weight_l2",
+]  # fmt: skip
+__all__ += layers.__all__

@@ -1,0 +1,233 @@
+"""The axis-signature language: a layer states its axes once.
+
+A signature names the axes of a layer's inputs, parameters and output, in the spirit of einops::
+
+    B (g i) H W, weight: (g o) i K L, bias: (g o) -> B (g o) P Q
+
+- a name in lower case is an axis that may shrink; one in upper case is rigid;
+- ``(g i)`` is one axis laid out as the product of two, the last one running fastest;
+- ``a + b`` is one axis laid out as one piece after the other;
+- ``...`` stands for any number of axes that pass through, the same ones wherever it appears in one signature;
+- ``1`` is an axis of size one.
+
+A lower-case axis of an input that the output does not have is *contracted*: the layer mixes along it, which is where
+activations are *read*. A lower-case axis of the output that no input has is *written*.
+
+Shapes, coupling, cutting, resizing and counting are all read from signatures, so that they cannot disagree.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+__all__ = ["Axis", "Pattern", "Signature", "SignatureError", "expand", "letters", "parse", "size", "solve"]
+
+Product = tuple[str, ...]
+"""The letters of one product, slowest first; ``("g", "i")`` for ``(g i)``, ``("c",)`` for ``c``, ``()`` for ``1``."""
+
+Axis = tuple[Product, ...]
+"""One axis: the products that are laid end to end (nearly always a single one)."""
+
+Pattern = tuple[Axis, ...]
+"""The axes of one tensor."""
+
+ELLIPSIS: Axis = (("...",),)
+
+_TOKEN = re.compile(r"\.\.\.|[A-Za-z_][A-Za-z_0-9]*|[()+1]")
+
+
+class SignatureError(ValueError):
+    """A signature that cannot be read."""
+
+
+@dataclass(frozen=True)
+class Signature:
+    """A parsed signature: one pattern per input and parameter, and the output's."""
+
+    inputs: tuple[Pattern, ...]
+    parameters: Mapping[str, Pattern]
+    output: Pattern
+
+    def contracted(self, index: int) -> tuple[str, ...]:
+        """The letters along which input ``index`` is read: in no output, and in no earlier input."""
+        written = set(letters(self.output))
+        for earlier in self.inputs[:index]:
+            written.update(letters(earlier))
+        # A piece of a joined axis that the output lacks is dropped, not mixed.
+        whole = tuple(axis for axis in self.inputs[index] if len(axis) == 1)
+        return tuple(dict.fromkeys(x for x in letters(whole) if x.islower() and x not in written))
+
+    def written(self) -> tuple[str, ...]:
+        """The letters of the output that come from no input: what this layer creates."""
+        given = {letter for pattern in self.inputs for letter in letters(pattern)}
+        return tuple(dict.fromkeys(x for x in letters(self.output) if x.islower() and x not in given))
+
+
+@lru_cache(maxsize=4096)
+def parse(text: str) -> Signature:
+    """Read a signature.
+
+    >>> parse("B ... i, weight: o i -> B ... o").contracted(0)
+    ('i',)
+    >>> parse("B (g c) H W -> B (c g) H W").output[1]
+    (('c', 'g'),)
+
+    Raises:
+        SignatureError: if the text is not a signature.
+    """
+    left, arrow, right = text.partition("->")
+    if not arrow:
+        raise SignatureError(f"A signature has the form 'inputs, name: parameter -> output'; received {text!r}.")
+    inputs: list[Pattern] = []
+    parameters: dict[str, Pattern] = {}
+    for part in left.split(",") if left.strip() else []:
+        name, colon, axes = part.partition(":")
+        if colon:
+            parameters[name.strip()] = pattern(axes)
+        else:
+            inputs.append(pattern(part))
+    return Signature(tuple(inputs), parameters, pattern(right))
+
+
+@lru_cache(maxsize=4096)
+def pattern(text: str) -> Pattern:
+    """Read the axes of one tensor.
+
+    >>> pattern("B (c H) a + b 1")
+    ((('B',),), (('c', 'H'),), (('a',), ('b',)), ((),))
+    """
+    tokens = _TOKEN.findall(text)
+    if "".join(tokens) != "".join(text.split()):
+        raise SignatureError(f"Axes are names, '(a b)', 'a + b', '1' and '...'; received {text!r}.")
+    axes: list[Axis] = []
+    stream = iter(tokens)
+    joined = False
+    for token in stream:
+        if token == "+":
+            joined = True
+            continue
+        product = _group(stream, text) if token == "(" else () if token == "1" else (token,)
+        if joined:
+            axes[-1] = (*axes[-1], product)
+        else:
+            axes.append((product,))
+        joined = False
+    return tuple(axes)
+
+
+def _group(stream: Iterator[str], text: str) -> Product:
+    names: list[str] = []
+    for token in stream:
+        if token == ")":
+            return tuple(names)
+        if token in "(+":
+            raise SignatureError(f"A product holds names only; received {text!r}.")
+        if token != "1":
+            names.append(token)
+    raise SignatureError(f"A parenthesis is not closed in {text!r}.")
+
+
+def letters(axes: Pattern) -> tuple[str, ...]:
+    """Every name in a pattern, in order, each as often as it stands there."""
+    return tuple(name for axis in axes for product in axis for name in product)
+
+
+@lru_cache(maxsize=4096)
+def expand(signature: Signature | str, ranks: tuple[int, ...]) -> Signature:
+    """Replace ``...`` by as many names as the inputs' ranks leave for it.
+
+    >>> expand("B c ... -> B (c ...)", (4,)).output
+    ((('B',),), (('c', '_0', '_1'),))
+
+    Raises:
+        SignatureError: if the inputs are too many, too few, or of a rank that the signature does not allow.
+    """
+    if isinstance(signature, str):
+        signature = parse(signature)
+    if len(ranks) != len(signature.inputs):
+        raise SignatureError(f"takes {len(signature.inputs)} inputs; received {len(ranks)}")
+    width: int | None = None
+    for axes, rank in zip(signature.inputs, ranks, strict=True):
+        spare = rank - len(axes) + (ELLIPSIS in axes)
+        if spare < 0 or (ELLIPSIS not in axes and spare):
+            raise SignatureError(f"takes an input with the axes '{show(axes)}'; received one of {rank} axes")
+        if ELLIPSIS in axes:
+            width = spare if width is None else width
+            if width != spare:
+                raise SignatureError("takes inputs whose '...' agree; received different numbers of axes")
+    names = tuple(f"_{k}" for k in range(width or 0))
+
+    def replace(axes: Pattern) -> Pattern:
+        result: list[Axis] = []
+        for axis in axes:
+            if axis == ELLIPSIS:
+                result.extend(((name,),) for name in names)
+            else:
+                result.append(
+                    tuple(tuple(n for x in product for n in (names if x == "..." else (x,))) for product in axis)
+                )
+        return tuple(result)
+
+    return Signature(
+        tuple(map(replace, signature.inputs)),
+        {name: replace(axes) for name, axes in signature.parameters.items()},
+        replace(signature.output),
+    )
+
+
+def size(axis: Axis, sizes: Mapping[str, int]) -> int:
+    """The length of an axis, given the sizes of its letters.
+
+    >>> size((("g", "i"), ("o",)), {"g": 2, "i": 3, "o": 4})
+    10
+    """
+    total = 0
+    for product in axis:
+        length = 1
+        for name in product:
+            length *= sizes[name]
+        total += length
+    return total
+
+
+def solve(fields: Mapping[str, str], values: Mapping[str, int | Sequence[int]]) -> dict[str, int]:
+    """The sizes of the letters, from the values of a layer's fields.
+
+    A field is bound to an axis (``{"in_channels": "(g i)", "groups": "g"}``), or a tuple field to several.
+
+    >>> solve({"in_channels": "(g i)", "groups": "g"}, {"in_channels": 12, "groups": 4})
+    {'g': 4, 'i': 3}
+
+    Raises:
+        SignatureError: if a product does not divide.
+    """
+    pending: list[tuple[str, Product, int]] = []
+    for field, text in fields.items():
+        value = values[field]
+        for axis, number in zip(pattern(text), (value,) if isinstance(value, int) else value, strict=True):
+            pending.append((field, axis[0], number))
+    sizes: dict[str, int] = {}
+    pending.sort(key=lambda item: len(item[1]))
+    for field, product, number in pending:
+        unknown = [name for name in product if name not in sizes]
+        known = 1
+        for name in product:
+            known *= sizes.get(name, 1)
+        if len(unknown) > 1 or known == 0 or number % known or (not unknown and known != number):
+            raise SignatureError(f"needs {field} = {number} to be a multiple of {known}")
+        if unknown:
+            sizes[unknown[0]] = number // known
+    return sizes
+
+
+def show(axes: Pattern) -> str:
+    """A pattern as text again."""
+    return " ".join(
+        " + ".join(
+            product[0] if len(product) == 1 else f"({' '.join(product)})" if product else "1" for product in axis
+        )
+        for axis in axes
+    )

@@ -1,0 +1,326 @@
+"""Couple: find what lives and dies together.
+
+Every axis of every tensor carries labels (`taylorfx.labels`). The layers tie labels and split axes into products; one
+connected-components call joins what is tied, and products are followed until nothing changes:
+
+    x[i, j] = a[i] * b[j]  means that position (i, j) leaves if a[i] leaves or b[j] leaves.
+
+What remains, and is not held by the network's inputs, outputs or a rigid layer, are the **units**. An index of an axis
+leaves if any of its units does; usually it has one, and one per factor where an axis is a product (attention heads and
+the dimensions within them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
+from taylorfx.labels import EXAMPLE, Bound, Labeled, Labels, Site, Ties, shape_of
+from taylorfx.layers import Shape
+from taylorfx.spec import Params, Spec, check, propagate
+
+__all__ = ["Coupling", "Place", "couple"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where activations are read or written: along ``axis`` of a node's input ``slot`` (-1: its output).
+
+    ``units`` has shape ``(factors, size)``: the units that gate each index there, -1 for none.
+    """
+
+    node: str
+    slot: int
+    axis: int
+    shape: Shape
+    units: Labels
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """What a network is made of: its units, and where they lie. ``len(coupling)`` is their number.
+
+    Attributes:
+        spec: the network.
+        scopes: the name of each family of units: the layer that writes them.
+        scope: ``(units,)``, the family of each unit.
+        index: ``(units,)``, each unit's position where it was first written.
+        exact: ``(units,)``, false where a norm's statistics change when the unit leaves.
+        frozen: why the units of a scope, or some of them, cannot leave.
+        axes: the different axes, each ``(factors, size)`` unit numbers, -1 for what stays.
+        parameters: the axis number of every axis of every parameter.
+        letters: for every node, the axis numbers of the letters of its signature.
+        bounds: for every node, its shapes and the sizes of its letters (of one example).
+        reads, writes: where activations are mixed, and made.
+        mixing: what, if anything, lets the examples of a batch hear each other.
+    """
+
+    spec: Spec
+    scopes: tuple[str, ...]
+    scope: Labels
+    index: Labels
+    exact: NDArray[np.bool_]
+    frozen: Mapping[str, str]
+    axes: tuple[Labels, ...]
+    parameters: Mapping[str, tuple[int, ...]]
+    letters: Mapping[str, Mapping[str, int]]
+    bounds: Mapping[str, Bound]
+    reads: tuple[Place, ...]
+    writes: tuple[Place, ...]
+    mixing: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.scope)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The units' names: ``conv1[3]`` is the fourth feature map of ``conv1``."""
+        return tuple(f"{self.scopes[s]}[{i}]" for s, i in zip(self.scope.tolist(), self.index.tolist(), strict=True))
+
+    @cached_property
+    def sizes(self) -> Labels:
+        """The number of units of each scope."""
+        return np.bincount(self.scope, minlength=len(self.scopes))
+
+    def alive(self, keep: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
+        """For every axis, which of its indices stay when these units are kept."""
+        extended = np.append(keep, True)  # so that unit -1 is always kept
+        return [extended[axis[0]] if len(axis) == 1 else extended[axis].all(0) for axis in self.axes]
+
+    def counts(self, keep: NDArray[np.bool_]) -> Labels:
+        """For every axis, how many of its indices stay when these units are kept."""
+        units, starts = self._flat
+        stays = np.append(keep, True)[units].all(0)
+        return np.add.reduceat(stays.astype(np.int64), starts)
+
+    @cached_property
+    def _flat(self) -> tuple[Labels, Labels]:
+        """All axes end to end, ``(factors, total)``, and where each begins."""
+        depth = max(len(axis) for axis in self.axes)
+        rows = [np.pad(axis, ((0, depth - len(axis)), (0, 0)), constant_values=-1) for axis in self.axes]
+        lengths = [axis.shape[1] for axis in self.axes]
+        return np.concatenate(rows, 1), np.cumsum([0, *lengths[:-1]])
+
+    def unit_ids(self, path: str, axis: int) -> Labels:
+        """The unit of every index of an axis of a parameter, ``(factors, size)``; -1 is immovable."""
+        return self.axes[self.parameters[path][axis]]
+
+    def __str__(self) -> str:
+        lines = [f"{len(self)} units in {len(self.scopes)} scopes"]
+        for name, count, number in zip(self.scopes, self.sizes.tolist(), range(len(self.scopes)), strict=True):
+            inexact = "" if self.exact[self.scope == number].all() else "  (inexact: a norm's statistics change)"
+            lines.append(f"  {name}: {count}{inexact}")
+        lines += [f"  {name}: frozen, {reason}" for name, reason in self.frozen.items()]
+        return "\n".join(lines)
+
+
+def couple(params: Params, spec: Spec) -> Coupling:
+    """Find the units of a network: the smallest sets of channels that leave together.
+
+    Args:
+        params: the parameters; only their shapes are looked at.
+        spec: the network; its `Input` nodes declare the shapes of an example (or use ``spec.at(shape)``).
+
+    Raises:
+        SpecError: if the parameters do not fit the network.
+        ShapeError: if an input's shape is not declared, or the layers do not fit each other.
+    """
+    check(params, spec)
+    ties = Ties()
+    bounds = propagate(spec, ties)
+    for name in spec.outputs:
+        for axis in bounds[name].output:
+            ties.freeze(axis, f"{name} is an output of the network")
+    return _Solver(spec, bounds, ties).coupling()
+
+
+class _Solver:
+    """Ties and products in, units out."""
+
+    def __init__(self, spec: Spec, bounds: dict[str, Bound], ties: Ties) -> None:
+        self.spec, self.bounds, self.ties = spec, bounds, ties
+        self.table: dict[tuple[int, ...], int] = {}
+        self.columns: list[Labeled] = []
+        self._components()
+        self._expand()
+
+    def _components(self) -> None:
+        """Join what is tied, until products that meet agree factor by factor."""
+        ties = self.ties
+        self.classes = _connect(ties.count, ties.equal)
+        x, a, b = (np.concatenate([np.zeros(0, np.int64), *column]) for column in _columns(ties.products, 3))
+        while True:
+            # A class with two products: their factors are tied. A class that is its own factor: all one.
+            cx, ca, cb = self.classes[x], self.classes[a], self.classes[b]
+            order = np.argsort(cx, kind="stable")
+            same = order[1:][cx[order][1:] == cx[order][:-1]], order[:-1][cx[order][1:] == cx[order][:-1]]
+            loop = (ca == cx) | (cb == cx)
+            new = [(ca[same[0]], ca[same[1]]), (cb[same[0]], cb[same[1]]), (cx[loop], ca[loop]), (cx[loop], cb[loop])]
+            new = [(p[p != q], q[p != q]) for p, q in new]
+            if not any(len(p) for p, _ in new):
+                # Factors may still lead back to their product over several steps: tie such a cycle, too.
+                new = self._cycles(cx, ca, cb)
+                if not new:
+                    break
+            self.classes = _connect(int(self.classes.max(initial=-1)) + 1, new)[self.classes]
+        self.product = {int(p): (int(q), int(r)) for p, q, r in zip(cx, ca, cb, strict=True) if p != q}
+
+    def _cycles(self, x: Labels, a: Labels, b: Labels) -> list[tuple[Labels, Labels]]:
+        if not len(x):
+            return []
+        count = int(max(x.max(), a.max(), b.max())) + 1
+        proper = (x != a) | (x != b)
+        rows, cols = np.concatenate([x[proper], x[proper]]), np.concatenate([a[proper], b[proper]])
+        graph = coo_matrix((np.ones(len(rows), np.int8), (rows, cols)), (count, count))
+        strong = connected_components(graph, directed=True, connection="strong")[1]
+        inside = strong[rows] == strong[cols]
+        differ = inside & (rows != cols)
+        return [(rows[differ], cols[differ])] if differ.any() else []
+
+    def _expand(self) -> None:
+        """The units of every class: itself, or those of its factors."""
+        count = int(self.classes.max(initial=-1)) + 1
+        factors: dict[int, tuple[int, ...]] = {}
+
+        def of(c: int) -> tuple[int, ...]:
+            if c not in self.product:
+                return (c,)
+            if c not in factors:
+                a, b = self.product[c]
+                factors[c] = tuple(dict.fromkeys(of(a) + of(b)))
+            return factors[c]
+
+        for c in self.product:
+            of(c)
+        depth = max((len(f) for f in factors.values()), default=1)
+        self.factors = np.full((depth, count + 1), -1)  # the last column is that of label -1
+        self.factors[0, :count] = np.arange(count)
+        for c, found in factors.items():
+            self.factors[: len(found), c] = found
+            self.factors[len(found) :, c] = -1
+        self.label_class = np.append(self.classes, count)
+
+    def coupling(self) -> Coupling:
+        ties, spec = self.ties, self.spec
+        parameters = {path: tuple(map(self._number, axes)) for path, axes in ties.parameters.items()}
+        letters = {
+            name: {x: self._number(axis) for x, axis in bound.letters.items()} for name, bound in self.bounds.items()
+        }
+        count = self.factors.shape[1]
+        origin, scopes = self._origins(count)
+        held, reasons = self._frozen(count, origin, scopes)
+        plain = self.factors[0, :-1] == np.arange(count - 1)
+        plain[list(self.product)] = False
+        units = np.flatnonzero(plain & ~held[:-1] & (origin[:-1] >= 0))
+        units = units[np.argsort(origin[units], kind="stable")]
+        number = np.full(count, -1)
+        number[units] = np.arange(len(units))
+        self.number = number
+        inexact = np.zeros(count, bool)
+        for labels in ties.inexact:
+            inexact[self._classes_of(labels)] = True
+        starts = np.array([start for start, _ in ties.origins] or [0])
+        family = np.searchsorted(starts, origin[units], "right") - 1
+        present, first = np.unique(family, return_index=True)
+        present = present[np.argsort(first)]
+        names: dict[str, int] = {}
+        renumber = {int(f): names.setdefault(scopes[int(f)], len(names)) for f in present}
+        return Coupling(
+            spec=spec,
+            scopes=tuple(names),
+            scope=np.array([renumber[int(f)] for f in family], np.int64),
+            index=origin[units] - starts[family] if len(units) else np.zeros(0, np.int64),
+            exact=~inexact[units],
+            frozen=reasons,
+            axes=tuple(self._units(axis) for axis in self.columns),
+            parameters=parameters,
+            letters=letters,
+            bounds=self.bounds,
+            reads=self._places([site for bound in self.bounds.values() for site in bound.reads]),
+            writes=self._places([site for bound in self.bounds.values() for site in bound.writes]),
+            mixing=tuple(ties.mixing),
+        )
+
+    def _number(self, axis: Labeled) -> int:
+        """The number of this axis among the different ones."""
+        key = tuple(value for f in axis for value in (f.size, id(f.labels)))
+        if key not in self.table:
+            self.table[key] = len(self.columns)
+            self.columns.append(axis)
+        return self.table[key]
+
+    def _classes_of(self, labels: Labels) -> Labels:
+        """All classes that stand behind some labels: their own, their factors, and theirs."""
+        own = self.label_class[labels]
+        return np.unique(np.append(own, self.factors[:, own]))
+
+    def _origins(self, count: int) -> tuple[Labels, list[str]]:
+        """The first label of every class, and the scope names by the order of origins."""
+        origin = np.full(count, -1)
+        origin[self.classes[::-1]] = np.arange(len(self.classes))[::-1]
+        return origin, [scope for _, scope in self.ties.origins]
+
+    def _frozen(self, count: int, origin: Labels, scopes: list[str]) -> tuple[NDArray[np.bool_], dict[str, str]]:
+        held = np.zeros(count + 1, bool)
+        held[-1] = True
+        reasons: dict[str, str] = {}
+        starts = np.array([start for start, _ in self.ties.origins] or [0])
+
+        def hold(classes: Labels, reason: str) -> None:
+            classes = classes[(classes >= 0) & (classes < count - 1)]
+            first = origin[classes]
+            for family in np.unique(np.searchsorted(starts, first[first >= 0], "right") - 1):
+                reasons.setdefault(scopes[family], reason)
+            held[classes] = True
+
+        for labels, reason in self.ties.frozen:
+            hold(self._classes_of(labels), reason)
+        for axis in self.columns:
+            for row in self._spread(axis):
+                if row[0] >= 0 and (row == row[0]).all() and not held[row[0]]:
+                    hold(row[:1], "the whole axis would leave at once")
+        return held[:-1], reasons
+
+    def _spread(self, axis: Labeled) -> Labels:
+        """The classes of every index of an axis, one row per factor."""
+        size, rows = shape_of([axis])[0], []
+        inner = size
+        for factor in axis:
+            inner //= factor.size
+            if factor.labels is not None and factor.labels is not EXAMPLE:
+                one = self.factors[:, self.label_class[factor.labels]]
+                rows.append(np.tile(np.repeat(one, inner, 1), (1, size // (factor.size * inner))))
+        return np.concatenate(rows) if rows else np.full((1, size), -1)
+
+    def _units(self, axis: Labeled) -> Labels:
+        units = self.number[self._spread(axis)]
+        used = (units >= 0).any(1)
+        return units[used] if used.any() else units[:1]
+
+    def _places(self, sites: Sequence[Site]) -> tuple[Place, ...]:
+        places: list[Place] = []
+        for site in sites:
+            units = self._units(site.labels)
+            if (units >= 0).any():
+                bound = self.bounds[site.node]
+                shape = bound.inputs[site.slot] if site.slot >= 0 else shape_of(bound.output)
+                places.append(Place(site.node, site.slot, site.axis, shape, units))
+        return tuple(places)
+
+
+def _connect(count: int, pairs: Sequence[tuple[Labels, Labels]]) -> Labels:
+    """The connected component of every label."""
+    rows, cols = (np.concatenate([np.zeros(0, np.int64), *column]) for column in _columns(pairs, 2))
+    graph = coo_matrix((np.ones(len(rows), np.int8), (rows, cols)), (count, count))
+    classes: Labels = connected_components(graph, directed=False)[1].astype(np.int64)
+    return classes
+
+
+def _columns(rows: Sequence[tuple[Labels, ...]], width: int) -> list[list[Labels]]:
+    return [[row[k] for row in rows] for k in range(width)]

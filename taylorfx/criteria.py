@@ -1,0 +1,210 @@
+"""Criteria: what a unit is worth. One number per unit, ``(units,)``, higher means keep.
+
+A criterion is a plain function of the statistics of gate derivatives ``g`` (or of the parameters) and the coupling:
+
+| criterion | score | source |
+| --- | --- | --- |
+| `taylor` | ``E|g|`` | Molchanov et al. 2016, arXiv 1611.06440, eq. 8 |
+| `taylor_squared` | ``E_batches[(E g)^2]`` | Molchanov et al. 2019, arXiv 1906.10771, eq. 8 |
+| `fisher` | ``E[g^2] / 2`` | Theis et al. 2018, arXiv 1801.05787, eq. 8 |
+| `signed` | ``-E[g]`` | the first-order change of the loss itself |
+| `second_order` | ``-E[g] + E[g^2] / 2`` | the change to second order, with the Fisher for the Hessian |
+
+`taylor` sums over a read's positions, so that scores are comparable across layers; ``spatial_mean=True`` takes the mean
+as the paper prints it, which needs the paper's normalizer, `per_layer_l2`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from taylorfx import axes as language
+from taylorfx.coupling import Coupling
+from taylorfx.gates import Moments, Statistics
+from taylorfx.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from taylorfx.spec import Params
+from taylorfx.tree import flatten
+
+__all__ = [
+    "Criterion", "Normalizer", "activation_mean", "activation_std", "apoz", "batchnorm_scale", "compat", "fisher",
+    "of_weights", "per_layer_l2", "per_layer_max", "per_layer_mean", "random", "second_order", "signed", "taylor",
+    "taylor_squared", "unnormalized", "weight_l1", "weight_l2",
+]  # fmt: skip
+
+Normalizer = Callable[[Tensor, Coupling], Tensor]
+Criterion = Callable[[Statistics, Coupling], Tensor] | Callable[[Params, Coupling], Tensor]
+F = TypeVar("F", bound=Callable[..., Tensor])
+
+
+def of_weights(criterion: F) -> F:
+    """Mark a criterion as a function of ``(params, coupling)``: `prune` then measures nothing."""
+    criterion.of_weights = True  # type: ignore[attr-defined]
+    return criterion
+
+
+def unnormalized(scores: Tensor, coupling: Coupling) -> Tensor:
+    """The scores as they are."""
+    return scores
+
+
+def per_layer_l2(scores: Tensor, coupling: Coupling) -> Tensor:
+    """Divided by the L2 norm of their scope's scores (Molchanov et al. 2016, eq. 9)."""
+    return _divided(scores, coupling, _per_scope(scores.square(), coupling).sqrt())
+
+
+def per_layer_mean(scores: Tensor, coupling: Coupling) -> Tensor:
+    """Divided by the mean magnitude of their scope's scores."""
+    sizes = torch.as_tensor(coupling.sizes, device=scores.device)
+    return _divided(scores, coupling, _per_scope(scores.abs(), coupling) / sizes)
+
+
+def per_layer_max(scores: Tensor, coupling: Coupling) -> Tensor:
+    """Divided by the largest magnitude among their scope's scores."""
+    scope = torch.as_tensor(coupling.scope, device=scores.device)
+    largest = scores.new_zeros(len(coupling.scopes)).scatter_reduce(0, scope, scores.abs(), "amax")
+    return _divided(scores, coupling, largest)
+
+
+def _per_scope(values: Tensor, coupling: Coupling) -> Tensor:
+    scope = torch.as_tensor(coupling.scope, device=values.device)
+    return values.new_zeros(len(coupling.scopes)).index_add(0, scope, values)
+
+
+def _divided(scores: Tensor, coupling: Coupling, norms: Tensor) -> Tensor:
+    norms = torch.where(norms > 0, norms, torch.ones_like(norms))  # a scope of zeros stays zero
+    return scores / norms[torch.as_tensor(coupling.scope, device=scores.device)]
+
+
+def taylor(
+    stats: Statistics, coupling: Coupling, *, spatial_mean: bool = False, normalizer: Normalizer = unnormalized
+) -> Tensor:
+    """``E|g|``: the mean over examples of the absolute gate derivative (Molchanov et al. 2016, eq. 8)."""
+    return normalizer((stats.sum_abs_mean if spatial_mean else stats.sum_abs) / stats.n, coupling)
+
+
+def taylor_squared(stats: Statistics, coupling: Coupling, *, normalizer: Normalizer = unnormalized) -> Tensor:
+    """``E_batches[(E g)^2]``: the squared derivative of each minibatch's mean loss (Molchanov et al. 2019, eq. 8).
+
+    Squared per example instead, it is twice the `fisher`.
+    """
+    return normalizer(stats.sum_batch_sq / stats.batches, coupling)
+
+
+def fisher(stats: Statistics, coupling: Coupling, *, normalizer: Normalizer = unnormalized) -> Tensor:
+    """``E[g^2] / 2``: the loss change if the network is at a minimum (Theis et al. 2018, eq. 8)."""
+    return normalizer(stats.sum_sq / (2 * stats.n), coupling)
+
+
+def signed(stats: Statistics, coupling: Coupling, *, normalizer: Normalizer = unnormalized) -> Tensor:
+    """``-E[g]``: the first-order change of the loss; units whose removal would lower it come out negative."""
+    return normalizer(-stats.sum / stats.n, coupling)
+
+
+def second_order(stats: Statistics, coupling: Coupling, *, normalizer: Normalizer = unnormalized) -> Tensor:
+    """``-E[g] + E[g^2] / 2``: the change of the loss to second order, the Hessian approximated by the Fisher."""
+    return normalizer(-stats.sum / stats.n + stats.sum_sq / (2 * stats.n), coupling)
+
+
+def compat(stats: Statistics, coupling: Coupling) -> Tensor:
+    """The arithmetic of the original PyTorch implementation, for the record.
+
+    Sums over the batch and space first, takes the absolute value after, and divides by the scope's L2 norm. Measure with
+    ``measure(..., at_writes=True, training=True)``: at the convolutions' outputs, in training mode. Behind such an output
+    a batch norm ignores the scale, so that the sum is zero but for rounding: see the README.
+    """
+    return per_layer_l2(stats.sum_batch_abs, coupling)
+
+
+def _moments(stats: Statistics) -> Moments:
+    if stats.moments is None:
+        raise ValueError("This criterion looks at activations; measure(..., moments=True).")
+    return stats.moments
+
+
+def activation_mean(stats: Statistics, coupling: Coupling, *, normalizer: Normalizer = unnormalized) -> Tensor:
+    """The mean activation at the reads."""
+    moments = _moments(stats)
+    return normalizer(moments.sum / moments.count.clamp(min=1), coupling)
+
+
+def activation_std(stats: Statistics, coupling: Coupling, *, normalizer: Normalizer = unnormalized) -> Tensor:
+    """The standard deviation of the activations at the reads."""
+    moments = _moments(stats)
+    count = moments.count.clamp(min=1)
+    variance = moments.sum_sq / count - (moments.sum / count).square()
+    return normalizer(variance.clamp(min=0).sqrt(), coupling)
+
+
+def apoz(stats: Statistics, coupling: Coupling, *, normalizer: Normalizer = unnormalized) -> Tensor:
+    """One minus the share of zeros among the activations at the reads (Hu et al. 2016, arXiv 1607.03250, eq. 1)."""
+    moments = _moments(stats)
+    return normalizer(1 - moments.zeros / moments.count.clamp(min=1), coupling)
+
+
+@of_weights
+def weight_l1(params: Params, coupling: Coupling, *, normalizer: Normalizer = unnormalized) -> Tensor:
+    """The L1 norm of the weights that write the unit (Li et al. 2017, arXiv 1608.08710)."""
+    return normalizer(_weights(params, coupling, 1), coupling)
+
+
+@of_weights
+def weight_l2(params: Params, coupling: Coupling, *, normalizer: Normalizer = unnormalized) -> Tensor:
+    """The L2 norm of the weights that write the unit."""
+    return normalizer(_weights(params, coupling, 2).sqrt(), coupling)
+
+
+def _weights(params: Params, coupling: Coupling, power: int) -> Tensor:
+    leaves = flatten(params)
+    total = next(iter(leaves.values())).new_zeros(len(coupling) + 1, dtype=torch.float64)
+    seen: set[str] = set()
+    for node in coupling.spec:
+        bound = coupling.bounds[node.name]
+        text = node.layer.signature(*bound.inputs)
+        if text is None or ":" not in text:
+            continue
+        signature = language.expand(text, tuple(map(len, bound.inputs)))
+        for leaf, pattern in signature.parameters.items():
+            path = node.path(leaf)
+            for axis, named in enumerate(pattern):
+                if len(pattern) > 1 and path not in seen and {*named[0]} & {*signature.written()}:
+                    weight = leaves[path].detach().to(torch.float64).abs().pow(power).movedim(axis, 0).flatten(1).sum(1)
+                    for row in coupling.unit_ids(path, axis):
+                        total.index_add_(0, torch.as_tensor(row % len(total), device=total.device), weight)
+            seen.add(path)
+    return total[:-1]
+
+
+@of_weights
+def batchnorm_scale(params: Params, coupling: Coupling, *, normalizer: Normalizer = unnormalized) -> Tensor:
+    """The mean magnitude of the scales of the batch norms that a unit passes (Liu et al. 2017, arXiv 1708.06519).
+
+    Raises:
+        ValueError: if units pass no batch norm; all their scopes are listed.
+    """
+    leaves = flatten(params)
+    norms = [
+        n for n in coupling.spec if isinstance(n.layer, (BatchNorm1d, BatchNorm2d, BatchNorm3d)) and n.layer.affine
+    ]
+    total = torch.zeros(2, len(coupling) + 1, dtype=torch.float64)
+    for path in dict.fromkeys(node.path("weight") for node in norms):
+        scale = leaves[path].detach().to("cpu", torch.float64).abs()
+        for row in coupling.unit_ids(path, 0):
+            index = torch.as_tensor(row % total.shape[1])
+            total.index_add_(1, index, torch.stack([scale, torch.ones_like(scale)]))
+    without = np.unique(coupling.scope[(total[1, :-1] == 0).numpy()])
+    if len(without):
+        named = ", ".join(coupling.scopes[k] for k in without)
+        raise ValueError(
+            f"Every unit has to pass a batch norm with a scale; {named} pass none. Take another criterion."
+        )
+    return normalizer(total[0, :-1] / total[1, :-1], coupling)
+
+
+def random(coupling: Coupling, generator: torch.Generator) -> Tensor:
+    """Uniform numbers: the control that every criterion has to beat."""
+    return torch.rand(len(coupling), generator=generator, device=generator.device)

@@ -1,0 +1,192 @@
+"""Activations: elementwise, so that every axis passes through. `Softmax` alone mixes, and holds its axis rigid."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from taylorfx.layers.base import Layer, Leaves, Shape, names
+
+__all__ = [
+    "ELU", "GELU", "Dropout", "Hardsigmoid", "Hardswish", "Identity", "LeakyReLU", "Mish", "PReLU",
+    "ReLU", "ReLU6", "SiLU", "Sigmoid", "Softmax", "Softplus", "Tanh",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Elementwise(Layer):
+    def signature(self, *shapes: Shape) -> str:
+        return "... -> ..."
+
+
+@dataclass(frozen=True)
+class Identity(_Elementwise):
+    """The input itself."""
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        return inputs[0]
+
+
+@dataclass(frozen=True)
+class ReLU(_Elementwise):
+    """``torch.nn.ReLU``."""
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        return F.relu(inputs[0])
+
+
+@dataclass(frozen=True)
+class ReLU6(_Elementwise):
+    """``torch.nn.ReLU6``."""
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        return F.relu6(inputs[0])
+
+
+@dataclass(frozen=True)
+class LeakyReLU(_Elementwise):
+    """``torch.nn.LeakyReLU``."""
+
+    negative_slope: float = 0.01
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        return F.leaky_relu(inputs[0], self.negative_slope)
+
+
+@dataclass(frozen=True)
+class ELU(_Elementwise):
+    """``torch.nn.ELU``."""
+
+    alpha: float = 1.0
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        return F.elu(inputs[0], self.alpha)
+
+
+@dataclass(frozen=True)
+class GELU(_Elementwise):
+    """``torch.nn.GELU``; ``approximate`` is torch's ``"none"`` or ``"tanh"``."""
+
+    approximate: str = "none"
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        return F.gelu(inputs[0], approximate=self.approximate)
+
+
+@dataclass(frozen=True)
+class SiLU(_Elementwise):
+    """``torch.nn.SiLU``."""
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        return F.silu(inputs[0])
+
+
+@dataclass(frozen=True)
+class Mish(_Elementwise):
+    """``torch.nn.Mish``."""
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        return F.mish(inputs[0])
+
+
+@dataclass(frozen=True)
+class Sigmoid(_Elementwise):
+    """``torch.nn.Sigmoid``."""
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        return torch.sigmoid(inputs[0])
+
+
+@dataclass(frozen=True)
+class Tanh(_Elementwise):
+    """``torch.nn.Tanh``."""
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        return torch.tanh(inputs[0])
+
+
+@dataclass(frozen=True)
+class Softplus(_Elementwise):
+    """``torch.nn.Softplus``."""
+
+    beta: float = 1.0
+    threshold: float = 20.0
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        return F.softplus(inputs[0], self.beta, self.threshold)
+
+
+@dataclass(frozen=True)
+class Hardswish(_Elementwise):
+    """``torch.nn.Hardswish``."""
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        return F.hardswish(inputs[0])
+
+
+@dataclass(frozen=True)
+class Hardsigmoid(_Elementwise):
+    """``torch.nn.Hardsigmoid``."""
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        return F.hardsigmoid(inputs[0])
+
+
+@dataclass(frozen=True)
+class Dropout(_Elementwise):
+    """``torch.nn.Dropout``: nothing in inference; in training it draws from the generator that it is given."""
+
+    p: float = 0.5
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        return inputs[0]
+
+    def train(
+        self, params: Leaves, *inputs: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        (x,) = inputs
+        if self.p == 0:
+            return x, {}
+        if generator is None:
+            raise ValueError("Dropout draws random numbers in training; received no generator. Pass generator=...")
+        keep = torch.empty_like(x).bernoulli_(1 - self.p, generator=generator)
+        return x * keep / max(1 - self.p, 1e-12), {}
+
+
+@dataclass(frozen=True)
+class PReLU(Layer):
+    """``torch.nn.PReLU``: one slope for all (``num_parameters=1``), or one per channel of ``(N, C, ...)``."""
+
+    num_parameters: int = 1
+    init_value: float = 0.25
+
+    def signature(self, *shapes: Shape) -> str:
+        return "..., weight: 1 -> ..." if self.num_parameters == 1 else "B c ..., weight: c -> B c ..."
+
+    def fields(self, *shapes: Shape) -> Mapping[str, str]:
+        return {} if self.num_parameters == 1 else {"num_parameters": "c"}
+
+    def init(self, generator: torch.Generator) -> dict[str, Tensor]:
+        return {"weight": torch.full((self.num_parameters,), self.init_value, device=generator.device)}
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        return F.prelu(inputs[0], params["weight"])
+
+
+@dataclass(frozen=True)
+class Softmax(Layer):
+    """``torch.nn.Softmax`` over ``dim``, whose positions cannot leave alone: the axis is rigid."""
+
+    dim: int = -1
+
+    def signature(self, *shapes: Shape) -> str:
+        letters = names(len(shapes[0]))
+        letters[self.dim] = letters[self.dim].upper()
+        return f"{' '.join(letters)} -> {' '.join(letters)}"
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        return torch.softmax(inputs[0], self.dim)

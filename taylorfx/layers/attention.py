@@ -1,0 +1,76 @@
+"""Scaled dot-product attention between heads: self, cross, grouped-query, causal, masked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from taylorfx.layers.base import Layer, Leaves, Shape, ShapeError
+
+__all__ = ["Attention"]
+
+
+@dataclass(frozen=True)
+class Attention(Layer):
+    """``softmax(q k^T scale + mask) v`` for every head (Vaswani et al. 2017, eq. 1; grouped queries: Ainslie 2023).
+
+    Inputs: query ``(N, T, num_heads head_dim)``, key ``(N, S, num_kv_heads head_dim)``, value ``(N, S, num_kv_heads
+    v_head_dim)``, and optionally a mask: ``(N, S)`` or ``(N, 1 or num_heads, T or 1, S)``; boolean (true: attend) or
+    added to the scores. Output ``(N, T, num_heads v_head_dim)``.
+
+    Each of the ``h`` key heads serves ``r`` query heads. Key heads ``h``, places ``r`` in every group of query heads,
+    query/key dimensions ``k`` and value dimensions ``v`` are units. ``scale`` stays that of the original ``head_dim``
+    when dimensions leave.
+    """
+
+    num_heads: int
+    head_dim: int
+    num_kv_heads: int | None = None
+    v_head_dim: int | None = None
+    causal: bool = False
+    scale: float | None = None
+
+    multiplies: ClassVar[tuple[str, ...]] = ("h r k T S", "h r v T S")
+
+    def __post_init__(self) -> None:
+        defaults = {"num_kv_heads": self.num_heads, "v_head_dim": self.head_dim, "scale": 1 / math.sqrt(self.head_dim)}
+        for field, value in defaults.items():
+            if getattr(self, field) is None:
+                object.__setattr__(self, field, value)
+        if self.num_heads % (self.num_kv_heads or 1):
+            raise ShapeError(f"The key heads divide the query heads; received {self}.")
+
+    def signature(self, *shapes: Shape) -> str:
+        mask = ""
+        if len(shapes) == 4 and len(shapes[3]) == 2:
+            mask = ", B S"
+        elif len(shapes) == 4:
+            mask = f", B {'1' if shapes[3][1] == 1 else '(h r)'} {'1' if shapes[3][2] == 1 else 'T'} S"
+        return f"B T (h r k), B S (h k), B S (h v){mask} -> B T (h r v)"
+
+    def fields(self, *shapes: Shape) -> Mapping[str, str]:
+        return {"num_heads": "(h r)", "head_dim": "k", "num_kv_heads": "h", "v_head_dim": "v"}
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        q, k, v = inputs[:3]
+        kv_heads, head_dim = self.num_kv_heads or self.num_heads, self.head_dim
+        q = q.unflatten(-1, (kv_heads, -1, head_dim))  # (N, T, h, r, k)
+        k = k.unflatten(-1, (kv_heads, head_dim))  # (N, S, h, k)
+        v = v.unflatten(-1, (kv_heads, -1))  # (N, S, h, v)
+        scores = torch.einsum("nthrk,nshk->nhrts", q, k) * self.scale
+        if self.causal:
+            past = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+            scores = scores.masked_fill(~past, -math.inf)
+        if len(inputs) == 4:
+            mask = inputs[3]
+            if mask.ndim == 2:
+                mask = mask[:, None, None, None, :]
+            else:
+                mask = mask.unflatten(1, (1, 1) if mask.shape[1] == 1 else (kv_heads, -1))
+            scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+        return torch.einsum("nhrts,nshv->nthrv", torch.softmax(scores, -1), v).flatten(2)

@@ -1,0 +1,166 @@
+"""What every layer is: a frozen dataclass that states its axes once and computes a pure function."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from taylorfx import axes
+
+__all__ = ["Layer", "Leaves", "Shape", "ShapeError", "as_tuple", "broadcast", "names", "uniform"]
+
+Shape = tuple[int, ...]
+
+Leaves = Mapping[str, Tensor]
+"""The tensors of one layer, by name: ``{"weight": ..., "bias": ...}``."""
+
+
+class ShapeError(ValueError):
+    """Tensors that a network cannot take; the message lists every offender."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One operation: immutable, hashable, comparable.
+
+    A new layer is one frozen dataclass with `signature`, `fields` and `apply` (and `init` if it has parameters);
+    coupling, cutting and counting follow from the signature. `taylorfx.testing.check_layer` proves that they do.
+    A layer without a signature still runs: it freezes every unit that touches it.
+    """
+
+    buffers: ClassVar[tuple[str, ...]] = ()
+    """Parameters that are not trained: running statistics."""
+    inexact: ClassVar[tuple[str, ...]] = ()
+    """Letters along which the layer computes statistics, so that removing is not the same as silencing."""
+    multiplies: ClassVar[tuple[str, ...]] = ()
+    """One entry per matrix product: the letters whose sizes multiply to its multiply-adds."""
+    leaf: ClassVar[bool] = False
+    """The layer is one tensor, stored at the node's own path rather than below it."""
+
+    def __str__(self) -> str:
+        """The layer as it would be written: fields at their defaults are left out."""
+        shown: list[str] = []
+        for k, field in enumerate(fields(self)):
+            value = getattr(self, field.name)
+            if isinstance(value, tuple) and len(value) > 1 and len(set(value)) == 1 and field.name != "shape":
+                value = value[0]
+            if field.default is MISSING:
+                shown.append(f"{value}" if k == len(shown) else f"{field.name}={value}")
+            elif value not in (field.default, (field.default,)):
+                shown.append(f"{field.name}={value!r}")
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    def __init_subclass__(cls, **options: object) -> None:
+        super().__init_subclass__(**options)
+        LAYERS[kind(cls)] = cls
+
+    def signature(self, *shapes: Shape) -> str | None:
+        """The layer's axes in the language of `taylorfx.axes`; ``None`` where no rule is known.
+
+        ``shapes`` are those of the inputs, the example axis counted as one; the axes of parameters must not depend
+        on them.
+        """
+        return None
+
+    def fields(self, *shapes: Shape) -> Mapping[str, str]:
+        """The axes that the layer's own fields hold the sizes of: ``{"in_features": "i"}``."""
+        return {}
+
+    def sizes(self, known: Mapping[str, int]) -> Mapping[str, int]:
+        """The sizes of the output's rigid letters that no input has (a convolution's output height)."""
+        return {}
+
+    def init(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """Fresh parameters, distributed as those of the layer's ``torch.nn`` counterpart."""
+        return {}
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        """The layer's value in inference."""
+        raise TypeError(f"{type(self).__name__} does not say what it computes; give it an `apply`.")
+
+    def train(
+        self, params: Leaves, *inputs: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The layer's value in training, and its new buffers."""
+        return self.apply(params, *inputs), {}
+
+    def letters(self, *shapes: Shape) -> dict[str, int]:
+        """The sizes of the letters that the fields determine."""
+        fields = self.fields(*shapes)
+        try:
+            return axes.solve(fields, {name: getattr(self, name) for name in fields})
+        except axes.SignatureError as error:
+            raise ShapeError(f"{self} {error}.") from None
+
+    def shapes(self) -> dict[str, Shape]:
+        """The shapes of the parameters, by name."""
+        if type(self).init is Layer.init:
+            return {}
+        text = self.signature()
+        if text is None:
+            return {name: tuple(leaf.shape) for name, leaf in self.init(torch.Generator()).items()}
+        sizes = self.letters()
+        return {
+            name: tuple(axes.size(axis, sizes) for axis in pattern)
+            for name, pattern in axes.parse(text).parameters.items()
+        }
+
+    def resize(self, sizes: Mapping[str, int], *shapes: Shape) -> Layer:
+        """The same layer with axes of other sizes; ``shapes`` are those that the inputs had."""
+        changes: dict[str, object] = {}
+        for field, text in self.fields(*shapes).items():
+            new = tuple(axes.size(axis, sizes) for axis in axes.pattern(text))
+            changes[field] = new if isinstance(getattr(self, field), tuple) else new[0]
+        return replace(self, **changes) if changes else self
+
+
+LAYERS: dict[str, type[Layer]] = {}
+"""Every layer class by its name, for reading a spec back from JSON."""
+
+
+def kind(cls: type[Layer]) -> str:
+    """The name of a layer class in JSON: bare for our own, with its module for those from outside."""
+    own = cls.__module__.startswith("taylorfx.layers")
+    return cls.__name__ if own else f"{cls.__module__}.{cls.__qualname__}"
+
+
+def as_tuple(layer: Layer, rank: int, *fields: str) -> None:
+    """Store integer fields as tuples, as torch does, so that ``3`` and ``(3, 3)`` compare equal."""
+    for field in fields:
+        value = getattr(layer, field)
+        if isinstance(value, int):
+            object.__setattr__(layer, field, (value,) * rank)
+        elif isinstance(value, (tuple, list)):
+            if len(value) != rank:
+                raise ShapeError(f"{type(layer).__name__} takes {rank} numbers for {field}; received {value}.")
+            object.__setattr__(layer, field, tuple(value))
+
+
+def names(rank: int) -> list[str]:
+    """Letters for the axes of a tensor whose rank is known only when it arrives."""
+    return [f"x{k}" for k in range(rank)]
+
+
+def broadcast(*shapes: Shape) -> str:
+    """The signature of an elementwise operation on tensors that broadcast against each other, as torch's do.
+
+    >>> broadcast((1, 8, 5, 5), (1, 8, 1, 1))
+    'x0 x1 x2 x3, x0 x1 1 1 -> x0 x1 x2 x3'
+    """
+    rank = max(map(len, shapes))
+    padded = [(1,) * (rank - len(shape)) + shape for shape in shapes]
+    wide = [max(sizes) for sizes in zip(*padded, strict=True)]
+    inputs: list[str] = []
+    for shape in shapes:
+        lead = rank - len(shape)
+        inputs.append(" ".join("1" if n == 1 != wide[lead + k] else f"x{lead + k}" for k, n in enumerate(shape)))
+    return f"{', '.join(inputs)} -> {' '.join(names(rank))}"
+
+
+def uniform(shape: Shape, bound: float, generator: torch.Generator) -> Tensor:
+    """Numbers uniform in ``[-bound, bound)``, drawn as ``torch.nn.init`` draws them."""
+    return torch.empty(shape, device=generator.device).uniform_(-bound, bound, generator=generator)

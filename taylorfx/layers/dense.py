@@ -1,0 +1,103 @@
+"""Linear maps, lookup tables and free-standing parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from taylorfx.layers.base import Layer, Leaves, Shape, as_tuple, names, uniform
+
+__all__ = ["Embedding", "Linear", "Parameter"]
+
+
+@dataclass(frozen=True)
+class Linear(Layer):
+    """``torch.nn.Linear``: ``(N, ..., in_features)`` to ``(N, ..., out_features)``."""
+
+    in_features: int
+    out_features: int
+    bias: bool = True
+
+    multiplies: ClassVar[tuple[str, ...]] = ("... o i",)
+
+    def signature(self, *shapes: Shape) -> str:
+        return f"... i, weight: o i{', bias: o' if self.bias else ''} -> ... o"
+
+    def fields(self, *shapes: Shape) -> Mapping[str, str]:
+        return {"in_features": "i", "out_features": "o"}
+
+    def init(self, generator: torch.Generator) -> dict[str, Tensor]:
+        bound = 1 / math.sqrt(self.in_features)
+        return {name: uniform(shape, bound, generator) for name, shape in self.shapes().items()}
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        return F.linear(inputs[0], params["weight"], params["bias"] if self.bias else None)
+
+
+@dataclass(frozen=True)
+class Embedding(Layer):
+    """``torch.nn.Embedding``: integers ``(N, ...)`` to ``(N, ..., embedding_dim)``."""
+
+    num_embeddings: int
+    embedding_dim: int
+
+    def signature(self, *shapes: Shape) -> str:
+        return "..., weight: V e -> ... e"
+
+    def fields(self, *shapes: Shape) -> Mapping[str, str]:
+        return {"num_embeddings": "V", "embedding_dim": "e"}
+
+    def init(self, generator: torch.Generator) -> dict[str, Tensor]:
+        shape = (self.num_embeddings, self.embedding_dim)
+        return {"weight": torch.empty(shape, device=generator.device).normal_(generator=generator)}
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        return F.embedding(inputs[0], params["weight"])
+
+
+@dataclass(frozen=True)
+class Parameter(Layer):
+    """A tensor of its own: a class token, a position embedding, a layer scale.
+
+    Without an input it is the tensor itself, ``shape``, to be broadcast. With one input it is repeated for each of
+    that input's examples: ``(N, *shape)``. It starts as ``fill`` plus normal noise of standard deviation ``std``.
+    """
+
+    shape: Shape | int
+    fill: float = 0.0
+    std: float = 0.0
+    expand: bool = False
+
+    leaf: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        as_tuple(self, 1 if isinstance(self.shape, int) else len(self.shape), "shape")
+
+    def _letters(self) -> str:
+        return " ".join(names(len(self._shape)))
+
+    @property
+    def _shape(self) -> Shape:
+        assert isinstance(self.shape, tuple)
+        return self.shape
+
+    def signature(self, *shapes: Shape) -> str:
+        letters = self._letters()
+        return f"B ..., value: {letters} -> B {letters}" if self.expand else f"value: {letters} -> {letters}"
+
+    def fields(self, *shapes: Shape) -> Mapping[str, str]:
+        return {"shape": self._letters()}
+
+    def init(self, generator: torch.Generator) -> dict[str, Tensor]:
+        noise = torch.empty(self._shape, device=generator.device).normal_(generator=generator)
+        return {"value": self.fill + self.std * noise}
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        value = params["value"]
+        return value.expand(inputs[0].shape[0], *value.shape) if self.expand else value

@@ -1,0 +1,202 @@
+"""Normalizations.
+
+A norm whose statistics run over space only (batch, instance) treats every channel alone: exact. One whose statistics
+run over channels (layer, RMS, within a group) changes its value for all when one leaves: inexact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from taylorfx.layers.base import Layer, Leaves, Shape, as_tuple, names
+
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "GroupNorm", "InstanceNorm2d", "LayerNorm", "RMSNorm"]
+
+
+def _affine(letters: str, affine: bool, bias: bool = True) -> str:
+    return f"{f', weight: {letters}' if affine else ''}{f', bias: {letters}' if affine and bias else ''}"
+
+
+def _fresh(layer: Layer, generator: torch.Generator) -> dict[str, Tensor]:
+    ones = ("weight", "running_var")
+    return {
+        name: torch.zeros((), dtype=torch.long, device=generator.device)
+        if name == "num_batches_tracked"
+        else torch.full(shape, float(name in ones), device=generator.device)
+        for name, shape in layer.shapes().items()
+    }
+
+
+@dataclass(frozen=True)
+class _Tracked(Layer):
+    """Batch and instance norm: statistics per channel, which may be tracked over the batches of training."""
+
+    num_features: int
+    eps: float = 1e-5
+    momentum: float | None = 0.1
+    affine: bool = True
+    track_running_stats: bool = True
+
+    buffers: ClassVar[tuple[str, ...]] = ("running_mean", "running_var", "num_batches_tracked")
+    space: ClassVar[str] = "..."
+    across: ClassVar[bool] = True
+    """Statistics run over the examples of a batch as well, which untracked ones do in inference, too."""
+
+    def signature(self, *shapes: Shape) -> str:
+        batch = "B" if self.track_running_stats or not self.across else "N"
+        track = ", running_mean: c, running_var: c, num_batches_tracked:" if self.track_running_stats else ""
+        return f"{batch} c {self.space}{_affine('c', self.affine)}{track} -> {batch} c {self.space}"
+
+    def fields(self, *shapes: Shape) -> Mapping[str, str]:
+        return {"num_features": "c"}
+
+    def init(self, generator: torch.Generator) -> dict[str, Tensor]:
+        return _fresh(self, generator)
+
+    def normalize(
+        self, x: Tensor, mean: Tensor | None, var: Tensor | None, params: Leaves, own: bool, momentum: float
+    ) -> Tensor:
+        """Normalize by the given statistics, or by the input's own, which then move the given ones."""
+        weight, bias = (params["weight"], params["bias"]) if self.affine else (None, None)
+        return F.batch_norm(x, mean, var, weight, bias, own, momentum, self.eps)
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        if not self.track_running_stats:
+            return self.normalize(inputs[0], None, None, params, True, 0.0)
+        return self.normalize(inputs[0], params["running_mean"], params["running_var"], params, False, 0.0)
+
+    def train(
+        self, params: Leaves, *inputs: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        if not self.track_running_stats:
+            return self.apply(params, *inputs), {}
+        mean, var = params["running_mean"].detach().clone(), params["running_var"].detach().clone()
+        count = params["num_batches_tracked"] + 1
+        momentum = 1.0 / float(count) if self.momentum is None else self.momentum
+        output = self.normalize(inputs[0], mean, var, params, True, momentum)
+        return output, {"running_mean": mean, "running_var": var, "num_batches_tracked": count}
+
+
+@dataclass(frozen=True)
+class BatchNorm1d(_Tracked):
+    """``torch.nn.BatchNorm1d``: ``(N, num_features)`` or ``(N, num_features, L)``."""
+
+
+@dataclass(frozen=True)
+class BatchNorm2d(_Tracked):
+    """``torch.nn.BatchNorm2d``: ``(N, num_features, H, W)``."""
+
+    space: ClassVar[str] = "H W"
+
+
+@dataclass(frozen=True)
+class BatchNorm3d(_Tracked):
+    """``torch.nn.BatchNorm3d``: ``(N, num_features, D, H, W)``."""
+
+    space: ClassVar[str] = "D H W"
+
+
+@dataclass(frozen=True)
+class InstanceNorm2d(_Tracked):
+    """``torch.nn.InstanceNorm2d``: ``(N, num_features, H, W)``, every map normalized alone."""
+
+    affine: bool = False
+    track_running_stats: bool = False
+
+    space: ClassVar[str] = "H W"
+    across: ClassVar[bool] = False
+
+    def normalize(
+        self, x: Tensor, mean: Tensor | None, var: Tensor | None, params: Leaves, own: bool, momentum: float
+    ) -> Tensor:
+        weight, bias = (params["weight"], params["bias"]) if self.affine else (None, None)
+        return F.instance_norm(x, mean, var, weight, bias, own, momentum, self.eps)
+
+
+@dataclass(frozen=True)
+class GroupNorm(Layer):
+    """``torch.nn.GroupNorm``: ``(N, num_channels, ...)``; a whole group leaves exactly, a place in every group does not."""
+
+    num_groups: int
+    num_channels: int
+    eps: float = 1e-5
+    affine: bool = True
+
+    inexact: ClassVar[tuple[str, ...]] = ("c",)
+
+    def signature(self, *shapes: Shape) -> str:
+        return f"B (g c) ...{_affine('(g c)', self.affine)} -> B (g c) ..."
+
+    def fields(self, *shapes: Shape) -> Mapping[str, str]:
+        return {"num_groups": "g", "num_channels": "(g c)"}
+
+    def init(self, generator: torch.Generator) -> dict[str, Tensor]:
+        return _fresh(self, generator)
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        weight, bias = (params["weight"], params["bias"]) if self.affine else (None, None)
+        return F.group_norm(inputs[0], self.num_groups, weight, bias, self.eps)
+
+
+@dataclass(frozen=True)
+class _Last(Layer):
+    """Norms over the last axes."""
+
+    normalized_shape: Shape | int
+
+    def __post_init__(self) -> None:
+        as_tuple(self, 1 if isinstance(self.normalized_shape, int) else len(self.normalized_shape), "normalized_shape")
+
+    @property
+    def _shape(self) -> list[int]:
+        assert isinstance(self.normalized_shape, tuple)
+        return list(self.normalized_shape)
+
+    @property
+    def inexact(self) -> tuple[str, ...]:  # type: ignore[override]
+        return tuple(names(len(self._shape)))
+
+    def fields(self, *shapes: Shape) -> Mapping[str, str]:
+        return {"normalized_shape": " ".join(names(len(self._shape)))}
+
+    def init(self, generator: torch.Generator) -> dict[str, Tensor]:
+        return _fresh(self, generator)
+
+
+@dataclass(frozen=True)
+class LayerNorm(_Last):
+    """``torch.nn.LayerNorm``: the last axes, ``(N, ..., *normalized_shape)``."""
+
+    eps: float = 1e-5
+    elementwise_affine: bool = True
+    bias: bool = True
+
+    def signature(self, *shapes: Shape) -> str:
+        last = " ".join(names(len(self._shape)))
+        return f"... {last}{_affine(last, self.elementwise_affine, self.bias)} -> ... {last}"
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        weight = params["weight"] if self.elementwise_affine else None
+        bias = params["bias"] if self.elementwise_affine and self.bias else None
+        return F.layer_norm(inputs[0], self._shape, weight, bias, self.eps)
+
+
+@dataclass(frozen=True)
+class RMSNorm(_Last):
+    """``torch.nn.RMSNorm``: the last axes, ``(N, ..., *normalized_shape)``; no mean, no bias."""
+
+    eps: float | None = None
+    elementwise_affine: bool = True
+
+    def signature(self, *shapes: Shape) -> str:
+        last = " ".join(names(len(self._shape)))
+        return f"... {last}{_affine(last, self.elementwise_affine, False)} -> ... {last}"
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        return F.rms_norm(inputs[0], self._shape, params["weight"] if self.elementwise_affine else None, self.eps)

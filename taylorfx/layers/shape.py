@@ -1,0 +1,240 @@
+"""Data movement and the meeting of branches: nothing is computed along an axis, only labels move or are tied."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from taylorfx.layers.base import Layer, Leaves, Shape, ShapeError, as_tuple, broadcast, names
+
+__all__ = [
+    "Add", "ChannelShuffle", "Concat", "Flatten", "Input", "Multiply", "Permute", "PixelShuffle", "Reshape", "Slice",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Input(Layer):
+    """Where a network takes a tensor in; ``shape`` is that of one example, without the example axis."""
+
+    shape: Shape | int | None = None
+
+    def __post_init__(self) -> None:
+        if self.shape is not None:
+            as_tuple(self, 1 if isinstance(self.shape, int) else len(self.shape), "shape")
+
+
+@dataclass(frozen=True)
+class Add(Layer):
+    """The sum of its inputs, broadcast as torch does; branches that meet are tied."""
+
+    def signature(self, *shapes: Shape) -> str:
+        return broadcast(*shapes)
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        return reduce(torch.add, inputs)
+
+
+@dataclass(frozen=True)
+class Multiply(Layer):
+    """The product of its inputs, broadcast as torch does (excitation, gated units, layer scale)."""
+
+    def signature(self, *shapes: Shape) -> str:
+        return broadcast(*shapes)
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        return reduce(torch.mul, inputs)
+
+
+@dataclass(frozen=True)
+class Concat(Layer):
+    """``torch.cat`` along ``dim``."""
+
+    dim: int = 1
+
+    def signature(self, *shapes: Shape) -> str:
+        rank = len(shapes[0])
+        patterns: list[list[str]] = []
+        for k in range(len(shapes)):
+            letters = names(rank)
+            letters[self.dim] = f"y{k}"
+            patterns.append(letters)
+        output = names(rank)
+        output[self.dim] = " + ".join(f"y{k}" for k in range(len(shapes)))
+        return f"{', '.join(map(' '.join, patterns))} -> {' '.join(output)}"
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        return torch.cat(inputs, self.dim)
+
+
+@dataclass(frozen=True)
+class Slice(Layer):
+    """The positions ``start`` to ``stop`` (not included) of axis ``dim``; several of them split an axis."""
+
+    dim: int
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.stop:
+            raise ShapeError(f"Slice takes 0 <= start < stop; received start={self.start}, stop={self.stop}.")
+
+    def signature(self, *shapes: Shape) -> str:
+        given, made = names(len(shapes[0])), names(len(shapes[0]))
+        pieces = {name: n for name, n in self.letters(*shapes).items() if n}
+        given[self.dim], made[self.dim] = " + ".join(pieces), "b"
+        return f"{' '.join(given)} -> {' '.join(made)}"
+
+    def fields(self, *shapes: Shape) -> Mapping[str, str]:
+        return {"start": "a", "stop": "a + b"}
+
+    def letters(self, *shapes: Shape) -> dict[str, int]:
+        (shape,) = shapes
+        if self.stop > shape[self.dim]:
+            raise ShapeError(f"{self} takes at least {self.stop} positions; received {shape[self.dim]}.")
+        return {"a": self.start, "b": self.stop - self.start, "c": shape[self.dim] - self.stop}
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        return inputs[0].narrow(self.dim, self.start, self.stop - self.start)
+
+
+@dataclass(frozen=True)
+class Flatten(Layer):
+    """``torch.nn.Flatten``."""
+
+    start_dim: int = 1
+    end_dim: int = -1
+
+    def signature(self, *shapes: Shape) -> str:
+        letters = names(len(shapes[0]))
+        start, stop = self.start_dim % len(letters), self.end_dim % len(letters) + 1
+        output = [*letters[:start], f"({' '.join(letters[start:stop])})", *letters[stop:]]
+        return f"{' '.join(letters)} -> {' '.join(output)}"
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        return inputs[0].flatten(self.start_dim, self.end_dim)
+
+
+@dataclass(frozen=True)
+class Reshape(Layer):
+    """``torch.reshape`` of every example to ``shape`` (the example axis stays); one entry may be -1.
+
+    Axes that are merged or split keep their labels; where the old and the new axes have no common refinement, they
+    are rigid.
+    """
+
+    shape: Shape | int
+
+    def __post_init__(self) -> None:
+        as_tuple(self, 1 if isinstance(self.shape, int) else len(self.shape), "shape")
+
+    def signature(self, *shapes: Shape) -> str:
+        before, after, _ = _refine(shapes[0][1:], self._target(*shapes))
+        return f"B {before} -> B {after}"
+
+    def fields(self, *shapes: Shape) -> Mapping[str, str]:
+        return {"shape": _refine(shapes[0][1:], self._target(*shapes))[1]}
+
+    def letters(self, *shapes: Shape) -> dict[str, int]:
+        return _refine(shapes[0][1:], self._target(*shapes))[2]
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        assert isinstance(self.shape, tuple)
+        return inputs[0].reshape(inputs[0].shape[0], *self.shape)
+
+    def _target(self, shape: Shape) -> Shape:
+        assert isinstance(self.shape, tuple)
+        total, known = math.prod(shape[1:]), math.prod(n for n in self.shape if n != -1)
+        if self.shape.count(-1) > 1 or known == 0 or total % known or (-1 not in self.shape and total != known):
+            raise ShapeError(f"{self} takes {known} numbers per example; received {shape[1:]}.")
+        return tuple(total // known if n == -1 else n for n in self.shape)
+
+
+def _refine(before: Shape, after: Shape) -> tuple[str, str, dict[str, int]]:
+    """Name the axes of a reshape by the pieces that both sides are made of.
+
+    >>> _refine((4, 6), (8, 3))
+    ('x3 (x2 x1)', '(x3 x2) x1', {'x1': 3, 'x2': 2, 'x3': 4})
+    >>> _refine((2, 6, 4), (2, 4, 6))[:2]
+    ('x3 A1 A2', 'x3 C1 C2')
+    """
+    # An axis boundary is the number of elements to its right; pieces lie between the boundaries of both sides.
+    left, right = ([math.prod(shape[k:]) for k in range(len(shape) + 1)] for shape in (before, after))
+    cuts, common = sorted({*left, *right}), sorted({*left} & {*right})
+    pieces = list(zip(cuts, cuts[1:], strict=False))
+    torn = [
+        (low, high)
+        for low, high in zip(common, common[1:], strict=False)
+        if any(b % a for a, b in pieces if low <= a and b <= high)
+    ]
+    sizes: dict[str, int] = {}
+
+    def side(shape: Shape, bounds: list[int], rigid: str) -> str:
+        axes: list[str] = []
+        for k, n in enumerate(shape):
+            high, low = bounds[k], bounds[k + 1]
+            if any(a <= low and high <= b for a, b in torn) and n > 1:
+                axes.append(f"{rigid}{k}")
+                sizes[axes[-1]] = n
+            else:
+                inside = [(f"x{i + 1}", b // a) for i, (a, b) in enumerate(pieces) if low <= a and b <= high]
+                sizes.update(inside)
+                axes.append(f"({' '.join(name for name, _ in reversed(inside))})" if inside else "1")
+        return re.sub(r"\((\w+)\)", r"\1", " ".join(axes))
+
+    return side(before, left, "A"), side(after, right, "C"), sizes
+
+
+@dataclass(frozen=True)
+class Permute(Layer):
+    """``torch.permute``: the axes in the order ``dims``, the example axis counted."""
+
+    dims: Shape
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dims", tuple(self.dims))
+
+    def signature(self, *shapes: Shape) -> str:
+        letters = names(len(self.dims))
+        return f"{' '.join(letters)} -> {' '.join(letters[d] for d in self.dims)}"
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        return inputs[0].permute(self.dims)
+
+
+@dataclass(frozen=True)
+class PixelShuffle(Layer):
+    """``torch.nn.PixelShuffle``: ``(N, C r r, H, W)`` to ``(N, C, H r, W r)``."""
+
+    upscale_factor: int
+
+    def signature(self, *shapes: Shape) -> str:
+        return "B (c R S) H W -> B c (H R) (W S)"
+
+    def letters(self, *shapes: Shape) -> dict[str, int]:
+        return {"R": self.upscale_factor, "S": self.upscale_factor}
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        return F.pixel_shuffle(inputs[0], self.upscale_factor)
+
+
+@dataclass(frozen=True)
+class ChannelShuffle(Layer):
+    """``torch.nn.ChannelShuffle``: ``(N, (g c), ...)`` to ``(N, (c g), ...)``."""
+
+    groups: int
+
+    def signature(self, *shapes: Shape) -> str:
+        return "B (g c) ... -> B (c g) ..."
+
+    def fields(self, *shapes: Shape) -> Mapping[str, str]:
+        return {"groups": "g"}
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        return torch.channel_shuffle(inputs[0], self.groups)

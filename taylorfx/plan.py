@@ -1,0 +1,208 @@
+"""The going: a `Plan` says which units stay; `cut` takes the others out of any tree shaped like the parameters.
+
+Pruning is indexing: an index of an axis stays if all its units do. ``cut(params)`` with ``plan.spec`` computes what the
+original computes under ``plan.gates`` (for exact units), which is the law that everything here is tested by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from taylorfx.cost import flops, parameters
+from taylorfx.coupling import Coupling
+from taylorfx.gates import Gates, gates
+from taylorfx.layers import Shape
+from taylorfx.spec import Node, Params, Spec, columns
+from taylorfx.tree import flatten, map_paths
+
+__all__ = ["Plan", "PlanError", "compose", "cut", "expand"]
+
+Indices = tuple[Tensor | None, ...]
+"""For every axis of a parameter the indices that stay, none where all do."""
+
+
+class PlanError(ValueError):
+    """A plan that does not fit what it is applied to, or would leave a layer with nothing."""
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Which units stay: a value, nothing has changed yet. ``print(plan)`` compares asked and got.
+
+    Attributes:
+        coupling: the units of the original network.
+        keep: ``(units,)``, true for those that stay.
+        asked: the budget, in words.
+
+    Raises:
+        PlanError: if an axis would lose all of its indices.
+    """
+
+    coupling: Coupling
+    keep: NDArray[np.bool_]
+    asked: str = ""
+
+    def __post_init__(self) -> None:
+        keep = np.array(self.keep, bool)
+        keep.flags.writeable = False
+        object.__setattr__(self, "keep", keep)
+        if keep.shape != (len(self.coupling),):
+            raise PlanError(f"A plan decides on {len(self.coupling)} units; received a mask of shape {keep.shape}.")
+        empty = {k for k, count in enumerate(self.coupling.counts(keep)) if not count}
+        paths = [path for path, axes in self.coupling.parameters.items() if empty & {*axes}]
+        nodes = [name for name, letters in self.coupling.letters.items() if empty & {*letters.values()}]
+        if empty:
+            raise PlanError(
+                f"Every layer keeps at least one channel; nothing would stay at {', '.join(paths or nodes)}."
+            )
+
+    def __eq__(self, other: object) -> bool:
+        same = isinstance(other, Plan) and self.coupling.spec == other.coupling.spec
+        return same and bool(np.array_equal(self.keep, other.keep))  # type: ignore[union-attr]
+
+    def __hash__(self) -> int:
+        return hash((self.coupling.spec, self.keep.tobytes()))
+
+    @property
+    def whole(self) -> bool:
+        """Nothing leaves."""
+        return bool(self.keep.all())
+
+    @cached_property
+    def indices(self) -> Mapping[str, Indices]:
+        """The indices that stay, for every axis of every parameter."""
+        kept = [None if mask.all() else torch.from_numpy(np.flatnonzero(mask)) for mask in self._alive]
+        return {path: tuple(kept[number] for number in axes) for path, axes in self.coupling.parameters.items()}
+
+    @cached_property
+    def spec(self) -> Spec:
+        """The smaller network."""
+        spec = self.coupling.spec
+        return spec if self.whole else Spec(tuple(map(self._resize, spec.nodes)), spec.outputs)
+
+    @cached_property
+    def gates(self) -> Gates:
+        """The same decision as gates, for ``apply(params, spec, x, gates=plan.gates)`` on the original."""
+        return gates(self.coupling, torch.from_numpy(self.keep.astype(np.float32)))
+
+    @cached_property
+    def _alive(self) -> list[NDArray[np.bool_]]:
+        return self.coupling.alive(self.keep)
+
+    def _resize(self, node: Node) -> Node:
+        bound = self.coupling.bounds[node.name]
+        letters = {x: self._alive[number] for x, number in self.coupling.letters[node.name].items()}
+        if all(mask.all() for mask in letters.values()):
+            return node
+        sizes = {**bound.sizes, **{x: int(mask.sum()) for x, mask in letters.items()}}
+        return replace(node, layer=node.layer.resize(sizes, *bound.inputs))
+
+    def __str__(self) -> str:
+        coupling = self.coupling
+        everything = np.ones(len(coupling), bool)
+        kept = np.bincount(coupling.scope[self.keep], minlength=len(coupling.scopes))
+        rows = [("", "before", "after", "kept")]
+        for name, before, after in zip(coupling.scopes, coupling.sizes.tolist(), kept.tolist(), strict=True):
+            rows.append((name, f"{before:,}", f"{after:,}", f"{after / before:.1%}"))
+        rows.append(_row("units", len(coupling), int(self.keep.sum())))
+        for name, cost in (("parameters", parameters(coupling)), ("FLOPs", flops(coupling))):
+            rows.append(_row(name, cost(everything), cost(self.keep)))
+        return (f"asked for {self.asked}\n" if self.asked else "") + columns(rows, right=3)
+
+
+def _row(name: str, before: int, after: int) -> tuple[str, str, str, str]:
+    return name, f"{before:,}", f"{after:,}", f"{after / before:.1%}" if before else "-"
+
+
+def cut(tree: Params, plan: Plan) -> Params:
+    """Take what leaves out of a tree: the parameters, or gradients, momentum, averages of them.
+
+    Returns a new tree; leaves that lose nothing are the same tensors, and a plan that keeps all returns the tree itself.
+
+    Raises:
+        PlanError: listing every leaf that is not one of the plan's parameters or not of its original shape.
+    """
+    _fits(tree, plan, {path: tuple(_sizes(plan, path)) for path in plan.coupling.parameters})
+    indices = plan.indices
+
+    def select(path: str, leaf: Tensor) -> Tensor:
+        for axis, index in enumerate(indices[path]):
+            if index is not None:
+                leaf = leaf.index_select(axis, index.to(leaf.device))
+        return leaf
+
+    return map_paths(select, tree)
+
+
+def expand(tree: Params, plan: Plan) -> Params:
+    """Put a cut tree back into its original shape, with zeros where something was taken out.
+
+    Raises:
+        PlanError: listing every leaf that is not of the shape that the plan cuts to.
+    """
+    shapes: dict[str, Shape] = {}
+    for path, indices in plan.indices.items():
+        sizes = _sizes(plan, path)
+        shapes[path] = tuple(n if i is None else len(i) for n, i in zip(sizes, indices, strict=True))
+    _fits(tree, plan, shapes)
+
+    def fill(path: str, leaf: Tensor) -> Tensor:
+        for axis, (size, index) in enumerate(zip(_sizes(plan, path), plan.indices[path], strict=True)):
+            if index is not None:
+                shape = (*leaf.shape[:axis], size, *leaf.shape[axis + 1 :])
+                leaf = leaf.new_zeros(shape).index_copy(axis, index.to(leaf.device), leaf)
+        return leaf
+
+    return map_paths(fill, tree)
+
+
+def compose(first: Plan, second: Plan) -> Plan:
+    """Two successive plans as one against the original network.
+
+    Raises:
+        PlanError: if the second plan was not made for what the first one leaves.
+    """
+    if second.coupling.spec != first.spec:
+        raise PlanError("Plans compose when the second is of the network that the first one leaves (first.spec).")
+    coupling = first.coupling
+    alive = np.zeros(len(coupling) + 1, bool)
+    survivors: dict[str, list[NDArray[np.int64]]] = {}
+    for path in coupling.parameters:
+        survivors[path] = []
+        for axis, size in enumerate(_sizes(first, path)):
+            kept = np.arange(size)
+            for plan in (first, second):
+                index = plan.indices[path][axis]
+                kept = kept if index is None else kept[index.numpy()]
+            survivors[path].append(kept)
+            alive[coupling.unit_ids(path, axis)[:, kept]] = True
+    plan = Plan(coupling, alive[:-1] & first.keep, " then ".join(filter(None, (first.asked, second.asked))))
+    for path, kept_axes in survivors.items():
+        for index, kept, size in zip(plan.indices[path], kept_axes, _sizes(first, path), strict=True):
+            if not np.array_equal(np.arange(size) if index is None else index.numpy(), kept):
+                raise PlanError(f"The two plans cannot be said as one: {path} would keep other indices.")
+    return plan
+
+
+def _sizes(plan: Plan, path: str) -> list[int]:
+    return [plan.coupling.axes[number].shape[1] for number in plan.coupling.parameters[path]]
+
+
+def _fits(tree: Params, plan: Plan, shapes: Mapping[str, Shape]) -> None:
+    errors: list[str] = []
+    for path, leaf in flatten(tree).items():
+        found: Any = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
+        if path not in shapes:
+            errors.append(f"{path}: the network has no such parameter")
+        elif found != shapes[path]:
+            errors.append(f"{path}: expected {shapes[path]}, received {found}")
+    if errors:
+        raise PlanError("A plan cuts trees of its own network's parameters; received:\n  " + "\n  ".join(errors))

@@ -1,0 +1,408 @@
+"""A network as data: named nodes over layers, and the pure functions that run it.
+
+A `Spec` is a flat tuple of nodes in an order in which every node comes after its inputs. It holds no tensor: parameters
+are a separate tree, so that ``apply(params, spec, x)`` is a function of values alone and every transform of
+``torch.func`` applies to it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from taylorfx import axes as language
+from taylorfx.labels import EXAMPLE, Bound, Factor, Labeled, Ties, bind, rigid, shape_of
+from taylorfx.layers import Input, Layer, Shape, ShapeError
+from taylorfx.tree import Params, flatten, merge, unflatten
+
+__all__ = [
+    "Inputs", "Node", "Spec", "SpecError", "Tap", "apply", "check", "combine", "evaluate", "init", "partition",
+    "propagate", "train",
+]  # fmt: skip
+
+Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+"""What a network takes: a tensor, a tuple in the order of its inputs, or a dict by their names."""
+
+Tap = Callable[[str, int, Tensor], Tensor]
+"""Called with a node's name, a slot (an input's number, or -1 for its output) and the tensor there; returns it."""
+
+
+class SpecError(ValueError):
+    """A network that does not hang together, or parameters that do not fit it; the message lists every offender."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """One layer at its place: a unique name, the names of the nodes that it hears.
+
+    ``params`` is the path of its parameters where that is not the node's name: two nodes with one path share them. As
+    a tuple of pairs it says the path of single ones: ``(("weight", "embed.weight"),)``.
+    """
+
+    name: str
+    layer: Layer
+    inputs: tuple[str, ...] = ()
+    params: str | tuple[tuple[str, str], ...] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "inputs", (self.inputs,) if isinstance(self.inputs, str) else tuple(self.inputs))
+
+    def path(self, leaf: str) -> str:
+        """Where a parameter of this node's layer lies in the tree."""
+        single = dict(self.params) if isinstance(self.params, tuple) else {}
+        if leaf in single:
+            return single[leaf]
+        base = self.params if isinstance(self.params, str) else self.name
+        return base if self.layer.leaf else f"{base}.{leaf}"
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """The paths of all its parameters, by their names in the layer."""
+        return {leaf: self.path(leaf) for leaf in self.layer.shapes()}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A network: nodes in the order of evaluation, and the names of those whose values it gives out.
+
+    Immutable, hashable, comparable; ``print(spec)`` shows it as a table. One output is given out as a tensor, several
+    as a tuple.
+
+    Raises:
+        SpecError: for duplicate names, inputs that no node has, or a cycle: all of them at once.
+    """
+
+    nodes: tuple[Node, ...]
+    outputs: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        nodes = tuple(self.nodes)
+        outputs = (self.outputs,) if isinstance(self.outputs, str) else tuple(self.outputs)
+        object.__setattr__(self, "outputs", outputs or tuple(node.name for node in nodes[-1:]))
+        object.__setattr__(self, "nodes", _order(nodes, self.outputs))
+        last = {name: k for k, node in enumerate(self.nodes) for name in node.inputs}
+        steps: list[_Step] = []
+        for k, node in enumerate(self.nodes):
+            done = tuple(x for x in dict.fromkeys(node.inputs) if last[x] == k and x not in self.outputs)
+            leaves = tuple((leaf, tuple(path.split("."))) for leaf, path in node.paths.items())
+            steps.append((node, leaves, done))
+        object.__setattr__(self, "_steps", tuple(steps))
+
+    @property
+    def inputs(self) -> tuple[Node, ...]:
+        """The nodes where tensors come in, in the order in which `apply` takes them."""
+        return tuple(node for node in self.nodes if isinstance(node.layer, Input))
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """The shape of every parameter, by path."""
+        return {node.path(leaf): shape for node in self.nodes for leaf, shape in node.layer.shapes().items()}
+
+    def __getitem__(self, name: str) -> Node:
+        for node in self.nodes:
+            if node.name == name:
+                return node
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self.nodes)
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def table(self, *shapes: Shape) -> str:
+        """Name, layer, output shape, parameters and FLOPs (two per multiply-add) of every node, for one example.
+
+        Shapes are those of the inputs, one example each; by default those that the `Input` nodes declare. Where the
+        input's shape is not known, shapes and FLOPs are left out.
+        """
+        spec = self.at(*shapes) if shapes else self
+        known = all(node.layer.shape is not None for node in spec.inputs if isinstance(node.layer, Input))
+        bounds = propagate(spec, Ties(labeled=False)) if known else {}
+        rows, seen, total, work = [("name", "layer", "output", "parameters", "FLOPs")], set[str](), 0, 0
+        for node in spec.nodes:
+            trained = {x: shape for x, shape in node.layer.shapes().items() if x not in node.layer.buffers}
+            sizes = {node.path(leaf): math.prod(shape) for leaf, shape in trained.items()}
+            count = sum(n for path, n in sizes.items() if path not in seen)
+            seen.update(sizes)
+            bound = bounds.get(node.name)
+            cost = flops(node.layer, bound.sizes) if bound else 0
+            total, work = total + count, work + cost
+            shape = "x".join(map(str, shape_of(bound.output)[1:])) if bound else "-"
+            shared = "shared" if sizes and not count else f"{count:,}" if count else ""
+            rows.append((node.name, str(node.layer), shape, shared, f"{cost:,}" if cost else ""))
+        rows.append(("", "", "total", f"{total:,}", f"{work:,}" if known else "-"))
+        return columns(rows)
+
+    def at(self, *shapes: Shape) -> Spec:
+        """The same network for inputs of these shapes (of one example)."""
+        names = [node.name for node in self.inputs]
+        if len(shapes) != len(names):
+            raise SpecError(
+                f"The network takes {len(names)} inputs ({', '.join(names)}); received {len(shapes)} shapes."
+            )
+        declared = dict(zip(names, shapes, strict=True))
+        nodes = (replace(n, layer=Input(declared[n.name])) if n.name in declared else n for n in self.nodes)
+        return Spec(tuple(nodes), self.outputs)
+
+
+_Step = tuple[Node, tuple[tuple[str, tuple[str, ...]], ...], tuple[str, ...]]
+
+
+def columns(rows: Sequence[Sequence[str]], right: int = 2) -> str:
+    """Rows as aligned text; the last ``right`` columns are numbers."""
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    left = len(widths) - right
+    lines = ["  ".join(c.rjust(w) if k >= left else c.ljust(w) for k, (c, w) in enumerate(zip(row, widths, strict=True)))
+             for row in rows]  # fmt: skip
+    return "\n".join(line.rstrip() for line in [lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def _order(nodes: tuple[Node, ...], outputs: tuple[str, ...]) -> tuple[Node, ...]:
+    """The nodes such that each comes after its inputs, otherwise as given."""
+    names = {node.name for node in nodes}
+    seen: set[str] = set()
+    errors = [] if nodes else ["a network has at least one node; received none"]
+    for node in nodes:
+        if node.name in seen:
+            errors.append(f"two nodes are named {node.name!r}; give each node a name of its own")
+        seen.add(node.name)
+        errors += [f"{node.name!r} hears {x!r}, which no node is named" for x in node.inputs if x not in names]
+    errors += [f"the output {x!r} is no node" for x in outputs if x not in names]
+    ordered: dict[str, Node] = {}
+    waiting = list(nodes)
+    while waiting and not errors:
+        ready = [node for node in waiting if all(x in ordered for x in node.inputs)]
+        if waiting[0] in ready:  # keep the given order as far as it goes
+            ready = ready[:1]
+        if not ready:
+            errors.append(f"the nodes {', '.join(repr(n.name) for n in waiting)} lie on or behind a cycle")
+        for node in ready:
+            ordered[node.name] = node
+            waiting.remove(node)
+    if errors:
+        raise SpecError("A network is a graph of named nodes without cycles; received:\n  " + "\n  ".join(errors))
+    return tuple(ordered.values())
+
+
+def propagate(spec: Spec, ties: Ties) -> dict[str, Bound]:
+    """Carry shapes and labels through the network, from its inputs to its outputs.
+
+    Raises:
+        ShapeError: if the declared inputs and the layers do not fit, or an input declares no shape; all at once.
+    """
+    bounds: dict[str, Bound] = {}
+    for node in spec.nodes:
+        if isinstance(node.layer, Input):
+            if node.layer.shape is None:
+                ties.errors.append(
+                    f"{node.name}: the shape of the input is not known; declare it, Input((channels, height, width)), "
+                    "or use spec.at(shape)"
+                )
+            else:
+                example: Labeled = (Factor(1, EXAMPLE),)
+                sizes = node.layer.shape if isinstance(node.layer.shape, tuple) else (node.layer.shape,)
+                bounds[node.name] = Bound((example, *map(rigid, sizes)))
+        elif all(x in bounds for x in node.inputs):
+            try:
+                given = [bounds[x].output for x in node.inputs]
+                bounds[node.name] = bind(node.layer, node.name, node.paths, given, ties)
+            except ShapeError as error:
+                ties.errors.append(str(error))
+    if ties.errors:
+        raise ShapeError("Layers and their inputs have to fit; received:\n  " + "\n  ".join(ties.errors))
+    return bounds
+
+
+def flops(layer: Layer, sizes: Mapping[str, int]) -> int:
+    """Floating-point operations for one example: two per multiply-add of every matrix product, as torch counts."""
+    total = 0
+    for text in layer.multiplies:
+        names = language.letters(language.pattern(text))
+        total += 2 * math.prod(n for x, n in sizes.items() if x in names or (x[0] == "_" and "..." in names))
+    return total
+
+
+def init(
+    spec: Spec, generator: torch.Generator, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> dict[str, Any]:
+    """Fresh parameters, distributed as torch initializes its layers; shared ones are drawn once."""
+    leaves: dict[str, Tensor] = {}
+    for node in spec.nodes:
+        for leaf, tensor in node.layer.init(generator).items():
+            if node.path(leaf) not in leaves:
+                leaves[node.path(leaf)] = tensor.to(device, dtype if tensor.is_floating_point() else None)
+    return unflatten(leaves)
+
+
+def apply(
+    params: Params, spec: Spec, *inputs: Inputs, gates: Mapping[tuple[str, int, int], Tensor] | None = None
+) -> Any:
+    """The network's value in inference: a pure function of the parameters, the inputs and the gates.
+
+    Args:
+        inputs: tensors ``(N, ...)`` in the order of the `Input` nodes, or one tuple or dict of them.
+        gates: factors at the reads, from ``plan.gates`` or `taylorfx.gates`; none is the network itself.
+
+    Returns:
+        The output tensor, or a tuple of them.
+
+    Raises:
+        SpecError: if parameters are missing, too many or misshapen.
+        ShapeError: if the inputs do not fit.
+    """
+    tap = None if gates is None else gating(gates)
+    return evaluate(params, spec, inputs, tap=tap)[0]
+
+
+def train(params: Params, spec: Spec, *inputs: Inputs, generator: torch.Generator | None = None) -> tuple[Any, Params]:
+    """The network's value in training, and the parameters with their new running statistics.
+
+    Batch norms normalize by the batch; dropout draws from ``generator``.
+    """
+    return evaluate(params, spec, inputs, training=True, generator=generator)
+
+
+def gating(gates: Mapping[tuple[str, int, int], Tensor]) -> Tap:
+    """The tap that multiplies what is read by its gates."""
+    places: dict[tuple[str, int], list[Tensor]] = {}
+    for (name, slot, _), gate in gates.items():
+        places.setdefault((name, slot), []).append(gate)
+
+    def tap(name: str, slot: int, x: Tensor) -> Tensor:
+        for gate in places.get((name, slot), ()):
+            x = x * gate.to(x)  # gates follow the activations' dtype and device
+        return x
+
+    return tap
+
+
+def evaluate(
+    params: Params,
+    spec: Spec,
+    inputs: Sequence[Inputs],
+    *,
+    tap: Tap | None = None,
+    training: bool = False,
+    generator: torch.Generator | None = None,
+) -> tuple[Any, Params]:
+    """Run the nodes in order. Everything that runs a network comes through here."""
+    if not torch.compiler.is_compiling():
+        check(params, spec)
+    values = bind_inputs(spec, inputs)
+    try:
+        for node, leaves, done in spec._steps:  # type: ignore[attr-defined]
+            if node.name not in values:
+                found = {leaf: _at(params, path) for leaf, path in leaves}
+                args = [values[x] for x in node.inputs]
+                if tap is not None:
+                    args = [tap(node.name, slot, x) for slot, x in enumerate(args)]
+                if training:
+                    value, new = node.layer.train(found, *args, generator=generator)
+                    if new:
+                        params = merge(params, {node.path(leaf): tensor for leaf, tensor in new.items()})
+                else:
+                    value = node.layer.apply(found, *args)
+                values[node.name] = value if tap is None else tap(node.name, -1, value)
+            for name in done:
+                del values[name]
+    except (RuntimeError, IndexError, ValueError, TypeError) as error:
+        if not torch.compiler.is_compiling():
+            _explain(params, spec, bind_inputs(spec, inputs), node, error)
+        raise
+    outputs = tuple(values[x] for x in spec.outputs)
+    return outputs[0] if len(outputs) == 1 else outputs, params
+
+
+def bind_inputs(spec: Spec, inputs: Sequence[Inputs]) -> dict[str, Any]:
+    """The tensors that come in, by the names of the input nodes."""
+    given: Any = inputs[0] if len(inputs) == 1 and not isinstance(inputs[0], Tensor) else inputs
+    names = [node.name for node in spec.inputs]
+    if isinstance(given, Mapping):
+        if set(given) != set(names):
+            raise ShapeError(f"The network takes the inputs {names}; received {sorted(given)}.")
+        return dict(given)
+    if len(given) != len(names):
+        raise ShapeError(f"The network takes {len(names)} inputs, {names}; received {len(given)}.")
+    return dict(zip(names, given, strict=True))
+
+
+def _at(params: Params, path: tuple[str, ...]) -> Tensor:
+    value: Any = params
+    for key in path:
+        value = value[key]
+    assert isinstance(value, Tensor)
+    return value
+
+
+def check(params: Params, spec: Spec) -> None:
+    """Refuse parameters that do not fit the network.
+
+    Raises:
+        SpecError: listing every parameter that is missing, unknown, misshapen or no tensor.
+    """
+    expected: dict[str, Shape] = spec.__dict__.get("_expected") or spec.shapes
+    object.__setattr__(spec, "_expected", expected)
+    leaves = flatten(params)
+    errors = [f"{path}: missing, expected {shape}" for path, shape in expected.items() if path not in leaves]
+    for path, leaf in leaves.items():
+        shape = expected.get(path)
+        if shape is None:
+            errors.append(f"{path}: no layer has such a parameter")
+        elif not isinstance(leaf, Tensor):
+            errors.append(f"{path}: expected a tensor, received {type(leaf).__name__}")
+        elif leaf.shape != shape:
+            errors.append(f"{path}: expected {shape}, received {tuple(leaf.shape)}")
+    if errors:
+        raise SpecError("Parameters have to fit the network; received:\n  " + "\n  ".join(errors))
+
+
+def _explain(params: Params, spec: Spec, values: Mapping[str, Any], node: Node, error: Exception) -> None:
+    """Say what is wrong with the inputs where torch's own error would not say where."""
+    strange = [f"{name} is {type(x).__name__}" for name, x in values.items() if not isinstance(x, Tensor)]
+    if strange:
+        raise ShapeError(f"A network takes tensors; received: {', '.join(strange)}.") from error
+    try:
+        propagate(spec.at(*(tuple(values[n.name].shape[1:]) for n in spec.inputs)), Ties(labeled=False))
+    except ShapeError as problem:
+        raise ShapeError(f"{problem}\n(with inputs of shape {_shapes(values)})") from error
+    tensors = {**{f"input {name}": x for name, x in values.items()}, **flatten(params)}
+    kinds: dict[str, list[str]] = {}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point():
+            kinds.setdefault(f"{tensor.dtype} on {tensor.device}", []).append(name)
+    if len(kinds) > 1:
+        lines = [f"{kind}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}" for kind, names in kinds.items()]
+        raise ShapeError(
+            "Inputs and parameters have to agree in dtype and device; received:\n  "
+            + "\n  ".join(lines)
+            + f"\nfirst met at {node.name} ({type(node.layer).__name__}); convert one of them, x.to(...)."
+        ) from error
+    raise ShapeError(f"{node.name}: {type(node.layer).__name__} failed: {error}") from error
+
+
+def _shapes(values: Mapping[str, Tensor]) -> str:
+    return ", ".join(f"{name} {tuple(x.shape)}" for name, x in values.items())
+
+
+def partition(params: Params, spec: Spec) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Separate what is trained from what is not (running statistics); `combine` puts them back together."""
+    buffers = {node.path(leaf) for node in spec.nodes for leaf in node.layer.buffers}
+    leaves = flatten(params)
+    return (
+        unflatten((path, leaf) for path, leaf in leaves.items() if path not in buffers),
+        unflatten((path, leaf) for path, leaf in leaves.items() if path in buffers),
+    )
+
+
+def combine(*trees: Params) -> dict[str, Any]:
+    """One tree from several with no leaf in common."""
+    return unflatten(item for tree in trees for item in flatten(tree).items())
