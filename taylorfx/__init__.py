@@ -33,6 +33,7 @@ from taylorfx.plan import Plan, PlanError, compose, cut, expand
 from taylorfx.prune import prune
 from taylorfx.selection import Budget, BudgetError, Flops, Parameters, Remove, SelectionError, Units, select
 from taylorfx.spec import Node, Spec, SpecError, apply, check, combine, init, partition, train
+from taylorfx.store import from_json, load, save, to_json
 from taylorfx.tree import Params, flatten, unflatten
 
 __version__ = "0.1.0"
@@ -41,9 +42,9 @@ __all__ = [
     "Budget", "BudgetError", "Cost", "Coupling", "Flops", "Moments", "Node", "Parameters", "Params", "Place", "Plan",
     "PlanError", "Remove", "SelectionError", "Spec", "SpecError", "Statistics", "Units", "activation_mean",
     "activation_std", "apoz", "apply", "batchnorm_scale", "check", "combine", "compat", "compose", "concat", "couple",
-    "cross_entropy", "cut", "derivatives", "expand", "fisher", "flatten", "flops", "gates", "init", "inline", "layers",
+    "cross_entropy", "cut", "derivatives", "expand", "fisher", "flatten", "flops", "from_json", "gates", "init", "inline", "layers", "load",
     "measure", "multihead_attention", "of_weights", "parameters", "partition", "per_layer_l2", "per_layer_max",
-    "per_layer_mean", "prune", "random", "residual", "second_order", "select", "serial", "signed", "taylor",
-    "taylor_squared", "train", "unflatten", "unnormalized", "weight_l1", "weight_l2",
+    "per_layer_mean", "prune", "random", "residual", "save", "second_order", "select", "serial", "signed", "taylor",
+    "taylor_squared", "to_json", "train", "unflatten", "unnormalized", "weight_l1", "weight_l2",
 ]  # fmt: skip
 __all__ += layers.__all__

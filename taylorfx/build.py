@@ -6,7 +6,6 @@ gets, as torch names the children of a module.
 
 from __future__ import annotations
 
-
 from taylorfx.layers import Add, Attention, Concat, Input, Layer, Linear
 from taylorfx.spec import Node, Spec, SpecError
 
@@ -27,6 +26,8 @@ def inline(part: Part, name: str, inputs: tuple[str, ...]) -> tuple[Node, ...]:
     """
     if isinstance(part, Layer):
         return (Node(name, part, inputs),)
+    if not isinstance(part, Spec):
+        raise SpecError(f"A part is a layer or a network, ReLU() and not ReLU; received {part!r} for {name!r}.")
     if len(part.inputs) != len(inputs) or len(part.outputs) != 1:
         raise SpecError(
             f"A part {name!r} has one output and takes the {len(inputs)} inputs that it is given; "
@@ -67,7 +68,11 @@ def serial(*parts: Part, **named: Part) -> Spec:
     if parts and isinstance(parts[0], Input):
         first, parts = Node(INPUT, parts[0]), parts[1:]
     nodes, current = [first], INPUT
-    for name, part in {**{str(k): part for k, part in enumerate(parts)}, **named}.items():
+    numbered = {str(k): part for k, part in enumerate(parts)}
+    twice = numbered.keys() & named.keys()
+    if twice:
+        raise SpecError(f"Parts are numbered or named; received the name {min(twice)!r}, which is a number taken.")
+    for name, part in {**numbered, **named}.items():
         added = inline(part, name, (current,))
         nodes += added
         current = added[-1].name if added else current

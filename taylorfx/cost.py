@@ -1,7 +1,7 @@
 """What a network costs: parameters and FLOPs, in closed form in what is kept.
 
 Every cost is a sum of products of axis lengths, read from the axis signatures: a parameter's size is the product of its
-axes, a layer's FLOPs are two per multiply-add, as ``torch.utils.flop_counter`` counts (matrix products and convolutions).
+axes, a layer's FLOPs are two per multiply-add, as ``torch.utils.flop_counter`` counts (matrix products, convolutions).
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def flops(coupling: Coupling) -> Cost:
     for node in coupling.spec:
         bound, numbers = coupling.bounds[node.name], coupling.letters[node.name]
         for text in node.layer.multiplies:
-            names = language.letters(language.pattern(text))
-            names = [x for x in bound.sizes if x in names or (x[0] == "_" and "..." in names)]
+            known = language.letters(language.pattern(text))
+            names = [x for x in bound.sizes if x in known or (x[0] == "_" and "..." in known)]
             rigid = math.prod(bound.sizes[x] for x in names if x not in numbers)
             terms.append((2 * rigid, [numbers[x] for x in names if x in numbers]))
     return _cost(coupling, terms)

@@ -23,7 +23,8 @@ from scipy.sparse.csgraph import connected_components
 
 from taylorfx.labels import EXAMPLE, Bound, Labeled, Labels, Site, Ties, shape_of
 from taylorfx.layers import Shape
-from taylorfx.spec import Params, Spec, check, propagate
+from taylorfx.spec import Spec, check, propagate
+from taylorfx.tree import Params
 
 __all__ = ["Coupling", "Place", "couple"]
 
@@ -42,7 +43,7 @@ class Place:
     units: Labels
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Coupling:
     """What a network is made of: its units, and where they lie. ``len(coupling)`` is their number.
 
@@ -91,7 +92,7 @@ class Coupling:
     def alive(self, keep: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
         """For every axis, which of its indices stay when these units are kept."""
         extended = np.append(keep, True)  # so that unit -1 is always kept
-        return [extended[axis[0]] if len(axis) == 1 else extended[axis].all(0) for axis in self.axes]
+        return [np.asarray(extended[axis].all(0), bool) for axis in self.axes]
 
     def counts(self, keep: NDArray[np.bool_]) -> Labels:
         """For every axis, how many of its indices stay when these units are kept."""

@@ -27,8 +27,8 @@ from taylorfx import axes as language
 from taylorfx.coupling import Coupling
 from taylorfx.gates import Moments, Statistics
 from taylorfx.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from taylorfx.spec import Params
-from taylorfx.tree import flatten
+from taylorfx.spec import check
+from taylorfx.tree import Params, flatten
 
 __all__ = [
     "Criterion", "Normalizer", "activation_mean", "activation_std", "apoz", "batchnorm_scale", "compat", "fisher",
@@ -80,10 +80,19 @@ def _divided(scores: Tensor, coupling: Coupling, norms: Tensor) -> Tensor:
     return scores / norms[torch.as_tensor(coupling.scope, device=scores.device)]
 
 
+def _own(stats: Statistics, coupling: Coupling) -> None:
+    if stats.units != coupling.names:
+        raise ValueError(
+            f"Statistics are scored with the coupling that they were measured with; received those of "
+            f"{len(stats.sum)} units and another coupling, of {len(coupling)}. Measure again with this one."
+        )
+
+
 def taylor(
     stats: Statistics, coupling: Coupling, *, spatial_mean: bool = False, normalizer: Normalizer = unnormalized
 ) -> Tensor:
     """``E|g|``: the mean over examples of the absolute gate derivative (Molchanov et al. 2016, eq. 8)."""
+    _own(stats, coupling)
     return normalizer((stats.sum_abs_mean if spatial_mean else stats.sum_abs) / stats.n, coupling)
 
 
@@ -92,49 +101,58 @@ def taylor_squared(stats: Statistics, coupling: Coupling, *, normalizer: Normali
 
     Squared per example instead, it is twice the `fisher`.
     """
+    _own(stats, coupling)
     return normalizer(stats.sum_batch_sq / stats.batches, coupling)
 
 
 def fisher(stats: Statistics, coupling: Coupling, *, normalizer: Normalizer = unnormalized) -> Tensor:
     """``E[g^2] / 2``: the loss change if the network is at a minimum (Theis et al. 2018, eq. 8)."""
+    _own(stats, coupling)
     return normalizer(stats.sum_sq / (2 * stats.n), coupling)
 
 
 def signed(stats: Statistics, coupling: Coupling, *, normalizer: Normalizer = unnormalized) -> Tensor:
     """``-E[g]``: the first-order change of the loss; units whose removal would lower it come out negative."""
+    _own(stats, coupling)
     return normalizer(-stats.sum / stats.n, coupling)
 
 
 def second_order(stats: Statistics, coupling: Coupling, *, normalizer: Normalizer = unnormalized) -> Tensor:
     """``-E[g] + E[g^2] / 2``: the change of the loss to second order, the Hessian approximated by the Fisher."""
+    _own(stats, coupling)
     return normalizer(-stats.sum / stats.n + stats.sum_sq / (2 * stats.n), coupling)
 
 
 def compat(stats: Statistics, coupling: Coupling) -> Tensor:
     """The arithmetic of the original PyTorch implementation, for the record.
 
-    Sums over the batch and space first, takes the absolute value after, and divides by the scope's L2 norm. Measure with
-    ``measure(..., at_writes=True, training=True)``: at the convolutions' outputs, in training mode. Behind such an output
-    a batch norm ignores the scale, so that the sum is zero but for rounding: see the README.
+    Sums over the batch and space first, takes the absolute value after, and divides by the scope's L2 norm. Measure
+    with ``measure(..., at_writes=True, training=True)``: at the convolutions' outputs, in training mode. Behind such an
+    output a batch norm ignores the scale, so that the sum is zero but for rounding: see the README.
     """
+    _own(stats, coupling)
     return per_layer_l2(stats.sum_batch_abs, coupling)
 
 
-def _moments(stats: Statistics) -> Moments:
+def _moments(stats: Statistics, coupling: Coupling) -> Moments:
+    _own(stats, coupling)
     if stats.moments is None:
-        raise ValueError("This criterion looks at activations; measure(..., moments=True).")
+        raise ValueError(
+            "This criterion looks at activations, of which the statistics say nothing; measure(..., moments=True), or "
+            "prune(..., moments=True)."
+        )
     return stats.moments
 
 
 def activation_mean(stats: Statistics, coupling: Coupling, *, normalizer: Normalizer = unnormalized) -> Tensor:
     """The mean activation at the reads."""
-    moments = _moments(stats)
+    moments = _moments(stats, coupling)
     return normalizer(moments.sum / moments.count.clamp(min=1), coupling)
 
 
 def activation_std(stats: Statistics, coupling: Coupling, *, normalizer: Normalizer = unnormalized) -> Tensor:
     """The standard deviation of the activations at the reads."""
-    moments = _moments(stats)
+    moments = _moments(stats, coupling)
     count = moments.count.clamp(min=1)
     variance = moments.sum_sq / count - (moments.sum / count).square()
     return normalizer(variance.clamp(min=0).sqrt(), coupling)
@@ -142,7 +160,7 @@ def activation_std(stats: Statistics, coupling: Coupling, *, normalizer: Normali
 
 def apoz(stats: Statistics, coupling: Coupling, *, normalizer: Normalizer = unnormalized) -> Tensor:
     """One minus the share of zeros among the activations at the reads (Hu et al. 2016, arXiv 1607.03250, eq. 1)."""
-    moments = _moments(stats)
+    moments = _moments(stats, coupling)
     return normalizer(1 - moments.zeros / moments.count.clamp(min=1), coupling)
 
 
@@ -159,8 +177,9 @@ def weight_l2(params: Params, coupling: Coupling, *, normalizer: Normalizer = un
 
 
 def _weights(params: Params, coupling: Coupling, power: int) -> Tensor:
+    check(params, coupling.spec)
     leaves = flatten(params)
-    total = next(iter(leaves.values())).new_zeros(len(coupling) + 1, dtype=torch.float64)
+    total: Tensor = next(iter(leaves.values())).new_zeros(len(coupling) + 1, dtype=torch.float64)
     seen: set[str] = set()
     for node in coupling.spec:
         bound = coupling.bounds[node.name]
@@ -186,6 +205,7 @@ def batchnorm_scale(params: Params, coupling: Coupling, *, normalizer: Normalize
     Raises:
         ValueError: if units pass no batch norm; all their scopes are listed.
     """
+    check(params, coupling.spec)
     leaves = flatten(params)
     norms = [
         n for n in coupling.spec if isinstance(n.layer, (BatchNorm1d, BatchNorm2d, BatchNorm3d)) and n.layer.affine
@@ -200,7 +220,7 @@ def batchnorm_scale(params: Params, coupling: Coupling, *, normalizer: Normalize
     if len(without):
         named = ", ".join(coupling.scopes[k] for k in without)
         raise ValueError(
-            f"Every unit has to pass a batch norm with a scale; {named} pass none. Take another criterion."
+            f"Every unit has to pass a batch norm with a scale; units of {named} pass none. Take another criterion."
         )
     return normalizer(total[0, :-1] / total[1, :-1], coupling)
 

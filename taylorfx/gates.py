@@ -14,7 +14,8 @@ Weights are not differentiated: one ``torch.func.vjp`` runs over the activations
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from taylorfx.coupling import Coupling, Place
-from taylorfx.spec import Inputs, Params, Spec, bind_inputs, evaluate
+from taylorfx.spec import Inputs, Spec, bind_inputs, check, evaluate
+from taylorfx.tree import Params, flatten
 
 __all__ = ["Batch", "Gates", "Loss", "Moments", "Statistics", "cross_entropy", "derivatives", "gates", "measure"]
 
@@ -45,8 +47,11 @@ def gates(coupling: Coupling, values: Tensor) -> Gates:
         values: ``(units,)``, or ``(N, units)`` for a batch of ``N`` examples with gates of their own. A mask (0 or 1)
             removes units, anything between softens them; differentiable.
     """
-    if values.shape[-1:] != (len(coupling),):
-        raise ValueError(f"Gates are one per unit, {len(coupling)}; received values of shape {tuple(values.shape)}.")
+    if values.ndim not in (1, 2) or values.shape[-1] != len(coupling):
+        raise ValueError(
+            f"Gates are one per unit, ({len(coupling)},), or so for each example, (N, {len(coupling)}); "
+            f"received values of shape {tuple(values.shape)}."
+        )
     extended = torch.cat([values, torch.ones_like(values[..., :1])], -1)  # unit -1 is always on
     result: Gates = {}
     for place in coupling.reads:
@@ -87,6 +92,7 @@ class Statistics:
         sum_abs_mean: of ``|g|`` where each read is averaged over its positions (the paper's eq. 8 to the letter).
         sum_batch_abs, sum_batch_sq: over batches, of the absolute sum and of the squared mean of a batch's ``g``.
         moments: of the activations at the reads, if asked for.
+        units: the units' names, by which statistics tell whether they are of the same coupling.
     """
 
     n: int
@@ -99,14 +105,22 @@ class Statistics:
     sum_batch_abs: Tensor
     sum_batch_sq: Tensor
     moments: Moments | None = None
+    units: tuple[str, ...] = ()
 
     def __add__(self, other: Statistics | int) -> Statistics:
-        if isinstance(other, int):  # the start of Python's sum()
+        if isinstance(other, int) and other == 0:  # the start of Python's sum()
             return self
-        if self.sum.shape != other.sum.shape or (self.moments is None) != (other.moments is None):
-            raise ValueError("Statistics add up when they are of the same coupling, with or without moments alike.")
-        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
-        return Statistics(**{name: None if a is None else a + b for name, (a, b) in pairs.items()})
+        if not isinstance(other, Statistics):
+            return NotImplemented
+        if self.units != other.units or (self.moments is None) != (other.moments is None):
+            kinds = (f"{len(x.sum)} units {'without' if x.moments is None else 'with'} moments" for x in (self, other))
+            raise ValueError(
+                "Statistics add up when they are of the same units, with or without moments alike; "
+                f"received {' and '.join(kinds)}. Measure both with one coupling and the same options."
+            )
+        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self) if f.name != "units"}
+        sums: dict[str, Any] = {name: None if a is None else a + b for name, (a, b) in pairs.items()}
+        return replace(self, **sums)
 
     __radd__ = __add__
 
@@ -115,9 +129,17 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     """``torch.nn.functional.cross_entropy`` of each example, ``(N,)``: what `measure` takes by default.
 
     Raises:
-        ValueError: if a target is no class (on the CPU; elsewhere looking would wait for the device).
+        ValueError: if the targets' shape, dtype or device do not fit the outputs, or a target is no class (on the
+            CPU; elsewhere looking would wait for the device).
     """
-    classes = outputs.shape[1]
+    classes, expected = outputs.shape[1], (outputs.shape[0], *outputs.shape[2:])
+    fits = targets.shape == (outputs.shape if targets.is_floating_point() else expected)
+    if not fits or targets.device != outputs.device:
+        raise ValueError(
+            f"Targets are classes of shape {tuple(expected)}, or their probabilities of shape {tuple(outputs.shape)}, "
+            f"on {outputs.device} as the outputs; received {targets.dtype} of shape {tuple(targets.shape)} on "
+            f"{targets.device}."
+        )
     if not targets.is_floating_point() and targets.device.type == "cpu" and targets.numel():
         low, high = int(targets.min()), int(targets.max())
         if (low < 0 and low != -100) or high >= classes:
@@ -154,25 +176,21 @@ def measure(
     Raises:
         ValueError: for no or empty batches, targets that do not match, or losses that are not finite.
     """
-    if coupling.spec != spec:
-        raise ValueError("The coupling is of another network; couple(params, spec) again.")
     total: Statistics | None = None
     finite: list[Tensor] = []
-    for number, (inputs, targets) in enumerate([batches] if isinstance(batches, tuple) else batches):
-        count = _examples(inputs, targets, number, spec)
-        parts = [(inputs, targets)]
-        if coupling.mixing and not training:
-            parts = [_take((inputs, targets), k) for k in range(count)]
-        rows = [
-            derivatives(params, spec, *part, coupling, loss=loss, moments=moments, at_writes=at_writes,
-                        training=training, generator=generator)
-            for part in parts
-        ]  # fmt: skip
-        losses, summed, mean = (torch.cat([row[k] for row in rows]) for k in range(3))
+    for batch in [batches] if isinstance(batches, tuple) else batches:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            kind = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__
+            raise ValueError(
+                f"A batch is a pair (inputs, targets), several come in a list; batch {len(finite)} is a {kind}."
+            )
+        losses, summed, mean, found = derivatives(
+            params, spec, *batch, coupling, loss=loss, moments=moments, at_writes=at_writes, training=training,
+            generator=generator,
+        )  # fmt: skip
         finite.append(losses.isfinite().all())
-        found = [row[3] for row in rows if row[3] is not None]
         one = Statistics(
-            n=count,
+            n=len(losses),
             batches=1,
             loss=losses.sum(),
             sum=summed.sum(0),
@@ -181,7 +199,8 @@ def measure(
             sum_abs_mean=mean.abs().sum(0),
             sum_batch_abs=summed.sum(0).abs(),
             sum_batch_sq=summed.mean(0).square(),
-            moments=sum(found[1:], found[0]) if found else None,
+            moments=found,
+            units=coupling.names,
         )
         total = one if total is None else total + one
     if total is None:
@@ -207,14 +226,49 @@ def derivatives(
     training: bool = False,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Moments | None]:
-    """The losses ``(N,)`` and gate derivatives ``(N, units)`` of one batch, summed and averaged over positions."""
+    """The losses ``(N,)`` and gate derivatives ``(N, units)`` of one batch, summed and averaged over positions.
+
+    This is `measure` before it sums over the examples; the arguments are the same.
+    """
+    if coupling.spec != spec:
+        raise ValueError(
+            f"Units are those of the network itself; received a coupling of another one, of {len(coupling)} units. "
+            "Couple again: couple(params, spec)."
+        )
+    check(params, spec)
+    count = _examples(inputs, targets, spec)
+    run = partial(
+        _one_pass, params, spec, coupling=coupling, loss=loss, moments=moments, at_writes=at_writes, training=training,
+        generator=generator,
+    )  # fmt: skip
+    if not coupling.mixing or training:
+        return run(inputs, targets)
+    rows = [run(*_take((inputs, targets), k)) for k in range(count)]
+    each, summed, mean = (torch.cat(column) for column in list(zip(*rows, strict=True))[:3])
+    found = [row[3] for row in rows if row[3] is not None]
+    return each, summed, mean, sum(found[1:], found[0]) if found else None
+
+
+def _one_pass(
+    params: Params,
+    spec: Spec,
+    inputs: Inputs,
+    targets: Any,
+    *,
+    coupling: Coupling,
+    loss: Loss,
+    moments: bool,
+    at_writes: bool,
+    training: bool,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor, Tensor, Moments | None]:
     values = bind_inputs(spec, (inputs,))
     example = next(iter(values.values()))
     places: dict[tuple[str, int], list[Place]] = {}
     for place in coupling.writes if at_writes else coupling.reads:
         places.setdefault((place.node, place.slot), []).append(place)
-    real = next((x for x in optree.tree_leaves(dict(params)) if x.is_floating_point()), example)
-    kind = {"dtype": torch.promote_types(real.dtype, torch.float32), "device": real.device}
+    real = next((x for x in flatten(params).values() if x.is_floating_point()), example)
+    kind: dict[str, Any] = {"dtype": torch.promote_types(real.dtype, torch.float32), "device": real.device}
     zeros = {
         f"{place.node}/{place.slot}/{place.axis}": torch.zeros(len(example), place.units.shape[1], **kind)
         for found in places.values()
@@ -232,14 +286,15 @@ def derivatives(
                 spread[key] = x.numel() // (x.shape[0] * x.shape[place.axis])
                 if moments:
                     seen[key] = _activation(x.detach(), place.axis)
-                x = _Tap.apply(x, taps[key], place.axis)
+                x = _Tap.apply(x, taps[key], place.axis)  # type: ignore[no-untyped-call]
             return x
 
         outputs, _ = evaluate(params, spec, (inputs,), tap=tap, training=training, generator=generator)
         each = _per_example(loss, outputs, targets)
         return each, (each.detach(), seen)
 
-    each, pull, (found, seen) = torch.func.vjp(losses, zeros, has_aux=True)
+    pulled: Any = torch.func.vjp(losses, zeros, has_aux=True)
+    each, pull, (found, seen) = pulled
     (grads,) = pull(torch.ones_like(each))
     count, units = len(example), len(coupling)
     summed, mean = torch.zeros(count, units + 1, **kind), torch.zeros(count, units + 1, **kind)
@@ -301,18 +356,22 @@ def _per_example(loss: Loss, outputs: Any, targets: Any) -> Tensor:
 
     def one(output: Any, target: Any) -> Tensor:
         output, target = (optree.tree_map(lambda x: x[None], tree) for tree in (output, target))
-        return loss(output, target).sum()
+        value: Any = loss(output, target)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"A loss is a tensor with one number per example; received {found}. Sum or average it.")
+        return value.sum()
 
     return torch.func.vmap(one)(outputs, targets)
 
 
-def _examples(inputs: Inputs, targets: Any, number: int, spec: Spec) -> int:
+def _examples(inputs: Inputs, targets: Any, spec: Spec) -> int:
     """The number of examples of a batch, which all its tensors share."""
     tensors: Sequence[Any] = [*bind_inputs(spec, (inputs,)).values(), *optree.tree_leaves(targets)]
     sizes = {len(x) for x in tensors if isinstance(x, Tensor) and x.ndim}
     if len(sizes) != 1 or not min(sizes):
         raise ValueError(
-            f"A batch has one or more examples, as many inputs as targets; batch {number} has {sorted(sizes)}."
+            f"A batch has one or more examples, as many inputs as targets; received {sorted(sizes)}."
         )
     return sizes.pop()
 

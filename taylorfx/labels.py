@@ -241,7 +241,7 @@ class _Binder:
         for k, (pattern, axes) in enumerate(zip(signature.inputs, inputs, strict=True)):
             for position, (axis, given) in enumerate(zip(pattern, axes, strict=True)):
                 self._unify(axis, given, f"input {k}, axis {position}")
-        self.sizes.update({letter: n for letter, n in self.layer.sizes(self.sizes).items()})
+        self.sizes.update(self.layer.sizes(self.sizes))
         for leaf, pattern in signature.parameters.items():
             known = ties.parameters.get(paths[leaf])
             if known is None:
@@ -367,5 +367,5 @@ def _unknown(
         leaves[leaf] = torch.empty(shape, device="meta")
     output = layer.apply(leaves, *(torch.empty(shape_of(axes), device="meta") for axes in inputs))
     batched = any(_is_example(axes[0]) for axes in inputs if axes)
-    axes = [rigid(n) for n in output.shape]
-    return Bound(tuple([(Factor(1, EXAMPLE),), *axes[1:]] if batched else axes), inputs=tuple(map(shape_of, inputs)))
+    made = [rigid(n) for n in output.shape]
+    return Bound(tuple([(Factor(1, EXAMPLE),), *made[1:]] if batched else made), inputs=tuple(map(shape_of, inputs)))

@@ -20,8 +20,8 @@ from taylorfx.cost import flops, parameters
 from taylorfx.coupling import Coupling
 from taylorfx.gates import Gates, gates
 from taylorfx.layers import Shape
-from taylorfx.spec import Node, Params, Spec, columns
-from taylorfx.tree import flatten, map_paths
+from taylorfx.spec import Node, Spec, columns
+from taylorfx.tree import Params, flatten, map_paths
 
 __all__ = ["Plan", "PlanError", "compose", "cut", "expand"]
 
@@ -65,8 +65,9 @@ class Plan:
             )
 
     def __eq__(self, other: object) -> bool:
-        same = isinstance(other, Plan) and self.coupling.spec == other.coupling.spec
-        return same and bool(np.array_equal(self.keep, other.keep))  # type: ignore[union-attr]
+        if not isinstance(other, Plan):
+            return NotImplemented
+        return self.coupling.spec == other.coupling.spec and bool(np.array_equal(self.keep, other.keep))
 
     def __hash__(self) -> int:
         return hash((self.coupling.spec, self.keep.tobytes()))
@@ -125,12 +126,12 @@ def _row(name: str, before: int, after: int) -> tuple[str, str, str, str]:
 def cut(tree: Params, plan: Plan) -> Params:
     """Take what leaves out of a tree: the parameters, or gradients, momentum, averages of them.
 
-    Returns a new tree; leaves that lose nothing are the same tensors, and a plan that keeps all returns the tree itself.
+    Returns a new tree; leaves that lose nothing are the same tensors, and a plan that keeps all returns the tree.
 
     Raises:
         PlanError: listing every leaf that is not one of the plan's parameters or not of its original shape.
     """
-    _fits(tree, plan, {path: tuple(_sizes(plan, path)) for path in plan.coupling.parameters})
+    _fits(tree, {path: tuple(_sizes(plan, path)) for path in plan.coupling.parameters}, "cuts trees like")
     indices = plan.indices
 
     def select(path: str, leaf: Tensor) -> Tensor:
@@ -152,7 +153,7 @@ def expand(tree: Params, plan: Plan) -> Params:
     for path, indices in plan.indices.items():
         sizes = _sizes(plan, path)
         shapes[path] = tuple(n if i is None else len(i) for n, i in zip(sizes, indices, strict=True))
-    _fits(tree, plan, shapes)
+    _fits(tree, shapes, "expands what it has cut of")
 
     def fill(path: str, leaf: Tensor) -> Tensor:
         for axis, (size, index) in enumerate(zip(_sizes(plan, path), plan.indices[path], strict=True)):
@@ -171,7 +172,10 @@ def compose(first: Plan, second: Plan) -> Plan:
         PlanError: if the second plan was not made for what the first one leaves.
     """
     if second.coupling.spec != first.spec:
-        raise PlanError("Plans compose when the second is of the network that the first one leaves (first.spec).")
+        raise PlanError(
+            "Plans compose when the second is of the network that the first one leaves; received one of another. "
+            "Make it from couple(cut(params, first), first.spec)."
+        )
     coupling = first.coupling
     alive = np.zeros(len(coupling) + 1, bool)
     survivors: dict[str, list[NDArray[np.int64]]] = {}
@@ -196,7 +200,7 @@ def _sizes(plan: Plan, path: str) -> list[int]:
     return [plan.coupling.axes[number].shape[1] for number in plan.coupling.parameters[path]]
 
 
-def _fits(tree: Params, plan: Plan, shapes: Mapping[str, Shape]) -> None:
+def _fits(tree: Params, shapes: Mapping[str, Shape], what: str) -> None:
     errors: list[str] = []
     for path, leaf in flatten(tree).items():
         found: Any = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
@@ -205,4 +209,4 @@ def _fits(tree: Params, plan: Plan, shapes: Mapping[str, Shape]) -> None:
         elif found != shapes[path]:
             errors.append(f"{path}: expected {shapes[path]}, received {found}")
     if errors:
-        raise PlanError("A plan cuts trees of its own network's parameters; received:\n  " + "\n  ".join(errors))
+        raise PlanError(f"A plan {what} its own network's parameters; received:\n  " + "\n  ".join(errors))

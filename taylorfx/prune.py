@@ -11,7 +11,8 @@ from taylorfx.criteria import Criterion, taylor
 from taylorfx.gates import Batch, Loss, cross_entropy, measure
 from taylorfx.plan import cut
 from taylorfx.selection import Budget, select
-from taylorfx.spec import Params, Spec
+from taylorfx.spec import Spec
+from taylorfx.tree import Params
 
 __all__ = ["prune"]
 
@@ -25,7 +26,7 @@ def prune(
     criterion: Criterion = taylor,
     loss: Loss = cross_entropy,
     moments: bool = False,
-    protect: Sequence[str] = (),
+    protect: str | Sequence[str] = (),
     floor: int | Mapping[str, int] = 1,
     most: float | Mapping[str, float] = 1.0,
     multiple: int | Mapping[str, int] = 1,
@@ -38,8 +39,8 @@ def prune(
         budget: what may remain: ``Flops(0.5)``, ``Parameters(...)``, ``Units(...)``, ``Remove(1)``.
         criterion: a function of ``(statistics, coupling)``, or of ``(params, coupling)`` if marked by `of_weights`.
 
-    The other arguments are those of `measure` and `select`, and so are the errors. Nothing given is changed. To see what
-    is going to happen, or to cut momentum along, write the sentence out.
+    The other arguments are those of `measure` and `select`, and so are the errors. Nothing given is changed. To see
+    what is going to happen, or to cut momentum along, write the sentence out.
     """
     coupling = couple(params, spec)
     if getattr(criterion, "of_weights", False):

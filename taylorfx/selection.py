@@ -46,11 +46,11 @@ class Budget(ABC):
     amount: float | int
 
     def __post_init__(self) -> None:
-        share = isinstance(self.amount, float)
-        if not self.amount > 0 or (share and not self.amount <= 1):
+        number = isinstance(self.amount, (int, float, np.integer)) and not isinstance(self.amount, bool)
+        if not number or not 0 < self.amount <= (1.0 if isinstance(self.amount, float) else math.inf):
             raise BudgetError(
-                f"A budget is a share above 0 and up to 1.0, or a whole number above 0 of what may remain; received "
-                f"{self}. Write an int for a number, a float for a share."
+                "A budget says what may remain: a share, a float above 0 and up to 1.0, or a number, an int above 0; "
+                f"received {type(self).__name__}({self.amount!r})."
             )
 
     @abstractmethod
@@ -107,7 +107,7 @@ def select(
     coupling: Coupling,
     *,
     budget: Budget | float | int,
-    protect: Sequence[str] = (),
+    protect: str | Sequence[str] = (),
     floor: int | Mapping[str, int] = 1,
     most: float | Mapping[str, float] = 1.0,
     multiple: int | Mapping[str, int] = 1,
@@ -129,29 +129,33 @@ def select(
         BudgetError: if the budget cannot be met; the message names the nearest that can.
         SelectionError: for scores that are not finite or globs that match nothing.
     """
-    budget = Units(budget) if isinstance(budget, (int, float)) else budget
+    budget = budget if isinstance(budget, Budget) else Units(budget)
     values = _finite(scores, coupling)
     if per_layer:
         values = _quantiles(values, coupling)
     held = _protected(coupling, protect) | _last_of_axis(values, coupling)
-    units, bounds = _steps(
-        values,
-        coupling,
-        held,
+    rules = (
         _by_scope(coupling, floor, "floor", 1),
         _by_scope(coupling, most, "most", 1.0),
         _by_scope(coupling, multiple, "multiple", 1),
     )
-    step = np.full(len(coupling), len(bounds))  # the step at which a unit leaves; beyond the last: never
-    step[units] = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
     cost = budget.cost(coupling)
-    taken = _shortest(lambda count: cost(step >= count), len(bounds) - 1, budget)
-    return Plan(coupling, step >= taken, str(budget))
+    while True:
+        step, count = _steps(values, coupling, held, *rules)
+        taken = _shortest(lambda n, step=step: cost(step >= n), count, budget, coupling)  # type: ignore[misc]
+        keep = step >= taken
+        empty = np.flatnonzero(coupling.counts(keep) == 0)
+        if not len(empty):
+            return Plan(coupling, keep, str(budget))
+        for axis in (coupling.axes[k] for k in empty):  # products and slices may need more than a floor per scope
+            worth = np.where(axis >= 0, values[axis], np.inf).min(0)
+            held[axis[:, worth.argmax()]] = True
 
 
 def _finite(scores: torch.Tensor, coupling: Coupling) -> NDArray[np.float64]:
-    if scores.shape != (len(coupling),):
-        raise SelectionError(f"Scores are one per unit, ({len(coupling)},); received shape {tuple(scores.shape)}.")
+    if not isinstance(scores, torch.Tensor) or scores.shape != (len(coupling),) or scores.is_complex():
+        found = f"{scores.dtype} of shape {tuple(scores.shape)}" if hasattr(scores, "dtype") else type(scores).__name__
+        raise SelectionError(f"Scores are a tensor of one real number per unit, ({len(coupling)},); received {found}.")
     values: NDArray[np.float64] = scores.detach().to("cpu", torch.float64).numpy()
     bad = np.flatnonzero(~np.isfinite(values))
     if len(bad):
@@ -175,7 +179,8 @@ def _quantiles(values: NDArray[np.float64], coupling: Coupling) -> NDArray[np.fl
     return result
 
 
-def _protected(coupling: Coupling, globs: Sequence[str]) -> Mask:
+def _protected(coupling: Coupling, globs: str | Sequence[str]) -> Mask:
+    globs = (globs,) if isinstance(globs, str) else globs
     chosen = [any(fnmatchcase(name, glob) for glob in globs) for name in coupling.scopes]
     _all_match(coupling, globs, "protect")
     return np.array(chosen, bool)[coupling.scope]
@@ -197,9 +202,11 @@ def _by_scope(coupling: Coupling, value: T | Mapping[str, T], what: str, default
         value = {"*": value}
     else:
         _all_match(coupling, tuple(value), what)
-    bad = [f"{glob!r}: {n}" for glob, n in value.items() if n < 0 or (what == "most" and n > 1) or (what == "multiple" and n < 1)]  # fmt: skip
+    least, largest = int(what == "multiple"), 1 if what == "most" else math.inf
+    bad = [f"{n} for {glob!r}" for glob, n in value.items() if not least <= n <= largest]
     if bad:
-        raise SelectionError(f"{what} is at least {int(what == 'multiple')}{' and at most 1' * (what == 'most')}; received {', '.join(bad)}.")  # fmt: skip
+        above = " and at most 1" if what == "most" else ""
+        raise SelectionError(f"{what} is at least {least}{above}; received {', '.join(bad)}.")
     found = ([n for glob, n in value.items() if fnmatchcase(name, glob)] for name in coupling.scopes)
     return [numbers[0] if numbers else default for numbers in found]
 
@@ -228,36 +235,39 @@ def _steps(
     floors: Sequence[int],
     most: Sequence[float],
     multiples: Sequence[int],
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The units that may leave, in order, and the bounds of the bundles in which they do."""
-    keys, firsts, bundles = [np.zeros(0)], [np.zeros(0, np.int64)], []
+) -> tuple[NDArray[np.int64], int]:
+    """The step at which each unit leaves, and the number of steps, which stands for never."""
+    step = np.full(len(coupling), -1)
+    keys, firsts, count = [np.zeros(0)], [np.zeros(0, np.int64)], 0
     for k, size in enumerate(coupling.sizes.tolist()):
         members = np.flatnonzero((coupling.scope == k) & ~held)
         members = members[_order(values[members])]
-        step = multiples[k]
+        bundle = multiples[k]
         least = max(floors[k], 1, math.ceil((1 - most[k]) * size - 1e-9), size - len(members))
-        least = min(size, -(-least // step) * step)
-        spare = (size - least) - (size - least - size % step) % step if step > 1 else size - least
-        cuts = np.arange(size % step if size % step and spare else 0, spare + 1, step)
-        cuts = np.unique(np.append(0, cuts[cuts <= spare]))
-        if len(cuts) > 1:
-            gone = members[: cuts[-1]]
-            keys.append(np.add.reduceat(values[gone], cuts[:-1]) / np.diff(cuts))
+        least = -(-least // bundle) * bundle
+        cuts = np.array([0, *range(size % bundle or bundle, size - least + 1, bundle)])  # how many have left
+        gone, widths = members[: cuts[-1]], np.diff(cuts)
+        step[gone] = count + np.repeat(np.arange(len(widths)), widths)
+        if len(widths):
+            keys.append(np.add.reduceat(values[gone], cuts[:-1]) / widths)
             firsts.append(gone[cuts[:-1]])
-            bundles += np.split(gone, cuts[1:-1])
+        count += len(widths)
     order = np.lexsort((-np.concatenate(firsts), np.concatenate(keys)))
-    chosen = [bundles[k] for k in order]
-    return np.concatenate([np.zeros(0, np.int64), *chosen]), np.cumsum([0, *map(len, chosen)])
+    place = np.empty(count + 1, np.int64)
+    place[order], place[-1] = np.arange(count), count
+    return place[step], count
 
 
-def _shortest(cost: Callable[[int], float], steps: int, budget: Budget) -> int:
+def _shortest(cost: Callable[[int], float], steps: int, budget: Budget, coupling: Coupling) -> int:
     """The fewest steps after which the budget holds; for `Units`, after which it holds exactly."""
-    limit = budget.limit(cost(0))
+    total, least = cost(0), cost(steps)
+    limit = budget.limit(total)
     low, high = 0, steps
-    if cost(steps) > limit:
+    if least > limit:
+        frozen = f" Frozen are {', '.join(coupling.frozen)}: see coupling.frozen." if coupling.frozen else ""
         raise BudgetError(
-            f"The budget is {budget}, a limit of {limit:,.0f}; the constraints allow no less than {cost(steps):,.0f}. "
-            "Loosen floor, most, multiple or protect, or ask for no less."
+            f"The budget is {budget}, a limit of {limit:,.0f}; the constraints allow no less than {least:,.0f}, "
+            f"{least / total:.1%}. Loosen floor, most, multiple or protect, or ask for no less.{frozen}"
         )
     while low < high:
         middle = (low + high) // 2
@@ -266,9 +276,9 @@ def _shortest(cost: Callable[[int], float], steps: int, budget: Budget) -> int:
         else:
             low = middle + 1
     if isinstance(budget, Units) and cost(low) != limit:
-        near = [cost(low - 1)] * (low > 0) + [cost(low)]
+        near = [cost(low)] + [cost(low - 1)] * (low > 0)
         raise BudgetError(
-            f"The budget is {budget}, exactly {limit:,.0f} to stay; the nearest that the constraints allow are "
-            f"{' and '.join(f'{n:,.0f}' for n in near)}."
+            f"The budget is {budget}, exactly {limit:,.0f} to stay; the constraints allow "
+            f"{' or '.join(f'{n:,.0f}' for n in near)} as the nearest."
         )
     return low

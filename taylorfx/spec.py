@@ -100,8 +100,21 @@ class Spec:
 
     @property
     def shapes(self) -> dict[str, Shape]:
-        """The shape of every parameter, by path."""
-        return {node.path(leaf): shape for node in self.nodes for leaf, shape in node.layer.shapes().items()}
+        """The shape of every parameter, by path.
+
+        Raises:
+            SpecError: if nodes that share a parameter want it of different shapes; all of them are listed.
+        """
+        shapes: dict[str, Shape] = {}
+        errors: list[str] = []
+        for node in self.nodes:
+            for leaf, shape in node.layer.shapes().items():
+                known = shapes.setdefault(node.path(leaf), shape)
+                if known != shape:
+                    errors.append(f"{node.path(leaf)}: {node.name} expects {shape}, a node before it {known}")
+        if errors:
+            raise SpecError("Nodes share parameters of one shape; received:\n  " + "\n  ".join(errors))
+        return shapes
 
     def __getitem__(self, name: str) -> Node:
         for node in self.nodes:
@@ -147,7 +160,8 @@ class Spec:
         names = [node.name for node in self.inputs]
         if len(shapes) != len(names):
             raise SpecError(
-                f"The network takes {len(names)} inputs ({', '.join(names)}); received {len(shapes)} shapes."
+                f"Shapes are as many as the network's Input nodes, {len(names)} ({', '.join(names)}); "
+                f"received {len(shapes)}."
             )
         declared = dict(zip(names, shapes, strict=True))
         nodes = (replace(n, layer=Input(declared[n.name])) if n.name in declared else n for n in self.nodes)
@@ -161,9 +175,10 @@ def columns(rows: Sequence[Sequence[str]], right: int = 2) -> str:
     """Rows as aligned text; the last ``right`` columns are numbers."""
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     left = len(widths) - right
-    lines = ["  ".join(c.rjust(w) if k >= left else c.ljust(w) for k, (c, w) in enumerate(zip(row, widths, strict=True)))
-             for row in rows]  # fmt: skip
-    return "\n".join(line.rstrip() for line in [lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+    ruled = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    cells = ([c.rjust(w) if k >= left else c.ljust(w) for k, (c, w) in enumerate(zip(row, widths, strict=True))]
+             for row in ruled)  # fmt: skip
+    return "\n".join("  ".join(row).rstrip() for row in cells)
 
 
 def _order(nodes: tuple[Node, ...], outputs: tuple[str, ...]) -> tuple[Node, ...]:
@@ -179,12 +194,13 @@ def _order(nodes: tuple[Node, ...], outputs: tuple[str, ...]) -> tuple[Node, ...
     errors += [f"the output {x!r} is no node" for x in outputs if x not in names]
     ordered: dict[str, Node] = {}
     waiting = list(nodes)
-    while waiting and not errors:
-        ready = [node for node in waiting if all(x in ordered for x in node.inputs)]
+    while waiting:
+        ready = [node for node in waiting if all(x in ordered or x not in names for x in node.inputs)]
         if waiting[0] in ready:  # keep the given order as far as it goes
             ready = ready[:1]
         if not ready:
             errors.append(f"the nodes {', '.join(repr(n.name) for n in waiting)} lie on or behind a cycle")
+            break
         for node in ready:
             ordered[node.name] = node
             waiting.remove(node)
@@ -240,7 +256,9 @@ def init(
         for leaf, tensor in node.layer.init(generator).items():
             if node.path(leaf) not in leaves:
                 leaves[node.path(leaf)] = tensor.to(device, dtype if tensor.is_floating_point() else None)
-    return unflatten(leaves)
+    params = unflatten(leaves)
+    check(params, spec)
+    return params
 
 
 def apply(
@@ -259,7 +277,15 @@ def apply(
         SpecError: if parameters are missing, too many or misshapen.
         ShapeError: if the inputs do not fit.
     """
-    tap = None if gates is None else gating(gates)
+    tap = None
+    if gates is not None:
+        strange = {name for name, _, _ in gates}.difference(node.name for node in spec.nodes)
+        if strange:
+            raise SpecError(
+                f"Gates lie at the reads of their own network; received some at {', '.join(sorted(strange))}, which "
+                "this one does not have. Make them from its own coupling or plan."
+            )
+        tap = gating(gates)
     return evaluate(params, spec, inputs, tap=tap)[0]
 
 
@@ -279,6 +305,8 @@ def gating(gates: Mapping[tuple[str, int, int], Tensor]) -> Tap:
 
     def tap(name: str, slot: int, x: Tensor) -> Tensor:
         for gate in places.get((name, slot), ()):
+            if any(m not in (1, n) for m, n in zip(gate.shape, x.shape, strict=True)):
+                raise ShapeError(f"Gates fit what is read, {tuple(x.shape)}; received gates {tuple(gate.shape)}.")
             x = x * gate.to(x)  # gates follow the activations' dtype and device
         return x
 
@@ -324,14 +352,19 @@ def evaluate(
 
 def bind_inputs(spec: Spec, inputs: Sequence[Inputs]) -> dict[str, Any]:
     """The tensors that come in, by the names of the input nodes."""
-    given: Any = inputs[0] if len(inputs) == 1 and not isinstance(inputs[0], Tensor) else inputs
+    given: Any = inputs[0] if len(inputs) == 1 and isinstance(inputs[0], (Mapping, Sequence)) else inputs
     names = [node.name for node in spec.inputs]
     if isinstance(given, Mapping):
         if set(given) != set(names):
-            raise ShapeError(f"The network takes the inputs {names}; received {sorted(given)}.")
+            raise ShapeError(
+                f"Inputs are named as the network's Input nodes, {', '.join(names)}; received {', '.join(given)}."
+            )
         return dict(given)
     if len(given) != len(names):
-        raise ShapeError(f"The network takes {len(names)} inputs, {names}; received {len(given)}.")
+        raise ShapeError(
+            f"Inputs are as many as the network's Input nodes, {len(names)} ({', '.join(names)}); "
+            f"received {len(given)}."
+        )
     return dict(zip(names, given, strict=True))
 
 
@@ -349,6 +382,11 @@ def check(params: Params, spec: Spec) -> None:
     Raises:
         SpecError: listing every parameter that is missing, unknown, misshapen or no tensor.
     """
+    if not isinstance(params, Mapping) or not isinstance(spec, Spec):
+        raise SpecError(
+            "Parameters are nested dicts of tensors and come first, then the network, a Spec; "
+            f"received {type(params).__name__}, {type(spec).__name__}."
+        )
     expected: dict[str, Shape] = spec.__dict__.get("_expected") or spec.shapes
     object.__setattr__(spec, "_expected", expected)
     leaves = flatten(params)
@@ -374,6 +412,8 @@ def _explain(params: Params, spec: Spec, values: Mapping[str, Any], node: Node, 
         propagate(spec.at(*(tuple(values[n.name].shape[1:]) for n in spec.inputs)), Ties(labeled=False))
     except ShapeError as problem:
         raise ShapeError(f"{problem}\n(with inputs of shape {_shapes(values)})") from error
+    if isinstance(error, ValueError):  # a layer's own words
+        raise (ShapeError if isinstance(error, ShapeError) else ValueError)(f"{node.name}: {error}") from error
     tensors = {**{f"input {name}": x for name, x in values.items()}, **flatten(params)}
     kinds: dict[str, list[str]] = {}
     for name, tensor in tensors.items():

@@ -34,6 +34,9 @@ def unflatten(leaves: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> dict[str
 
     >>> unflatten({"conv1.weight": 1, "conv1.bias": 2})
     {'conv1': {'weight': 1, 'bias': 2}}
+
+    Raises:
+        ValueError: if two leaves have one path, or one lies below another.
     """
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items() if isinstance(leaves, Mapping) else leaves:
@@ -41,6 +44,10 @@ def unflatten(leaves: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> dict[str
         node = tree
         for key in parents:
             node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"A leaf lies where no other does; {path!r} lies below another one.")
+        if last in node:
+            raise ValueError(f"A leaf lies where no other does; {path!r} is there already.")
         node[last] = leaf
     return tree
 

@@ -142,6 +142,10 @@ class Dropout(_Elementwise):
 
     p: float = 0.5
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.p <= 1:
+            raise ValueError(f"Dropout takes a probability for p; received {self.p}.")
+
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         return inputs[0]
 

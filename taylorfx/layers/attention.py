@@ -58,11 +58,11 @@ class Attention(Layer):
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         q, k, v = inputs[:3]
-        kv_heads, head_dim = self.num_kv_heads or self.num_heads, self.head_dim
-        q = q.unflatten(-1, (kv_heads, -1, head_dim))  # (N, T, h, r, k)
-        k = k.unflatten(-1, (kv_heads, head_dim))  # (N, S, h, k)
-        v = v.unflatten(-1, (kv_heads, -1))  # (N, S, h, v)
-        scores = torch.einsum("nthrk,nshk->nhrts", q, k) * self.scale
+        heads, scale = self.num_kv_heads or self.num_heads, self.scale or 0.0
+        q = torch.unflatten(q, -1, (heads, self.num_heads // heads, self.head_dim))  # (N, T, h, r, k)
+        k = torch.unflatten(k, -1, (heads, self.head_dim))  # (N, S, h, k)
+        v = torch.unflatten(v, -1, (heads, self.v_head_dim or self.head_dim))  # (N, S, h, v)
+        scores = torch.einsum("nthrk,nshk->nhrts", q, k) * scale
         if self.causal:
             past = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
             scores = scores.masked_fill(~past, -math.inf)
@@ -71,6 +71,6 @@ class Attention(Layer):
             if mask.ndim == 2:
                 mask = mask[:, None, None, None, :]
             else:
-                mask = mask.unflatten(1, (1, 1) if mask.shape[1] == 1 else (kv_heads, -1))
+                mask = torch.unflatten(mask, 1, (1, 1) if mask.shape[1] == 1 else (heads, self.num_heads // heads))
             scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
         return torch.einsum("nhrts,nshv->nthrv", torch.softmax(scores, -1), v).flatten(2)

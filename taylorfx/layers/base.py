@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import ClassVar
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from taylorfx import axes
 
-__all__ = ["Layer", "Leaves", "Shape", "ShapeError", "as_tuple", "broadcast", "names", "uniform"]
+__all__ = ["Layer", "Leaves", "Shape", "ShapeError", "as_tuple", "broadcast", "names", "positive", "uniform"]
 
 Shape = tuple[int, ...]
 
@@ -46,11 +47,11 @@ class Layer:
         shown: list[str] = []
         for k, field in enumerate(fields(self)):
             value = getattr(self, field.name)
-            if isinstance(value, tuple) and len(value) > 1 and len(set(value)) == 1 and field.name != "shape":
+            if isinstance(value, tuple) and len(set(value)) == 1 and "shape" not in field.name:
                 value = value[0]
             if field.default is MISSING:
-                shown.append(f"{value}" if k == len(shown) else f"{field.name}={value}")
-            elif value not in (field.default, (field.default,)):
+                shown.append(f"{value!r}" if k == len(shown) else f"{field.name}={value!r}")
+            elif value != field.default:
                 shown.append(f"{field.name}={value!r}")
         return f"{type(self).__name__}({', '.join(shown)})"
 
@@ -132,12 +133,21 @@ def as_tuple(layer: Layer, rank: int, *fields: str) -> None:
     """Store integer fields as tuples, as torch does, so that ``3`` and ``(3, 3)`` compare equal."""
     for field in fields:
         value = getattr(layer, field)
-        if isinstance(value, int):
-            object.__setattr__(layer, field, (value,) * rank)
-        elif isinstance(value, (tuple, list)):
-            if len(value) != rank:
-                raise ShapeError(f"{type(layer).__name__} takes {rank} numbers for {field}; received {value}.")
-            object.__setattr__(layer, field, tuple(value))
+        try:
+            numbers = tuple(map(operator.index, value if isinstance(value, (tuple, list)) else (value,) * rank))
+        except TypeError:
+            numbers = None
+        if numbers is None or len(numbers) != rank:
+            rule = f"{rank} whole numbers" if rank > 1 else "a whole number"
+            raise ShapeError(f"{type(layer).__name__} takes {rule} for {field}; received {value!r}.")
+        object.__setattr__(layer, field, numbers)
+
+
+def positive(layer: Layer, sizes: Mapping[str, int]) -> Mapping[str, int]:
+    """The sizes of an output, refused where a window does not fit into its input."""
+    if min(sizes.values(), default=1) < 1:
+        raise ShapeError(f"{layer} takes larger inputs: its output would be of size {tuple(sizes.values())}.")
+    return sizes
 
 
 def names(rank: int) -> list[str]:

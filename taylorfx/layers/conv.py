@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from taylorfx.layers.base import Layer, Leaves, Shape, ShapeError, as_tuple, uniform
+from taylorfx.layers.base import Layer, Leaves, Shape, ShapeError, as_tuple, positive, uniform
 
 __all__ = ["Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d"]
 
@@ -36,8 +36,10 @@ class _Conv(Layer):
     rank: ClassVar[int]
 
     def __post_init__(self) -> None:
-        as_tuple(self, self.rank, "kernel_size", "stride", "padding", "dilation")
-        if self.in_channels % self.groups or self.out_channels % self.groups:
+        as_tuple(self, self.rank, "kernel_size", "stride", "dilation")
+        if not isinstance(self.padding, str):
+            as_tuple(self, self.rank, "padding")
+        if self.groups < 1 or self.in_channels % self.groups or self.out_channels % self.groups:
             raise ShapeError(f"Groups divide the input and the output channels; received {self}.")
 
     def signature(self, *shapes: Shape) -> str:
@@ -54,24 +56,39 @@ class _Conv(Layer):
         bound = 1 / math.sqrt(math.prod(shapes["weight"][1:]))
         return {name: uniform(shape, bound, generator) for name, shape in shapes.items()}
 
-    def _numbers(self, field: str) -> tuple[int, ...]:
-        value = getattr(self, field)
-        assert isinstance(value, tuple)
-        return value
+    def _bias(self, params: Leaves) -> Tensor | None:
+        return params["bias"] if self.bias else None
+
+
+def _numbers(value: Ints | str) -> tuple[int, ...]:
+    assert isinstance(value, tuple)
+    return value
 
 
 class _Forward(_Conv):
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.padding, str):
+            if self.padding not in ("same", "valid"):
+                raise ShapeError(f"Padding is numbers, 'same' or 'valid'; received {self.padding!r}.")
+            if self.padding == "same" and set(_numbers(self.stride)) != {1}:
+                raise ShapeError(f"Padding 'same' takes a stride of 1, as in torch; received {self}.")
+
     def sizes(self, known: Mapping[str, int]) -> Mapping[str, int]:
         before, _, after = _SPATIAL[self.rank]
         result: dict[str, int] = {}
         for k, (given, made) in enumerate(zip(before.split(), after.split(), strict=True)):
-            reach = self._numbers("dilation")[k] * (self._numbers("kernel_size")[k] - 1)
+            reach = _numbers(self.dilation)[k] * (_numbers(self.kernel_size)[k] - 1)
             if self.padding == "same":
                 result[made] = known[given]
             else:
-                padding = 0 if self.padding == "valid" else self._numbers("padding")[k]
-                result[made] = (known[given] + 2 * padding - reach - 1) // self._numbers("stride")[k] + 1
-        return result
+                padding = 0 if self.padding == "valid" else _numbers(self.padding)[k]
+                result[made] = (known[given] + 2 * padding - reach - 1) // _numbers(self.stride)[k] + 1
+        return positive(self, result)
+
+    def _window(self) -> tuple[tuple[int, ...], tuple[int, ...] | str, tuple[int, ...]]:
+        padding = self.padding if isinstance(self.padding, str) else _numbers(self.padding)
+        return _numbers(self.stride), padding, _numbers(self.dilation)
 
 
 @dataclass(frozen=True)
@@ -82,8 +99,8 @@ class Conv1d(_Forward):
     multiplies: ClassVar[tuple[str, ...]] = ("g o i K P",)
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
-        options = (self.stride, self.padding, self.dilation, self.groups)
-        return F.conv1d(inputs[0], params["weight"], params["bias"] if self.bias else None, *options)
+        stride, padding, dilation = self._window()
+        return F.conv1d(inputs[0], params["weight"], self._bias(params), stride, padding, dilation, self.groups)
 
 
 @dataclass(frozen=True)
@@ -94,8 +111,8 @@ class Conv2d(_Forward):
     multiplies: ClassVar[tuple[str, ...]] = ("g o i K L P Q",)
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
-        options = (self.stride, self.padding, self.dilation, self.groups)
-        return F.conv2d(inputs[0], params["weight"], params["bias"] if self.bias else None, *options)
+        stride, padding, dilation = self._window()
+        return F.conv2d(inputs[0], params["weight"], self._bias(params), stride, padding, dilation, self.groups)
 
 
 @dataclass(frozen=True)
@@ -106,19 +123,21 @@ class Conv3d(_Forward):
     multiplies: ClassVar[tuple[str, ...]] = ("g o i K L M P Q R",)
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
-        options = (self.stride, self.padding, self.dilation, self.groups)
-        return F.conv3d(inputs[0], params["weight"], params["bias"] if self.bias else None, *options)
+        stride, padding, dilation = self._window()
+        return F.conv3d(inputs[0], params["weight"], self._bias(params), stride, padding, dilation, self.groups)
 
 
 @dataclass(frozen=True)
 class _Transposed(_Conv):
+    # torch's positional order: what it has after output_padding, and in another order, is keyword-only here.
     output_padding: Ints = 0
+    dilation: Ints = field(default=1, kw_only=True)
+    groups: int = field(default=1, kw_only=True)
+    bias: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        as_tuple(self, self.rank, "output_padding")
-        if isinstance(self.padding, str):
-            raise ShapeError(f"A transposed convolution takes numbers for padding; received {self.padding!r}.")
+        as_tuple(self, self.rank, "padding", "output_padding")
 
     def signature(self, *shapes: Shape) -> str:
         before, kernel, after = _SPATIAL[self.rank]
@@ -129,10 +148,13 @@ class _Transposed(_Conv):
         before, _, after = _SPATIAL[self.rank]
         result: dict[str, int] = {}
         for k, (given, made) in enumerate(zip(before.split(), after.split(), strict=True)):
-            reach = self._numbers("dilation")[k] * (self._numbers("kernel_size")[k] - 1)
-            spread = (known[given] - 1) * self._numbers("stride")[k]
-            result[made] = spread - 2 * self._numbers("padding")[k] + reach + self._numbers("output_padding")[k] + 1
-        return result
+            reach = _numbers(self.dilation)[k] * (_numbers(self.kernel_size)[k] - 1)
+            spread = (known[given] - 1) * _numbers(self.stride)[k] + _numbers(self.output_padding)[k]
+            result[made] = spread - 2 * _numbers(self.padding)[k] + reach + 1
+        return positive(self, result)
+
+    def _window(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        return _numbers(self.stride), _numbers(self.padding), _numbers(self.output_padding)
 
 
 @dataclass(frozen=True)
@@ -143,11 +165,8 @@ class ConvTranspose1d(_Transposed):
     multiplies: ClassVar[tuple[str, ...]] = ("g o i K H",)
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
-        bias = params["bias"] if self.bias else None
-        padding, extra = self._numbers("padding"), self._numbers("output_padding")
-        return F.conv_transpose1d(
-            inputs[0], params["weight"], bias, self.stride, padding, extra, self.groups, self.dilation
-        )
+        bias, dilation = self._bias(params), _numbers(self.dilation)
+        return F.conv_transpose1d(inputs[0], params["weight"], bias, *self._window(), self.groups, dilation)
 
 
 @dataclass(frozen=True)
@@ -158,8 +177,5 @@ class ConvTranspose2d(_Transposed):
     multiplies: ClassVar[tuple[str, ...]] = ("g o i K L H W",)
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
-        bias = params["bias"] if self.bias else None
-        padding, extra = self._numbers("padding"), self._numbers("output_padding")
-        return F.conv_transpose2d(
-            inputs[0], params["weight"], bias, self.stride, padding, extra, self.groups, self.dilation
-        )
+        bias, dilation = self._bias(params), _numbers(self.dilation)
+        return F.conv_transpose2d(inputs[0], params["weight"], bias, *self._window(), self.groups, dilation)

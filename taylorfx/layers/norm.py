@@ -23,6 +23,11 @@ def _affine(letters: str, affine: bool, bias: bool = True) -> str:
     return f"{f', weight: {letters}' if affine else ''}{f', bias: {letters}' if affine and bias else ''}"
 
 
+def _space(shapes: tuple[Shape, ...]) -> str:
+    """The axes after the channels, rigid since statistics run over them."""
+    return " ".join(f"S{k}" for k in range(len(shapes[0]) - 2)) if shapes else "..."
+
+
 def _fresh(layer: Layer, generator: torch.Generator) -> dict[str, Tensor]:
     ones = ("weight", "running_var")
     return {
@@ -44,14 +49,15 @@ class _Tracked(Layer):
     track_running_stats: bool = True
 
     buffers: ClassVar[tuple[str, ...]] = ("running_mean", "running_var", "num_batches_tracked")
-    space: ClassVar[str] = "..."
+    space: ClassVar[str] = ""
     across: ClassVar[bool] = True
     """Statistics run over the examples of a batch as well, which untracked ones do in inference, too."""
 
     def signature(self, *shapes: Shape) -> str:
         batch = "B" if self.track_running_stats or not self.across else "N"
         track = ", running_mean: c, running_var: c, num_batches_tracked:" if self.track_running_stats else ""
-        return f"{batch} c {self.space}{_affine('c', self.affine)}{track} -> {batch} c {self.space}"
+        space = self.space or _space(shapes)
+        return f"{batch} c {space}{_affine('c', self.affine)}{track} -> {batch} c {space}"
 
     def fields(self, *shapes: Shape) -> Mapping[str, str]:
         return {"num_features": "c"}
@@ -76,10 +82,16 @@ class _Tracked(Layer):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         if not self.track_running_stats:
             return self.apply(params, *inputs), {}
-        mean, var = params["running_mean"].detach().clone(), params["running_var"].detach().clone()
-        count = params["num_batches_tracked"] + 1
-        momentum = 1.0 / float(count) if self.momentum is None else self.momentum
-        output = self.normalize(inputs[0], mean, var, params, True, momentum)
+        # Fresh buffers take the batch's own statistics, so that nothing is mutated that vmap may share.
+        old = [params[name].detach() for name in ("running_mean", "running_var")]
+        mean, var = (inputs[0].new_zeros(self.num_features, dtype=leaf.dtype) for leaf in old)
+        output = self.normalize(inputs[0], mean, var, params, True, 1.0)
+        # As in torch, instance norms do not count batches, so that without a momentum their statistics stay.
+        count = params["num_batches_tracked"] + int(self.across)
+        share: float | Tensor = self.momentum or 0.0
+        if self.momentum is None and self.across:
+            share = 1 / count.to(mean.dtype)
+        mean, var = ((1 - share) * past + share * present for past, present in zip(old, (mean, var), strict=True))
         return output, {"running_mean": mean, "running_var": var, "num_batches_tracked": count}
 
 
@@ -121,7 +133,7 @@ class InstanceNorm2d(_Tracked):
 
 @dataclass(frozen=True)
 class GroupNorm(Layer):
-    """``torch.nn.GroupNorm``: ``(N, num_channels, ...)``; a whole group leaves exactly, a place in every group does not."""
+    """``torch.nn.GroupNorm``: ``(N, num_channels, ...)``. A whole group leaves exactly, a place in every group not."""
 
     num_groups: int
     num_channels: int
@@ -131,7 +143,8 @@ class GroupNorm(Layer):
     inexact: ClassVar[tuple[str, ...]] = ("c",)
 
     def signature(self, *shapes: Shape) -> str:
-        return f"B (g c) ...{_affine('(g c)', self.affine)} -> B (g c) ..."
+        space = _space(shapes)
+        return f"B (g c) {space}{_affine('(g c)', self.affine)} -> B (g c) {space}"
 
     def fields(self, *shapes: Shape) -> Mapping[str, str]:
         return {"num_groups": "g", "num_channels": "(g c)"}

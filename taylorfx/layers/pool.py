@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from taylorfx.layers.base import Layer, Leaves, Shape, ShapeError, as_tuple
+from taylorfx.layers.base import Layer, Leaves, Shape, ShapeError, as_tuple, positive
 
 __all__ = [
     "AdaptiveAvgPool1d", "AdaptiveAvgPool2d", "AvgPool1d", "AvgPool2d", "MaxPool1d", "MaxPool2d", "Upsample",
@@ -55,12 +55,13 @@ class _Window(Layer):
             count = (free + (stride - 1 if self.ceil_mode else 0)) // stride + 1
             # In ceil mode a last window that would start in the padding on the right is dropped, as torch does.
             result[made] = count - (self.ceil_mode and (count - 1) * stride >= size + padding)
-        return result
+        return positive(self, result)
 
 
 @dataclass(frozen=True)
 class _Max(_Window):
     dilation: Ints = 1
+    ceil_mode: bool = field(default=False, kw_only=True)  # in torch's positional order it is the sixth
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,8 +78,8 @@ class MaxPool1d(_Max):
     rank: ClassVar[int] = 1
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
-        options = (self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
-        return torch.max_pool1d(inputs[0], *options)
+        options = (_tuple(self.kernel_size), _tuple(self.stride), _tuple(self.padding), _tuple(self.dilation))
+        return torch.max_pool1d(inputs[0], *options, self.ceil_mode)
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,8 @@ class MaxPool2d(_Max):
     rank: ClassVar[int] = 2
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
-        options = (self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
-        return torch.max_pool2d(inputs[0], *options)
+        options = (_tuple(self.kernel_size), _tuple(self.stride), _tuple(self.padding), _tuple(self.dilation))
+        return torch.max_pool2d(inputs[0], *options, self.ceil_mode)
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,8 @@ class AdaptiveAvgPool2d(_Adaptive):
     rank: ClassVar[int] = 2
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
-        return F.adaptive_avg_pool2d(inputs[0], list(_tuple(self.output_size)))
+        height, width = _tuple(self.output_size)
+        return F.adaptive_avg_pool2d(inputs[0], (height, width))
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,8 @@ class Upsample(Layer):
             raise ShapeError(f"Upsample takes a whole factor of at least 1; received {self.scale_factor}.")
 
     def signature(self, *shapes: Shape) -> str:
+        if len(shapes[0]) - 2 not in _SIGNATURE:
+            raise ShapeError(f"{self} takes (N, C, L) or (N, C, H, W); received an input of {len(shapes[0])} axes.")
         return _SIGNATURE[len(shapes[0]) - 2]
 
     def sizes(self, known: Mapping[str, int]) -> Mapping[str, int]:

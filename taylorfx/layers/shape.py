@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -167,10 +168,10 @@ def _refine(before: Shape, after: Shape) -> tuple[str, str, dict[str, int]]:
     # An axis boundary is the number of elements to its right; pieces lie between the boundaries of both sides.
     left, right = ([math.prod(shape[k:]) for k in range(len(shape) + 1)] for shape in (before, after))
     cuts, common = sorted({*left, *right}), sorted({*left} & {*right})
-    pieces = list(zip(cuts, cuts[1:], strict=False))
+    pieces = list(itertools.pairwise(cuts))
     torn = [
         (low, high)
-        for low, high in zip(common, common[1:], strict=False)
+        for low, high in itertools.pairwise(common)
         if any(b % a for a, b in pieces if low <= a and b <= high)
     ]
     sizes: dict[str, int] = {}

@@ -1,0 +1,125 @@
+"""What the examples share: functional SGD with momentum, accuracy and latency.
+
+Nothing here knows about pruning. Parameters and momentum are plain trees of tensors, every function returns new ones, and
+after a cut the same functions go on with the smaller trees:
+
+    params, momentum = (tfx.cut(tree, plan) for tree in (params, momentum))
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+
+import optree
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.nn import functional as F
+
+import taylorfx as tfx
+
+Schedule = Callable[[float], float]
+"""The learning rate, from the share of the steps that are done (0 to 1)."""
+
+
+def cosine(peak: float, *, warmup: float = 0.0) -> Schedule:
+    """Up to ``peak`` in a straight line during the first share ``warmup`` of the steps, then down to 0 in half a cosine."""
+
+    def schedule(done: float) -> float:
+        if done < warmup:
+            return peak * done / warmup
+        return peak * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup))) / 2
+
+    return schedule
+
+
+def at_rest(params: tfx.Params, spec: tfx.Spec) -> tfx.Params:
+    """Momentum to begin with: zeros in the shape of everything that is trained."""
+    trained, _ = tfx.partition(params, spec)
+    return optree.tree_map(torch.zeros_like, trained)
+
+
+def sgd_step(
+    params: tfx.Params,
+    momentum: tfx.Params,
+    spec: tfx.Spec,
+    x: Tensor,
+    y: Tensor,
+    *,
+    lr: float,
+    beta: float = 0.9,
+    weight_decay: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> tuple[tfx.Params, tfx.Params, Tensor]:
+    """One step of SGD on the cross entropy, as ``torch.optim.SGD`` takes it: new parameters and momentum, and the loss."""
+    trained, statistics_ = tfx.partition(params, spec)
+
+    def loss(trained: tfx.Params) -> tuple[Tensor, tfx.Params]:
+        logits, new = tfx.train(tfx.combine(trained, statistics_), spec, x, generator=generator)
+        return F.cross_entropy(logits, y), tfx.partition(new, spec)[1]
+
+    grads, (value, running) = torch.func.grad_and_value(loss, has_aux=True)(trained)
+    momentum = optree.tree_map(lambda m, g, p: beta * m + g + weight_decay * p, momentum, grads, trained)
+    trained = optree.tree_map(lambda p, m: p - lr * m, trained, momentum)
+    return tfx.combine(trained, running), momentum, value
+
+
+def fit(
+    params: tfx.Params,
+    momentum: tfx.Params,
+    spec: tfx.Spec,
+    images: Tensor,
+    targets: Tensor,
+    *,
+    epochs: int,
+    batch_size: int,
+    lr: Schedule,
+    generator: torch.Generator,
+    beta: float = 0.9,
+    weight_decay: float = 0.0,
+    label: str = "train",
+) -> tuple[tfx.Params, tfx.Params]:
+    """Train for some epochs, in a new order each; ``generator`` lives on the images' device."""
+    per_epoch = len(images) // batch_size
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("loss {task.fields[loss]}"))
+    with Progress(*columns, TimeRemainingColumn(), transient=True) as progress:
+        task = progress.add_task(label, total=epochs * per_epoch, loss="-")
+        for epoch in range(epochs):
+            order = torch.randperm(len(images), generator=generator, device=generator.device)
+            losses = []
+            for k, index in enumerate(order[: per_epoch * batch_size].split(batch_size)):
+                rate = lr((epoch * per_epoch + k) / (epochs * per_epoch))
+                params, momentum, loss = sgd_step(
+                    params, momentum, spec, images[index], targets[index],
+                    lr=rate, beta=beta, weight_decay=weight_decay, generator=generator,
+                )  # fmt: skip
+                losses.append(loss)
+                progress.advance(task)
+            progress.update(task, loss=f"{torch.stack(losses).mean().item():.4f}")
+    return params, momentum
+
+
+@torch.inference_mode()
+def accuracy(
+    params: tfx.Params, spec: tfx.Spec, images: Tensor, targets: Tensor, *, batch_size: int = 500
+) -> float:
+    """The share of the images that the network, in inference mode, puts into their class."""
+    batches = zip(images.split(batch_size), targets.split(batch_size), strict=True)
+    right = sum((tfx.apply(params, spec, x).argmax(1) == y).sum() for x, y in batches)
+    return float(right) / len(images)
+
+
+@torch.inference_mode()
+def latency(params: tfx.Params, spec: tfx.Spec, x: Tensor, *, repeats: int = 20) -> float:
+    """Seconds that a batch takes in inference mode: the median of some repeats, after two that do not count."""
+    times = []
+    for _ in range(repeats + 2):
+        start = time.perf_counter()
+        tfx.apply(params, spec, x)
+        if x.device.type == "cuda":
+            torch.cuda.synchronize(x.device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:])

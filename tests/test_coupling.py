@@ -1,0 +1,168 @@
+"""What lives and dies together: the coupling of every construct, pinned."""
+
+import numpy as np
+import pytest
+import torch
+from constructs import CONSTRUCTS, classifier
+
+import taylorfx as tfx
+from taylorfx import Input, Node, Spec, serial
+from taylorfx.testing import network
+
+SCOPES = {
+    "chain": {"0": 4, "3": 5},
+    "residual stream": {"0": 4, "1.conv1": 3, "3.conv1": 3, "5.conv1": 3},
+    "projection": {"0": 4, "1.0": 4},
+    "dense": {"0": 4, "1.1": 2, "2.1": 3},
+    "flatten": {"0": 4},
+    "depthwise": {"0": 4, "1": 2, "3": 3},
+    "grouped": {"1.g": 2, "1.i": 2, "1": 3, "3": 3},
+    "grouped in a stream": {"1.0.g": 2, "1.0.i": 2},
+    "excitation": {"0": 4, "1.gate.1": 3},
+    "shared": {"0": 4},
+    "group norm": {"1.g": 2, "1.c": 2},
+    "instance norm": {"0": 4},
+    "untracked batch norm": {"0": 4},
+    "channel shuffle": {"1.g": 2, "1.c": 2},
+    "shuffled groups": {"1.g": 2, "1.i": 2, "1": 2, "3": 2},
+    "pixel shuffle": {"0": 4, "1": 3},
+    "transposed": {"1.g": 2, "1.i": 2, "1": 3},
+    "upsample": {"0": 4},
+    "slices": {"0": 3, "1.conv": 5},  # the slice of one channel has to keep it
+    "reshape": {"1.x4": 2, "1.x3": 2},
+    "multi-head": {"embed": 4, "attn.1.attention.h": 2, "attn.1.attention.k": 2, "attn.1.attention.v": 2, "mlp.1.0": 5},
+}
+
+
+@pytest.mark.parametrize("name", SCOPES)
+def test_every_construct_has_its_units(name):
+    coupling = network(CONSTRUCTS[name]).coupling
+    found = dict(zip(coupling.scopes, coupling.sizes.tolist(), strict=True))
+    assert found == SCOPES[name], str(coupling)
+    assert len(coupling.names) == len(coupling) == sum(found.values())
+
+
+def test_outputs_and_inputs_stay_and_say_why():
+    coupling = network(CONSTRUCTS["chain"]).coupling
+    assert coupling.frozen == {"5": "5 is an output of the network"}
+    assert (coupling.unit_ids("0.weight", 1) == -1).all()
+
+
+def test_a_flattened_map_has_one_column_per_position():
+    coupling = network(CONSTRUCTS["flatten"]).coupling
+    assert coupling.unit_ids("3.weight", 1).tolist() == [[u for u in range(4) for _ in range(4)]]
+
+
+def test_rows_of_an_attention_head_leave_with_the_head_or_with_their_dimension():
+    coupling = network(CONSTRUCTS["multi-head"]).coupling
+    names = [[coupling.names[u] for u in column] for column in coupling.unit_ids("attn.1.q_proj.weight", 0).T]
+    at = "attn.1.attention"
+    assert names == [[f"{at}.h[{h}]", f"{at}.k[{k}]"] for h in range(2) for k in range(2)]
+    assert coupling.unit_ids("attn.1.out_proj.weight", 1).shape == (2, 4)
+
+
+def test_a_layer_norm_makes_its_units_inexact_and_a_batch_norm_does_not():
+    coupling = network(CONSTRUCTS["layer norm"]).coupling
+    inexact = {coupling.scopes[k] for k in coupling.scope[~coupling.exact]}
+    assert inexact == {"embed"}
+    assert network(CONSTRUCTS["chain"]).coupling.exact.all()
+    coupling = network(CONSTRUCTS["group norm"]).coupling
+    assert coupling.exact.tolist() == [True, True, False, False]
+
+
+def test_a_softmax_over_channels_freezes_them_and_says_so():
+    coupling = network(classifier(tfx.Softmax(1), channels=4)).coupling
+    assert len(coupling) == 0
+    assert coupling.frozen["0"] == "1: Softmax holds input 0, axis 1 rigid"
+    assert "0: frozen, 1: Softmax" in str(coupling)
+
+
+class Cumulative(tfx.Layer):
+    """A layer of a user's who gave it no signature."""
+
+    def apply(self, params, *inputs):
+        return inputs[0].cumsum(1)
+
+
+def test_a_layer_without_a_signature_runs_and_freezes_what_touches_it():
+    net = network(classifier(Cumulative(), tfx.Conv2d(4, 3, 1), channels=3))
+    assert net.coupling.scopes == ("2",)
+    assert net.coupling.frozen["0"] == "1: Cumulative has no axis signature"
+    stats = tfx.measure(net.params, net.spec, net.batch, net.coupling)
+    assert stats.sum_abs.shape == (3,)
+
+
+def test_adding_a_frozen_branch_freezes():
+    nodes = (
+        Node("x", Input((2, 4, 4))),
+        Node("conv", tfx.Conv2d(2, 2, 1), ("x",)),
+        Node("add", tfx.Add(), ("x", "conv")),
+        Node("flat", tfx.Flatten(), ("add",)),
+        Node("fc", tfx.Linear(32, 2), ("flat",)),
+    )
+    coupling = network(Spec(nodes)).coupling
+    assert coupling.frozen["conv"] == "tied at add to an axis that cannot shrink"
+    assert len(coupling) == 0
+
+
+def test_reshapes_that_disagree_about_an_axis_freeze_it_rather_than_guess():
+    twice = serial(tfx.Reshape((2, 2, 16)), tfx.Reshape((4, 16)), tfx.Reshape((4, 4, 4)))
+    torn = serial(tfx.Conv2d(4, 6, 1), tfx.Reshape((4, 24)), tfx.Reshape((6, 4, 4)))
+    assert len(network(classifier(twice, channels=4)).coupling) == 4
+    coupling = network(classifier(torn, channels=6)).coupling
+    assert coupling.scopes == ("0",), str(coupling)
+    assert "1.0" in coupling.frozen
+
+
+def test_a_unit_that_is_a_whole_axis_cannot_leave():
+    coupling = network(classifier(tfx.Conv2d(4, 1, 1), tfx.ReLU(), tfx.Conv2d(1, 3, 1), channels=3)).coupling
+    assert "1" not in coupling.scopes
+
+
+def test_several_inputs_and_outputs():
+    nodes = (
+        Node("a", Input((2,))),
+        Node("b", Input((3,))),
+        Node("fa", tfx.Linear(2, 4), ("a",)),
+        Node("fb", tfx.Linear(3, 4), ("b",)),
+        Node("sum", tfx.Add(), ("fa", "fb")),
+        Node("one", tfx.Linear(4, 2), ("sum",)),
+        Node("two", tfx.Linear(4, 3), ("sum",)),
+    )
+    spec = Spec(nodes, ("one", "two"))
+    net = network(spec)
+    one, two = tfx.apply(net.params, spec, *net.batch[0].values())
+    assert (one.shape, two.shape) == ((3, 2), (3, 3))
+    assert net.coupling.scopes == ("fa",)
+
+    def loss(outputs, targets):
+        return torch.nn.functional.cross_entropy(outputs[0], targets) + outputs[1].square().mean()
+
+    stats = tfx.measure(net.params, spec, net.batch, net.coupling, loss=loss)
+    assert stats.sum_abs.shape == (4,)
+    plan = tfx.select(tfx.taylor(stats, net.coupling), net.coupling, budget=0.5)
+    for small, large in zip(
+        tfx.apply(tfx.cut(net.params, plan), plan.spec, net.batch[0]),
+        tfx.apply(net.params, spec, net.batch[0], gates=plan.gates),
+        strict=True,
+    ):
+        torch.testing.assert_close(small, large)
+
+
+def test_a_network_that_mixes_examples_is_measured_one_at_a_time():
+    net = network(CONSTRUCTS["untracked batch norm"])
+    assert net.coupling.mixing == ("1: BatchNorm2d mixes the examples of a batch",)
+    stats = tfx.measure(net.params, net.spec, net.batch, net.coupling)
+    inputs, targets = net.batch
+    single = [
+        tfx.measure(net.params, net.spec, ({"input": inputs["input"][k : k + 1]}, targets[k : k + 1]), net.coupling)
+        for k in range(3)
+    ]
+    torch.testing.assert_close(stats.sum_abs, sum(single).sum_abs)
+
+
+def test_equal_networks_couple_equally_whatever_the_values():
+    spec = CONSTRUCTS["grouped"]
+    one, two = network(spec, 0).coupling, network(spec, 1).coupling
+    assert one.names == two.names
+    assert all(np.array_equal(a, b) for a, b in zip(one.axes, two.axes, strict=True))

@@ -1,0 +1,512 @@
+"""Errors: each says the rule, what was received, where, and what to do; a refused call changes nothing.
+
+The table below is the specification: one line of it per mistake, with the words that its maker reads.
+"""
+
+import copy
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import optree
+import pytest
+import torch
+
+import taylorfx as tfx
+
+
+def world() -> SimpleNamespace:
+    """A network of 14 units in two scopes, another one of 6 units, and everything that is made of them."""
+
+    def generator() -> torch.Generator:
+        return torch.Generator().manual_seed(0)
+
+    w = SimpleNamespace(generator=generator())
+    w.spec = tfx.serial(
+        tfx.Input((1, 6, 6)),
+        conv1=tfx.Conv2d(1, 6, 3),
+        bn=tfx.BatchNorm2d(6),
+        relu=tfx.ReLU(),
+        conv2=tfx.Conv2d(6, 8, 3),
+        flat=tfx.Flatten(),
+        drop=tfx.Dropout(0.5),
+        fc=tfx.Linear(32, 3),
+    )
+    w.params = tfx.init(w.spec, generator())
+    w.x, w.y = torch.randn(5, 1, 6, 6, generator=generator()), torch.tensor([0, 1, 2, 0, 1])
+    w.coupling = tfx.couple(w.params, w.spec)
+    w.stats = tfx.measure(w.params, w.spec, (w.x, w.y), w.coupling)
+    w.scores = tfx.taylor(w.stats, w.coupling)
+    w.plan = tfx.select(w.scores, w.coupling, budget=tfx.Units(9))
+    w.other = tfx.serial(tfx.Input((1, 6, 6)), conv1=tfx.Conv2d(1, 6, 3), flat=tfx.Flatten(), fc=tfx.Linear(96, 3))
+    w.other_params = tfx.init(w.other, generator())
+    w.other_coupling = tfx.couple(w.other_params, w.other)
+    w.other_stats = tfx.measure(w.other_params, w.other, (w.x, w.y), w.other_coupling)
+    w.unfit = {
+        "conv1": {"weight": torch.zeros(6, 2, 3, 3)},
+        "bn": w.params["bn"],
+        "conv2": w.params["conv2"],
+        "fc": {**w.params["fc"], "scale": torch.zeros(1)},
+        "head": 3.0,
+    }
+    w.nan = w.scores.clone()
+    w.nan[2], w.nan[7] = torch.nan, torch.inf
+    return w
+
+
+W = world()
+
+
+def contents(w: SimpleNamespace) -> list[Any]:
+    """Everything in the world that a call could change, by value."""
+    values = {
+        k: v for k, v in vars(w).items() if k not in ("coupling", "other_coupling", "plan", "stats", "other_stats")
+    }
+    values["generator"] = w.generator.get_state()
+    values["plan"] = torch.from_numpy(w.plan.keep.copy())
+    values["units"] = [torch.from_numpy(axis.copy()) for axis in w.coupling.axes]
+    values["stats"] = {k: v for k, v in vars(w.stats).items() if v is not None}
+    return optree.tree_leaves(copy.deepcopy(values))
+
+
+def measure(**options: Any) -> Any:
+    """`tfx.measure` of the world's network, with something wrong."""
+    given = {"params": W.params, "spec": W.spec, "batches": (W.x, W.y), "coupling": W.coupling, **options}
+    return tfx.measure(**given)
+
+
+NINE = tfx.Units(9)
+
+
+def select(scores: Any = W.scores, budget: Any = NINE, **options: Any) -> Any:
+    return tfx.select(scores, W.coupling, budget=budget, **options)
+
+
+PARAMETERS = """Parameters have to fit the network; received:
+  conv1.bias: missing, expected (6,)
+  conv1.weight: expected (6, 1, 3, 3), received (6, 2, 3, 3)
+  fc.scale: no layer has such a parameter
+  head: no layer has such a parameter"""
+
+CHANNELS = """Layers and their inputs have to fit; received:
+  conv1: Conv2d takes 1 at input 0, axis 1; received 3
+(with inputs of shape input (5, 3, 6, 6))"""
+
+DTYPES = """Inputs and parameters have to agree in dtype and device; received:
+  torch.float64 on cpu: input input
+  torch.float32 on cpu: conv1.weight, conv1.bias, bn.weight, bn.bias, ...
+first met at conv1 (Conv2d); convert one of them, x.to(...)."""
+
+DEVICES = """Inputs and parameters have to agree in dtype and device; received:
+  torch.float32 on meta: input input
+  torch.float32 on cpu: conv1.weight, conv1.bias, bn.weight, bn.bias, ...
+first met at bn (BatchNorm2d); convert one of them, x.to(...)."""
+
+CUT = """A plan cuts trees like its own network's parameters; received:
+  fc.weight: expected (3, 32), received (3, 96)"""
+
+EXPANDED = """A plan expands what it has cut of its own network's parameters; received:
+  conv1.weight: expected (3, 1, 3, 3), received (6, 1, 3, 3)
+  conv1.bias: expected (3,), received (6,)
+  fc.weight: expected (3, 24), received (3, 96)"""
+
+GRAPH = """A network is a graph of named nodes without cycles; received:
+  two nodes are named 'a'; give each node a name of its own
+  'b' hears 'nowhere', which no node is named
+  the output 'end' is no node
+  the nodes 'c', 'd' lie on or behind a cycle"""
+
+GLOBS = (
+    "Globs name scopes of the network; {} received 'conx*', 'y', which match nothing. The scopes are conv1, conv2, fc."
+)
+
+BUDGET = (
+    "A budget says what may remain: a share, a float above 0 and up to 1.0, or a number, an int above 0; received {}."
+)
+
+LEAST = (
+    "The budget is {}; the constraints allow no less than {}. Loosen floor, most, multiple or protect, or ask for no "
+    "less. Frozen are fc: see coupling.frozen."
+)
+
+STATISTICS = (
+    "Statistics add up when they are of the same units, with or without moments alike; received {}. Measure both with "
+    "one coupling and the same options."
+)
+
+N = tfx.Node
+
+# What is wrong: (the call, the error, its words).
+CASES: dict[str, tuple[Any, type[Exception], str]] = {
+    # batches
+    "an empty batch": (
+        lambda: measure(batches=(W.x[:0], W.y[:0])),
+        ValueError,
+        "A batch has one or more examples, as many inputs as targets; received [0].",
+    ),
+    "no batch": (
+        lambda: measure(batches=iter([])),
+        ValueError,
+        "There is nothing to measure: received no batch. Was the iterator already used up?",
+    ),
+    "more targets than inputs": (
+        lambda: measure(batches=(W.x, torch.cat([W.y, W.y]))),
+        ValueError,
+        "A batch has one or more examples, as many inputs as targets; received [5, 10].",
+    ),
+    "a list of tensors for a batch": (
+        lambda: measure(batches=[W.x, W.y]),
+        ValueError,
+        "A batch is a pair (inputs, targets), several come in a list; batch 0 is a Tensor of 5.",
+    ),
+    "wrong channel count": (lambda: tfx.apply(W.params, W.spec, W.x.expand(5, 3, 6, 6)), tfx.ShapeError, CHANNELS),
+    "wrong channel count, measured": (
+        lambda: measure(batches=(W.x.expand(5, 3, 6, 6), W.y)),
+        tfx.ShapeError,
+        CHANNELS,
+    ),
+    "mixed dtypes": (lambda: tfx.apply(W.params, W.spec, W.x.double()), tfx.ShapeError, DTYPES),
+    "mixed dtypes, measured": (lambda: measure(batches=(W.x.double(), W.y)), tfx.ShapeError, DTYPES),
+    "mixed devices": (lambda: tfx.apply(W.params, W.spec, W.x.to("meta")), tfx.ShapeError, DEVICES),
+    "mixed devices, measured": (lambda: measure(batches=(W.x.to("meta"), W.y)), tfx.ShapeError, DEVICES),
+    "arrays for tensors": (
+        lambda: tfx.apply(W.params, W.spec, W.x.numpy()),
+        tfx.ShapeError,
+        "A network takes tensors; received: input is ndarray.",
+    ),
+    "two inputs for one": (
+        lambda: tfx.apply(W.params, W.spec, W.x, W.x),
+        tfx.ShapeError,
+        "Inputs are as many as the network's Input nodes, 1 (input); received 2.",
+    ),
+    "an input of another name": (
+        lambda: tfx.apply(W.params, W.spec, {"image": W.x}),
+        tfx.ShapeError,
+        "Inputs are named as the network's Input nodes, input; received image.",
+    ),
+    "targets beyond the classes": (
+        lambda: measure(batches=(W.x, W.y + 1)),
+        ValueError,
+        "Targets are classes, 0 to 2; received 1 to 3.",
+    ),
+    "targets below zero": (
+        lambda: measure(batches=(W.x, W.y - 1)),
+        ValueError,
+        "Targets are classes, 0 to 2; received -1 to 1.",
+    ),
+    "targets of another shape": (
+        lambda: measure(batches=(W.x, W.y[:, None])),
+        ValueError,
+        "Targets are classes of shape (5,), or their probabilities of shape (5, 3), on cpu as the outputs; "
+        "received torch.int64 of shape (5, 1) on cpu.",
+    ),
+    "targets on another device": (
+        lambda: measure(batches=(W.x, W.y.to("meta"))),
+        ValueError,
+        "Targets are classes of shape (5,), or their probabilities of shape (5, 3), on cpu as the outputs; "
+        "received torch.int64 of shape (5,) on meta.",
+    ),
+    "a loss that is not finite": (
+        lambda: measure(batches=[(W.x, W.y), (W.x * torch.nan, W.y)]),
+        ValueError,
+        "Losses have to be finite; that of batch 1 is not. Check its inputs and the parameters.",
+    ),
+    "a loss of several numbers": (
+        lambda: measure(loss=lambda outputs, targets: outputs),
+        ValueError,
+        "A loss is a tensor with one number per example; received shape (1, 3). Sum or average it.",
+    ),
+    "a loss that is no tensor": (
+        lambda: measure(loss=lambda outputs, targets: 1.0),
+        ValueError,
+        "A loss is a tensor with one number per example; received float. Sum or average it.",
+    ),
+    # parameters and networks
+    "unfit parameters to apply": (lambda: tfx.apply(W.unfit, W.spec, W.x), tfx.SpecError, PARAMETERS),
+    "unfit parameters to train": (lambda: tfx.train(W.unfit, W.spec, W.x), tfx.SpecError, PARAMETERS),
+    "unfit parameters to couple": (lambda: tfx.couple(W.unfit, W.spec), tfx.SpecError, PARAMETERS),
+    "unfit parameters to measure": (lambda: measure(params=W.unfit), tfx.SpecError, PARAMETERS),
+    "unfit parameters to prune": (
+        lambda: tfx.prune(W.unfit, W.spec, (W.x, W.y), budget=tfx.Flops(0.5)),
+        tfx.SpecError,
+        PARAMETERS,
+    ),
+    "unfit parameters to a criterion": (lambda: tfx.weight_l1(W.unfit, W.coupling), tfx.SpecError, PARAMETERS),
+    "a parameter that is no tensor": (
+        lambda: tfx.apply({**W.params, "fc": {"weight": 1.0, "bias": W.params["fc"]["bias"]}}, W.spec, W.x),
+        tfx.SpecError,
+        "Parameters have to fit the network; received:\n  fc.weight: expected a tensor, received float",
+    ),
+    "freshly initialized parameters of another network": (
+        lambda: tfx.apply(tfx.init(W.other, torch.Generator()), tfx.serial(conv1=tfx.Conv2d(1, 8, 3, bias=False)), W.x),
+        tfx.SpecError,
+        "Parameters have to fit the network; received:\n"
+        "  conv1.weight: expected (8, 1, 3, 3), received (6, 1, 3, 3)\n"
+        "  conv1.bias: no layer has such a parameter\n"
+        "  fc.weight: no layer has such a parameter\n"
+        "  fc.bias: no layer has such a parameter",
+    ),
+    "arguments in another order": (
+        lambda: tfx.apply(W.spec, W.params, W.x),
+        tfx.SpecError,
+        "Parameters are nested dicts of tensors and come first, then the network, a Spec; received Spec, dict.",
+    ),
+    "shared parameters of two shapes": (
+        lambda: tfx.init(
+            tfx.Spec((N("in", tfx.Input(3)), N("a", tfx.Linear(3, 4), "in"), N("b", tfx.Linear(4, 4), "a", "a"))),
+            W.generator.clone_state(),
+        ),
+        tfx.SpecError,
+        "Nodes share parameters of one shape; received:\n  a.weight: b expects (4, 4), a node before it (4, 3)",
+    ),
+    "two leaves at one path": (
+        lambda: tfx.combine(W.params, {"fc": {"bias": W.y}}),
+        ValueError,
+        "A leaf lies where no other does; 'fc.bias' is there already.",
+    ),
+    "a leaf below a leaf": (
+        lambda: tfx.unflatten({"fc": W.x, "fc.bias": W.y}),
+        ValueError,
+        "A leaf lies where no other does; 'fc.bias' lies below another one.",
+    ),
+    "a graph with everything wrong": (
+        lambda: tfx.Spec(
+            (
+                N("in", tfx.Input(3)),
+                N("a", tfx.Linear(3, 4), "in"),
+                N("a", tfx.ReLU(), "in"),
+                N("b", tfx.ReLU(), "nowhere"),
+                N("c", tfx.Add(), ("d", "a")),
+                N("d", tfx.ReLU(), "c"),
+            ),
+            "end",
+        ),
+        tfx.SpecError,
+        GRAPH,
+    ),
+    "no nodes": (
+        lambda: tfx.Spec(()),
+        tfx.SpecError,
+        "A network is a graph of named nodes without cycles; received:\n"
+        "  a network has at least one node; received none",
+    ),
+    "a class for a layer": (
+        lambda: tfx.serial(tfx.Linear(3, 4), tfx.ReLU),
+        tfx.SpecError,
+        "A part is a layer or a network, ReLU() and not ReLU; received <class 'taylorfx.layers.activation.ReLU'> for "
+        "'1'.",
+    ),
+    "one name for two parts": (
+        lambda: tfx.serial(tfx.Linear(3, 4), **{"0": tfx.ReLU()}),
+        tfx.SpecError,
+        "Parts are numbered or named; received the name '0', which is a number taken.",
+    ),
+    "an input of unknown shape": (
+        lambda: tfx.couple({"0": W.params["fc"]}, tfx.serial(tfx.Linear(32, 3))),
+        tfx.ShapeError,
+        "Layers and their inputs have to fit; received:\n"
+        "  input: the shape of the input is not known; declare it, Input((channels, height, width)), or use "
+        "spec.at(shape)",
+    ),
+    "too few shapes": (
+        lambda: W.spec.at(),
+        tfx.SpecError,
+        "Shapes are as many as the network's Input nodes, 1 (input); received 0.",
+    ),
+    "dropout without a generator": (
+        lambda: tfx.train(W.params, W.spec, W.x),
+        ValueError,
+        "drop: Dropout draws random numbers in training; received no generator. Pass generator=...",
+    ),
+    "dropout without a generator, measured": (
+        lambda: measure(training=True),
+        ValueError,
+        "drop: Dropout draws random numbers in training; received no generator. Pass generator=...",
+    ),
+    # what was made for another network
+    "a coupling of another network": (
+        lambda: measure(coupling=W.other_coupling),
+        ValueError,
+        "Units are those of the network itself; received a coupling of another one, of 6 units. Couple again: "
+        "couple(params, spec).",
+    ),
+    "statistics of different units": (
+        lambda: W.stats + W.other_stats,
+        ValueError,
+        STATISTICS.format("14 units without moments and 6 units without moments"),
+    ),
+    "statistics with and without moments": (
+        lambda: sum([W.stats, measure(moments=True)]),
+        ValueError,
+        STATISTICS.format("14 units without moments and 14 units with moments"),
+    ),
+    "statistics of another coupling": (
+        lambda: tfx.second_order(W.stats, W.other_coupling),
+        ValueError,
+        "Statistics are scored with the coupling that they were measured with; received those of 14 units and another "
+        "coupling, of 6. Measure again with this one.",
+    ),
+    "a plan for another network, cut": (lambda: tfx.cut(W.other_params, W.plan), tfx.PlanError, CUT),
+    "a plan for another network, expanded": (lambda: tfx.expand(W.other_params, W.plan), tfx.PlanError, EXPANDED),
+    "a plan for another network, composed": (
+        lambda: tfx.compose(W.plan, W.plan),
+        tfx.PlanError,
+        "Plans compose when the second is of the network that the first one leaves; received one of another. Make it "
+        "from couple(cut(params, first), first.spec).",
+    ),
+    "an unknown leaf, cut": (
+        lambda: tfx.cut({"head": {"weight": W.x}, "fc": {"bias": None}}, W.plan),
+        tfx.PlanError,
+        "A plan cuts trees like its own network's parameters; received:\n"
+        "  head.weight: the network has no such parameter\n"
+        "  fc.bias: expected (3,), received NoneType",
+    ),
+    "gates of wrong length": (
+        lambda: tfx.gates(W.coupling, torch.ones(3)),
+        ValueError,
+        "Gates are one per unit, (14,), or so for each example, (N, 14); received values of shape (3,).",
+    ),
+    "gates of another network": (
+        lambda: tfx.apply(W.other_params, W.other, W.x, gates=W.plan.gates),
+        tfx.SpecError,
+        "Gates lie at the reads of their own network; received some at conv2, which this one does not have. Make them "
+        "from its own coupling or plan.",
+    ),
+    "gates of another number of examples": (
+        lambda: tfx.apply(W.params, W.spec, W.x, gates=tfx.gates(W.coupling, torch.ones(3, 14))),
+        tfx.ShapeError,
+        "conv2: Gates fit what is read, (5, 6, 4, 4); received gates (3, 6, 1, 1).",
+    ),
+    "a mask of wrong length": (
+        lambda: tfx.Plan(W.coupling, np.ones(3, bool)),
+        tfx.PlanError,
+        "A plan decides on 14 units; received a mask of shape (3,).",
+    ),
+    "a mask that keeps nothing of a layer": (
+        lambda: tfx.Plan(W.coupling, np.arange(14) >= 6),
+        tfx.PlanError,
+        "Every layer keeps at least one channel; nothing would stay at conv1.weight, conv1.bias, bn.weight, bn.bias, "
+        "bn.running_mean, bn.running_var, conv2.weight.",
+    ),
+    # criteria
+    "batch norm's scale where there is none": (
+        lambda: tfx.batchnorm_scale(W.params, W.coupling),
+        ValueError,
+        "Every unit has to pass a batch norm with a scale; units of conv2 pass none. Take another criterion.",
+    ),
+    "activations that were not measured": (
+        lambda: tfx.prune(W.params, W.spec, (W.x, W.y), budget=tfx.Flops(0.5), criterion=tfx.apoz),
+        ValueError,
+        "This criterion looks at activations, of which the statistics say nothing; measure(..., moments=True), or "
+        "prune(..., moments=True).",
+    ),
+    # scores, constraints, budgets
+    "scores that are not finite": (
+        lambda: select(W.nan),
+        tfx.SelectionError,
+        "Scores have to be finite; received conv1[2] = nan, conv2[1] = inf. Look at the criterion and its data.",
+    ),
+    "scores of wrong length": (
+        lambda: select(W.scores[:4]),
+        tfx.SelectionError,
+        "Scores are a tensor of one real number per unit, (14,); received torch.float32 of shape (4,).",
+    ),
+    "scores that are no tensor": (
+        lambda: select(W.scores.tolist()),
+        tfx.SelectionError,
+        "Scores are a tensor of one real number per unit, (14,); received list.",
+    ),
+    "an unknown glob in protect": (
+        lambda: select(protect=["conx*", "conv1", "y"]),
+        tfx.SelectionError,
+        GLOBS.format("protect"),
+    ),
+    **{
+        f"an unknown glob in {word}": (
+            lambda word=word: select(**{word: {"conx*": 1, "conv1": 1, "y": 1}}),
+            tfx.SelectionError,
+            GLOBS.format(word),
+        )
+        for word in ("floor", "most", "multiple")
+    },
+    "a negative floor": (lambda: select(floor=-1), tfx.SelectionError, "floor is at least 0; received -1 for '*'."),
+    "a most above one": (
+        lambda: select(most={"conv1": 1.5}),
+        tfx.SelectionError,
+        "most is at least 0 and at most 1; received 1.5 for 'conv1'.",
+    ),
+    "a multiple of zero": (
+        lambda: select(multiple=0),
+        tfx.SelectionError,
+        "multiple is at least 1; received 0 for '*'.",
+    ),
+    **{
+        f"a budget of {amount!r}": (
+            lambda amount=amount: select(budget=amount),
+            tfx.BudgetError,
+            BUDGET.format(f"Units({amount!r})"),
+        )
+        for amount in (0, 0.0, -1, -0.5, 1.5, float("nan"), True, "half", None)
+    },
+    "a budget of no FLOPs": (lambda: tfx.Flops(0.0), tfx.BudgetError, BUDGET.format("Flops(0.0)")),
+    "a budget below the reachable": (
+        lambda: select(budget=tfx.Flops(0.05)),
+        tfx.BudgetError,
+        LEAST.format("at most 5.0% of the flops, a limit of 269", "384, 7.1%"),
+    ),
+    "a number where a share was meant": (
+        lambda: select(budget=tfx.Flops(1)),
+        tfx.BudgetError,
+        LEAST.format("1 flops, a limit of 1", "384, 7.1%"),
+    ),
+    "a budget below the floor": (
+        lambda: select(budget=tfx.Units(9), floor=5),
+        tfx.BudgetError,
+        LEAST.format("9 units, a limit of 9", "10, 71.4%"),
+    ),
+    "more units than there are": (
+        lambda: select(budget=tfx.Units(15)),
+        tfx.BudgetError,
+        "The budget is 15 units, exactly 15 to stay; the constraints allow 14 as the nearest.",
+    ),
+    "a number of units between multiples": (
+        lambda: select(multiple=4),
+        tfx.BudgetError,
+        "The budget is 9 units, exactly 9 to stay; the constraints allow 8 or 12 as the nearest.",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", CASES)
+def test_it_says_what_is_wrong_and_changes_nothing(what: str) -> None:
+    call, kind, words = CASES[what]
+    before = contents(W)
+    with pytest.raises(kind) as caught:
+        call()
+    assert str(caught.value) == words
+    assert type(caught.value) is kind
+    after = contents(W)
+    assert len(before) == len(after)
+    for one, other in zip(before, after, strict=True):
+        if isinstance(one, torch.Tensor):
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+        else:
+            assert one == other
+
+
+def test_the_right_calls_pass() -> None:
+    """The control of the table: what its calls are mistakes of is accepted."""
+    tfx.apply(W.params, W.spec, W.x, gates=W.plan.gates)
+    tfx.train(W.params, W.spec, W.x, generator=torch.Generator())
+    tfx.expand(tfx.cut(W.params, W.plan), W.plan)
+    assert sum([W.stats, measure()]).n == 10
+    assert select(W.scores, tfx.Units(9), protect="conv1", floor=2, most=0.9).keep.sum() == 9
+    assert select(W.scores, tfx.Units(8), multiple=4).keep.sum() == 8
+    measure(loss=lambda outputs, targets: (outputs.square().sum() * targets).sum())
+    tfx.apoz(measure(moments=True), W.coupling)
+
+
+def test_every_error_is_a_value_error() -> None:
+    """One except clause catches them all."""
+    for kind in (tfx.SpecError, tfx.PlanError, tfx.SelectionError, tfx.BudgetError, tfx.ShapeError):
+        assert issubclass(kind, ValueError)

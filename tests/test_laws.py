@@ -1,0 +1,371 @@
+"""The laws of the library, on random networks in float64. Each test's name is the law."""
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from constructs import CONSTRUCTS
+from hypothesis import assume, example, given
+from torch.testing import assert_close
+
+import taylorfx as tfx
+from taylorfx.gates import derivatives
+from taylorfx.spec import evaluate, gating
+from taylorfx.testing import (
+    Network,
+    assert_trees_equal,
+    batch_for,
+    homogeneous_specs,
+    network,
+    networks,
+    random_params,
+    random_plan,
+    specs,
+)
+
+SEEDS = st.integers(0, 2**16)
+CLOSE = {"rtol": 1e-9, "atol": 1e-9}
+
+
+def pinned(law):
+    """The law, run on every construct by name besides the random networks."""
+    for spec in CONSTRUCTS.values():
+        law = example(network(spec), 1)(law)
+    return given(networks(), SEEDS)(law)
+
+
+def plan_for(net: Network, seed: int, *, exact: bool = False) -> tfx.Plan:
+    generator = torch.Generator().manual_seed(seed)
+    return random_plan(net.coupling, generator, float(torch.rand((), generator=generator)), exact=exact)
+
+
+@pinned
+def test_cutting_is_gating(net, seed):
+    plan = plan_for(net, seed, exact=True)
+    small = tfx.apply(tfx.cut(net.params, plan), plan.spec, net.batch[0])
+    assert_close(small, tfx.apply(net.params, net.spec, net.batch[0], gates=plan.gates), **CLOSE)
+
+
+@pinned
+def test_gates_of_one_are_the_network_itself(net, seed):
+    ones = tfx.gates(net.coupling, torch.ones(len(net.coupling), dtype=torch.float64))
+    x = net.batch[0]
+    assert_close(tfx.apply(net.params, net.spec, x, gates=ones), tfx.apply(net.params, net.spec, x), rtol=0, atol=0)
+
+
+@pinned
+def test_expanding_then_cutting_is_the_identity_and_cutting_then_expanding_zeroes(net, seed):
+    plan = plan_for(net, seed)
+    small = tfx.cut(net.params, plan)
+    back = tfx.expand(small, plan)
+    assert_trees_equal(tfx.cut(back, plan), small)
+    full, zeroed = tfx.flatten(net.params), tfx.flatten(back)
+    alive = net.coupling.alive(plan.keep)
+    for path, axes in net.coupling.parameters.items():
+        mask = torch.ones_like(full[path])
+        for axis, number in enumerate(axes):
+            shape = [1] * mask.ndim
+            shape[axis] = -1
+            mask = mask * torch.from_numpy(alive[number]).reshape(shape)
+        assert torch.equal(zeroed[path], full[path] * mask)
+
+
+@pinned
+def test_two_cuts_are_one_composed_cut(net, seed):
+    first = plan_for(net, seed)
+    small = tfx.cut(net.params, first)
+    second = random_plan(tfx.couple(small, first.spec), torch.Generator().manual_seed(seed + 1), 0.4)
+    both = tfx.compose(first, second)
+    assert_trees_equal(tfx.cut(net.params, both), tfx.cut(small, second))
+    assert both.spec == second.spec
+
+
+@pinned
+def test_keeping_all_changes_nothing(net, seed):
+    plan = tfx.Plan(net.coupling, np.ones(len(net.coupling), bool))
+    assert tfx.cut(net.params, plan) is net.params
+    assert tfx.expand(net.params, plan) is net.params
+    assert plan.spec is net.spec
+
+
+@pinned
+def test_the_new_spec_describes_the_cut_parameters_and_has_the_surviving_units(net, seed):
+    plan = plan_for(net, seed)
+    small = tfx.cut(net.params, plan)
+    tfx.check(small, plan.spec)
+    again = tfx.couple(small, plan.spec)
+    alive = net.coupling.alive(plan.keep)
+    renamed: dict[int, int] = {}
+    for path, axes in net.coupling.parameters.items():
+        for axis, number in enumerate(axes):
+            old, new = net.coupling.axes[number][:, alive[number]], again.unit_ids(path, axis)
+            assert old.shape[1] == new.shape[1]
+            for column, found in zip(old.T, new.T, strict=True):
+                before, after = {int(u) for u in column if u >= 0}, {int(u) for u in found if u >= 0}
+                assert {renamed[u] for u in before if u in renamed} <= after
+                assert len(after) <= len(before)
+                if len(before) == len(after) == 1:
+                    assert renamed.setdefault(before.pop(), *after) == after.pop()
+    # What survived and is no unit any more is the last of some axis: its removal would leave a layer with nothing.
+    for unit in np.flatnonzero(plan.keep):
+        keep = plan.keep.copy()
+        keep[unit] = False
+        if any(not mask.any() for mask in net.coupling.alive(keep)):
+            continue
+        assert len(again) > 0
+    lone = sum(
+        any(not mask.any() for mask in net.coupling.alive(plan.keep & (np.arange(len(plan.keep)) != unit)))
+        for unit in np.flatnonzero(plan.keep)
+    )
+    assert len(again) == plan.keep.sum() - lone
+
+
+@given(networks(homogeneous_specs().filter(lambda spec: all(not isinstance(n.layer, tfx.Slice) for n in spec))), SEEDS)
+@example(network(CONSTRUCTS["residual stream"]), 3)
+@example(network(CONSTRUCTS["flatten"]), 3)
+def test_permuting_units_permutes_the_scores(net, seed):
+    coupling, generator = net.coupling, torch.Generator().manual_seed(seed)
+    scopes = [k for k in range(len(coupling.scopes)) if coupling.sizes[k] > 1 and movable(coupling, k)]
+    assume(scopes)
+    members = np.flatnonzero(coupling.scope == scopes[seed % len(scopes)])
+    order = np.arange(len(coupling))
+    order[members] = members[torch.randperm(len(members), generator=generator).numpy()]
+    leaves = tfx.flatten(net.params)
+    permuted = {
+        path: permute(leaf, [coupling.unit_ids(path, axis) for axis in range(leaf.ndim)], order)
+        for path, leaf in leaves.items()
+    }
+    params = tfx.unflatten(permuted)
+    assert_close(tfx.apply(params, net.spec, net.batch[0]), tfx.apply(net.params, net.spec, net.batch[0]), **CLOSE)
+    assert [a.tolist() for a in tfx.couple(params, net.spec).axes] == [a.tolist() for a in coupling.axes]
+    old = tfx.measure(net.params, net.spec, net.batch, coupling)
+    new = tfx.measure(params, net.spec, net.batch, coupling)
+    assert_close(tfx.taylor(new, coupling), tfx.taylor(old, coupling)[order], **CLOSE)
+
+
+def movable(coupling, scope):
+    """Units that alone make up the positions where they stand, so that exchanging them is a relabeling."""
+    members = np.flatnonzero(coupling.scope == scope)
+    rows = [axis for axis in coupling.axes if np.isin(axis, members).any()]
+    return all(len(axis) == 1 and len(np.unique(np.bincount(axis[0][axis[0] >= 0])[members])) == 1 for axis in rows)
+
+
+def permute(leaf, ids, order):
+    """Put the positions of unit ``order[u]`` where those of ``u`` were, in their own order."""
+    for axis, units in enumerate(ids):
+        target = units[0].copy()
+        target[target >= 0] = order[target[target >= 0]]
+        index = np.empty(len(target), np.int64)
+        for unit in np.unique(target):
+            index[target == unit] = np.flatnonzero(units[0] == unit)
+        leaf = leaf.index_select(axis, torch.from_numpy(index))
+    return leaf
+
+
+@given(networks(), SEEDS)
+def test_statistics_add_up_to_those_of_the_union_in_any_order(net, seed):
+    other = batch_for(net.spec, torch.Generator().manual_seed(seed), 2)
+    union = ({k: torch.cat([net.batch[0][k], other[0][k]]) for k in other[0]}, torch.cat([net.batch[1], other[1]]))
+    one, two, both = (
+        tfx.measure(net.params, net.spec, b, net.coupling, moments=True) for b in (net.batch, other, union)
+    )
+    for total in (one + two, two + one, sum([one, two])):
+        for field in ("n", "loss", "sum", "sum_abs", "sum_sq", "sum_abs_mean"):
+            assert_close(getattr(total, field), getattr(both, field), **CLOSE)
+        for field in ("count", "sum", "sum_sq", "zeros"):
+            assert_close(getattr(total.moments, field), getattr(both.moments, field), **CLOSE)
+    streamed = tfx.measure(net.params, net.spec, iter([net.batch, other]), net.coupling)
+    assert_close(streamed.sum_batch_sq, one.sum_batch_sq + two.sum_batch_sq, **CLOSE)
+    assert streamed.batches == 2
+
+
+@pinned
+def test_gate_derivatives_equal_finite_differences(net, seed):
+    coupling, step = net.coupling, 1e-5
+    rows = derivatives(net.params, net.spec, *net.batch, coupling)[1]
+    units = np.random.default_rng(seed).permutation(len(coupling))[:4]
+
+    def loss(inputs, targets, unit, amount):
+        values = torch.ones(len(coupling), dtype=torch.float64)
+        values[unit] += amount
+        output = tfx.apply(net.params, net.spec, inputs, gates=tfx.gates(coupling, values))
+        return torch.nn.functional.cross_entropy(output, targets)
+
+    for k, single in enumerate(singles(net.batch)):
+        for unit in units:
+            whole, half = ((loss(*single, unit, s) - loss(*single, unit, -s)) / (2 * s) for s in (step, step / 2))
+            if (whole - half).abs() < 1e-6:  # else a kink of ReLU or max pooling lies within the step
+                assert_close(rows[k, unit], half, rtol=1e-4, atol=1e-6)
+
+
+@pinned
+def test_gate_derivatives_equal_activation_times_gradient_by_plain_autograd(net, seed):
+    coupling = net.coupling
+    rows = derivatives(net.params, net.spec, *net.batch, coupling)[1]
+    for k, (inputs, targets) in enumerate(singles(net.batch)):
+        seen = {}
+
+        def tap(name, slot, x, seen=seen):
+            for place in coupling.reads:
+                if (place.node, place.slot) == (name, slot):
+                    shift = torch.zeros_like(x).requires_grad_()
+                    seen[name, slot, place.axis] = (x, shift)
+                    x = x + shift
+            return x
+
+        output, _ = evaluate(net.params, net.spec, (inputs,), tap=tap)
+        loss = torch.nn.functional.cross_entropy(output, targets)
+        expected = torch.zeros(len(coupling), dtype=torch.float64)
+        for place in coupling.reads:
+            x, shift = seen[place.node, place.slot, place.axis]
+            (grad,) = torch.autograd.grad(loss, shift, retain_graph=True)
+            product = (x * grad)[0].movedim(place.axis - 1, 0).detach()
+            product = product.reshape(len(product), -1).sum(1)
+            for column, units in enumerate(place.units.T):
+                for unit in units[units >= 0]:
+                    expected[unit] += product[column]
+        assert_close(rows[k], expected, **CLOSE)
+
+
+def singles(batch):
+    """Every example as a batch of one."""
+    inputs, targets = batch
+    return [({name: x[k : k + 1] for name, x in inputs.items()}, targets[k : k + 1]) for k in range(len(targets))]
+
+
+@pinned
+def test_per_example_rows_equal_batches_of_one(net, seed):
+    _, rows, means, _ = derivatives(net.params, net.spec, *net.batch, net.coupling)
+    for k, one in enumerate(singles(net.batch)):
+        _, row, mean, _ = derivatives(net.params, net.spec, *one, net.coupling)
+        assert_close(rows[k : k + 1], row, **CLOSE)
+        assert_close(means[k : k + 1], mean, **CLOSE)
+
+
+@given(networks(homogeneous_specs()), SEEDS)
+@example(network(CONSTRUCTS["residual stream"]), 0)
+@example(network(CONSTRUCTS["depthwise"]), 0)
+def test_derivatives_at_the_reads_equal_those_at_the_writes_on_homogeneous_networks(net, seed):
+    reads = tfx.measure(net.params, net.spec, net.batch, net.coupling)
+    writes = tfx.measure(net.params, net.spec, net.batch, net.coupling, at_writes=True)
+    # Layers that do not mix write nothing of their own: units of depthwise and grouped layers are written before them.
+    whole = written_once(net.coupling)
+    assert_close(reads.sum_abs[whole], writes.sum_abs[whole], **CLOSE)
+
+
+def written_once(coupling):
+    """Units all of whose ways begin at a counted write and pass no bias on the way to their reads."""
+    grouped = {n.name for n in coupling.spec if getattr(n.layer, "groups", 1) > 1}
+    units = [u for p in coupling.reads + coupling.writes if p.node in grouped for u in p.units.ravel()]
+    touched = {u for node in grouped for axis in coupling.letters[node].values() for u in coupling.axes[axis].ravel()}
+    return torch.tensor([u not in touched and u not in units for u in range(len(coupling))])
+
+
+@pinned
+def test_nothing_that_is_given_changes(net, seed):
+    tensors = [*tfx.flatten(net.params).values(), *net.batch[0].values(), net.batch[1]]
+    before = [(t.clone(), t._version, t.data_ptr(), t.requires_grad) for t in tensors]
+    text = str(net.spec)
+    plan = plan_for(net, seed)
+    kept = plan.keep.copy()
+    tfx.measure(net.params, net.spec, net.batch, net.coupling, moments=True)
+    tfx.train(net.params, net.spec, net.batch[0])
+    tfx.expand(tfx.cut(net.params, plan), plan)
+    tfx.prune(net.params, net.spec, net.batch, budget=tfx.Units(1.0))
+    for tensor, (copy, version, place, grad) in zip(tensors, before, strict=True):
+        assert torch.equal(tensor, copy)
+        assert (tensor._version, tensor.data_ptr(), tensor.requires_grad) == (version, place, grad)
+    assert str(net.spec) == text
+    assert np.array_equal(plan.keep, kept)
+
+
+@pinned
+def test_a_training_step_commutes_with_cutting(net, seed):
+    plan = plan_for(net, seed, exact=True)
+    momentum = random_params(net.spec, torch.Generator().manual_seed(seed))
+    tap = gating(plan.gates)
+
+    def step(params, spec, momentum, tap):
+        trained, rest = tfx.partition(params, spec)
+
+        def loss(trained):
+            output, new = evaluate(tfx.combine(trained, rest), spec, (net.batch[0],), tap=tap, training=True)
+            return torch.nn.functional.cross_entropy(output, net.batch[1]), tfx.partition(new, spec)[1]
+
+        grads, buffers = torch.func.grad(loss, has_aux=True)(trained)
+        grads, old = tfx.flatten(grads), tfx.flatten(momentum)
+        velocity = {path: 0.9 * old[path] + grad for path, grad in grads.items()}
+        moved = {path: leaf - 0.1 * velocity[path] for path, leaf in tfx.flatten(trained).items()}
+        return tfx.combine(tfx.unflatten(moved), buffers), tfx.unflatten(velocity)
+
+    gated = [tfx.cut(tree, plan) for tree in step(net.params, net.spec, momentum, tap)]
+    small = step(tfx.cut(net.params, plan), plan.spec, tfx.cut(momentum, plan), None)
+    for one, other in zip(gated, small, strict=True):
+        assert_trees_equal(one, other, **CLOSE)
+
+
+BUDGETS = st.sampled_from([tfx.Units, tfx.Parameters, tfx.Flops])
+
+
+@given(networks(), SEEDS, BUDGETS, st.lists(st.floats(0.3, 1.0), min_size=2, max_size=2), st.booleans())
+def test_budgets_are_met_and_monotone(net, seed, kind, shares, per_layer):
+    coupling = net.coupling
+    scores = torch.rand(len(coupling), generator=torch.Generator().manual_seed(seed))
+    low, high = sorted(shares)
+
+    def plan(share):
+        try:
+            return tfx.select(scores, coupling, budget=kind(share), per_layer=per_layer)
+        except tfx.BudgetError as error:
+            assert "no less than" in str(error)
+            return None
+
+    small, large = plan(low), plan(high)
+    cost = kind(low).cost(coupling)
+    total = cost(np.ones(len(coupling), bool))
+    for found, share in ((small, low), (large, high)):
+        if found is not None:
+            assert cost(found.keep) <= share * total * (1 + 1e-9)
+            if kind is tfx.Units:
+                assert found.keep.sum() == int(share * total * (1 + 1e-12))
+    if small is not None:
+        assert large is not None
+        assert (small.keep <= large.keep).all()
+        rest, gone = scores[small.keep], scores[~small.keep]
+        if len(gone) and not per_layer:  # whatever stays below the highest that left is held by a floor
+            below = np.flatnonzero(small.keep & (scores.numpy() < gone.max().item()))
+            assert len(below) <= sum(len(axis) for axis in coupling.axes)
+        assert len(rest)
+
+
+@given(networks(), SEEDS, st.integers(1, 3), st.floats(0.2, 0.9), st.sampled_from([1, 2]))
+def test_constraints_hold(net, seed, floor, most, multiple):
+    coupling = net.coupling
+    assume(len(coupling))
+    scores = torch.rand(len(coupling), generator=torch.Generator().manual_seed(seed))
+    protect = [coupling.scopes[seed % len(coupling.scopes)]]
+    rules = {"protect": protect, "floor": floor, "most": most, "multiple": multiple}
+    try:
+        tfx.select(scores, coupling, budget=tfx.Flops(1), **rules)
+        pytest.fail("a single operation cannot do")
+    except tfx.BudgetError as error:
+        least = int(str(error).split("no less than ")[1].split(".")[0].replace(",", ""))
+    plan = tfx.select(scores, coupling, budget=tfx.Flops(least), **rules)
+    kept = np.bincount(coupling.scope[plan.keep], minlength=len(coupling.scopes))
+    for name, before, after in zip(coupling.scopes, coupling.sizes, kept, strict=True):
+        assert after >= min(floor, before)
+        assert after >= (1 - most) * before - 1e-6
+        assert after % multiple == 0 or after == before
+        assert after == before or name not in protect
+
+
+@given(networks(specs()), SEEDS)
+def test_equal_scores_leave_in_the_stated_order(net, seed):
+    coupling = net.coupling
+    assume(len(coupling) > len(coupling.axes) + 2)
+    plan = tfx.select(torch.zeros(len(coupling)), coupling, budget=tfx.Remove(1))
+    (gone,) = np.flatnonzero(~plan.keep)
+    for later in range(gone + 1, len(coupling)):  # whoever comes later is held by a floor
+        assert (coupling.scope[plan.keep] == coupling.scope[later]).sum() >= 1
+    scope = coupling.scope[gone]
+    assert gone == max(u for u in np.flatnonzero(coupling.scope == scope))

@@ -1,0 +1,472 @@
+"""Every layer equals its counterpart in torch: value, gradients, training, initialization, shapes, FLOPs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
+
+import taylorfx as tfx
+from taylorfx.labels import Ties, shape_of
+from taylorfx.layers import LAYERS, ShapeError
+from taylorfx.spec import propagate
+from taylorfx.testing import random_params
+
+# Written alike for taylorfx and for torch.nn, positional arguments included; then the shapes of the inputs.
+TWINS: list[tuple[str, tuple[int, ...]]] = [
+    ("Conv1d(4, 6, 3)", (3, 4, 9)),
+    ("Conv1d(4, 6, 4, padding='same', dilation=2)", (3, 4, 9)),
+    ("Conv1d(4, 4, 3, 2, 1, 2, 4, bias=False)", (3, 4, 9)),
+    ("Conv2d(4, 6, 3)", (3, 4, 7, 6)),
+    ("Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2), groups=2)", (3, 4, 7, 6)),
+    ("Conv2d(4, 6, (2, 3), padding='same')", (3, 4, 7, 6)),
+    ("Conv2d(4, 6, 3, 2, padding='valid', bias=False)", (3, 4, 7, 6)),
+    ("Conv2d(4, 4, 3, padding=1, groups=4)", (3, 4, 7, 6)),
+    ("Conv2d(4, 12, 3, padding=1, groups=4)", (3, 4, 7, 6)),
+    ("Conv2d(1, 1, 1)", (3, 1, 2, 2)),
+    ("Conv3d(4, 6, (3, 2, 1), stride=2, padding=1, groups=2)", (2, 4, 5, 4, 3)),
+    ("Conv3d(2, 2, 2, padding='same', groups=2)", (2, 2, 3, 4, 3)),
+    ("ConvTranspose1d(4, 6, 3)", (3, 4, 5)),
+    ("ConvTranspose1d(4, 6, 3, 3, 1, 2, groups=2, dilation=2)", (3, 4, 5)),
+    ("ConvTranspose2d(4, 6, 3, 2, 1, 1)", (3, 4, 5, 4)),
+    (
+        "ConvTranspose2d(4, 6, (3, 2), stride=(3, 2), output_padding=(2, 0), groups=2, bias=False, dilation=(1, 2))",
+        (3, 4, 5, 4),
+    ),
+    ("ConvTranspose2d(4, 4, 2, groups=4)", (3, 4, 5, 4)),
+    ("Linear(5, 7)", (3, 5)),
+    ("Linear(5, 7, False)", (3, 2, 4, 5)),
+    ("Embedding(11, 5)", (3, 4)),
+    ("BatchNorm1d(4)", (5, 4)),
+    ("BatchNorm1d(4, 1e-3, 0.3)", (5, 4, 3)),
+    ("BatchNorm1d(4, track_running_stats=False)", (5, 4, 3)),
+    ("BatchNorm2d(4)", (3, 4, 3, 2)),
+    ("BatchNorm2d(4, affine=False)", (3, 4, 3, 2)),
+    ("BatchNorm2d(4, momentum=None)", (3, 4, 3, 2)),
+    ("BatchNorm2d(4, momentum=0.0)", (3, 4, 3, 2)),
+    ("BatchNorm2d(4, affine=False, track_running_stats=False)", (3, 4, 3, 2)),
+    ("BatchNorm3d(4)", (3, 4, 3, 2, 2)),
+    ("BatchNorm3d(4, momentum=None, affine=False)", (3, 4, 3, 2, 2)),
+    ("InstanceNorm2d(4)", (3, 4, 3, 2)),
+    ("InstanceNorm2d(4, 1e-3, 0.2, True, True)", (3, 4, 3, 2)),
+    ("InstanceNorm2d(4, momentum=None, track_running_stats=True)", (3, 4, 3, 2)),
+    ("LayerNorm(5)", (3, 4, 5)),
+    ("LayerNorm((4, 5), 1e-3)", (3, 4, 5)),
+    ("LayerNorm((4, 4), bias=False)", (3, 2, 4, 4)),
+    ("LayerNorm([5], elementwise_affine=False)", (3, 5)),
+    ("RMSNorm(5)", (3, 4, 5)),
+    ("RMSNorm((4, 5), eps=1e-3)", (3, 4, 5)),
+    ("RMSNorm(5, elementwise_affine=False)", (3, 5)),
+    ("GroupNorm(2, 6)", (3, 6, 4)),
+    ("GroupNorm(6, 6, 1e-3)", (3, 6, 4, 2)),
+    ("GroupNorm(1, 6, affine=False)", (3, 6)),
+    ("PReLU()", (3, 4, 5)),
+    ("PReLU(4)", (3, 4, 5, 2)),
+    ("PReLU(4)", (3, 4)),
+    ("Identity()", (3, 4)),
+    ("ReLU()", (3, 4)),
+    ("ReLU6()", (3, 4, 5)),
+    ("LeakyReLU(0.3)", (3, 4)),
+    ("ELU(0.7)", (3, 4)),
+    ("GELU()", (3, 4)),
+    ("GELU(approximate='tanh')", (3, 4)),
+    ("SiLU()", (3, 4)),
+    ("Mish()", (3, 4)),
+    ("Sigmoid()", (3, 4)),
+    ("Tanh()", (3, 4)),
+    ("Softplus(2.0, 3.0)", (3, 4)),
+    ("Hardswish()", (3, 40)),
+    ("Hardsigmoid()", (3, 40)),
+    ("Softmax(1)", (3, 4, 5)),
+    ("Softmax(dim=-1)", (3, 4, 5)),
+    ("Dropout(0.3)", (3, 4)),
+    ("MaxPool1d(3)", (3, 4, 10)),
+    ("MaxPool1d(3, 2, 1, 2, ceil_mode=True)", (3, 4, 10)),
+    ("MaxPool2d(3, 2)", (3, 4, 8, 7)),
+    ("MaxPool2d((3, 2), (2, 3), (1, 0), (1, 2))", (3, 4, 8, 7)),
+    ("MaxPool2d(2, ceil_mode=True)", (3, 4, 5, 7)),
+    ("MaxPool2d(2, 3, 1, ceil_mode=True)", (3, 4, 6, 7)),  # the last window would start in the padding: dropped
+    ("AvgPool1d(3, 2, 1, True, False)", (3, 4, 10)),
+    ("AvgPool2d(3, 1, 1)", (3, 4, 8, 7)),
+    ("AvgPool2d(2, 3, 1, ceil_mode=True)", (3, 4, 6, 7)),
+    ("AvgPool2d((3, 2), (2, 1), 1, ceil_mode=True, count_include_pad=False)", (3, 4, 8, 7)),
+    ("AdaptiveAvgPool1d(3)", (3, 4, 7)),
+    ("AdaptiveAvgPool2d(1)", (3, 4, 7, 5)),
+    ("AdaptiveAvgPool2d((3, 2))", (3, 4, 7, 5)),
+    ("Upsample(scale_factor=2)", (3, 4, 5)),
+    ("Upsample(scale_factor=3, mode='linear')", (3, 4, 5)),
+    ("Upsample(scale_factor=2, mode='bilinear', align_corners=True)", (3, 4, 5, 3)),
+    ("Flatten()", (3, 4, 5, 2)),
+    ("Flatten(2)", (3, 4, 5, 2)),
+    ("Flatten(1, -2)", (3, 4, 5, 2)),
+    ("ChannelShuffle(3)", (3, 6, 5, 2)),
+    ("ChannelShuffle(2)", (3, 6, 5, 2)),
+    ("PixelShuffle(2)", (3, 8, 3, 2)),
+]
+
+Reference = Callable[..., Tensor]
+Leaves = dict[str, Tensor]
+
+
+@dataclass
+class Case:
+    """A network of one part, what torch computes for it from its leaves and inputs, and those inputs' shapes."""
+
+    name: str
+    part: tfx.Layer | tfx.Spec
+    reference: Reference
+    shapes: tuple[Any, ...]
+
+    @property
+    def spec(self) -> tfx.Spec:
+        shapes = [tuple(x.shape) if isinstance(x, Tensor) else x for x in self.shapes]
+        nodes = [tfx.Node(f"x{k}", tfx.Input(shape[1:])) for k, shape in enumerate(shapes)]
+        inner = tfx.inline(self.part, "layer", tuple(node.name for node in nodes))
+        return tfx.Spec((*nodes, *inner), (inner[-1].name,))
+
+    def inputs(self) -> list[Tensor]:
+        """Numbers around the layers' kinks; tensors stand for themselves."""
+        generator = torch.Generator().manual_seed(1)
+        if isinstance(self.part, tfx.Embedding):
+            return [torch.randint(self.part.num_embeddings, shape, generator=generator) for shape in self.shapes]
+        return [
+            x if isinstance(x, Tensor) else 3 * torch.randn(x, generator=generator, dtype=torch.float64)
+            for x in self.shapes
+        ]
+
+    def leaves(self) -> Leaves:
+        return tfx.flatten(random_params(self.spec, torch.Generator().manual_seed(0)))
+
+
+def twin(text: str, shape: tuple[int, ...]) -> Case:
+    module = eval(text, vars(nn)).double()
+
+    def reference(leaves: Leaves, *inputs: Tensor, training: bool = False) -> Tensor:
+        named = {path.removeprefix("layer."): leaf for path, leaf in leaves.items()}
+        return functional_call(module.train(training), named, inputs)
+
+    return Case(text, eval(text, vars(tfx)), reference, (shape,))
+
+
+def heads(x: Tensor, count: int) -> Tensor:
+    return x.unflatten(-1, (count, -1)).transpose(1, 2)
+
+
+def sdpa(q: int, kv: int, **options: Any) -> Reference:
+    """torch's own attention on grouped queries, written out: every key head repeated for its query heads."""
+
+    def reference(_: Leaves, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        keys, values = (heads(x, kv).repeat_interleave(q // kv, 1) for x in (key, value))
+        mask = mask[:, None, None] if mask is not None and mask.ndim == 2 else mask
+        out = F.scaled_dot_product_attention(heads(query, q), keys, values, attn_mask=mask, **options)
+        return out.transpose(1, 2).flatten(2)
+
+    return reference
+
+
+def multihead(bias: bool = True, kdim: int | None = None, vdim: int | None = None, **options: Any) -> Reference:
+    """``torch.nn.MultiheadAttention`` of 8 features and 4 heads with our leaves; masks are true where to attend."""
+    module = nn.MultiheadAttention(8, 4, bias=bias, kdim=kdim, vdim=vdim, batch_first=True).double()
+
+    def reference(leaves: Leaves, *inputs: Tensor) -> Tensor:
+        query, *rest = inputs
+        mask = rest.pop() if len(rest) in (1, 3) else None
+        key, value = rest or (query, query)
+        weights, biases = ([leaves.get(f"layer.{x}_proj.{leaf}") for x in "qkv"] for leaf in ("weight", "bias"))
+        named = {f"out_proj.{leaf}": leaves[f"layer.out_proj.{leaf}"] for leaf in ("weight", *["bias"] * bias)}
+        if kdim or vdim:
+            named.update({f"{x}_proj_weight": weight for x, weight in zip("qkv", weights, strict=True)})
+        else:
+            named["in_proj_weight"] = torch.cat(weights)
+        if bias:
+            named["in_proj_bias"] = torch.cat(biases)
+        told = dict(options)
+        if mask is not None and mask.ndim == 2:
+            told["key_padding_mask"] = ~mask
+        elif mask is not None:
+            full = mask.expand(len(query), 4, query.shape[1], key.shape[1]).flatten(0, 1)
+            told["attn_mask"] = ~full if full.dtype == torch.bool else full
+        return functional_call(module, named, (query, key, value), {"need_weights": False, **told})[0]
+
+    return reference
+
+
+def mask(*shape: int) -> Tensor:
+    """Boolean, true where to attend; every row attends somewhere."""
+    result = torch.rand(shape, generator=torch.Generator().manual_seed(2)) < 0.6
+    result[..., 0] = True
+    return result
+
+
+ATTEND = tfx.multihead_attention
+FUTURE = ~torch.ones(5, 5, dtype=torch.bool).tril()
+OTHERS = [
+    Case("reshape", tfx.Reshape((2, -1, 3)), lambda _, x: x.reshape(3, 2, 10, 3), ((3, 4, 5, 3),)),
+    Case("reshape, one axis", tfx.Reshape(-1), lambda _, x: x.reshape(3, 20), ((3, 4, 5),)),
+    Case("reshape, torn", tfx.Reshape((6, 4)), lambda _, x: x.reshape(3, 6, 4), ((3, 4, 6),)),
+    Case("permute", tfx.Permute((0, 3, 1, 2)), lambda _, x: x.permute(0, 3, 1, 2), ((3, 4, 5, 2),)),
+    Case("permute, from the end", tfx.Permute([0, -1, -2]), lambda _, x: x.transpose(1, 2), ((3, 4, 5),)),
+    Case("slice", tfx.Slice(1, 1, 3), lambda _, x: x[:, 1:3], ((3, 4, 5),)),
+    Case("slice, whole", tfx.Slice(1, 0, 4), lambda _, x: x, ((3, 4, 5),)),
+    Case("slice, from the end", tfx.Slice(-1, 2, 5), lambda _, x: x[..., 2:], ((3, 4, 5),)),
+    Case("concat", tfx.Concat(), lambda _, *xs: torch.cat(xs, 1), ((3, 4, 5), (3, 2, 5), (3, 1, 5))),
+    Case("concat, last", tfx.Concat(-1), lambda _, *xs: torch.cat(xs, -1), ((3, 4, 5), (3, 4, 2))),
+    Case("add", tfx.Add(), lambda _, x, y, z: x + y + z, ((3, 4, 5), (3, 4, 5), (3, 1, 5))),
+    Case("multiply", tfx.Multiply(), lambda _, x, y: x * y, ((3, 4, 5, 2), (3, 4, 1, 1))),
+    Case("multiply, both broadcast", tfx.Multiply(), lambda _, x, y: x * y, ((3, 4, 1), (3, 1, 5))),
+    Case("parameter", tfx.Parameter((4, 5), 1.0, 0.1), lambda leaves: leaves["layer"], ()),
+    Case("parameter, one axis", tfx.Parameter(4), lambda leaves: leaves["layer"], ()),
+    Case(
+        "parameter, expanded",
+        tfx.Parameter((1, 5), expand=True),
+        lambda leaves, x: leaves["layer"].expand(3, 1, 5),
+        ((3, 4, 5),),
+    ),
+    Case(
+        "parameter, added",
+        tfx.Spec(
+            (
+                tfx.Node("x", tfx.Input()),
+                tfx.Node("position", tfx.Parameter((4, 5))),
+                tfx.Node("sum", tfx.Add(), ("x", "position")),
+            )
+        ),
+        lambda leaves, x: x + leaves["layer.position"],
+        ((3, 4, 5),),
+    ),
+    Case("attention", tfx.Attention(2, 3), sdpa(2, 2), ((3, 5, 6), (3, 7, 6), (3, 7, 6))),
+    Case(
+        "attention, grouped",
+        tfx.Attention(6, 2, 3, v_head_dim=4, scale=0.3),
+        sdpa(6, 3, scale=0.3),
+        ((3, 5, 12), (3, 7, 6), (3, 7, 12)),
+    ),
+    Case("attention, one head", tfx.Attention(1, 4), sdpa(1, 1), ((3, 5, 4), (3, 7, 4), (3, 7, 4), mask(3, 1, 5, 7))),
+    Case(
+        "attention, causal, longer keys",
+        tfx.Attention(4, 2, 1, causal=True),
+        sdpa(4, 1, is_causal=True),
+        ((3, 5, 8), (3, 7, 2), (3, 7, 2)),
+    ),
+    Case("attention, key mask", tfx.Attention(4, 2, 2), sdpa(4, 2), ((3, 5, 8), (3, 7, 4), (3, 7, 4), mask(3, 7))),
+    Case(
+        "attention, mask per head",
+        tfx.Attention(4, 2, 2),
+        sdpa(4, 2),
+        ((3, 5, 8), (3, 7, 4), (3, 7, 4), mask(3, 4, 1, 7)),
+    ),
+    Case("attention, added", tfx.Attention(2, 4), sdpa(2, 2), ((3, 5, 8), (3, 7, 8), (3, 7, 8), (3, 2, 5, 7))),
+    Case("multihead", ATTEND(8, 4), multihead(), ((3, 5, 8),)),
+    Case("multihead, no bias", ATTEND(8, 4, bias=False), multihead(bias=False), ((3, 5, 8),)),
+    Case("multihead, causal", ATTEND(8, 4, causal=True), multihead(attn_mask=FUTURE), ((3, 5, 8),)),
+    Case("multihead, key mask", ATTEND(8, 4, mask=True), multihead(), ((3, 5, 8), mask(3, 5))),
+    Case("multihead, mask", ATTEND(8, 4, mask=True), multihead(), ((3, 5, 8), mask(3, 1, 5, 5))),
+    Case("multihead, mask per head", ATTEND(8, 4, mask=True), multihead(), ((3, 5, 8), mask(3, 4, 5, 5))),
+    Case("multihead, added", ATTEND(8, 4, mask=True), multihead(), ((3, 5, 8), (3, 1, 5, 5))),
+    Case("multihead, cross", ATTEND(8, 4, cross=True), multihead(), ((3, 5, 8), (3, 7, 8), (3, 7, 8))),
+    Case(
+        "multihead, cross, own widths",
+        ATTEND(8, 4, cross=True, kdim=6, vdim=5, mask=True),
+        multihead(kdim=6, vdim=5),
+        ((3, 5, 8), (3, 7, 6), (3, 7, 5), mask(3, 7)),
+    ),
+]
+CASES = [twin(*row) for row in TWINS] + OTHERS
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+every_twin = pytest.mark.parametrize("case", CASES[: len(TWINS)], ids=lambda case: case.name)
+
+
+def apply(spec: tfx.Spec) -> Reference:
+    return lambda leaves, *inputs: tfx.apply(tfx.unflatten(leaves), spec, *inputs)
+
+
+def value_and_gradients(function: Reference, leaves: Leaves, inputs: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The value, and the gradients of a generic scalar of it with respect to all that is not an integer."""
+    leaves = {path: leaf.clone().requires_grad_(is_trained(path)) for path, leaf in leaves.items()}
+    inputs = [x.clone().requires_grad_(x.is_floating_point()) for x in inputs]
+    value = function(leaves, *inputs)
+    wanted = [x for x in (*leaves.values(), *inputs) if x.requires_grad]
+    weights = torch.linspace(-1, 2, value.numel(), dtype=value.dtype).reshape(value.shape)
+    gradients = torch.autograd.grad(((value + value.square()) * weights).sum(), wanted, materialize_grads=True)
+    return value.detach(), list(gradients)
+
+
+def is_trained(path: str) -> bool:
+    return path.split(".")[-1] not in ("running_mean", "running_var", "num_batches_tracked")
+
+
+def assert_equal(actual: Any, expected: Any) -> None:
+    assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+@every_case
+def test_a_layer_equals_torch_in_value_and_gradients(case: Case) -> None:
+    leaves, inputs = case.leaves(), case.inputs()
+    assert_equal(
+        value_and_gradients(apply(case.spec), leaves, inputs), value_and_gradients(case.reference, leaves, inputs)
+    )
+
+
+@every_twin
+def test_two_steps_of_training_equal_torch_in_values_gradients_and_running_statistics(case: Case) -> None:
+    if isinstance(case.part, tfx.Dropout):
+        pytest.skip("draws from a generator of its own; see below")
+    states: list[Mapping[str, Tensor]] = []
+
+    def ours(leaves: Leaves, *inputs: Tensor) -> Tensor:
+        first, params = tfx.train(tfx.unflatten(leaves), case.spec, *inputs)
+        second, params = tfx.train(params, case.spec, *(3 * x for x in inputs))
+        states.append({path: leaf for path, leaf in tfx.flatten(params).items() if not is_trained(path)})
+        return first + second
+
+    def torchs(leaves: Leaves, *inputs: Tensor) -> Tensor:
+        leaves = {path: leaf if leaf.requires_grad else leaf.clone() for path, leaf in leaves.items()}
+        result = case.reference(leaves, *inputs, training=True)
+        result = result + case.reference(leaves, *(3 * x for x in inputs), training=True)
+        states.append({path: leaf for path, leaf in leaves.items() if not is_trained(path)})
+        return result
+
+    leaves, inputs = case.leaves(), case.inputs()
+    if isinstance(case.part, tfx.Embedding):
+        inputs = [x // 3 for x in inputs]
+    before = {path: leaf.clone() for path, leaf in leaves.items()}
+    assert_equal(value_and_gradients(ours, leaves, inputs), value_and_gradients(torchs, leaves, inputs))
+    assert_equal(*states)
+    assert not any(leaf.requires_grad for leaf in states[0].values())
+    assert all(torch.equal(leaf, before[path]) for path, leaf in leaves.items()), "an argument was mutated"
+
+
+@every_twin
+def test_a_layer_starts_bit_for_bit_as_torch_does(case: Case) -> None:
+    torch.manual_seed(7)
+    expected = eval(case.name, vars(nn)).state_dict()
+    actual = case.part.init(torch.Generator().manual_seed(7))
+    assert list(actual) == list(expected)
+    assert_close(actual, dict(expected), rtol=0, atol=0)
+
+
+@every_case
+def test_inferred_shapes_and_flops_are_the_actual_ones(case: Case) -> None:
+    spec = case.spec
+    params, inputs = tfx.unflatten(case.leaves()), [x[:1] for x in case.inputs()]
+    with FlopCounterMode(display=False) as counter:
+        value = tfx.apply(params, spec, *inputs)
+    assert shape_of(propagate(spec, Ties(labeled=False))[spec.outputs[0]].output) == value.shape
+    flops = tfx.flops(tfx.couple(params, spec)).total
+    assert flops == counter.get_total_flops()
+    assert (flops > 0) == any(node.layer.multiplies for node in spec)
+
+
+@every_case
+def test_a_layer_declares_the_shapes_of_its_parameters(case: Case) -> None:
+    for node in case.spec:
+        drawn = node.layer.init(torch.Generator())
+        assert node.layer.shapes() == {leaf: tuple(tensor.shape) for leaf, tensor in drawn.items()}
+
+
+@every_case
+def test_a_layer_is_a_value_that_can_be_written_down(case: Case) -> None:
+    for node in case.spec:
+        layer = node.layer
+        for text in (str(layer), repr(layer)):
+            copy = eval(text, vars(tfx))
+            assert copy == layer
+            assert hash(copy) == hash(layer)
+
+
+def test_the_table_covers_every_layer() -> None:
+    ours = {name for name, cls in LAYERS.items() if cls.__module__.startswith("taylorfx.layers.") and name[0] != "_"}
+    assert ours == {type(node.layer).__name__ for case in CASES for node in case.spec}
+    assert ours == {name for name in vars(tfx) if name in LAYERS}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Conv2d(1, 2, 3)", "Conv2d(1, 2, (3, 3))"),
+        ("Conv1d(1, 2, 3, padding=1)", "Conv1d(1, 2, [3], padding=(1,), stride=(1,))"),
+        ("MaxPool2d(2)", "MaxPool2d(2, stride=(2, 2))"),
+        ("LayerNorm(4)", "LayerNorm((4,))"),
+        ("Attention(4, 4)", "Attention(4, 4, num_kv_heads=4, v_head_dim=4, scale=0.5)"),
+        ("Permute((0, 2, 1))", "Permute([0, 2, 1])"),
+    ],
+)
+def test_layers_that_say_the_same_are_equal(one: str, other: str) -> None:
+    a, b = eval(one, vars(tfx)), eval(other, vars(tfx))
+    assert a == b
+    assert len({a, b}) == 1
+    assert str(tfx.Conv2d(1, 2, 3, padding=(1, 1))) == "Conv2d(1, 2, 3, padding=1)"
+    assert tfx.Conv2d(1, 2, 3) != tfx.Conv2d(1, 2, 3, bias=False)
+    assert tfx.LayerNorm((4, 4)) != tfx.LayerNorm(4)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("Conv2d(4, 6, 3, groups=4)", "Groups divide"),
+        ("Conv2d(4, 6, 3, groups=0)", "Groups divide"),
+        ("Conv2d(4, 6, (3, 3, 3))", "takes 2 whole numbers for kernel_size"),
+        ("Conv2d(4, 6, 3, stride=1.5)", "takes 2 whole numbers for stride"),
+        ("Conv2d(4, 6, 3, stride=2, padding='same')", "stride of 1"),
+        ("Conv2d(4, 6, 3, padding='full')", "'same' or 'valid'"),
+        ("ConvTranspose2d(4, 6, 3, padding='same')", "takes 2 whole numbers for padding"),
+        ("MaxPool1d(None)", "takes a whole number for kernel_size"),
+        ("Attention(6, 2, 4)", "key heads divide"),
+        ("Slice(1, 3, 3)", "start < stop"),
+        ("Upsample(0)", "at least 1"),
+        ("Dropout(1.5)", "probability"),
+    ],
+)
+def test_a_layer_that_cannot_be_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        eval(text, vars(tfx))
+
+
+@pytest.mark.parametrize("layer", [tfx.Conv2d(1, 2, 5), tfx.MaxPool2d(5), tfx.ConvTranspose2d(1, 2, 1, padding=2)])
+def test_a_window_that_does_not_fit_its_input_is_refused(layer: tfx.Layer) -> None:
+    with pytest.raises(ShapeError, match="takes larger inputs"):
+        tfx.serial(tfx.Input((1, 4, 4)), layer).table()
+
+
+@pytest.mark.parametrize("layer", [tfx.BatchNorm1d(3), tfx.BatchNorm1d(3, track_running_stats=False)])
+def test_a_batch_norm_refuses_to_train_on_one_value_per_channel(layer: tfx.Layer) -> None:
+    spec = tfx.serial(tfx.Input((3,)), layer)
+    with pytest.raises(ShapeError, match="more than 1 value per channel"):
+        tfx.train(tfx.init(spec, torch.Generator()), spec, torch.randn(1, 3))
+
+
+def test_dropout_drops_about_p_scales_the_rest_and_draws_from_its_generator() -> None:
+    spec, x = tfx.serial(tfx.Dropout(0.3)), torch.rand(100, 200) + 1
+
+    def draw(seed: int) -> Tensor:
+        return tfx.train({}, spec, x, generator=torch.Generator().manual_seed(seed))[0]
+
+    before = torch.get_rng_state()
+    value = draw(0)
+    assert abs((value == 0).double().mean().item() - 0.3) < 0.02
+    assert_close(value[value != 0], x[value != 0] / 0.7)
+    assert torch.equal(value, draw(0))
+    assert not torch.equal(value, draw(1))
+    assert torch.equal(before, torch.get_rng_state()), "the global generator was used"
+    assert torch.equal(tfx.train({}, tfx.serial(tfx.Dropout(0.0)), x)[0], x)
+    gone = tfx.train({}, tfx.serial(tfx.Dropout(1.0)), x, generator=torch.Generator())[0]
+    assert torch.equal(gone, torch.zeros_like(x))
+    with pytest.raises(ValueError, match="no generator"):
+        tfx.train({}, spec, x)
+
+
+def test_a_parameter_starts_at_its_fill_with_noise_of_its_deviation() -> None:
+    layer = tfx.Parameter((200, 100), fill=2.0, std=0.5)
+    value = layer.init(torch.Generator().manual_seed(0))["value"]
+    assert abs(value.mean().item() - 2) < 0.02
+    assert abs(value.std().item() - 0.5) < 0.02
+    assert torch.equal(tfx.Parameter(3, fill=1.5).init(torch.Generator())["value"], torch.full((3,), 1.5))
