@@ -33,7 +33,8 @@ __all__ = ["Coupling", "Place", "couple"]
 class Place:
     """Where activations are read or written: along ``axis`` of a node's input ``slot`` (-1: its output).
 
-    ``units`` has shape ``(factors, size)``: the units that gate each index there, -1 for none.
+    ``units`` has shape ``(factors, size)``: the units that gate each index there, -1 for none. ``shape`` is that of the
+    tensor for one example; where it is not ``batched``, the tensor is the same for all examples.
     """
 
     node: str
@@ -41,6 +42,12 @@ class Place:
     axis: int
     shape: Shape
     units: Labels
+    batched: bool
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """Node, slot and axis."""
+        return self.node, self.slot, self.axis
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -311,7 +318,7 @@ class _Solver:
             if (units >= 0).any():
                 bound = self.bounds[site.node]
                 shape = bound.inputs[site.slot] if site.slot >= 0 else shape_of(bound.output)
-                places.append(Place(site.node, site.slot, site.axis, shape, units))
+                places.append(Place(site.node, site.slot, site.axis, shape, units, site.batched))
         return tuple(places)
 
 

@@ -62,8 +62,8 @@ def gates(coupling: Coupling, values: Tensor) -> Gates:
         shape = [1] * len(place.shape)
         shape[place.axis] = place.units.shape[1]
         if values.ndim == 2:
-            shape[0] = values.shape[0]
-        result[place.node, place.slot, place.axis] = gate.reshape(shape)
+            shape = [len(values), *shape[place.batched :]]
+        result[place.key] = gate.reshape(shape)
     return result
 
 
@@ -269,12 +269,9 @@ def _one_pass(
         places.setdefault((place.node, place.slot), []).append(place)
     real = next((x for x in flatten(params).values() if x.is_floating_point()), example)
     kind: dict[str, Any] = {"dtype": torch.promote_types(real.dtype, torch.float32), "device": real.device}
-    zeros = {
-        f"{place.node}/{place.slot}/{place.axis}": torch.zeros(len(example), place.units.shape[1], **kind)
-        for found in places.values()
-        for place in found
-    }
-
+    count, units = len(example), len(coupling)
+    flat = [place for found in places.values() for place in found]
+    zeros = {str(place.key): torch.zeros(count, place.units.shape[1], **kind) for place in flat}
     spread: dict[str, int] = {}  # how many positions of an example each index of a read stands for
 
     def losses(taps: Mapping[str, Tensor]) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
@@ -282,11 +279,13 @@ def _one_pass(
 
         def tap(name: str, slot: int, x: Tensor) -> Tensor:
             for place in places.get((name, slot), ()):
-                key = f"{name}/{slot}/{place.axis}"
-                spread[key] = x.numel() // (x.shape[0] * x.shape[place.axis])
+                key, axis = str(place.key), place.axis
+                if not place.batched:
+                    x, axis = x.expand(count, *x.shape), axis + 1
+                spread[key] = x.numel() // (count * x.shape[axis])
                 if moments:
-                    seen[key] = _activation(x.detach(), place.axis)
-                x = _Tap.apply(x, taps[key], place.axis)  # type: ignore[no-untyped-call]
+                    seen[key] = _activation(x.detach(), axis)
+                x = _Tap.apply(x, taps[key], axis)  # type: ignore[no-untyped-call]
             return x
 
         outputs, _ = evaluate(params, spec, (inputs,), tap=tap, training=training, generator=generator)
@@ -296,19 +295,17 @@ def _one_pass(
     pulled: Any = torch.func.vjp(losses, zeros, has_aux=True)
     each, pull, (found, seen) = pulled
     (grads,) = pull(torch.ones_like(each))
-    count, units = len(example), len(coupling)
     summed, mean = torch.zeros(count, units + 1, **kind), torch.zeros(count, units + 1, **kind)
     tally = torch.zeros(4, units + 1, **kind)
-    for group in places.values():
-        for place in group:
-            key = f"{place.node}/{place.slot}/{place.axis}"
-            for row in place.units % (units + 1):
-                index = torch.as_tensor(row, device=grads[key].device)
-                positions = torch.as_tensor(np.bincount(row)[row] * spread[key], **kind)
-                summed.index_add_(1, index, grads[key])
-                mean.index_add_(1, index, grads[key] / positions)
-                if moments:
-                    tally.index_add_(1, index, seen[key].to(tally.dtype))
+    for place in flat:
+        key = str(place.key)
+        for row in place.units % (units + 1):
+            index = torch.as_tensor(row, device=grads[key].device)
+            positions = torch.as_tensor(np.bincount(row)[row] * spread[key], **kind)
+            summed.index_add_(1, index, grads[key])
+            mean.index_add_(1, index, grads[key] / positions)
+            if moments:
+                tally.index_add_(1, index, seen[key].to(tally.dtype))
     return found, summed[:, :-1], mean[:, :-1], Moments(*tally[:, :-1]) if moments else None
 
 

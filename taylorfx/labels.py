@@ -68,6 +68,8 @@ class Site(NamedTuple):
     slot: int
     axis: int
     labels: Labeled
+    batched: bool
+    """The tensor's first axis runs over the examples; one without is the same for all (a position table)."""
 
 
 @dataclass
@@ -260,8 +262,8 @@ class _Binder:
                 if _is_example(self.bound.get(letter, ())):
                     ties.mixing.append(f"{self.name}: {type(self.layer).__name__} sums over the examples of a batch")
             for k, pattern in enumerate(signature.inputs):
-                result.reads += self._sites(k, pattern, signature.contracted(k))
-            result.writes = self._sites(-1, signature.output, signature.written())
+                result.reads += self._sites(k, pattern, signature.contracted(k), inputs[k])
+            result.writes = self._sites(-1, signature.output, signature.written(), output)
         return result
 
     def _unify(self, axis: language.Axis, given: Labeled, place: str) -> None:
@@ -334,7 +336,9 @@ class _Binder:
         labels = np.concatenate([np.full(n, -1) if labels is None else labels for n, labels in flats])
         return (Factor(len(labels), labels),)
 
-    def _sites(self, slot: int, pattern: language.Pattern, letters: Sequence[str]) -> list[Site]:
+    def _sites(
+        self, slot: int, pattern: language.Pattern, letters: Sequence[str], axes: tuple[Labeled, ...]
+    ) -> list[Site]:
         """Where these letters stand: their labels alone, laid out along the whole axis."""
         sites: list[Site] = []
         for position, axis in enumerate(pattern):
@@ -343,7 +347,7 @@ class _Binder:
                     f if x in letters else Factor(f.size) for x in axis[0] for f in self.bound.get(x, rigid(1))
                 )
                 if any(f.labels is not None for f in factors):
-                    sites.append(Site(self.name, slot, position, factors))
+                    sites.append(Site(self.name, slot, position, factors, _is_example(axes[0])))
         return sites
 
     def _scope(self, letter: str) -> str:

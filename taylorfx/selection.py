@@ -266,8 +266,8 @@ def _shortest(cost: Callable[[int], float], steps: int, budget: Budget, coupling
     if least > limit:
         frozen = f" Frozen are {', '.join(coupling.frozen)}: see coupling.frozen." if coupling.frozen else ""
         raise BudgetError(
-            f"The budget is {budget}, a limit of {limit:,.0f}; the constraints allow no less than {least:,.0f}, "
-            f"{least / total:.1%}. Loosen floor, most, multiple or protect, or ask for no less.{frozen}"
+            f"The budget is {budget}, a limit of {limit:,.0f} in {total:,.0f}; the constraints allow no less than "
+            f"{least:,.0f}. Loosen floor, most, multiple or protect, or ask for no less.{frozen}"
         )
     while low < high:
         middle = (low + high) // 2

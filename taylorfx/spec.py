@@ -279,13 +279,13 @@ def apply(
     """
     tap = None
     if gates is not None:
-        strange = {name for name, _, _ in gates}.difference(node.name for node in spec.nodes)
-        if strange:
+        tap = gating(gates)
+        strange = {name for name, _, _ in gates} - {node.name for node in spec.nodes}
+        if strange and not torch.compiler.is_compiling():
             raise SpecError(
                 f"Gates lie at the reads of their own network; received some at {', '.join(sorted(strange))}, which "
                 "this one does not have. Make them from its own coupling or plan."
             )
-        tap = gating(gates)
     return evaluate(params, spec, inputs, tap=tap)[0]
 
 
@@ -413,7 +413,7 @@ def _explain(params: Params, spec: Spec, values: Mapping[str, Any], node: Node, 
     except ShapeError as problem:
         raise ShapeError(f"{problem}\n(with inputs of shape {_shapes(values)})") from error
     if isinstance(error, ValueError):  # a layer's own words
-        raise (ShapeError if isinstance(error, ShapeError) else ValueError)(f"{node.name}: {error}") from error
+        raise ShapeError(f"{node.name}: {error}") from error
     tensors = {**{f"input {name}": x for name, x in values.items()}, **flatten(params)}
     kinds: dict[str, list[str]] = {}
     for name, tensor in tensors.items():

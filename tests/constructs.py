@@ -80,6 +80,21 @@ def cross_attention() -> Spec:
     )
 
 
+def read_table() -> Spec:
+    """A table that is the same for all examples, mixed before it meets them."""
+    return Spec(
+        (
+            Node("tokens", Input((3,))),
+            Node("embed", tfx.Embedding(5, 4), ("tokens",)),
+            Node("table", tfx.Parameter((3, 5), std=1.0)),
+            Node("project", tfx.Linear(5, 4), ("table",)),
+            Node("sum", tfx.Add(), ("embed", "project")),
+            Node("flat", tfx.Flatten(), ("sum",)),
+            Node("head", tfx.Linear(12, 2), ("flat",)),
+        )
+    )
+
+
 BLOCK = residual(serial(conv1=tfx.Conv2d(4, 3, 3, padding=1), act=tfx.ReLU(), conv2=tfx.Conv2d(3, 4, 1)))
 SAME = tfx.Conv2d(4, 4, 3, padding=1)
 
@@ -111,6 +126,7 @@ CONSTRUCTS: dict[str, Spec] = {
     "one key head": transformer(2, 1, tfx.RMSNorm(4)),
     "layer norm": transformer(2, 2, tfx.LayerNorm(4)),
     "cross attention": cross_attention(),
+    "table": read_table(),
     "one dimension": serial(
         Input((2, 5)), tfx.Conv1d(2, 4, 3), tfx.BatchNorm1d(4), tfx.MaxPool1d(2, 1), tfx.ConvTranspose1d(4, 3, 2),
         tfx.AdaptiveAvgPool1d(2), tfx.Flatten(), tfx.Linear(6, 2),

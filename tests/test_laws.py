@@ -147,7 +147,7 @@ def movable(coupling, scope):
     """Units that alone make up the positions where they stand, so that exchanging them is a relabeling."""
     members = np.flatnonzero(coupling.scope == scope)
     rows = [axis for axis in coupling.axes if np.isin(axis, members).any()]
-    return all(len(axis) == 1 and len(np.unique(np.bincount(axis[0][axis[0] >= 0])[members])) == 1 for axis in rows)
+    return all(len(axis) == 1 and len(np.unique(np.bincount(axis[0][axis[0] >= 0], minlength=len(coupling.scope))[members])) == 1 for axis in rows)
 
 
 def permute(leaf, ids, order):
@@ -219,7 +219,7 @@ def test_gate_derivatives_equal_activation_times_gradient_by_plain_autograd(net,
         for place in coupling.reads:
             x, shift = seen[place.node, place.slot, place.axis]
             (grad,) = torch.autograd.grad(loss, shift, retain_graph=True)
-            product = (x * grad)[0].movedim(place.axis - 1, 0).detach()
+            product = (x * grad).movedim(place.axis, 0).detach()
             product = product.reshape(len(product), -1).sum(1)
             for column, units in enumerate(place.units.T):
                 for unit in units[units >= 0]:

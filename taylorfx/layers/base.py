@@ -15,6 +15,7 @@ from taylorfx import axes
 __all__ = ["Layer", "Leaves", "Shape", "ShapeError", "as_tuple", "broadcast", "names", "positive", "uniform"]
 
 Shape = tuple[int, ...]
+"""The sizes of a tensor's axes; in layers the example axis counts as one, in `Input` it is left out."""
 
 Leaves = Mapping[str, Tensor]
 """The tensors of one layer, by name: ``{"weight": ..., "bias": ...}``."""
