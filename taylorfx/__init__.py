@@ -42,9 +42,10 @@ __all__ = [
     "Budget", "BudgetError", "Cost", "Coupling", "Flops", "Moments", "Node", "Parameters", "Params", "Place", "Plan",
     "PlanError", "Remove", "SelectionError", "Spec", "SpecError", "Statistics", "Units", "activation_mean",
     "activation_std", "apoz", "apply", "batchnorm_scale", "check", "combine", "compat", "compose", "concat", "couple",
-    "cross_entropy", "cut", "derivatives", "expand", "fisher", "flatten", "flops", "from_json", "gates", "init", "inline", "layers", "load",
-    "measure", "multihead_attention", "of_weights", "parameters", "partition", "per_layer_l2", "per_layer_max",
-    "per_layer_mean", "prune", "random", "residual", "save", "second_order", "select", "serial", "signed", "taylor",
-    "taylor_squared", "to_json", "train", "unflatten", "unnormalized", "weight_l1", "weight_l2",
+    "cross_entropy", "cut", "derivatives", "expand", "fisher", "flatten", "flops", "from_json", "gates", "init",
+    "inline", "layers", "load", "measure", "multihead_attention", "of_weights", "parameters", "partition",
+    "per_layer_l2", "per_layer_max", "per_layer_mean", "prune", "random", "residual", "save", "second_order", "select",
+    "serial", "signed", "taylor", "taylor_squared", "to_json", "train", "unflatten", "unnormalized", "weight_l1",
+    "weight_l2",
 ]  # fmt: skip
 __all__ += layers.__all__

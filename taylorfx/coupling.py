@@ -34,7 +34,8 @@ class Place:
     """Where activations are read or written: along ``axis`` of a node's input ``slot`` (-1: its output).
 
     ``units`` has shape ``(factors, size)``: the units that gate each index there, -1 for none. ``shape`` is that of the
-    tensor for one example; where it is not ``batched``, the tensor is the same for all examples.
+    tensor for one example. ``example`` is the axis along which the examples run and the size of that axis' slower
+    factors; none where the tensor is the same for all examples.
     """
 
     node: str
@@ -42,7 +43,7 @@ class Place:
     axis: int
     shape: Shape
     units: Labels
-    batched: bool
+    example: tuple[int, int] | None
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -318,7 +319,7 @@ class _Solver:
             if (units >= 0).any():
                 bound = self.bounds[site.node]
                 shape = bound.inputs[site.slot] if site.slot >= 0 else shape_of(bound.output)
-                places.append(Place(site.node, site.slot, site.axis, shape, units, site.batched))
+                places.append(Place(site.node, site.slot, site.axis, shape, units, site.example))
         return tuple(places)
 
 

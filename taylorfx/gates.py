@@ -61,9 +61,9 @@ def gates(coupling: Coupling, values: Tensor) -> Gates:
             gate = gate * factor
         shape = [1] * len(place.shape)
         shape[place.axis] = place.units.shape[1]
-        if values.ndim == 2:
-            shape = [len(values), *shape[place.batched :]]
-        result[place.key] = gate.reshape(shape)
+        result[place.key] = gate.reshape(*values.shape[:-1], *shape)
+        if values.ndim == 2 and place.example is not None:
+            result[place.key] = _among(result[place.key], place.shape, *place.example)
     return result
 
 
@@ -279,13 +279,14 @@ def _one_pass(
 
         def tap(name: str, slot: int, x: Tensor) -> Tensor:
             for place in places.get((name, slot), ()):
-                key, axis = str(place.key), place.axis
-                if not place.batched:
-                    x, axis = x.expand(count, *x.shape), axis + 1
-                spread[key] = x.numel() // (count * x.shape[axis])
+                key, axis, example = str(place.key), place.axis, place.example
+                if example is None:  # the same for all: give every example its own
+                    x, axis, example = x.expand(count, *x.shape), axis + 1, (0, 1)
+                size = place.units.shape[1]
+                spread[key] = x.numel() // (count * size)
                 if moments:
-                    seen[key] = _activation(x.detach(), axis)
-                x = _Tap.apply(x, taps[key], axis)  # type: ignore[no-untyped-call]
+                    seen[key] = _activation(_apart(x.detach(), count, *example), axis + 1)
+                x = _Tap.apply(x, taps[key], axis, example)  # type: ignore[no-untyped-call]
             return x
 
         outputs, _ = evaluate(params, spec, (inputs,), tap=tap, training=training, generator=generator)
@@ -310,32 +311,50 @@ def _one_pass(
 
 
 class _Tap(torch.autograd.Function):
-    """Identity whose second argument receives ``a * dL/da``, summed over all axes but the example's and one other.
+    """Identity whose second argument, ``(N, size)``, receives ``a * dL/da`` summed over all axes but one, per example.
 
     It keeps only its input, which the layer that reads it keeps anyway.
     """
 
     @staticmethod
-    def forward(x: Tensor, gate: Tensor, axis: int) -> Tensor:
+    def forward(x: Tensor, gate: Tensor, axis: int, example: tuple[int, int]) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        x, gate, axis = inputs
+        x, gate, *ctx.where = inputs
         ctx.save_for_backward(x)
-        ctx.axis, ctx.dtype = axis, gate.dtype
+        ctx.count, ctx.dtype = len(gate), gate.dtype
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Any, Any, None]:
-        (x,), (grad,) = ctx.saved_tensors, grads
-        return grad, contract(x, grad, ctx.axis).to(ctx.dtype), None
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        (x,), (grad,), (axis, example) = ctx.saved_tensors, grads, ctx.where
+        if example == (0, 1) and len(x) == ctx.count:
+            gate = contract(x, grad, axis)
+        else:
+            gate = contract(*(_apart(t, ctx.count, *example) for t in (x, grad)), axis + 1)
+        return grad, gate.to(ctx.dtype), None, None
+
+
+def _apart(x: Tensor, count: int, axis: int, before: int) -> Tensor:
+    """The examples first: ``(N, ...)``, the rest shaped as for one example."""
+    apart: Tensor = x.unflatten(axis, (before, count, -1)).movedim(axis + 1, 0)  # type: ignore[no-untyped-call]
+    return apart.flatten(axis + 1, axis + 2)
+
+
+def _among(gate: Tensor, shape: Sequence[int], axis: int, before: int) -> Tensor:
+    """The reverse of `_apart` for gates that broadcast: the examples back into the axis in which they run."""
+    sizes = [-1] * gate.ndim
+    sizes[axis + 1] = shape[axis]
+    spread: Tensor = gate.expand(sizes).unflatten(axis + 1, (before, -1))  # type: ignore[no-untyped-call]
+    return spread.movedim(0, axis + 1).flatten(axis, axis + 2)
 
 
 def contract(x: Tensor, y: Tensor, axis: int) -> Tensor:
     """``(x * y)`` summed over all axes but the first and ``axis``: ``(N, size)``."""
     if x.ndim == 2:
         return x * y
-    names = "nbcdefghijk"[: x.ndim]
+    names = "nbcdefghijklm"[: x.ndim]
     return torch.einsum(f"{names},{names}->n{names[axis]}", x, y)
 
 
@@ -367,9 +386,7 @@ def _examples(inputs: Inputs, targets: Any, spec: Spec) -> int:
     tensors: Sequence[Any] = [*bind_inputs(spec, (inputs,)).values(), *optree.tree_leaves(targets)]
     sizes = {len(x) for x in tensors if isinstance(x, Tensor) and x.ndim}
     if len(sizes) != 1 or not min(sizes):
-        raise ValueError(
-            f"A batch has one or more examples, as many inputs as targets; received {sorted(sizes)}."
-        )
+        raise ValueError(f"A batch has one or more examples, as many inputs as targets; received {sorted(sizes)}.")
     return sizes.pop()
 
 

@@ -61,6 +61,15 @@ def _is_example(axis: Labeled) -> bool:
     return any(factor.labels is EXAMPLE for factor in axis)
 
 
+def _examples(axes: Sequence[Labeled]) -> tuple[int, int] | None:
+    """Where the examples run: the axis, and the size of its slower factors."""
+    for k, axis in enumerate(axes):
+        for j, factor in enumerate(axis):
+            if factor.labels is EXAMPLE:
+                return k, math.prod(f.size for f in axis[:j])
+    return None
+
+
 class Site(NamedTuple):
     """A place in the network: along ``axis`` of input ``slot`` of a node, or of its output (slot -1)."""
 
@@ -68,8 +77,8 @@ class Site(NamedTuple):
     slot: int
     axis: int
     labels: Labeled
-    batched: bool
-    """The tensor's first axis runs over the examples; one without is the same for all (a position table)."""
+    example: tuple[int, int] | None
+    """The axis that runs over the examples, and how many positions its slower factors have; none: all share it."""
 
 
 @dataclass
@@ -148,19 +157,22 @@ class Ties:
         return one
 
     def split(self, axis: Labeled, parts: Sequence[tuple[int, bool]], scope: Sequence[str]) -> list[Labeled]:
-        """Lay an axis out as a product; ``parts`` are the sizes and whether each may shrink."""
+        """Lay an axis out as a product; ``parts`` are the sizes and whether each may shrink. Size one: the examples."""
         grouped = _regroup(axis, [size for size, _ in parts])
         if grouped is not None:
             return grouped
+        if parts[0][0] == 1:
+            rest = tuple(factor for factor in axis if factor.labels is not EXAMPLE)
+            return [(Factor(1, EXAMPLE),), *([rest] if len(parts) == 2 else self.split(rest, parts[1:], scope[1:]))]
         flat = self.flat(axis, scope[0])
         if flat is None:
-            return [rigid(size) for size, _ in parts]
-        (size, movable), rest = parts[0], parts[1:]
-        size_of_rest = math.prod(n for n, _ in rest)
+            return [(Factor(1, EXAMPLE),) if size == 1 else rigid(size) for size, _ in parts]
+        (size, movable), remaining = parts[0], parts[1:]
+        size_of_rest = math.prod(n for n, _ in remaining)
         head = self.fresh(size, scope[0]) if movable else rigid(size)
-        tail = self.fresh(size_of_rest, scope[1]) if any(m for _, m in rest) else rigid(size_of_rest)
+        tail = self.fresh(size_of_rest, scope[1]) if any(m for _, m in remaining) else rigid(size_of_rest)
         self._product(flat, _repeat(head[0].labels, size_of_rest), _tile(tail[0].labels, size))
-        return [head, *([tail] if len(rest) == 1 else self.split(tail, rest, scope[1:]))]
+        return [head, *([tail] if len(remaining) == 1 else self.split(tail, remaining, scope[1:]))]
 
     def _equal(self, a: Labels, b: Labels, where: str) -> None:
         if a is b:
@@ -200,7 +212,9 @@ def _regroup(axis: Labeled, sizes: Sequence[int]) -> list[Labeled] | None:
     factors, groups = [f for f in axis if f.size > 1 or f.labels is EXAMPLE], []
     for size in sizes:
         group: list[Factor] = []
-        while factors and (length(tuple(group)) < size or factors[0].labels is EXAMPLE):
+        while factors and (length(tuple(group)) < size or (factors[0].labels is EXAMPLE and 1 not in sizes)):
+            group.append(factors.pop(0))
+        if size == 1 and factors and factors[0].labels is EXAMPLE:
             group.append(factors.pop(0))
         if length(tuple(group)) != size:
             return None
@@ -290,7 +304,7 @@ class _Binder:
             return
         for letter in unknown:
             self.sizes[letter] = size // known
-        wide = [x for x in product if self.sizes[x] > 1]
+        wide = [x for x in product if self.sizes[x] > 1 or (x == "B" and _is_example(given))]
         for letter in product:
             if letter not in wide and len(product) > 1:
                 self.bound.setdefault(letter, rigid(1))
@@ -347,7 +361,7 @@ class _Binder:
                     f if x in letters else Factor(f.size) for x in axis[0] for f in self.bound.get(x, rigid(1))
                 )
                 if any(f.labels is not None for f in factors):
-                    sites.append(Site(self.name, slot, position, factors, _is_example(axes[0])))
+                    sites.append(Site(self.name, slot, position, factors, _examples(axes)))
         return sites
 
     def _scope(self, letter: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,9 +21,9 @@ from taylorfx.coupling import Coupling, couple
 from taylorfx.gates import Batch, derivatives, gates
 from taylorfx.layers import Input, Layer, Leaves, Shape
 from taylorfx.plan import Plan, cut
-from taylorfx.spec import Node, Params, Spec, apply, init
+from taylorfx.spec import Node, Spec, apply, init
 from taylorfx.store import from_json, to_json
-from taylorfx.tree import flatten, unflatten
+from taylorfx.tree import Params, flatten, unflatten
 
 __all__ = [
     "Network", "assert_trees_equal", "batch_for", "check_layer", "homogeneous_specs", "networks", "plans",
@@ -117,17 +118,19 @@ def _conv_block(draw: Draw, channels: int, homogeneous: bool) -> tuple[Part, int
         groups = draw(st.sampled_from([g for g in (1, 2, 3) if channels % g == 0]))
         return serial(L.Conv2d(channels, 2 * groups, 3, padding=1, groups=groups, bias=bias), act), 2 * groups
     if kind == "depthwise":
-        multiplier = draw(st.sampled_from([1, 2]))
-        return L.Conv2d(channels, multiplier * channels, 3, padding=1, groups=channels, bias=bias), multiplier * channels
+        wide = channels * draw(st.sampled_from([1, 2]))
+        return L.Conv2d(channels, wide, 3, padding=1, groups=channels, bias=bias), wide
     if kind == "pool":
         return L.AvgPool2d(3, 1, 1) if draw(st.booleans()) else L.MaxPool2d(3, 1, 1), channels
     if kind == "norm":
         norm = draw(st.sampled_from([L.BatchNorm2d(width), L.InstanceNorm2d(width, affine=True), L.PReLU(width)]))
         return serial(L.Conv2d(channels, width, 3, padding=1, bias=bias), norm, act), width
     if kind == "groupnorm":
-        return serial(same, L.GroupNorm(draw(st.sampled_from([g for g in (1, 2, channels) if channels % g == 0])), channels)), channels  # fmt: skip
+        groups = draw(st.sampled_from([g for g in (1, 2, channels) if channels % g == 0]))
+        return serial(same, L.GroupNorm(groups, channels)), channels
     if kind == "excite":
-        gate = serial(L.AdaptiveAvgPool2d(1), L.Conv2d(channels, width, 1), act, L.Conv2d(width, channels, 1), L.Sigmoid())
+        squeeze, excite = L.Conv2d(channels, width, 1), L.Conv2d(width, channels, 1)
+        gate = serial(L.AdaptiveAvgPool2d(1), squeeze, act, excite, L.Sigmoid())
         nodes = [Node("x", Input()), *inline(gate, "gate", ("x",))]
         return Spec((*nodes, Node("scale", L.Multiply(), ("x", nodes[-1].name)))), channels
     if kind == "shuffle":
@@ -182,7 +185,7 @@ def homogeneous_specs(draw: Draw) -> Spec:
 
 @st.composite
 def token_specs(draw: Draw) -> Spec:
-    """Random transformers: embeddings, position table, class token, grouped-query attention, gated units, layer scale."""
+    """Random transformers: embeddings, positions, class token, grouped-query attention, gated units, layer scale."""
     length, width = draw(st.sampled_from([2, 3])), draw(st.sampled_from([3, 4]))
     nodes = [Node("tokens", Input((length,))), Node("embed", L.Embedding(5, width), ("tokens",))]
     last = "embed"
@@ -255,7 +258,7 @@ def assert_trees_equal(one: Params, other: Params, *, rtol: float = 0.0, atol: f
     a, b = flatten(one), flatten(other)
     assert a.keys() == b.keys(), f"paths differ: {sorted(a.keys() ^ b.keys())}"
     for path, leaf in a.items():
-        torch.testing.assert_close(leaf, b[path], rtol=rtol, atol=atol, msg=lambda text, at=path: f"{at}: {text}")
+        torch.testing.assert_close(leaf, b[path], rtol=rtol, atol=atol, msg=partial("{}: {}".format, path))
 
 
 # One check for one layer.
@@ -331,10 +334,10 @@ def check_layer(layer: Layer, *inputs: Shape | Tensor, seeds: Sequence[int] = ra
     """
     nodes: list[Node] = []
     heard: list[str] = []
-    for k, given in enumerate(inputs):
-        shape = tuple(given.shape[1:]) if isinstance(given, Tensor) else tuple(given)
+    for k, x in enumerate(inputs):
+        shape = tuple(x.shape[1:]) if isinstance(x, Tensor) else tuple(x)
         nodes.append(Node(f"input{k}", Input(shape)))
-        if not isinstance(given, Tensor):
+        if not isinstance(x, Tensor):
             nodes.append(Node(f"write{k}", _Write(shape, shape), (f"input{k}",)))
         heard.append(nodes[-1].name)
     nodes.append(Node("layer", layer, tuple(heard)))
@@ -355,7 +358,7 @@ def check_layer(layer: Layer, *inputs: Shape | Tensor, seeds: Sequence[int] = ra
         generator.manual_seed(seed)
         plan = random_plan(coupling, generator, exact=True)
         small, large = apply(cut(params, plan), plan.spec, given), apply(params, spec, given, gates=plan.gates)
-        torch.testing.assert_close(small, large, rtol=1e-9, atol=1e-9, msg=lambda text: f"cut differs from gated: {text}")
+        torch.testing.assert_close(small, large, rtol=1e-9, atol=1e-9, msg="cut differs from gated: {}".format)
     _check_transforms(params, spec, given, coupling, generator)
     return coupling
 

@@ -147,7 +147,12 @@ def movable(coupling, scope):
     """Units that alone make up the positions where they stand, so that exchanging them is a relabeling."""
     members = np.flatnonzero(coupling.scope == scope)
     rows = [axis for axis in coupling.axes if np.isin(axis, members).any()]
-    return all(len(axis) == 1 and len(np.unique(np.bincount(axis[0][axis[0] >= 0], minlength=len(coupling.scope))[members])) == 1 for axis in rows)
+
+    def alike(axis):
+        counts = np.bincount(axis[0][axis[0] >= 0], minlength=len(coupling.scope))
+        return len(axis) == 1 and len(np.unique(counts[members])) == 1
+
+    return all(map(alike, rows))
 
 
 def permute(leaf, ids, order):

@@ -15,6 +15,8 @@ from taylorfx.layers.pool import *
 from taylorfx.layers.pool import __all__ as _pool
 from taylorfx.layers.shape import *
 from taylorfx.layers.shape import __all__ as _shape
+from taylorfx.layers.tensor import *
+from taylorfx.layers.tensor import __all__ as _tensor
 
 __all__ = ["LAYERS", "Layer", "Leaves", "Shape", "ShapeError", "kind"]
-__all__ += _activation + _attention + _conv + _dense + _norm + _pool + _shape
+__all__ += _activation + _attention + _conv + _dense + _norm + _pool + _shape + _tensor

@@ -138,6 +138,9 @@ class _Transposed(_Conv):
     def __post_init__(self) -> None:
         super().__post_init__()
         as_tuple(self, self.rank, "padding", "output_padding")
+        steps = zip(_numbers(self.output_padding), _numbers(self.stride), _numbers(self.dilation), strict=True)
+        if any(extra >= max(stride, dilation) for extra, stride, dilation in steps):
+            raise ShapeError(f"The output padding is smaller than stride or dilation; received {self}.")
 
     def signature(self, *shapes: Shape) -> str:
         before, kernel, after = _SPATIAL[self.rank]

@@ -39,6 +39,8 @@ class _Window(Layer):
         if self.stride is None:
             object.__setattr__(self, "stride", self.kernel_size)
         as_tuple(self, self.rank, "kernel_size", "stride", "padding")
+        if any(2 * n > self.spread(k) + 1 for k, n in enumerate(_tuple(self.padding))):
+            raise ShapeError(f"Padding is at most half of the window; received {self}.")
 
     def signature(self, *shapes: Shape) -> str:
         return _SIGNATURE[self.rank]
@@ -64,8 +66,8 @@ class _Max(_Window):
     ceil_mode: bool = field(default=False, kw_only=True)  # in torch's positional order it is the sixth
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         as_tuple(self, self.rank, "dilation")
+        super().__post_init__()
 
     def spread(self, k: int) -> int:
         return _tuple(self.dilation)[k] * super().spread(k)

@@ -136,14 +136,14 @@ class Reshape(Layer):
         as_tuple(self, 1 if isinstance(self.shape, int) else len(self.shape), "shape")
 
     def signature(self, *shapes: Shape) -> str:
-        before, after, _ = _refine(shapes[0][1:], self._target(*shapes))
+        before, after, _ = refine(shapes[0][1:], self._target(*shapes))
         return f"B {before} -> B {after}"
 
     def fields(self, *shapes: Shape) -> Mapping[str, str]:
-        return {"shape": _refine(shapes[0][1:], self._target(*shapes))[1]}
+        return {"shape": refine(shapes[0][1:], self._target(*shapes))[1]}
 
     def letters(self, *shapes: Shape) -> dict[str, int]:
-        return _refine(shapes[0][1:], self._target(*shapes))[2]
+        return refine(shapes[0][1:], self._target(*shapes))[2]
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         assert isinstance(self.shape, tuple)
@@ -157,14 +157,24 @@ class Reshape(Layer):
         return tuple(total // known if n == -1 else n for n in self.shape)
 
 
-def _refine(before: Shape, after: Shape) -> tuple[str, str, dict[str, int]]:
+_EXAMPLES = 2**31 - 1
+"""Stands for the number of examples where axes are factored: a prime that no axis has by itself."""
+
+
+def refine(before: Shape, after: Shape, given: int = -1, made: int = -1) -> tuple[str, str, dict[str, int]]:
     """Name the axes of a reshape by the pieces that both sides are made of.
 
-    >>> _refine((4, 6), (8, 3))
-    ('x3 (x2 x1)', '(x3 x2) x1', {'x1': 3, 'x2': 2, 'x3': 4})
-    >>> _refine((2, 6, 4), (2, 4, 6))[:2]
-    ('x3 A1 A2', 'x3 C1 C2')
+    Examples run along axis ``given`` before and ``made`` after (-1: there are none), counted as one; they are ``B``.
+
+    >>> refine((4, 6), (8, 3))
+    ('x3 (x2 x1)', '(x3 x2) x1', {'x3': 4, 'x1': 3, 'x2': 2})
+    >>> refine((2, 6, 4), (2, 4, 6))[:2]  # 6 and 4 are torn
+    ('x4 A1 A2', 'x4 C1 C2')
+    >>> refine((6, 1, 4), (6, 4), 1, 0)[:2]  # positions first, then folded with the examples
+    ('x3 B x1', '(x3 B) x1')
     """
+    before = tuple(n * _EXAMPLES if k == given else n for k, n in enumerate(before))
+    after = tuple(n * _EXAMPLES if k == made else n for k, n in enumerate(after))
     # An axis boundary is the number of elements to its right; pieces lie between the boundaries of both sides.
     left, right = ([math.prod(shape[k:]) for k in range(len(shape) + 1)] for shape in (before, after))
     cuts, common = sorted({*left, *right}), sorted({*left} & {*right})
@@ -176,17 +186,20 @@ def _refine(before: Shape, after: Shape) -> tuple[str, str, dict[str, int]]:
     ]
     sizes: dict[str, int] = {}
 
+    def named(name: str, size: int) -> str:
+        name = "B" if size == _EXAMPLES else name
+        sizes[name] = size // _EXAMPLES if size % _EXAMPLES == 0 else size
+        return name
+
     def side(shape: Shape, bounds: list[int], rigid: str) -> str:
         axes: list[str] = []
         for k, n in enumerate(shape):
             high, low = bounds[k], bounds[k + 1]
             if any(a <= low and high <= b for a, b in torn) and n > 1:
-                axes.append(f"{rigid}{k}")
-                sizes[axes[-1]] = n
+                axes.append(named(f"{rigid}{k}", n))
             else:
-                inside = [(f"x{i + 1}", b // a) for i, (a, b) in enumerate(pieces) if low <= a and b <= high]
-                sizes.update(inside)
-                axes.append(f"({' '.join(name for name, _ in reversed(inside))})" if inside else "1")
+                inside = [named(f"x{i + 1}", b // a) for i, (a, b) in enumerate(pieces) if low <= a and b <= high]
+                axes.append(f"({' '.join(reversed(inside))})" if inside else "1")
         return re.sub(r"\((\w+)\)", r"\1", " ".join(axes))
 
     return side(before, left, "A"), side(after, right, "C"), sizes

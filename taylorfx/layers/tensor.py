@@ -1,0 +1,263 @@
+"""Tensor operations as they are captured from modules: views, expansions, products, reductions, elementwise maps.
+
+A captured operator is named as ATen names it and runs as it was captured. Its static arguments are a template: ``Slot(k)``
+stands for input ``k``. Sizes that were baked into the graph are fields here, so that they follow when axes shrink.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from taylorfx.layers.base import Layer, Leaves, Shape, ShapeError, broadcast, names
+from taylorfx.layers.shape import refine
+
+__all__ = [
+    "Captured", "Elementwise", "Expand", "Gather", "MatMul", "Pad", "Reduce", "ScaledDotProduct", "View",
+]  # fmt: skip
+
+SLOT = "$"
+"""``("$", k)`` in a template of arguments stands for input ``k``."""
+
+DTYPE = "dtype"
+"""``("dtype", "float32")`` stands for ``torch.float32``."""
+
+
+def fill(template: Any, inputs: tuple[Tensor, ...]) -> Any:
+    """The arguments that a template stands for."""
+    if isinstance(template, tuple):
+        if len(template) == 2 and template[0] == SLOT:
+            return inputs[template[1]]
+        if len(template) == 2 and template[0] == DTYPE:
+            return getattr(torch, template[1])
+        return [fill(item, inputs) for item in template]
+    return template
+
+
+@dataclass(frozen=True)
+class Captured(Layer):
+    """An operator as it was captured; without a rule, so that what touches it is frozen."""
+
+    op: str
+    args: tuple[Any, ...] = ()
+    kwargs: tuple[tuple[str, Any], ...] = ()
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        packet, _, overload = self.op.partition(".")
+        function = getattr(getattr(torch.ops.aten, packet), overload or "default")
+        kwargs = {name: fill(value, inputs) for name, value in self.kwargs}
+        result = function(*(fill(value, inputs) for value in self.args), **kwargs)
+        assert isinstance(result, Tensor)
+        return result
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__}({self.op})"
+
+
+@dataclass(frozen=True)
+class Elementwise(Captured):
+    """A pointwise operator: its inputs broadcast against each other, and every axis passes through."""
+
+    def signature(self, *shapes: Shape) -> str | None:
+        return broadcast(*shapes)
+
+
+@dataclass(frozen=True)
+class View(Layer):
+    """The same numbers in another shape; ``shape`` is that for one example, with the example axis counted as one.
+
+    The examples run along axis ``given`` of the input and axis ``made`` of the output (-1: the tensor has none); they may
+    be one factor of that axis, as when windows or heads are folded into the batch.
+    """
+
+    shape: Shape
+    given: int = 0
+    made: int = 0
+
+    def _pieces(self, shape: Shape) -> tuple[str, str, dict[str, int]]:
+        if math.prod(shape) != math.prod(self.shape):
+            raise ShapeError(f"{self} takes {math.prod(self.shape)} numbers per example; received {shape}.")
+        return refine(shape, self.shape, self.given, self.made)
+
+    def signature(self, *shapes: Shape) -> str | None:
+        before, after, _ = self._pieces(shapes[0])
+        return f"{before} -> {after}"
+
+    def fields(self, *shapes: Shape) -> Mapping[str, str]:
+        return {"shape": self._pieces(shapes[0])[1]} if shapes else {}
+
+    def letters(self, *shapes: Shape) -> dict[str, int]:
+        return self._pieces(shapes[0])[2] if shapes else {}
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        shape = list(self.shape)
+        if self.made >= 0:
+            shape[self.made] = -1
+        return inputs[0].reshape(shape)
+
+
+@dataclass(frozen=True)
+class Expand(Layer):
+    """``Tensor.expand``: axes of size one repeated to ``shape``, -1 where an axis keeps its size.
+
+    With a second input, the new axis ``example`` runs over that input's examples (its axis 0).
+    """
+
+    shape: Shape
+    example: int = -1
+
+    def signature(self, *shapes: Shape) -> str | None:
+        (shape, *reference) = shapes
+        made = names(len(self.shape))
+        given = made[len(made) - len(shape) :]
+        for k, n in enumerate(self.shape):
+            j = k - (len(made) - len(shape))
+            if n != -1:
+                made[k] = f"N{k}" if k != self.example else "B"
+                if j >= 0:
+                    given[j] = "1"
+        return f"{' '.join(given)}{', B ...' if reference else ''} -> {' '.join(made)}"
+
+    def letters(self, *shapes: Shape) -> dict[str, int]:
+        return {f"N{k}": n for k, n in enumerate(self.shape) if n != -1 and k != self.example}
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        shape = list(self.shape)
+        if self.example >= 0:
+            shape[self.example] = len(inputs[1])
+        return inputs[0].expand(shape)
+
+
+@dataclass(frozen=True)
+class MatMul(Layer):
+    """``torch.matmul`` of two activations of two or more axes: the inner axis is contracted, the others broadcast.
+
+    The first one carries the gate.
+    """
+
+    multiplies: ClassVar[tuple[str, ...]] = ("x0 x1 x2 x3 x4 x5 m k n",)
+
+    def signature(self, *shapes: Shape) -> str | None:
+        one, other = shapes
+        lead = broadcast(one[:-2], other[:-2]) if len(one) > 2 or len(other) > 2 else ", -> "
+        inputs, output = lead.split("->")
+        first, second = inputs.split(",")
+        return f"{first} m k, {second} k n -> {output} m n"
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        return torch.matmul(inputs[0], inputs[1])
+
+
+@dataclass(frozen=True)
+class ScaledDotProduct(Layer):
+    """``torch.nn.functional.scaled_dot_product_attention``: ``(N, h, T, k)``, ``(N, h, S, k)``, ``(N, h, S, v)``.
+
+    A fourth input is the mask. ``scale`` stays that of the original dimension. With ``grouped``, every key head serves
+    several query heads.
+    """
+
+    scale: float
+    causal: bool = False
+    grouped: bool = False
+
+    multiplies: ClassVar[tuple[str, ...]] = ("x0 x1 x2 x3 h r T S k", "x0 x1 x2 x3 h r T S v")
+
+    def signature(self, *shapes: Shape) -> str | None:
+        q, k, _, *mask = shapes
+        lead = names(len(q) - 3)
+        heads = "(h r)" if self.grouped else "h"
+        text = f"{' '.join(lead)} {heads} T k, {' '.join(lead)} h S k, {' '.join(lead)} h S v"
+        if mask:
+            letters = [*lead, heads, "T", "S"]
+            wide = [*q[:-1], k[-2]]
+            offset = len(letters) - len(mask[0])
+            text += ", " + " ".join(
+                "1" if n == 1 != wide[offset + j] else letters[offset + j] for j, n in enumerate(mask[0])
+            )
+        return f"{text} -> {' '.join(lead)} {heads} T v"
+
+    def letters(self, *shapes: Shape) -> dict[str, int]:
+        return {"h": shapes[1][-3]} if shapes else {}
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        q, k, v, *mask = inputs
+        return F.scaled_dot_product_attention(
+            q, k, v, mask[0] if mask else None, is_causal=self.causal, scale=self.scale, enable_gqa=self.grouped
+        )
+
+
+@dataclass(frozen=True)
+class Reduce(Layer):
+    """A reduction over some axes (``mean``, ``sum``, ``amax``, ``amin``), which it holds rigid.
+
+    A sum over an axis that may shrink is a contraction: its positions are read, and may leave.
+    """
+
+    op: str
+    dims: tuple[int, ...]
+    keepdim: bool = False
+
+    def signature(self, *shapes: Shape) -> str | None:
+        rank = len(shapes[0])
+        letters, made = names(rank), names(rank)
+        for dim in {d % rank for d in self.dims}:
+            letters[dim] = letters[dim] if self.op == "sum" else letters[dim].upper()
+            made[dim] = "1" if self.keepdim else ""
+        return f"{' '.join(letters)} -> {' '.join(made)}"
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        result: Tensor = getattr(torch, self.op)(inputs[0], self.dims, keepdim=self.keepdim)
+        return result
+
+
+@dataclass(frozen=True)
+class Pad(Layer):
+    """``torch.nn.functional.pad``; padded axes are rigid."""
+
+    pad: tuple[int, ...]
+    mode: str = "constant"
+    value: float = 0.0
+
+    def _axes(self, rank: int) -> dict[int, tuple[int, int]]:
+        return {rank - 1 - k: self.pad[2 * k : 2 * k + 2] for k in range(len(self.pad) // 2) if any(self.pad[2 * k : 2 * k + 2])}  # type: ignore[misc]  # fmt: skip
+
+    def signature(self, *shapes: Shape) -> str | None:
+        rank = len(shapes[0])
+        given, made = names(rank), names(rank)
+        for axis in self._axes(rank):
+            given[axis], made[axis] = f"G{axis}", f"M{axis}"
+        return f"{' '.join(given)} -> {' '.join(made)}"
+
+    def letters(self, *shapes: Shape) -> dict[str, int]:
+        (shape,) = shapes
+        return {f"M{axis}": shape[axis] + sum(pad) for axis, pad in self._axes(len(shape)).items()}
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        return F.pad(inputs[0], self.pad, self.mode, self.value if self.mode == "constant" else None)
+
+
+@dataclass(frozen=True)
+class Gather(Layer):
+    """Positions of axis ``dim`` by a table of numbers (the second input, of any shape), which stands in its place.
+
+    The axis itself is rigid: its positions are looked up by number.
+    """
+
+    dim: int
+
+    def signature(self, *shapes: Shape) -> str | None:
+        table, index = shapes
+        given = names(len(table))
+        made = [*given[: self.dim], *(f"y{k}" for k in range(len(index))), *given[self.dim + 1 :]]
+        given[self.dim] = "V"
+        return f"{' '.join(given)}, {' '.join(f'y{k}' for k in range(len(index)))} -> {' '.join(made)}"
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        index: list[Tensor | None] = [None] * self.dim
+        return torch.ops.aten.index(inputs[0], [*index, inputs[1]])  # type: ignore[no-any-return]
