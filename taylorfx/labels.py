@@ -236,7 +236,7 @@ def bind(layer: Layer, name: str, paths: Mapping[str, str], inputs: Sequence[tup
         signature = language.expand(text, tuple(map(len, inputs)))
         return _Binder(layer, name, signature, dict(layer.letters(*shapes)), ties).run(paths, inputs)
     except language.SignatureError as error:
-        raise ShapeError(f"{name}: {type(layer).__name__} {error}.") from None
+        raise ShapeError(f"{name}: {layer.title} {error}.") from None
     except ShapeError as error:
         raise ShapeError(f"{name}: {error}") from None
 
@@ -274,7 +274,7 @@ class _Binder:
         if ties.labeled:
             for letter in {x for k in range(len(inputs)) for x in signature.contracted(k)}:
                 if _is_example(self.bound.get(letter, ())):
-                    ties.mixing.append(f"{self.name}: {type(self.layer).__name__} sums over the examples of a batch")
+                    ties.mixing.append(f"{self.name}: {self.layer.title} sums over the examples of a batch")
             for k, pattern in enumerate(signature.inputs):
                 result.reads += self._sites(k, pattern, signature.contracted(k), inputs[k])
             result.writes = self._sites(-1, signature.output, signature.written(), output)
@@ -299,7 +299,7 @@ class _Binder:
         if len(unknown) > 1 or (size % known if unknown else size != known):
             rule = f"a multiple of {known}" if unknown else str(known)
             self.ties.errors.append(
-                f"{self.name}: {type(self.layer).__name__} takes {rule} at {place}; received {size}"
+                f"{self.name}: {self.layer.title} takes {rule} at {place}; received {size}"
             )
             return
         for letter in unknown:
@@ -323,8 +323,8 @@ class _Binder:
     def _assign(self, letter: str, given: Labeled, place: str) -> None:
         if letter.isupper():
             if letter != "B" and _is_example(given):
-                self.ties.mixing.append(f"{self.name}: {type(self.layer).__name__} mixes the examples of a batch")
-            what = f"{self.name}: {type(self.layer).__name__} holds {place} rigid"
+                self.ties.mixing.append(f"{self.name}: {self.layer.title} mixes the examples of a batch")
+            what = f"{self.name}: {self.layer.title} holds {place} rigid"
             given = self.ties.freeze(given, what)
         if letter in self.bound:
             given = self.ties.tie(self.bound[letter], given, self.name)
@@ -372,7 +372,7 @@ def _unknown(
     layer: Layer, name: str, paths: Mapping[str, str], inputs: Sequence[tuple[Labeled, ...]], ties: Ties
 ) -> Bound:
     """A layer without a rule: it runs, and nothing that touches it may leave."""
-    reason = f"{name}: {type(layer).__name__} has no axis signature"
+    reason = f"{name}: {layer.title} has no axis signature"
     ties.mixing.append(f"{reason}, so that it may mix the examples of a batch")
     for axes in inputs:
         for axis in axes:

@@ -48,13 +48,18 @@ class Layer:
         shown: list[str] = []
         for k, field in enumerate(fields(self)):
             value = getattr(self, field.name)
-            if isinstance(value, tuple) and len(set(value)) == 1 and "shape" not in field.name:
+            if field.name in _WINDOW and isinstance(value, tuple) and len(set(value)) == 1:
                 value = value[0]
             if field.default is MISSING:
                 shown.append(f"{value!r}" if k == len(shown) else f"{field.name}={value!r}")
             elif value != field.default:
                 shown.append(f"{field.name}={value!r}")
         return f"{type(self).__name__}({', '.join(shown)})"
+
+    @property
+    def title(self) -> str:
+        """What errors and reasons call it."""
+        return type(self).__name__
 
     def __init_subclass__(cls, **options: object) -> None:
         super().__init_subclass__(**options)
@@ -119,6 +124,9 @@ class Layer:
             changes[field] = new if isinstance(getattr(self, field), tuple) else new[0]
         return replace(self, **changes) if changes else self
 
+
+_WINDOW = ("kernel_size", "stride", "padding", "output_padding", "dilation", "output_size")
+"""Fields of windows, in which one number stands for all axes."""
 
 LAYERS: dict[str, type[Layer]] = {}
 """Every layer class by its name, for reading a spec back from JSON."""

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from taylorfx.layers.base import Layer, Leaves, Shape, as_tuple, names, uniform
 
-__all__ = ["Embedding", "Linear", "Parameter"]
+__all__ = ["Buffer", "Embedding", "Linear", "Parameter"]
 
 
 @dataclass(frozen=True)
@@ -101,3 +101,10 @@ class Parameter(Layer):
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         value = params["value"]
         return value.expand(inputs[0].shape[0], *value.shape) if self.expand else value
+
+
+@dataclass(frozen=True)
+class Buffer(Parameter):
+    """A `Parameter` that is not trained: a table of numbers."""
+
+    buffers: ClassVar[tuple[str, ...]] = ("value",)

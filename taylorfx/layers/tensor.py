@@ -19,7 +19,7 @@ from taylorfx.layers.base import Layer, Leaves, Shape, ShapeError, broadcast, na
 from taylorfx.layers.shape import refine
 
 __all__ = [
-    "Captured", "Elementwise", "Expand", "Gather", "MatMul", "Pad", "Reduce", "ScaledDotProduct", "View",
+    "Along", "Captured", "Elementwise", "Expand", "Gather", "Maps", "MatMul", "Pad", "Reduce", "ScaledDotProduct", "View",
 ]  # fmt: skip
 
 SLOT = "$"
@@ -29,6 +29,10 @@ DTYPE = "dtype"
 """``("dtype", "float32")`` stands for ``torch.float32``."""
 
 
+COUNT = "examples"
+"""``("examples", 4)`` stands for four times the number of examples, that is the length of the last input."""
+
+
 def fill(template: Any, inputs: tuple[Tensor, ...]) -> Any:
     """The arguments that a template stands for."""
     if isinstance(template, tuple):
@@ -36,36 +40,92 @@ def fill(template: Any, inputs: tuple[Tensor, ...]) -> Any:
             return inputs[template[1]]
         if len(template) == 2 and template[0] == DTYPE:
             return getattr(torch, template[1])
+        if len(template) == 2 and template[0] == COUNT:
+            return len(inputs[-1]) * template[1]
         return [fill(item, inputs) for item in template]
     return template
 
 
 @dataclass(frozen=True)
-class Captured(Layer):
-    """An operator as it was captured; without a rule, so that what touches it is frozen."""
+class _Operator(Layer):
+    """An ATen operator with the arguments that it was captured with; ``item`` chooses one of several results."""
 
     op: str
     args: tuple[Any, ...] = ()
     kwargs: tuple[tuple[str, Any], ...] = ()
+    item: int | None = None
+
+    @property
+    def title(self) -> str:
+        return self.op.removesuffix(".default")
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         packet, _, overload = self.op.partition(".")
-        function = getattr(getattr(torch.ops.aten, packet), overload or "default")
+        function = getattr(getattr(torch.ops.aten, packet), overload)
         kwargs = {name: fill(value, inputs) for name, value in self.kwargs}
-        result = function(*(fill(value, inputs) for value in self.args), **kwargs)
-        assert isinstance(result, Tensor)
-        return result
+        result: Any = function(*(fill(value, inputs) for value in self.args), **kwargs)
+        chosen: Tensor = result if self.item is None else result[self.item]
+        return chosen
 
     def __str__(self) -> str:
-        return f"{type(self).__name__}({self.op})"
+        return f"{type(self).__name__}({self.title})"
 
 
 @dataclass(frozen=True)
-class Elementwise(Captured):
+class Captured(_Operator):
+    """An operator without a rule: it runs as it was captured, and what touches it is frozen.
+
+    ``shape`` is the output's for one example, whose examples run along axis ``made`` (-1: it has none).
+    """
+
+    shape: Shape = ()
+    made: int = 0
+
+    def signature(self, *shapes: Shape) -> str | None:
+        # The examples may hear each other: their axis is not named B.
+        inputs = (" ".join(["N", *(f"U{k}_{j}" for j in range(1, len(s)))][: len(s)]) for k, s in enumerate(shapes))
+        made = [f"M{j}" for j in range(len(self.shape))]
+        if self.made >= 0 and shapes:
+            made[self.made] = "N"
+        return f"{', '.join(inputs)} -> {' '.join(made)}"
+
+    def letters(self, *shapes: Shape) -> dict[str, int]:
+        return {f"M{j}": n for j, n in enumerate(self.shape)}
+
+
+@dataclass(frozen=True)
+class Elementwise(_Operator):
     """A pointwise operator: its inputs broadcast against each other, and every axis passes through."""
 
     def signature(self, *shapes: Shape) -> str | None:
         return broadcast(*shapes)
+
+
+@dataclass(frozen=True)
+class Along(_Operator):
+    """An operator that keeps the shape and mixes or moves positions along ``dims``, which it holds rigid."""
+
+    dims: tuple[int, ...] = ()
+
+    def signature(self, *shapes: Shape) -> str | None:
+        letters = names(len(shapes[0]))
+        for dim in self.dims:
+            letters[dim] = letters[dim].upper()
+        return f"{' '.join(letters)} -> {' '.join(letters)}"
+
+
+@dataclass(frozen=True)
+class Maps(_Operator):
+    """An operator on every map alone, ``(N, C, ...)`` to ``(N, C, *space)``: resampling, unusual pooling."""
+
+    space: Shape = ()
+
+    def signature(self, *shapes: Shape) -> str | None:
+        given = " ".join(f"G{k}" for k in range(len(shapes[0]) - 2))
+        return f"B c {given} -> B c {' '.join(f'M{k}' for k in range(len(self.space)))}"
+
+    def letters(self, *shapes: Shape) -> dict[str, int]:
+        return {f"M{k}": n for k, n in enumerate(self.space)}
 
 
 @dataclass(frozen=True)
@@ -187,9 +247,16 @@ class ScaledDotProduct(Layer):
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         q, k, v, *mask = inputs
-        return F.scaled_dot_product_attention(
-            q, k, v, mask[0] if mask else None, is_causal=self.causal, scale=self.scale, enable_gqa=self.grouped
-        )
+        if self.grouped:
+            q, k, v = q.unflatten(-3, (k.shape[-3], -1)), k.unsqueeze(-3), v.unsqueeze(-3)  # type: ignore[no-untyped-call]
+        scores = q @ k.transpose(-1, -2) * self.scale
+        if self.causal:
+            past = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+            scores = scores.masked_fill(~past, -math.inf)
+        for bias in mask:
+            scores = scores.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else scores + bias
+        result = torch.softmax(scores, -1) @ v
+        return result.flatten(-4, -3) if self.grouped else result
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,70 @@
+"""Modules out: a plain ``torch.nn.Module`` that runs a spec and has the parameters' own names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from taylorfx.spec import Spec, apply, check, partition, train
+from taylorfx.tree import Params, flatten, unflatten
+
+__all__ = ["SpecModule", "to_torch"]
+
+
+class SpecModule(nn.Module):
+    """A network as a module: it trains, moves, copies, pickles, compiles and saves like any other.
+
+    ``spec`` is the network; parameters and buffers lie in submodules by the paths that they have in the tree. In training
+    mode it moves its running statistics and draws dropout from torch's own generator.
+    """
+
+    def __init__(self, params: Params, spec: Spec) -> None:
+        super().__init__()
+        check(params, spec)
+        self.spec = spec
+        trained = flatten(partition(params, spec)[0])
+        self._paths = tuple(flatten(params))
+        for path, leaf in flatten(params).items():
+            owner, name = _owner(self, path, create=True)
+            leaf = leaf.detach().clone()
+            if path in trained and leaf.is_floating_point():
+                owner.register_parameter(name, nn.Parameter(leaf))
+            else:
+                owner.register_buffer(name, leaf, persistent=not path.startswith("constants."))
+
+    def tree(self) -> Params:
+        """The parameters and buffers as they are now, as a tree."""
+        return unflatten((path, getattr(*_owner(self, path))) for path in self._paths)
+
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Any:
+        given: Any = (dict(named),) if named and not inputs else inputs
+        if not self.training:
+            return apply(self.tree(), self.spec, *given)
+        device = next((x.device for x in (*inputs, *named.values())), torch.device("cpu"))
+        generator = None if torch.compiler.is_compiling() else torch.Generator(device).manual_seed(int(torch.randint(2**62, ())))  # fmt: skip
+        outputs, new = train(self.tree(), self.spec, *given, generator=generator)
+        with torch.no_grad():
+            for path, leaf in flatten(partition(new, self.spec)[1]).items():
+                getattr(*_owner(self, path)).copy_(leaf)
+        return outputs
+
+
+def to_torch(params: Params, spec: Spec) -> nn.Module:
+    """A module that computes what the spec computes; its ``state_dict`` has the parameters' paths as names.
+
+    Raises:
+        SpecError: if the parameters do not fit the spec.
+    """
+    return SpecModule(params, spec)
+
+
+def _owner(module: nn.Module, path: str, *, create: bool = False) -> tuple[nn.Module, str]:
+    """The submodule that holds a path, and the name under which it does."""
+    *parents, name = path.split(".")
+    for parent in parents:
+        if create and parent not in module._modules:
+            module.add_module(parent, nn.Module())
+        module = module.get_submodule(parent)
+    return module, name
