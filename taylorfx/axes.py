@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 __all__ = ["Axis", "Pattern", "Signature", "SignatureError", "expand", "letters", "parse", "size", "solve"]
@@ -147,6 +147,8 @@ def expand(signature: Signature | str, ranks: tuple[int, ...]) -> Signature:
     """
     if isinstance(signature, str):
         signature = parse(signature)
+    if not signature.inputs and ranks == (0,):  # a scalar has no axis to name
+        signature = replace(signature, inputs=((),))
     if len(ranks) != len(signature.inputs):
         raise SignatureError(f"takes {len(signature.inputs)} inputs; received {len(ranks)}")
     width: int | None = None
@@ -160,7 +162,7 @@ def expand(signature: Signature | str, ranks: tuple[int, ...]) -> Signature:
                 raise SignatureError("takes inputs whose '...' agree; received different numbers of axes")
     names = tuple(f"_{k}" for k in range(width or 0))
 
-    def replace(axes: Pattern) -> Pattern:
+    def named(axes: Pattern) -> Pattern:
         result: list[Axis] = []
         for axis in axes:
             if axis == ELLIPSIS:
@@ -172,9 +174,9 @@ def expand(signature: Signature | str, ranks: tuple[int, ...]) -> Signature:
         return tuple(result)
 
     return Signature(
-        tuple(map(replace, signature.inputs)),
-        {name: replace(axes) for name, axes in signature.parameters.items()},
-        replace(signature.output),
+        tuple(map(named, signature.inputs)),
+        {name: named(axes) for name, axes in signature.parameters.items()},
+        named(signature.output),
     )
 
 

@@ -332,7 +332,7 @@ class _Tap(torch.autograd.Function):
         if example == (0, 1) and len(x) == ctx.count:
             gate = contract(x, grad, axis)
         else:
-            gate = contract(*(_apart(t, ctx.count, *example) for t in (x, grad)), axis + 1)
+            gate = contract(_apart(x, ctx.count, *example), _apart(grad, ctx.count, *example), axis + 1)
         return grad, gate.to(ctx.dtype), None, None
 
 

@@ -298,9 +298,7 @@ class _Binder:
         known = math.prod(self.sizes[x] for x in product if x in self.sizes)
         if len(unknown) > 1 or (size % known if unknown else size != known):
             rule = f"a multiple of {known}" if unknown else str(known)
-            self.ties.errors.append(
-                f"{self.name}: {self.layer.title} takes {rule} at {place}; received {size}"
-            )
+            self.ties.errors.append(f"{self.name}: {self.layer.title} takes {rule} at {place}; received {size}")
             return
         for letter in unknown:
             self.sizes[letter] = size // known

@@ -31,6 +31,7 @@ def prune(
     most: float | Mapping[str, float] = 1.0,
     multiple: int | Mapping[str, int] = 1,
     per_layer: bool = False,
+    exact_only: bool = False,
 ) -> tuple[Params, Spec]:
     """A smaller network that computes what the units it keeps computed: new parameters and a new spec.
 
@@ -49,6 +50,7 @@ def prune(
         stats = measure(params, spec, batch, coupling, loss=loss, moments=moments)
         scores = criterion(stats, coupling)  # type: ignore[arg-type]
     plan = select(
-        scores, coupling, budget=budget, protect=protect, floor=floor, most=most, multiple=multiple, per_layer=per_layer
-    )
+        scores, coupling, budget=budget, protect=protect, floor=floor, most=most, multiple=multiple,
+        per_layer=per_layer, exact_only=exact_only,
+    )  # fmt: skip
     return cut(params, plan), plan.spec

@@ -112,6 +112,7 @@ def select(
     most: float | Mapping[str, float] = 1.0,
     multiple: int | Mapping[str, int] = 1,
     per_layer: bool = False,
+    exact_only: bool = False,
 ) -> Plan:
     """Decide which units stay: remove the lowest scores until the budget is met.
 
@@ -124,6 +125,7 @@ def select(
         multiple: scopes keep multiples of this number of units (or all of them); likewise. Units then leave in
             bundles, ordered by their mean score.
         per_layer: rank within each scope instead of across the network, so that all lose about the same share.
+        exact_only: keep the units whose removal changes a norm's statistics (``coupling.exact``).
 
     Raises:
         BudgetError: if the budget cannot be met; the message names the nearest that can.
@@ -134,6 +136,8 @@ def select(
     if per_layer:
         values = _quantiles(values, coupling)
     held = _protected(coupling, protect) | _last_of_axis(values, coupling)
+    if exact_only:
+        held |= ~coupling.exact
     rules = (
         _by_scope(coupling, floor, "floor", 1),
         _by_scope(coupling, most, "most", 1.0),

@@ -52,9 +52,15 @@ def unflatten(leaves: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> dict[str
     return tree
 
 
-def merge(tree: Params, leaves: Mapping[str, Tensor]) -> Params:
+def merge(tree: Params, leaves: Mapping[str, Tensor], prefix: str = "") -> Params:
     """The tree with some leaves replaced; subtrees without a change are shared."""
-    return map_paths(lambda path, leaf: leaves.get(path, leaf), tree)
+    if not any(path.startswith(prefix) for path in leaves):
+        return tree
+    paths = {key: f"{prefix}{key}" for key in tree}
+    return {
+        key: merge(value, leaves, f"{paths[key]}.") if isinstance(value, Mapping) else leaves.get(paths[key], value)
+        for key, value in tree.items()
+    }
 
 
 def map_paths(function: Callable[[str, Any], Any], tree: Params, prefix: str = "") -> Params:

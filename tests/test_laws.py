@@ -343,13 +343,13 @@ def test_budgets_are_met_and_monotone(net, seed, kind, shares, per_layer):
         assert len(rest)
 
 
-@given(networks(), SEEDS, st.integers(1, 3), st.floats(0.2, 0.9), st.sampled_from([1, 2]))
-def test_constraints_hold(net, seed, floor, most, multiple):
+@given(networks(), SEEDS, st.integers(1, 3), st.floats(0.2, 0.9), st.sampled_from([1, 2]), st.booleans())
+def test_constraints_hold(net, seed, floor, most, multiple, exact_only):
     coupling = net.coupling
     assume(len(coupling))
     scores = torch.rand(len(coupling), generator=torch.Generator().manual_seed(seed))
     protect = [coupling.scopes[seed % len(coupling.scopes)]]
-    rules = {"protect": protect, "floor": floor, "most": most, "multiple": multiple}
+    rules = {"protect": protect, "floor": floor, "most": most, "multiple": multiple, "exact_only": exact_only}
     try:
         tfx.select(scores, coupling, budget=tfx.Flops(1), **rules)
         pytest.fail("a single operation cannot do")
@@ -362,6 +362,7 @@ def test_constraints_hold(net, seed, floor, most, multiple):
         assert after >= (1 - most) * before - 1e-6
         assert after % multiple == 0 or after == before
         assert after == before or name not in protect
+    assert (plan.keep | net.coupling.exact).all() or not exact_only
 
 
 @given(networks(specs()), SEEDS)

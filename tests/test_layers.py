@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -37,11 +38,8 @@ TWINS: list[tuple[str, tuple[int, ...]]] = [
     ("ConvTranspose1d(4, 6, 3)", (3, 4, 5)),
     ("ConvTranspose1d(4, 6, 3, 3, 1, 2, groups=2, dilation=2)", (3, 4, 5)),
     ("ConvTranspose2d(4, 6, 3, 2, 1, 1)", (3, 4, 5, 4)),
-    (
-        "ConvTranspose2d(4, 6, (3, 2), stride=(3, 2), output_padding=(2, 0), groups=2, bias=False, dilation=(1, 2))",
-        (3, 4, 5, 4),
-    ),
-    ("ConvTranspose2d(4, 4, 2, groups=4)", (3, 4, 5, 4)),
+    ("ConvTranspose2d(4, 6, (3, 2), stride=(3, 2), output_padding=(2, 0), groups=2, dilation=(1, 2))", (3, 4, 5, 4)),
+    ("ConvTranspose2d(4, 4, 2, groups=4, bias=False)", (3, 4, 5, 4)),
     ("Linear(5, 7)", (3, 5)),
     ("Linear(5, 7, False)", (3, 2, 4, 5)),
     ("Embedding(11, 5)", (3, 4)),
@@ -71,20 +69,9 @@ TWINS: list[tuple[str, tuple[int, ...]]] = [
     ("PReLU()", (3, 4, 5)),
     ("PReLU(4)", (3, 4, 5, 2)),
     ("PReLU(4)", (3, 4)),
-    ("Identity()", (3, 4)),
-    ("ReLU()", (3, 4)),
-    ("ReLU6()", (3, 4, 5)),
-    ("LeakyReLU(0.3)", (3, 4)),
-    ("ELU(0.7)", (3, 4)),
-    ("GELU()", (3, 4)),
-    ("GELU(approximate='tanh')", (3, 4)),
-    ("SiLU()", (3, 4)),
-    ("Mish()", (3, 4)),
-    ("Sigmoid()", (3, 4)),
-    ("Tanh()", (3, 4)),
-    ("Softplus(2.0, 3.0)", (3, 4)),
-    ("Hardswish()", (3, 40)),
-    ("Hardsigmoid()", (3, 40)),
+    *((f"{name}()", (3, 40)) for name in ("Identity", "ReLU", "ReLU6", "GELU", "SiLU", "Mish", "Sigmoid", "Tanh")),
+    *((f"{name}()", (3, 40)) for name in ("LeakyReLU", "ELU", "Softplus", "Hardswish", "Hardsigmoid")),
+    *((text, (3, 4)) for text in ("LeakyReLU(0.3)", "ELU(0.7)", "Softplus(2.0, 3.0)", "GELU(approximate='tanh')")),
     ("Softmax(1)", (3, 4, 5)),
     ("Softmax(dim=-1)", (3, 4, 5)),
     ("Dropout(0.3)", (3, 4)),
@@ -110,6 +97,7 @@ TWINS: list[tuple[str, tuple[int, ...]]] = [
     ("ChannelShuffle(3)", (3, 6, 5, 2)),
     ("ChannelShuffle(2)", (3, 6, 5, 2)),
     ("PixelShuffle(2)", (3, 8, 3, 2)),
+    ("PixelUnshuffle(2)", (3, 2, 6, 4)),
 ]
 
 Reference = Callable[..., Tensor]
@@ -199,6 +187,16 @@ def multihead(bias: bool = True, kdim: int | None = None, vdim: int | None = Non
     return reference
 
 
+def scaled(**options: Any) -> Reference:
+    return lambda _, q, k, v, *mask: F.scaled_dot_product_attention(q, k, v, *mask, scale=0.3, **options)
+
+
+def graph(heard: str, p: tfx.Layer, out: tfx.Layer) -> tfx.Spec:
+    """A layer that hears a parameter ``p`` and the input ``x``."""
+    nodes = tfx.Node("x", tfx.Input()), tfx.Node("p", p), tfx.Node("out", out, tuple(heard.split()))
+    return tfx.Spec(nodes, ("out",))
+
+
 def mask(*shape: int) -> Tensor:
     """Boolean, true where to attend; every row attends somewhere."""
     result = torch.rand(shape, generator=torch.Generator().manual_seed(2)) < 0.6
@@ -206,80 +204,77 @@ def mask(*shape: int) -> Tensor:
     return result
 
 
-ATTEND = tfx.multihead_attention
+attend = partial(tfx.multihead_attention, 8, 4)
 FUTURE = ~torch.ones(5, 5, dtype=torch.bool).tril()
-OTHERS = [
-    Case("reshape", tfx.Reshape((2, -1, 3)), lambda _, x: x.reshape(3, 2, 10, 3), ((3, 4, 5, 3),)),
-    Case("reshape, one axis", tfx.Reshape(-1), lambda _, x: x.reshape(3, 20), ((3, 4, 5),)),
-    Case("reshape, torn", tfx.Reshape((6, 4)), lambda _, x: x.reshape(3, 6, 4), ((3, 4, 6),)),
-    Case("permute", tfx.Permute((0, 3, 1, 2)), lambda _, x: x.permute(0, 3, 1, 2), ((3, 4, 5, 2),)),
-    Case("permute, from the end", tfx.Permute([0, -1, -2]), lambda _, x: x.transpose(1, 2), ((3, 4, 5),)),
-    Case("slice", tfx.Slice(1, 1, 3), lambda _, x: x[:, 1:3], ((3, 4, 5),)),
-    Case("slice, whole", tfx.Slice(1, 0, 4), lambda _, x: x, ((3, 4, 5),)),
-    Case("slice, from the end", tfx.Slice(-1, 2, 5), lambda _, x: x[..., 2:], ((3, 4, 5),)),
-    Case("concat", tfx.Concat(), lambda _, *xs: torch.cat(xs, 1), ((3, 4, 5), (3, 2, 5), (3, 1, 5))),
-    Case("concat, last", tfx.Concat(-1), lambda _, *xs: torch.cat(xs, -1), ((3, 4, 5), (3, 4, 2))),
-    Case("add", tfx.Add(), lambda _, x, y, z: x + y + z, ((3, 4, 5), (3, 4, 5), (3, 1, 5))),
-    Case("multiply", tfx.Multiply(), lambda _, x, y: x * y, ((3, 4, 5, 2), (3, 4, 1, 1))),
-    Case("multiply, both broadcast", tfx.Multiply(), lambda _, x, y: x * y, ((3, 4, 1), (3, 1, 5))),
-    Case("parameter", tfx.Parameter((4, 5), 1.0, 0.1), lambda leaves: leaves["layer"], ()),
-    Case("parameter, one axis", tfx.Parameter(4), lambda leaves: leaves["layer"], ()),
-    Case(
-        "parameter, expanded",
-        tfx.Parameter((1, 5), expand=True),
-        lambda leaves, x: leaves["layer"].expand(3, 1, 5),
-        ((3, 4, 5),),
-    ),
-    Case(
-        "parameter, added",
-        tfx.Spec(
-            (
-                tfx.Node("x", tfx.Input()),
-                tfx.Node("position", tfx.Parameter((4, 5))),
-                tfx.Node("sum", tfx.Add(), ("x", "position")),
-            )
-        ),
-        lambda leaves, x: x + leaves["layer.position"],
-        ((3, 4, 5),),
-    ),
-    Case("attention", tfx.Attention(2, 3), sdpa(2, 2), ((3, 5, 6), (3, 7, 6), (3, 7, 6))),
-    Case(
-        "attention, grouped",
-        tfx.Attention(6, 2, 3, v_head_dim=4, scale=0.3),
-        sdpa(6, 3, scale=0.3),
-        ((3, 5, 12), (3, 7, 6), (3, 7, 12)),
-    ),
-    Case("attention, one head", tfx.Attention(1, 4), sdpa(1, 1), ((3, 5, 4), (3, 7, 4), (3, 7, 4), mask(3, 1, 5, 7))),
-    Case(
-        "attention, causal, longer keys",
-        tfx.Attention(4, 2, 1, causal=True),
-        sdpa(4, 1, is_causal=True),
-        ((3, 5, 8), (3, 7, 2), (3, 7, 2)),
-    ),
-    Case("attention, key mask", tfx.Attention(4, 2, 2), sdpa(4, 2), ((3, 5, 8), (3, 7, 4), (3, 7, 4), mask(3, 7))),
-    Case(
-        "attention, mask per head",
-        tfx.Attention(4, 2, 2),
-        sdpa(4, 2),
-        ((3, 5, 8), (3, 7, 4), (3, 7, 4), mask(3, 4, 1, 7)),
-    ),
-    Case("attention, added", tfx.Attention(2, 4), sdpa(2, 2), ((3, 5, 8), (3, 7, 8), (3, 7, 8), (3, 2, 5, 7))),
-    Case("multihead", ATTEND(8, 4), multihead(), ((3, 5, 8),)),
-    Case("multihead, no bias", ATTEND(8, 4, bias=False), multihead(bias=False), ((3, 5, 8),)),
-    Case("multihead, causal", ATTEND(8, 4, causal=True), multihead(attn_mask=FUTURE), ((3, 5, 8),)),
-    Case("multihead, key mask", ATTEND(8, 4, mask=True), multihead(), ((3, 5, 8), mask(3, 5))),
-    Case("multihead, mask", ATTEND(8, 4, mask=True), multihead(), ((3, 5, 8), mask(3, 1, 5, 5))),
-    Case("multihead, mask per head", ATTEND(8, 4, mask=True), multihead(), ((3, 5, 8), mask(3, 4, 5, 5))),
-    Case("multihead, added", ATTEND(8, 4, mask=True), multihead(), ((3, 5, 8), (3, 1, 5, 5))),
-    Case("multihead, cross", ATTEND(8, 4, cross=True), multihead(), ((3, 5, 8), (3, 7, 8), (3, 7, 8))),
-    Case(
-        "multihead, cross, own widths",
-        ATTEND(8, 4, cross=True, kdim=6, vdim=5, mask=True),
-        multihead(kdim=6, vdim=5),
-        ((3, 5, 8), (3, 7, 6), (3, 7, 5), mask(3, 7)),
-    ),
-]
-CASES = [twin(*row) for row in TWINS] + OTHERS
+SLOT = (("$", 0), ("$", 1))
+X, Y = (3, 5, 8), (3, 7, 8)
+GROUPED = (X, (3, 7, 4), (3, 7, 4))
+OTHERS: list[tuple[str, Any, Reference, tuple[Any, ...]]] = [
+    ("reshape", tfx.Reshape((2, -1, 3)), lambda _, x: x.reshape(3, 2, 10, 3), ((3, 4, 5, 3),)),
+    ("reshape, one axis", tfx.Reshape(-1), lambda _, x: x.reshape(3, 20), ((3, 4, 5),)),
+    ("reshape, torn", tfx.Reshape((6, 4)), lambda _, x: x.reshape(3, 6, 4), ((3, 4, 6),)),
+    ("permute", tfx.Permute((0, 3, 1, 2)), lambda _, x: x.permute(0, 3, 1, 2), ((3, 4, 5, 2),)),
+    ("permute, from the end", tfx.Permute([0, -1, -2]), lambda _, x: x.transpose(1, 2), ((3, 4, 5),)),
+    ("slice", tfx.Slice(1, 1, 3), lambda _, x: x[:, 1:3], ((3, 4, 5),)),
+    ("slice, whole", tfx.Slice(1, 0, 4), lambda _, x: x, ((3, 4, 5),)),
+    ("slice, from the end", tfx.Slice(-1, 2, 5), lambda _, x: x[..., 2:], ((3, 4, 5),)),
+    ("concat", tfx.Concat(), lambda _, *xs: torch.cat(xs, 1), ((3, 4, 5), (3, 2, 5), (3, 1, 5))),
+    ("concat, last", tfx.Concat(-1), lambda _, *xs: torch.cat(xs, -1), ((3, 4, 5), (3, 4, 2))),
+    ("add", tfx.Add(), lambda _, x, y, z: x + y + z, ((3, 4, 5), (3, 4, 5), (3, 1, 5))),
+    ("multiply", tfx.Multiply(), lambda _, x, y: x * y, ((3, 4, 5, 2), (3, 4, 1, 1))),
+    ("multiply, both broadcast", tfx.Multiply(), lambda _, x, y: x * y, ((3, 4, 1), (3, 1, 5))),
+    ("parameter", tfx.Parameter((4, 5), 1.0, 0.1), lambda leaves: leaves["layer"], ()),
+    ("parameter, one axis", tfx.Parameter(4), lambda leaves: leaves["layer"], ()),
+    ("parameter, expanded", tfx.Parameter((1, 5), expand=True), lambda p, x: p["layer"].expand(3, 1, 5), ((3, 4, 5),)),
+    ("parameter, added", graph("p x", p=tfx.Parameter((4, 5)), out=tfx.Add()), lambda leaves, x: x + leaves["layer.p"],
+     ((3, 4, 5),)),
+    ("captured", tfx.Captured("flip.default", (SLOT[0], (1,)), shape=(1, 4, 5), made=0, given=(0,)),
+     lambda _, x: x.flip(1), ((3, 4, 5),)),
+    ("elementwise", tfx.Elementwise("add.Tensor", (SLOT[0], SLOT[1]), (("alpha", 2.0),)), lambda _, x, y: x + 2 * y,
+     ((3, 4, 5), (3, 1, 5))),
+    ("along", tfx.Along("cumsum.default", (SLOT[0], -1), dims=(-1,)), lambda _, x: x.cumsum(-1), ((3, 4, 5),)),
+    ("maps", tfx.Maps("adaptive_max_pool2d.default", (SLOT[0], (2, 1)), item=0, space=(2, 1)),
+     lambda _, x: F.adaptive_max_pool2d(x, (2, 1)), ((3, 4, 5, 2),)),
+    ("buffer", graph("p x", p=tfx.Buffer((4, 5)), out=tfx.Multiply()), lambda leaves, x: x * leaves["layer.p"],
+     ((3, 4, 5),)),
+    ("view", tfx.View((1, 2, 2, 5)), lambda _, x: x.reshape(3, 2, 2, 5), ((3, 4, 5),)),
+    ("view, folded into the batch", tfx.View((4, 5)), lambda _, x: x.reshape(12, 5), ((3, 4, 5),)),
+    ("expand", tfx.Expand((-1, -1, 6)), lambda _, x: x.expand(3, 4, 6), ((3, 4, 1),)),
+    ("expand, for every example", graph("p x", p=tfx.Parameter((2, 5)), out=tfx.Expand((1, -1, -1), 0)),
+     lambda leaves, x: leaves["layer.p"].expand(3, 2, 5), ((3, 4),)),
+    ("gather", graph("p x", p=tfx.Parameter((7, 5)), out=tfx.Gather(0)), lambda leaves, x: leaves["layer.p"][x],
+     (torch.arange(12).reshape(3, 4) % 7,)),
+    ("reduce", tfx.Reduce("mean", (2, -1), True), lambda _, x: x.mean((2, 3), True), ((3, 4, 5, 2),)),
+    ("reduce, sum", tfx.Reduce("sum", (1,)), lambda _, x: x.sum(1), ((3, 4, 5),)),
+    ("reduce, largest", tfx.Reduce("amax", (-1,)), lambda _, x: x.amax(-1), ((3, 4, 5),)),
+    ("pad", tfx.Pad((1, 2, 0, 1), value=0.5), lambda _, x: F.pad(x, (1, 2, 0, 1), value=0.5), ((3, 4, 5),)),
+    ("pad, reflected", tfx.Pad((1, 2), "reflect"), lambda _, x: F.pad(x, (1, 2), "reflect"), ((3, 4, 5),)),
+    ("matmul", tfx.MatMul(), lambda _, x, y: x @ y, ((3, 2, 4, 5), (3, 2, 5, 6))),
+    ("einsum", tfx.Einsum("nthk,nskh->nhts"), lambda _, x, y: (x.transpose(1, 2) @ y.permute(0, 3, 2, 1)), ((3, 4, 2, 5), (3, 6, 5, 2))),
+    ("matmul, broadcast", tfx.MatMul(), lambda _, x, y: x @ y, ((3, 2, 4, 5), (3, 1, 5, 6))),
+    ("product", tfx.ScaledDotProduct(0.3), scaled(), ((3, 2, 5, 4), (3, 2, 7, 4), (3, 2, 7, 3))),
+    ("product, mask", tfx.ScaledDotProduct(0.3), scaled(), (*(3 * [(3, 2, 5, 4)]), mask(3, 1, 5, 5))),
+    ("product, grouped", tfx.ScaledDotProduct(0.3, True, True), scaled(is_causal=True, enable_gqa=True),
+     ((3, 4, 5, 2), (3, 2, 7, 2), (3, 2, 7, 2))),
+    ("attention", tfx.Attention(2, 4), sdpa(2, 2), (X, Y, Y)),
+    ("attention, wide values", tfx.Attention(4, 2, 2, 3, scale=0.3), sdpa(4, 2, scale=0.3), (*GROUPED[:2], (3, 7, 6))),
+    ("attention, one head", tfx.Attention(1, 8), sdpa(1, 1), (X, Y, Y, mask(3, 1, 5, 7))),
+    ("attention, causal", tfx.Attention(4, 2, 2, causal=True), sdpa(4, 2, is_causal=True), GROUPED),
+    ("attention, key mask", tfx.Attention(4, 2, 2), sdpa(4, 2), (*GROUPED, mask(3, 7))),
+    ("attention, mask per head", tfx.Attention(4, 2, 2), sdpa(4, 2), (*GROUPED, mask(3, 4, 1, 7))),
+    ("attention, added", tfx.Attention(2, 4), sdpa(2, 2), (X, Y, Y, (3, 2, 5, 7))),
+    ("multihead", attend(), multihead(), (X,)),
+    ("multihead, no bias", attend(bias=False), multihead(bias=False), (X,)),
+    ("multihead, causal", attend(causal=True), multihead(attn_mask=FUTURE), (X,)),
+    ("multihead, key mask", attend(mask=True), multihead(), (X, mask(3, 5))),
+    ("multihead, mask", attend(mask=True), multihead(), (X, mask(3, 1, 5, 5))),
+    ("multihead, mask per head", attend(mask=True), multihead(), (X, mask(3, 4, 5, 5))),
+    ("multihead, added", attend(mask=True), multihead(), (X, (3, 1, 5, 5))),
+    ("multihead, cross", attend(cross=True), multihead(), (X, Y, Y)),
+    ("multihead, cross, own widths", attend(cross=True, kdim=6, vdim=5, mask=True), multihead(kdim=6, vdim=5),
+     (X, (3, 7, 6), (3, 7, 5), mask(3, 7))),
+]  # fmt: skip
+CASES = [*(twin(*row) for row in TWINS), *(Case(*row) for row in OTHERS)]
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 every_twin = pytest.mark.parametrize("case", CASES[: len(TWINS)], ids=lambda case: case.name)
@@ -377,7 +372,7 @@ def test_a_layer_declares_the_shapes_of_its_parameters(case: Case) -> None:
 def test_a_layer_is_a_value_that_can_be_written_down(case: Case) -> None:
     for node in case.spec:
         layer = node.layer
-        for text in (str(layer), repr(layer)):
+        for text in (repr(layer), *([] if hasattr(layer, "op") and hasattr(layer, "args") else [str(layer)])):
             copy = eval(text, vars(tfx))
             assert copy == layer
             assert hash(copy) == hash(layer)
@@ -419,6 +414,8 @@ def test_layers_that_say_the_same_are_equal(one: str, other: str) -> None:
         ("Conv2d(4, 6, 3, stride=2, padding='same')", "stride of 1"),
         ("Conv2d(4, 6, 3, padding='full')", "'same' or 'valid'"),
         ("ConvTranspose2d(4, 6, 3, padding='same')", "takes 2 whole numbers for padding"),
+        ("ConvTranspose1d(4, 6, 3, 2, 1, 2)", "smaller than stride or dilation"),
+        ("AvgPool2d(3, 1, 2)", "half of the window"),
         ("MaxPool1d(None)", "takes a whole number for kernel_size"),
         ("Attention(6, 2, 4)", "key heads divide"),
         ("Slice(1, 3, 3)", "start < stop"),
@@ -440,7 +437,7 @@ def test_a_window_that_does_not_fit_its_input_is_refused(layer: tfx.Layer) -> No
 @pytest.mark.parametrize("layer", [tfx.BatchNorm1d(3), tfx.BatchNorm1d(3, track_running_stats=False)])
 def test_a_batch_norm_refuses_to_train_on_one_value_per_channel(layer: tfx.Layer) -> None:
     spec = tfx.serial(tfx.Input((3,)), layer)
-    with pytest.raises(ShapeError, match="more than 1 value per channel"):
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
         tfx.train(tfx.init(spec, torch.Generator()), spec, torch.randn(1, 3))
 
 

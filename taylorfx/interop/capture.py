@@ -1,21 +1,22 @@
 """Modules in: ``torch.export`` captures any module as a graph of ATen operators, which are mapped to layers.
 
-The graph is made functional first (no in-place operators, few composite ones). Parametric operators whose weights are the
-module's own become the real layers, with the module's names; data movement, products, reductions and pointwise
-operators become those of `taylorfx.layers.tensor`; what has no rule stays as it was captured, runs, and freezes the units
-that touch it. Nothing is guessed from a number: where examples run is read from the symbol of the exported batch.
+The graph is made functional first (no in-place operators, few composite ones). Parametric operators whose weights are
+the module's own become the real layers, with the module's names; data movement, products, reductions and pointwise
+operators become those of `taylorfx.layers.tensor`; what has no rule stays as it was captured, runs, and freezes the
+units that touch it. Nothing is guessed from a number: where examples run is read from the symbol of the exported batch.
 """
 
 from __future__ import annotations
 
 import copy
 import operator
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind, OutputKind
 
 from taylorfx.interop.operators import CONVERTERS, Convert, Unmapped
@@ -41,8 +42,8 @@ def from_torch(
         example_kwargs: keyword arguments.
 
     Returns:
-        Parameters by the module's own names (the tensors are shared, not copied), and the network. The inputs of the spec
-        are named after the arguments of ``forward``; the outputs are the tensors that it returns, in their order.
+        Parameters by the module's own names (the tensors are shared, not copied), and the network. The inputs of the
+        spec are named after the arguments of ``forward``; the outputs are the tensors that it returns, in their order.
 
     Raises:
         CaptureError: if the module, the example or the captured graph cannot be taken.
@@ -62,26 +63,23 @@ def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     """The module as a functional graph, in inference mode, its axis of examples dynamic."""
     twin = copy.deepcopy(module, {id(t): t for t in (*module.parameters(), *module.buffers())}).eval()
 
-    def batch(tree: Any) -> Any:
-        return torch.utils._pytree.tree_map(lambda x: {0: Dim.DYNAMIC} if isinstance(x, Tensor) and x.ndim else None, tree)
-
     # An example of one would be taken for a constant: two of it say the same.
     args, kwargs = torch.utils._pytree.tree_map(
         lambda x: x.repeat(2, *[1] * (x.ndim - 1)) if isinstance(x, Tensor) and x.ndim and len(x) == 1 else x,
         (args, kwargs),
     )
+    shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
+    for tensor in torch.utils._pytree.tree_leaves((args, kwargs)):
+        if isinstance(tensor, Tensor) and tensor.ndim:
+            shapes[tensor] = {0: Dim.DYNAMIC}
     try:
-        with torch.no_grad():
-            program = torch.export.export(twin, args, kwargs, dynamic_shapes=(*batch(args), *batch(kwargs).values()) if not kwargs else {**dict(zip(_names(twin, args), batch(args), strict=False)), **batch(kwargs)}, strict=False)  # fmt: skip
-            return program.run_decompositions({})
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of torch's own pytree
+            program = torch.export.export(twin, args, kwargs, dynamic_shapes=shapes, strict=False)
+            functional: ExportedProgram = program.run_decompositions({})
+            return functional
     except Exception as error:  # torch.export raises whatever the module's own code raises
         raise CaptureError(f"torch.export cannot capture {type(module).__name__}: {error}") from error
-
-
-def _names(module: nn.Module, args: Sequence[Any]) -> list[str]:
-    import inspect
-
-    return list(inspect.signature(module.forward).parameters)[: len(args)]
 
 
 class _Reader:
@@ -114,6 +112,8 @@ class _Reader:
             node = placeholders[getattr(item.arg, "name", "")]
             if item.kind is InputKind.USER_INPUT:
                 self.convert.user_input(node)
+            elif item.kind is InputKind.CONSTANT_TENSOR and item.target is not None:
+                self.convert.constant(node, state[item.target], item.target)
             elif item.target is not None and item.target in state:
                 self.convert.parameter(node, state[item.target], item.target)
 
@@ -123,7 +123,7 @@ class _Reader:
             self.convert.getitem(node)
         elif not isinstance(node.meta.get("val"), (Tensor, tuple, list)):
             return  # arithmetic on sizes: read from the shapes of the tensors that use it
-        else:
+        elif not self.convert.folded(node):
             name = getattr(target, "__name__", str(target))
             try:
                 CONVERTERS.get(name.split(".")[0], Convert.generic)(self.convert, node)

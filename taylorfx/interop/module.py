@@ -16,8 +16,8 @@ __all__ = ["SpecModule", "to_torch"]
 class SpecModule(nn.Module):
     """A network as a module: it trains, moves, copies, pickles, compiles and saves like any other.
 
-    ``spec`` is the network; parameters and buffers lie in submodules by the paths that they have in the tree. In training
-    mode it moves its running statistics and draws dropout from torch's own generator.
+    ``spec`` is the network; parameters and buffers lie in submodules by the paths that they have in the tree. In
+    training mode it moves its running statistics and draws dropout from torch's own generator.
     """
 
     def __init__(self, params: Params, spec: Spec) -> None:
@@ -43,11 +43,15 @@ class SpecModule(nn.Module):
         if not self.training:
             return apply(self.tree(), self.spec, *given)
         device = next((x.device for x in (*inputs, *named.values())), torch.device("cpu"))
-        generator = None if torch.compiler.is_compiling() else torch.Generator(device).manual_seed(int(torch.randint(2**62, ())))  # fmt: skip
+        generator = None
+        if not torch.compiler.is_compiling():
+            generator = torch.Generator(device).manual_seed(int(torch.randint(2**62, ())))
         outputs, new = train(self.tree(), self.spec, *given, generator=generator)
         with torch.no_grad():
             for path, leaf in flatten(partition(new, self.spec)[1]).items():
-                getattr(*_owner(self, path)).copy_(leaf)
+                buffer = getattr(*_owner(self, path))
+                if leaf is not buffer:
+                    buffer.copy_(leaf)
         return outputs
 
 

@@ -28,7 +28,7 @@ class Convert:
         self.names: dict[str, str] = {}
         self.tensors: dict[str, Tensor] = {}
         self.paths: dict[str, tuple[str, bool]] = {}
-        self.parts: dict[str, fx.Node] = {}
+        self.constants: dict[str, Tensor] = {}
         self.taken: set[str] = set()
         self.reference: str | None = None
 
@@ -45,6 +45,7 @@ class Convert:
         self.paths[node.name] = path, isinstance(tensor, torch.nn.Parameter) if trained is None else trained
 
     def constant(self, node: fx.Node, tensor: Tensor, name: str) -> None:
+        self.constants[node.name] = tensor
         self.parameter(node, tensor, f"constants.{name.replace('.', '_')}", False)
 
     # Looking at arguments.
@@ -70,13 +71,19 @@ class Convert:
     # Writing nodes.
 
     def add(
-        self, node: fx.Node, layer: Layer, inputs: Sequence[str], *, leaves: Mapping[str, str] | None = None, tag: str = ""
+        self,
+        node: fx.Node,
+        layer: Layer,
+        inputs: Sequence[str],
+        *,
+        leaves: Mapping[str, str] | None = None,
+        tag: str = "",
     ) -> str:
         """Write the node of a graph's value; ``leaves`` says where its parameters lie."""
         leaves = leaves or {}
         home = {path.rpartition(".")[0] for path in leaves.values()}
         name = home.pop() if len(home) == 1 else ""
-        if not name or name in self.taken or any(path.startswith(f"{name}.") and path in self.taken for path in self.taken):
+        if not name or name in self.taken or any(path.startswith(f"{name}.") for path in self.taken):
             name = f"{node.name}{tag}"
         while name in self.taken:
             name += "_"
@@ -134,26 +141,39 @@ class Convert:
 
     def generic(self, node: fx.Node) -> None:
         """An operator without a converter: pointwise, constant, or as captured."""
-        target: Any = node.target
         values = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
-        if values and torch.Tag.pointwise in getattr(target, "tags", ()):
-            return self.operator(node, L.Elementwise)
-        value = node.meta.get("val")
-        if not node.all_input_nodes and isinstance(value, Tensor) and not str(target).startswith("aten.rand"):
-            return self.constant(node, target(*node.args, **node.kwargs), node.name)
-        raise Unmapped
+        if not values or torch.Tag.pointwise not in getattr(node.target, "tags", ()):
+            raise Unmapped
+        shapes = [measured(n)[0] for n in values]
+        if measured(node)[0] != tuple(torch.broadcast_shapes(*shapes)):  # type: ignore[no-untyped-call]
+            raise Unmapped
+        return self.operator(node, L.Elementwise)
+
+    def folded(self, node: fx.Node) -> bool:
+        """Compute what depends on nothing but numbers once and for all: it becomes a constant."""
+        target: Any = node.target
+        name, value, constants = str(target), node.meta.get("val"), self.constants
+        if name.startswith(("aten.new_zeros", "aten.new_ones", "aten.new_full")) and len(node.all_input_nodes) == 1:
+            (source,) = node.all_input_nodes  # of which only the dtype counts
+            constants = {source.name: torch.zeros((), dtype=source.meta["val"].dtype)}
+        known = all(n.name in constants for n in node.all_input_nodes)
+        if not known or not isinstance(value, Tensor) or name.startswith(("aten.rand", "aten.bernoulli")):
+            return False
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: constants[n.name])
+        self.constant(node, target(*args, **kwargs), node.name)
+        return True
 
     def captured(self, node: fx.Node, item: int | None = None, source: fx.Node | None = None) -> None:
         if isinstance(node.meta["val"], (tuple, list)):
-            self.parts[node.name] = node
-            return
+            return  # each of its results is captured by itself
         shape, axis = measured(node)
         source = source or node
         try:
             args, kwargs, inputs = self.template(source)
         except Unmapped:
             raise ValueError(f"{source.target} takes arguments that cannot be kept: {source.format_node()}") from None
-        layer = L.Captured(str(source.target).removeprefix("aten."), args, kwargs, item, shape, axis)
+        given = tuple(measured(n)[1] for n in _tensors(source)) + (0,) * (len(inputs) - len(_tensors(source)))
+        layer = L.Captured(str(source.target).removeprefix("aten."), args, kwargs, item, shape, axis, given)
         self.add(node, layer, inputs)
 
     def getitem(self, node: fx.Node) -> None:
@@ -186,6 +206,13 @@ class Convert:
             made, new_axis = measured(node)
             name = self.add(node, L.View(made, axis, new_axis), (name,))
         self.names[node.name] = name
+
+
+def _tensors(node: fx.Node) -> list[fx.Node]:
+    """The tensors among an operator's arguments, in their order, as often as they stand there."""
+    found: list[fx.Node] = []
+    fx.map_arg((node.args, dict(node.kwargs)), lambda n: found.append(n))
+    return [n for n in found if isinstance(n.meta.get("val"), Tensor)]
 
 
 def measured(node: fx.Node) -> tuple[Shape, int]:
@@ -239,12 +266,15 @@ def _convolution(c: Convert, node: fx.Node) -> None:
         return value if isinstance(value, (int, str)) else tuple(value) * (rank if len(value) == 1 else 1)
 
     if transposed:
-        kind = {1: L.ConvTranspose1d, 2: L.ConvTranspose2d}.get(rank)
-        extra, groups, dilation = (_argument(node, *a) for a in ((5, "output_padding", 0), (6, "groups", 1), (7, "dilation", 1)))  # fmt: skip
+        kind: Any = {1: L.ConvTranspose1d, 2: L.ConvTranspose2d}.get(rank)
+        extra, groups = _argument(node, 5, "output_padding", 0), _argument(node, 6, "groups", 1)
+        dilation = _argument(node, 7, "dilation", 1)
         if kind is None:
             raise Unmapped
-        layer: Layer = kind(shape[0], shape[1] * groups, shape[2:], each(stride), each(padding), each(dilation), groups,
-                            bias is not None, each(extra))  # fmt: skip
+        layer: Layer = kind(
+            shape[0], shape[1] * groups, shape[2:], stride=each(stride), padding=each(padding), dilation=each(dilation),
+            groups=groups, bias=bias is not None, output_padding=each(extra),
+        )  # fmt: skip
     else:
         dilation, groups = _argument(node, 5, "dilation", 1), _argument(node, 6, "groups", 1)
         forward = {1: L.Conv1d, 2: L.Conv2d, 3: L.Conv3d}[rank]
@@ -270,7 +300,8 @@ def _linear(c: Convert, node: fx.Node) -> None:
 
 
 def _batch_norm(c: Convert, node: fx.Node) -> None:
-    x, weight, bias, mean, var, momentum, eps = node.args[:7]
+    arguments: Any = node.args[:7]
+    x, weight, bias, mean, var, momentum, eps = arguments
     rank = len(measured(_node(x))[0])
     kind = {2: L.BatchNorm1d, 3: L.BatchNorm1d, 4: L.BatchNorm2d, 5: L.BatchNorm3d}.get(rank)
     if kind is None or (weight is None) != (bias is None):
@@ -285,12 +316,15 @@ def _batch_norm(c: Convert, node: fx.Node) -> None:
 
 
 def _layer_norm(c: Convert, node: fx.Node) -> None:
-    x, shape, weight, bias = _node(node.args[0]), node.args[1], _argument(node, 2, "weight"), _argument(node, 3, "bias")
+    x, shape, weight, bias = (
+        _argument(node, k, name) for k, name in enumerate(("input", "normalized_shape", "weight", "bias"))
+    )
     if weight is None and bias is not None:
         raise Unmapped
     leaves = {name: c.path(value) for name, value in (("weight", weight), ("bias", bias)) if value is not None}
-    layer = L.LayerNorm(tuple(shape), _argument(node, 4, "eps", 1e-5), weight is not None, bias is not None or weight is None)  # type: ignore[arg-type]  # fmt: skip
-    c.add(node, layer, (c.tensor(x),), leaves=leaves)
+    eps, affine = _argument(node, 4, "eps", 1e-5), weight is not None
+    layer = L.LayerNorm(tuple(shape), eps, affine, bias is not None or not affine)
+    c.add(node, layer, (c.tensor(_node(x)),), leaves=leaves)
 
 
 def _rms_norm(c: Convert, node: fx.Node) -> None:
@@ -379,18 +413,20 @@ def _view(c: Convert, node: fx.Node) -> None:
     if (given < 0) != (made < 0):
         raise Unmapped
     if (before, given) == (after, made):
-        return c.alias(node)
-    c.add(node, L.View(after, given, made), (c.tensor(x),))
+        c.alias(node)
+    else:
+        c.add(node, L.View(after, given, made), (c.tensor(x),))
 
 
 def _permute(c: Convert, node: fx.Node) -> None:
     x = _node(node.args[0])
     rank = len(measured(x)[0])
     dims = list(range(rank))
+    given: Any = node.args[1:]
     if str(node.target) == "aten.permute.default":
-        dims = [d % rank for d in node.args[1]]  # type: ignore[union-attr,operator]
+        dims = [d % rank for d in given[0]]
     elif rank > 1:
-        a, b = (0, 1) if str(node.target) == "aten.t.default" else (node.args[1] % rank, node.args[2] % rank)  # type: ignore[operator]  # fmt: skip
+        a, b = (0, 1) if str(node.target) == "aten.t.default" else (d % rank for d in given)
         dims[a], dims[b] = dims[b], dims[a]
     c.add(node, L.Permute(tuple(dims)), (c.tensor(x),))
 
@@ -399,11 +435,13 @@ def _expand(c: Convert, node: fx.Node) -> None:
     x = _node(node.args[0])
     (before, given), (after, made) = measured(x), measured(node)
     lead = len(after) - len(before)
-    sizes = tuple(-1 if k >= lead and before[k - lead] == n and (k != made or given >= 0) else n for k, n in enumerate(after))  # fmt: skip
+    kept = [k >= lead and before[k - lead] == n and (k != made or given >= 0) for k, n in enumerate(after)]
+    sizes = tuple(-1 if keep else n for keep, n in zip(kept, after, strict=True))
     if given >= 0 and given + lead != made:
         raise Unmapped
     if all(n == -1 for n in sizes):
-        return c.alias(node)
+        c.alias(node)
+        return
     fresh = made if given < 0 and made >= 0 else -1
     if fresh >= 0 and (after[fresh] != 1 or c.reference is None):
         raise Unmapped
@@ -416,24 +454,29 @@ def _slice(c: Convert, node: fx.Node) -> None:
     dim %= len(shape)
     start, stop, step = _argument(node, 2, "start"), _argument(node, 3, "end"), _argument(node, 4, "step", 1)
     if measured(node) == (shape, axis):
-        return c.alias(node)
-    if step != 1 or dim == axis or not all(v is None or isinstance(v, int) for v in (start, stop)):
+        c.alias(node)
+        return
+    if step != 1:
+        _along(1, "dim")(c, node)
+        return
+    if dim == axis or not all(v is None or isinstance(v, int) for v in (start, stop)):
         raise Unmapped
     start, stop, _ = slice(start, stop).indices(shape[dim])
     c.slice(node, x, dim, start, stop)
 
 
 def _select(c: Convert, node: fx.Node) -> None:
-    x, dim, index = node.args
+    arguments: Any = node.args
+    x, dim, index = arguments
     shape, _ = measured(_node(x))
     if not isinstance(index, int):
         raise Unmapped
-    dim, index = dim % len(shape), index % shape[dim % len(shape)]  # type: ignore[operator]
+    dim, index = dim % len(shape), index % shape[dim % len(shape)]
     c.slice(node, _node(x), dim, index, index + 1, drop=True)
 
 
 def _parts(c: Convert, node: fx.Node) -> None:
-    c.parts[node.name] = node
+    """Each piece is a slice, written where it is taken."""
 
 
 def _cat(c: Convert, node: fx.Node) -> None:
@@ -460,11 +503,11 @@ def _pair(kind: Callable[..., Layer]) -> Callable[[Convert, fx.Node], None]:
     """A sum or product of two tensors is the layer; with a number it is any pointwise operator."""
 
     def convert(c: Convert, node: fx.Node) -> None:
-        one, other = node.args[:2]
-        tensors = isinstance(one, fx.Node) and isinstance(other, fx.Node)
-        if not tensors or node.kwargs or node.meta["val"].dtype not in {n.meta["val"].dtype for n in (one, other)}:  # type: ignore[union-attr]  # fmt: skip
-            return c.generic(node)
-        c.add(node, kind(), (c.tensor(_node(one)), c.tensor(_node(other))))
+        pair = [x for x in node.args[:2] if isinstance(x, fx.Node)]
+        if len(pair) == 2 and not node.kwargs and node.meta["val"].dtype in {x.meta["val"].dtype for x in pair}:
+            c.add(node, kind(), [c.tensor(x) for x in pair])
+        else:
+            c.generic(node)
 
     return convert
 
@@ -484,6 +527,15 @@ def _matmul(c: Convert, node: fx.Node) -> None:
     if len(measured(one)[0]) < 2 or len(measured(other)[0]) < 2:
         raise Unmapped
     c.add(node, L.MatMul(), (c.tensor(one), c.tensor(other)))
+
+
+def _einsum(c: Convert, node: fx.Node) -> None:
+    equation, tensors = node.args[:2]
+    assert isinstance(equation, str)
+    parts = equation.replace(" ", "").partition("->")
+    if "." in equation or not parts[1] or any(len(set(part)) < len(part) for part in (*parts[0].split(","), parts[2])):
+        raise Unmapped
+    c.add(node, L.Einsum(equation), [c.tensor(x) for x in tensors])  # type: ignore[union-attr,arg-type]
 
 
 def _attention(c: Convert, node: fx.Node) -> None:
@@ -522,24 +574,66 @@ def _index(c: Convert, node: fx.Node) -> None:
 
 
 def _along(position: int, name: str) -> Callable[[Convert, fx.Node], None]:
-    """An operator that keeps the shape and works along some axes."""
+    """An operator that works along some axes, and changes their sizes at most."""
 
     def convert(c: Convert, node: fx.Node) -> None:
         dims = _argument(node, position, name)
-        shape, axis = measured(_node(node.args[0]))
-        dims = tuple(d % len(shape) for d in ((dims,) if isinstance(dims, int) else dims or ()))
+        (before, axis), (after, _) = measured(_node(node.args[0])), measured(node)
+        dims = tuple(d % len(before) for d in ((dims,) if isinstance(dims, int) else dims or ()))
         if not dims or axis in dims:
             raise Unmapped
-        c.operator(node, L.Along, dims=dims)
+        kept = [n for k, n in enumerate(before) if k not in dims]
+        if len(after) == len(before):
+            lengths = tuple(after[d] for d in dims)
+            rest = [n for k, n in enumerate(after) if k not in dims]
+        else:
+            lengths, rest = (0,) * len(dims), list(after)
+        if kept != rest:
+            raise Unmapped
+        c.operator(node, L.Along, dims=dims, lengths=None if after == before else lengths)
 
     return convert
+
+
+def _glu(c: Convert, node: fx.Node) -> None:
+    x = _node(node.args[0])
+    shape, axis = measured(x)
+    dim = _argument(node, 1, "dim", -1) % len(shape)
+    if dim == axis:
+        raise Unmapped
+    half, name = shape[dim] // 2, c.tensor(x)
+    one = c.add(node, L.Slice(dim, 0, half), (name,), tag="_value")
+    other = c.add(node, L.Slice(dim, half, 2 * half), (name,), tag="_gate")
+    opened = c.add(node, L.Sigmoid(), (other,), tag="_sigmoid")
+    c.add(node, L.Multiply(), (one, opened))
+
+
+def _slice_scatter(c: Convert, node: fx.Node) -> None:
+    x, source = _node(node.args[0]), _node(node.args[1])
+    dim, start, stop = (_argument(node, *a) for a in ((2, "dim", 0), (3, "start", None), (4, "end", None)))
+    shape, axis = measured(x)
+    dim %= len(shape)
+    if dim == axis or _argument(node, 5, "step", 1) != 1 or measured(source)[1] != axis:
+        raise Unmapped
+    start, stop, _ = slice(start, stop).indices(shape[dim])
+    name, pieces = c.tensor(x), [c.tensor(source)]
+    if start > 0:
+        pieces.insert(0, c.add(node, L.Slice(dim, 0, start), (name,), tag="_before"))
+    if stop < shape[dim]:
+        pieces.append(c.add(node, L.Slice(dim, stop, shape[dim]), (name,), tag="_behind"))
+    c.add(node, L.Concat(dim), pieces)
+
+
+def _pointwise(c: Convert, node: fx.Node) -> None:
+    c.operator(node, L.Elementwise)
 
 
 def _identity(c: Convert, node: fx.Node) -> None:
     source = _node(node.args[0])
     if source.meta["val"].dtype != node.meta["val"].dtype:
-        return c.operator(node, L.Elementwise)
-    c.alias(node)
+        c.operator(node, L.Elementwise)
+    else:
+        c.alias(node)
 
 
 def _dropout(c: Convert, node: fx.Node) -> None:
@@ -593,13 +687,22 @@ CONVERTERS: dict[str, Callable[[Convert, fx.Node], None]] = {
     "mul": _pair(L.Multiply),
     **dict.fromkeys(("mean", "sum", "amax", "amin"), _reduce),
     **dict.fromkeys(("matmul", "bmm", "mm"), _matmul),
+    "einsum": _einsum,
     "scaled_dot_product_attention": _attention,
     **dict.fromkeys(("constant_pad_nd", "pad"), _pad),
     "index": _index,
+    "glu": _glu,
+    "slice_scatter": _slice_scatter,
+    "pixel_unshuffle": _simple(L.PixelUnshuffle, ("downscale_factor", 1)),
+    **dict.fromkeys(("zero", "fill", "zeros_like", "ones_like", "full_like"), _pointwise),
+    **dict.fromkeys(("var", "std", "prod", "logsumexp", "all", "any", "argmax", "argmin"), _along(1, "dim")),
+    "linalg_vector_norm": _along(2, "dim"),
     "roll": _along(2, "dims"),
     "flip": _along(1, "dims"),
     "cumsum": _along(1, "dim"),
     "log_softmax": _along(1, "dim"),
     "_log_softmax": _along(1, "dim"),
-    **dict.fromkeys(("clone", "contiguous", "alias", "detach", "detach_", "lift_fresh_copy", "_to_copy", "to"), _identity),
+    **dict.fromkeys(
+        ("clone", "contiguous", "alias", "detach", "detach_", "lift_fresh_copy", "_to_copy", "to"), _identity
+    ),
 }  # fmt: skip

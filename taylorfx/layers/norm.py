@@ -75,7 +75,8 @@ class _Tracked(Layer):
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         if not self.track_running_stats:
             return self.normalize(inputs[0], None, None, params, True, 0.0)
-        return self.normalize(inputs[0], params["running_mean"], params["running_var"], params, False, 0.0)
+        mean, var = params["running_mean"], params["running_var"]
+        return self.normalize(inputs[0], mean, var, params, False, self.momentum or 0.0)
 
     def train(
         self, params: Leaves, *inputs: Tensor, generator: torch.Generator | None

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from taylorfx.layers.base import Layer, Leaves, Shape, ShapeError, as_tuple, broadcast, names
 
 __all__ = [
-    "Add", "ChannelShuffle", "Concat", "Flatten", "Input", "Multiply", "Permute", "PixelShuffle", "Reshape", "Slice",
+    "Add", "ChannelShuffle", "Concat", "Flatten", "Input", "Multiply", "Permute", "PixelShuffle", "PixelUnshuffle",
+    "Reshape", "Slice",
 ]  # fmt: skip
 
 
@@ -236,6 +237,22 @@ class PixelShuffle(Layer):
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         return F.pixel_shuffle(inputs[0], self.upscale_factor)
+
+
+@dataclass(frozen=True)
+class PixelUnshuffle(Layer):
+    """``torch.nn.PixelUnshuffle``: ``(N, C, H r, W r)`` to ``(N, C r r, H, W)``."""
+
+    downscale_factor: int
+
+    def signature(self, *shapes: Shape) -> str:
+        return "B c (H R) (W S) -> B (c R S) H W"
+
+    def letters(self, *shapes: Shape) -> dict[str, int]:
+        return {"R": self.downscale_factor, "S": self.downscale_factor}
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        return F.pixel_unshuffle(inputs[0], self.downscale_factor)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Tensor operations as they are captured from modules: views, expansions, products, reductions, elementwise maps.
 
-A captured operator is named as ATen names it and runs as it was captured. Its static arguments are a template: ``Slot(k)``
-stands for input ``k``. Sizes that were baked into the graph are fields here, so that they follow when axes shrink.
+A captured operator is named as ATen names it and runs as it was captured. Its static arguments are a template:
+``Slot(k)`` stands for input ``k``. Sizes that were baked into the graph are fields here, so that they follow when axes
+shrink.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from taylorfx.layers.base import Layer, Leaves, Shape, ShapeError, broadcast, na
 from taylorfx.layers.shape import refine
 
 __all__ = [
-    "Along", "Captured", "Elementwise", "Expand", "Gather", "Maps", "MatMul", "Pad", "Reduce", "ScaledDotProduct", "View",
+    "Along", "Captured", "Einsum", "Elementwise", "Expand", "Gather", "Maps", "MatMul", "Pad", "Reduce",
+    "ScaledDotProduct", "View",
 ]  # fmt: skip
 
 SLOT = "$"
@@ -75,19 +77,21 @@ class _Operator(Layer):
 class Captured(_Operator):
     """An operator without a rule: it runs as it was captured, and what touches it is frozen.
 
-    ``shape`` is the output's for one example, whose examples run along axis ``made`` (-1: it has none).
+    ``shape`` is the output's for one example. Examples run along axis ``made`` of it, and along the axes ``given`` of
+    the inputs (-1: there are none).
     """
 
     shape: Shape = ()
-    made: int = 0
+    made: int = -1
+    given: tuple[int, ...] = ()
 
     def signature(self, *shapes: Shape) -> str | None:
-        # The examples may hear each other: their axis is not named B.
-        inputs = (" ".join(["N", *(f"U{k}_{j}" for j in range(1, len(s)))][: len(s)]) for k, s in enumerate(shapes))
+        inputs = [[f"U{k}_{j}" for j in range(len(shape))] for k, shape in enumerate(shapes)]
         made = [f"M{j}" for j in range(len(self.shape))]
-        if self.made >= 0 and shapes:
-            made[self.made] = "N"
-        return f"{', '.join(inputs)} -> {' '.join(made)}"
+        for letters, axis in zip([*inputs, made], [*self.given, self.made], strict=True):
+            if axis >= 0:
+                letters[axis] = "N"  # and not B: the examples may hear each other
+        return f"{', '.join(map(' '.join, inputs))} -> {' '.join(made)}"
 
     def letters(self, *shapes: Shape) -> dict[str, int]:
         return {f"M{j}": n for j, n in enumerate(self.shape)}
@@ -103,15 +107,25 @@ class Elementwise(_Operator):
 
 @dataclass(frozen=True)
 class Along(_Operator):
-    """An operator that keeps the shape and mixes or moves positions along ``dims``, which it holds rigid."""
+    """An operator that works along ``dims``, which it holds rigid, and passes the other axes.
+
+    ``lengths`` are the new sizes along ``dims`` where they change; 0 where the axis is gone.
+    """
 
     dims: tuple[int, ...] = ()
+    lengths: tuple[int, ...] | None = None
 
     def signature(self, *shapes: Shape) -> str | None:
-        letters = names(len(shapes[0]))
-        for dim in self.dims:
-            letters[dim] = letters[dim].upper()
-        return f"{' '.join(letters)} -> {' '.join(letters)}"
+        given = names(len(shapes[0]))
+        made = list(given)
+        for k, dim in enumerate(self.dims):
+            given[dim] = made[dim] = f"G{k}"
+            if self.lengths is not None:
+                made[dim] = f"M{k}" if self.lengths[k] else ""
+        return f"{' '.join(given)} -> {' '.join(made)}"
+
+    def letters(self, *shapes: Shape) -> dict[str, int]:
+        return {f"M{k}": n for k, n in enumerate(self.lengths or ()) if n}
 
 
 @dataclass(frozen=True)
@@ -132,8 +146,8 @@ class Maps(_Operator):
 class View(Layer):
     """The same numbers in another shape; ``shape`` is that for one example, with the example axis counted as one.
 
-    The examples run along axis ``given`` of the input and axis ``made`` of the output (-1: the tensor has none); they may
-    be one factor of that axis, as when windows or heads are folded into the batch.
+    The examples run along axis ``given`` of the input and axis ``made`` of the output (-1: the tensor has none); they
+    may be one factor of that axis, as when windows or heads are folded into the batch.
     """
 
     shape: Shape
@@ -215,6 +229,34 @@ class MatMul(Layer):
 
 
 @dataclass(frozen=True)
+class Einsum(Layer):
+    """``torch.einsum`` with every axis named: what the output lacks is contracted."""
+
+    equation: str
+
+    def _names(self) -> tuple[list[list[str]], list[str]]:
+        left, _, right = self.equation.replace(" ", "").partition("->")
+        inputs = [[_letter(x) for x in part] for part in left.split(",")]
+        return inputs, [_letter(x) for x in right]
+
+    @property
+    def multiplies(self) -> tuple[str, ...]:  # type: ignore[override]
+        inputs, _ = self._names()
+        return (" ".join(dict.fromkeys(x for part in inputs for x in part)),) if len(inputs) > 1 else ()
+
+    def signature(self, *shapes: Shape) -> str | None:
+        inputs, output = self._names()
+        return f"{', '.join(map(' '.join, inputs))} -> {' '.join(output)}"
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        return torch.einsum(self.equation, *inputs)
+
+
+def _letter(name: str) -> str:
+    return name if name.islower() else f"{name.lower()}_"
+
+
+@dataclass(frozen=True)
 class ScaledDotProduct(Layer):
     """``torch.nn.functional.scaled_dot_product_attention``: ``(N, h, T, k)``, ``(N, h, S, k)``, ``(N, h, S, v)``.
 
@@ -292,7 +334,8 @@ class Pad(Layer):
     value: float = 0.0
 
     def _axes(self, rank: int) -> dict[int, tuple[int, int]]:
-        return {rank - 1 - k: self.pad[2 * k : 2 * k + 2] for k in range(len(self.pad) // 2) if any(self.pad[2 * k : 2 * k + 2])}  # type: ignore[misc]  # fmt: skip
+        pairs = zip(self.pad[::2], self.pad[1::2], strict=True)  # the last axis first
+        return {rank - 1 - k: pair for k, pair in enumerate(pairs) if any(pair)}
 
     def signature(self, *shapes: Shape) -> str | None:
         rank = len(shapes[0])

@@ -1,0 +1,133 @@
+"""Small modules as people write them, each one construct in its natural habitat.
+
+The table says how many units the capture has to find: what is right for the construct, or none where it has to freeze.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def net(forward, units, *, x=(2, 4, 4), **parts):
+    """A module from its parts and a forward function ``(self, x) -> output``."""
+    module = nn.Module()
+    for name, part in parts.items():
+        if isinstance(part, nn.Parameter):
+            module.register_parameter(name, part)
+        elif isinstance(part, torch.Tensor):
+            module.register_buffer(name, part)
+        else:
+            module.add_module(name, part)
+    kind = type("Net", (nn.Module,), {"forward": forward})
+    module.__class__ = kind
+    return module, x, units
+
+
+def conv(i=2, o=4, k=3, **options):
+    return nn.Conv2d(i, o, k, padding=k // 2, **options)
+
+
+def head(features=64):
+    return nn.Linear(features, 2)
+
+
+def P(*shape):
+    return nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+
+
+def flat(x):
+    return x.flatten(1)
+
+
+def heads_by_hand(m, x):
+    n, t, _ = x.shape
+    q, k, v = (layer(x).view(n, t, 2, 3).transpose(1, 2) for layer in (m.q, m.k, m.v))
+    weights = (q @ k.transpose(-2, -1) / 3**0.5).softmax(-1)
+    return m.head((weights @ v).transpose(1, 2).reshape(n, t * 6))
+
+
+def fused_qkv(m, x):
+    n, t, _ = x.shape
+    q, k, v = m.qkv(x).reshape(n, t, 3, 2, 3).permute(2, 0, 3, 1, 4).unbind(0)
+    return m.head(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, -1))
+
+
+def grouped_queries(m, x):
+    n, t, _ = x.shape
+    q = m.q(x).view(n, t, 4, 2).transpose(1, 2)
+    k, v = (layer(x).view(n, t, 2, 2).transpose(1, 2).repeat_interleave(2, dim=1) for layer in (m.k, m.v))
+    return m.head(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(1))
+
+
+def channel_shuffle(m, x):
+    x = m.a(x)
+    n, c, h, w = x.shape
+    return m.head(flat(m.b(x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w))))
+
+
+def positions(m, x):
+    return m.head(flat(m.fc(x) + m.table[: x.shape[1]]))
+
+
+def class_token(m, x):
+    x = torch.cat([m.token.expand(x.shape[0], -1, -1), m.fc(x)], 1)
+    return m.head(x[:, 0])
+
+
+def standardized(m, x):
+    w = m.weight - m.weight.mean((1, 2, 3), keepdim=True)
+    return m.head(flat(F.conv2d(x, w / (w.std((1, 2, 3), keepdim=True) + 1e-5), padding=1).relu()))
+
+
+MODULES = {
+    "functional": net(lambda m, x: m.head(flat(F.relu(F.max_pool2d(m.a(x), 2)))), 4, a=conv(), head=head(16)),
+    "in place": net(lambda m, x: m.head(flat(m.a(x).add_(1).relu_().mul_(2))), 4, a=conv(), head=head()),
+    "in place before a shortcut": net(lambda m, x: (lambda y: m.head(flat(m.b(F.relu_(y)) + y)))(m.a(x)), 4, a=conv(), b=conv(4), head=head()),
+    "reused": net(lambda m, x: m.head(flat(m.b(m.b(m.a(x)).relu()))), 4, a=conv(), b=conv(4), head=head()),
+    "residual projection": net(lambda m, x: m.head(flat(m.b(m.a(x).relu()) + m.s(x))), 8, a=conv(), b=conv(4), s=conv(2, 4, 1), head=head()),
+    "nested concatenation": net(lambda m, x: (lambda y: m.head(flat(torch.cat([y, torch.cat([m.b(y), m.c(y)], 1)], 1))))(m.a(x)), 9, a=conv(), b=conv(4, 2), c=conv(4, 3), head=head(144)),
+    "chunk and recombine": net(lambda m, x: m.head(flat(torch.cat(m.a(x).chunk(2, 1)[::-1], 1))), 4, a=conv(), head=head()),
+    "split unequally": net(lambda m, x: (lambda a, b: m.head(flat(torch.cat([m.b(a), b], 1))))(*m.a(x).split([2, 4], 1)), 9, a=conv(2, 6), b=conv(2, 3), head=head(112)),
+    "gated linear unit": net(lambda m, x: (lambda a, b: m.head(flat(a * b.sigmoid())))(*m.a(x).chunk(2, 1)), 4, a=conv(2, 8), head=head()),
+    "glu": net(lambda m, x: m.head(F.glu(m.a(x), -1)), 3, x=(5,), a=nn.Linear(5, 6), head=head(3)),
+    "expand": net(lambda m, x: m.head(flat(m.a(x) * m.b(x.mean((2, 3)))[:, :, None, None].expand(-1, -1, 4, 4))), 4, a=conv(), b=nn.Linear(2, 4), head=head()),
+    "stack and sum": net(lambda m, x: m.head(flat(torch.stack([m.a(x), m.b(x)], 1).sum(1))), 4, a=conv(), b=conv(), head=head()),
+    "einsum": net(lambda m, x: m.head(flat(torch.einsum("nchw,dc->ndhw", m.a(x), m.w))), 7, a=conv(), w=P(3, 4), head=head(48)),
+    "outer product": net(lambda m, x: m.head(flat(m.a(x)[:, :, None] * m.b(x)[:, None, :])), 7, x=(5,), a=nn.Linear(5, 3), b=nn.Linear(5, 4), head=head(12)),
+    "one map broadcast": net(lambda m, x: m.head(flat(m.a(x) * m.b(x).sigmoid())), 4, a=conv(), b=conv(2, 1), head=head()),
+    "sliced channels": net(lambda m, x: (lambda y: m.head(flat(y[:, 1:] + y[:, :-1])))(m.a(x)), 0, a=conv(), head=head(48)),
+    "channel shuffle": net(channel_shuffle, 6, a=conv(2, 4), b=conv(4, 4, groups=2), head=head()),
+    "pixel shuffle": net(lambda m, x: m.head(flat(F.pixel_shuffle(m.a(x), 2))), 3, a=conv(2, 12), head=head(192)),
+    "pixel unshuffle": net(lambda m, x: m.head(flat(F.pixel_unshuffle(m.a(x), 2))), 3, a=conv(2, 3), head=head(48)),
+    "transposed": net(lambda m, x: m.head(flat(m.b(m.a(x)))), 7, a=conv(), b=nn.ConvTranspose2d(4, 3, 2, 2), head=head(192)),
+    "grouped, unequal multipliers": net(lambda m, x: m.head(flat(m.b(m.a(x)))), 7, a=conv(), b=conv(4, 6, groups=2), head=head(96)),
+    "depthwise": net(lambda m, x: m.head(flat(m.b(m.a(x)))), 4, a=conv(), b=conv(4, 4, groups=4), head=head()),
+    "padded shortcut": net(lambda m, x: (lambda y: m.head(flat(m.b(y) + F.pad(y, (0, 0, 0, 0, 1, 1)))))(m.a(x)), 0, a=conv(), b=conv(4, 6), head=head(96)),
+    "tied weights": net(lambda m, x: m.head(flat(F.linear(m.a(x).relu(), m.a.weight.t()))), 5, x=(3,), a=nn.Linear(3, 5, bias=False), head=head(3)),
+    "weight standardization": net(standardized, 0, weight=P(4, 2, 3, 3), head=head()),
+    "weight norm": net(lambda m, x: m.head(flat(m.a(x).relu())), 0, a=nn.utils.parametrizations.weight_norm(conv()), head=head()),
+    "layer scale": net(lambda m, x: m.head(flat(m.a(x) + m.gamma[:, None, None] * m.b(m.a(x)))), 4, a=conv(), b=conv(4), gamma=P(4), head=head()),
+    "squeeze and excitation": net(lambda m, x: (lambda y: m.head(flat(y * m.c(F.relu(m.b(y.mean((2, 3), keepdim=True)))).sigmoid())))(m.a(x)), 7, a=conv(), b=conv(4, 3, 1), c=conv(3, 4, 1), head=head()),
+    "spatial attention": net(lambda m, x: (lambda y: m.head(flat(y * m.b(torch.cat([y.mean(1, True), y.amax(1, True)], 1)).sigmoid())))(m.a(x)), 0, a=conv(), b=conv(2, 1), head=head()),
+    "group norm": net(lambda m, x: m.head(flat(m.b(m.a(x)).relu())), 4, a=conv(), b=nn.GroupNorm(2, 4), head=head()),
+    "layer norm, channels last": net(lambda m, x: m.head(flat(m.b(m.a(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2))), 4, a=conv(), b=nn.LayerNorm(4), head=head()),
+    "channels-last flatten": net(lambda m, x: m.head(flat(m.a(x).permute(0, 2, 3, 1))), 4, a=conv(), head=head()),
+    "several maps flattened": net(lambda m, x: m.head(torch.cat([flat(m.a(x)), flat(m.b(x))], 1)), 7, a=conv(), b=conv(2, 3), head=head(112)),
+    "global response norm": net(lambda m, x: (lambda y: m.head(flat(y * (y.norm(dim=(2, 3), keepdim=True) / y.norm(dim=(2, 3), keepdim=True).mean(1, True)))))(m.a(x)), 0, a=conv(), head=head()),
+    "channel softmax": net(lambda m, x: m.head(flat(m.a(x).softmax(1))), 0, a=conv(), head=head()),
+    "local response norm": net(lambda m, x: m.head(flat(F.local_response_norm(m.a(x), 3))), 0, a=conv(), head=head()),
+    "lstm": net(lambda m, x: m.head(m.b(m.a(x))[0][:, -1]), 0, x=(3, 4), a=nn.Linear(4, 5), b=nn.LSTM(5, 4, batch_first=True), head=head(4)),
+    "positional table": net(positions, 8, x=(3, 4), fc=nn.Linear(4, 5), table=P(6, 5), head=head(15)),
+    "learned token": net(class_token, 5, x=(3, 4), fc=nn.Linear(4, 5), token=P(1, 1, 5), head=head(5)),
+    "buffer with channels": net(lambda m, x: m.head(flat((m.a(x) - m.mean[None, :, None, None]) * m.scale)), 4, a=conv(), mean=torch.arange(4.0), scale=torch.tensor(2.0), head=head()),
+    "scalar parameter": net(lambda m, x: m.head(flat(m.a(x) * m.s.exp())), 4, a=conv(), s=P(), head=head()),
+    "attention by hand": net(heads_by_hand, 8, x=(3, 4), q=nn.Linear(4, 6), k=nn.Linear(4, 6), v=nn.Linear(4, 6), head=head(18)),
+    "fused qkv": net(fused_qkv, 5, x=(3, 4), qkv=nn.Linear(4, 18), head=head(18)),
+    "grouped queries": net(grouped_queries, 0, x=(3, 4), q=nn.Linear(4, 8), k=nn.Linear(4, 4), v=nn.Linear(4, 4), head=head(24)),
+    "upsampled": net(lambda m, x: m.head(flat(F.interpolate(m.a(x), scale_factor=2, mode="bilinear"))), 4, a=conv(), head=head(256)),
+    "rolled in space": net(lambda m, x: m.head(flat(torch.roll(m.a(x), (1, 1), (2, 3)))), 4, a=conv(), head=head()),
+    "rolled channels": net(lambda m, x: m.head(flat(torch.roll(m.a(x), 1, 1))), 0, a=conv(), head=head()),
+    "cumulative": net(lambda m, x: m.head(flat(m.a(x).cumsum(1))), 0, a=conv(), head=head()),
+    "where": net(lambda m, x: m.head(flat(torch.where(m.a(x) > 0, m.a(x), m.b(x)))), 4, a=conv(), b=conv(), head=head()),
+    "clamped": net(lambda m, x: m.head(flat(m.a(x).clamp(-1, 1).abs().sqrt())), 4, a=conv(), head=head()),
+}  # fmt: skip

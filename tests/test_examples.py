@@ -1,0 +1,127 @@
+"""The examples run in their smoke settings and say true things; the VGG11 of the example is torchvision's."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+
+import taylorfx as tfx
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(example: str, *options: str) -> str:
+    """What an example prints, run as a user would run it."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / example), *options],
+        env=environment, capture_output=True, text=True, encoding="utf-8", timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def module(example: str) -> ModuleType:
+    """An example as a module; its top level has no effects."""
+    found = importlib.util.spec_from_file_location(example, ROOT / "examples" / f"{example}.py")
+    assert found is not None
+    assert found.loader is not None
+    loaded = importlib.util.module_from_spec(found)
+    found.loader.exec_module(loaded)
+    return loaded
+
+
+def test_the_quickstart_halves_the_flops_and_keeps_what_it_learned(tmp_path: Path) -> None:
+    printed = run("quickstart.py", "--smoke", "--out", str(tmp_path / "plots" / "plot.png"))
+    found = re.search(r"accuracy ([\d.]+) -> ([\d.]+) at ([\d.]+) of the FLOPs", printed)
+    assert found, printed
+    before, after, share = map(float, found.groups())
+    assert before > 0.8
+    assert after > before - 0.05
+    assert 0.4 < share <= 0.5
+    assert (tmp_path / "plots" / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_vgg11_bn_is_cut_to_what_its_gates_compute() -> None:
+    printed = run("vgg11_bn.py", "--width", "0.125", "--size", "64", "--maps", "3")
+    found = re.findall(r"moved by up to (\S+); cut and gated differ by (\S+) of it", printed)
+    assert len(found) == 3, printed
+    assert all(float(difference) < 1e-4 for _, difference in found)
+    assert all(float(moved) > 1e-2 for moved, _ in found), "the comparison has to be of something"
+    assert re.search(r"^units +1,368 +1,365 ", printed, re.MULTILINE)
+    assert "classifier.0.weight: (512, 3136) -> (511, 3087)" in printed
+
+
+def test_vgg11_bn_takes_a_state_dict_with_another_head_and_without_batch_counts(tmp_path: Path) -> None:
+    width, example = 1 / 16, module("vgg11_bn")
+    net = plain_vgg11_bn(1000, width)
+    state = {k: v for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}
+    torch.save(state, tmp_path / "vgg11_bn.pth")
+    spec = example.vgg11_bn(width=width, size=32)
+    fresh = tfx.init(spec, torch.Generator().manual_seed(0))
+    loaded = tfx.flatten(example.load(tmp_path / "vgg11_bn.pth", fresh))
+    tfx.check(tfx.unflatten(loaded), spec)
+    assert torch.equal(loaded["features.25.weight"], state["features.25.weight"])
+    assert torch.equal(loaded["classifier.3.weight"], state["classifier.3.weight"])
+    assert torch.equal(loaded["classifier.6.weight"], tfx.flatten(fresh)["classifier.6.weight"])
+
+
+@pytest.mark.parametrize("width", [1.0, 1 / 16])
+def test_vgg11_bn_has_the_keys_and_shapes_of_torchvisions(width: float) -> None:
+    with torch.device("meta"):
+        net = plain_vgg11_bn(10, width)
+    spec = module("vgg11_bn").vgg11_bn(width=width)
+    assert spec.shapes == {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+
+
+def test_vgg11_bn_computes_what_torchvisions_computes() -> None:
+    width = 1 / 16
+    net = plain_vgg11_bn(10, width).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, tensor in net.state_dict().items():
+            if name.endswith(("running_mean", "running_var")):  # statistics that make a difference
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) / 8)
+        x = torch.randn(3, 3, 96, 96, generator=generator)
+        spec = module("vgg11_bn").vgg11_bn(width=width, size=96)
+        expected = net(x)
+        assert expected.std(0).max() > 1e-3
+        torch.testing.assert_close(tfx.apply(tfx.unflatten(net.state_dict()), spec, x), expected)
+
+
+def plain_vgg11_bn(classes: int, width: float) -> nn.Module:
+    """torchvision's ``vgg11_bn``, written in torch."""
+    layers: list[nn.Module] = []
+    channels = 3
+    for entry in (64, 0, 128, 0, 256, 256, 0, 512, 512, 0, 512, 512, 0):
+        if entry:
+            before, channels = channels, int(entry * width)
+            layers += [nn.Conv2d(before, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
+        else:
+            layers += [nn.MaxPool2d(2, 2)]
+    hidden = int(4096 * width)
+
+    class VGG(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.features = nn.Sequential(*layers)
+            self.avgpool = nn.AdaptiveAvgPool2d((7, 7))
+            self.classifier = nn.Sequential(
+                nn.Linear(channels * 7 * 7, hidden), nn.ReLU(True), nn.Dropout(),
+                nn.Linear(hidden, hidden), nn.ReLU(True), nn.Dropout(), nn.Linear(hidden, classes),
+            )  # fmt: skip
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
+
+    return VGG()

@@ -1,0 +1,181 @@
+"""Modules captured by `from_torch`: right or frozen, never wrong; and given back by `to_torch`."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from modules import MODULES
+from torch import nn
+from torch.testing import assert_close
+
+import taylorfx as tfx
+from taylorfx.interop import CaptureError, from_torch, to_torch
+from taylorfx.testing import assert_trees_equal, random_plan
+
+CLOSE = {"rtol": 1e-9, "atol": 1e-9}
+
+
+def captured(name):
+    module, shape, units = MODULES[name]
+    module = copy.deepcopy(module).double().eval()
+    x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    params, spec = from_torch(module, x)
+    return module, x, params, spec, units
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_captured_module_is_right_or_frozen(name):
+    module, x, params, spec, units = captured(name)
+    assert_close(tfx.apply(params, spec, x), module(x), **CLOSE)
+    assert set(tfx.flatten(params)) >= {path for path, _ in module.named_parameters() if path in spec.shapes}
+    assert tfx.from_json(tfx.to_json(spec)) == spec
+    coupling = tfx.couple(params, spec)
+    assert len(coupling) == units, f"{coupling}\n{spec}"
+    for seed in range(4):
+        plan = random_plan(coupling, torch.Generator().manual_seed(seed), exact=True)
+        small = tfx.cut(params, plan)
+        assert_close(tfx.apply(small, plan.spec, x), tfx.apply(params, spec, x, gates=plan.gates), **CLOSE)
+        assert_close(to_torch(small, plan.spec).eval()(x), tfx.apply(small, plan.spec, x), **CLOSE)
+        everything = random_plan(coupling, torch.Generator().manual_seed(seed), 0.9)
+        trained = to_torch(tfx.cut(params, everything), everything.spec).train()
+        trained(x).sum().backward()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in trained.parameters())
+    targets = torch.tensor([0, 1, 0])
+    stats = tfx.measure(params, spec, (x, targets), coupling)
+    alone = [tfx.measure(params, spec, (x[k : k + 1], targets[k : k + 1]), coupling) for k in range(3)]
+    assert_close(sum(alone).sum_sq, stats.sum_sq, **CLOSE)
+
+
+class Folded(nn.Module):
+    """Examples folded with tokens, heads and time, as packed attention and recurrent code does."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(3, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.mlp = nn.Linear(8, 6)
+        self.head = nn.Linear(24, 2)
+
+    def forward(self, x):
+        x = self.embed(x)
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        tokens = x.reshape(-1, 8)
+        return self.head(self.mlp(tokens).relu().view(x.shape[0], -1))
+
+
+def test_examples_are_followed_wherever_they_are_folded():
+    module = Folded().double().eval()
+    x, targets = torch.randn(5, 4, 3, dtype=torch.float64), torch.randint(2, (5,))
+    params, spec = from_torch(module, x)
+    assert_close(tfx.apply(params, spec, x), module(x), **CLOSE)
+    coupling = tfx.couple(params, spec)
+    assert not coupling.mixing
+    places = {place.example for place in coupling.reads}
+    assert len(places) > 1, "some reads have their examples elsewhere than in front"
+    values = torch.ones(5, len(coupling), dtype=torch.float64)
+
+    def losses(values):
+        output = tfx.apply(params, spec, x, gates=tfx.gates(coupling, values))
+        return nn.functional.cross_entropy(output, targets, reduction="none").sum()
+
+    rows = tfx.derivatives(params, spec, x, targets, coupling)[1]
+    assert_close(rows, torch.func.grad(losses)(values), **CLOSE)
+    for k in range(5):
+        assert_close(rows[k : k + 1], tfx.derivatives(params, spec, x[k : k + 1], targets[k : k + 1], coupling)[1])
+
+
+def test_the_module_is_left_as_it_was():
+    module = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.Dropout(0.5), nn.Flatten(), nn.Linear(18, 2))
+    module[0].eval()
+    modes = [part.training for part in module.modules()]
+    state = {name: (t.clone(), t._version, t.data_ptr()) for name, t in module.state_dict().items()}
+    params, _ = from_torch(module, torch.randn(2, 1, 3, 3))
+    assert [part.training for part in module.modules()] == modes
+    for name, tensor in module.state_dict().items():
+        copied, version, place = state[name]
+        assert torch.equal(tensor, copied)
+        assert (tensor._version, tensor.data_ptr()) == (version, place)
+        assert tfx.flatten(params)[name].data_ptr() == place
+
+
+def test_what_comes_out_has_the_names_and_values_of_what_went_in():
+    module = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.PReLU(), nn.Flatten(), nn.Linear(27, 2)).eval()
+    x = torch.randn(4, 1, 5, 5)
+    params, spec = from_torch(module, x)
+    out = to_torch(params, spec)
+    assert out.state_dict().keys() == module.state_dict().keys()
+    out.load_state_dict(module.state_dict())
+    for mode in (False, True):
+        assert_close(out.train(mode)(x), module.train(mode)(x))
+    assert_close(out.state_dict()["1.running_mean"], module.state_dict()["1.running_mean"])
+    assert int(out.state_dict()["1.num_batches_tracked"]) == 1
+    again, same = from_torch(out.eval(), x)
+    assert_trees_equal(again, out.tree())
+    assert [node.layer for node in same] == [node.layer for node in spec]
+
+
+def test_what_comes_out_lives_as_a_module_does():
+    _, x, params, spec, _ = captured("squeeze and excitation")
+    out = to_torch(params, spec).eval()
+    expected = out(x)
+    for other in (copy.deepcopy(out), pickle.loads(pickle.dumps(out))):
+        assert_close(other(x), expected)
+    assert out.float()(x.float()).dtype == torch.float32
+    out = out.double()
+    assert_close(torch.compile(out, fullgraph=True, backend="aot_eager")(x), expected, **CLOSE)
+    program = torch.export.export(out, (x,), dynamic_shapes=(({0: torch.export.Dim.DYNAMIC},),))
+    assert_close(program.module()(x[:2]), expected[:2], **CLOSE)
+    optimizer = torch.optim.SGD(out.train().parameters(), lr=0.1)
+    before = out(x).square().mean()
+    before.backward()
+    optimizer.step()
+    assert out(x).square().mean() < before
+
+
+def test_several_inputs_and_outputs_come_by_name():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.fc = nn.Embedding(7, 4), nn.Linear(3, 4)
+            self.one, self.two = nn.Linear(4, 2), nn.Linear(4, 5)
+
+        def forward(self, tokens, extra):
+            x = self.embed(tokens).mean(1) + self.fc(extra)
+            return {"one": self.one(x), "two": self.two(x)}
+
+    module = Two().eval()
+    tokens, extra = torch.randint(7, (3, 6)), torch.randn(3, 3)
+    params, spec = from_torch(module, (tokens,), example_kwargs={"extra": extra})
+    assert [node.name for node in spec.inputs] == ["tokens", "extra"]
+    one, two = tfx.apply(params, spec, {"extra": extra, "tokens": tokens})
+    assert_close(one, module(tokens, extra)["one"])
+    assert_close(two, module(tokens, extra)["two"])
+    assert len(tfx.couple(params, spec)) == 4
+
+
+def test_a_name_in_the_spec_is_the_modules_own():
+    _, _, _, spec, _ = captured("residual projection")
+    assert [node.name for node in spec if node.layer.shapes()] == ["a", "b", "s", "head"]
+
+
+@pytest.mark.parametrize(
+    ("module", "example", "message"),
+    [
+        (lambda x: x, torch.zeros(1), "captures a torch.nn.Module; received function"),
+        (nn.Linear(2, 2), (), "received no tensor"),
+        (nn.Linear(2, 2), torch.zeros(2, 3), "cannot capture Linear"),
+    ],
+)
+def test_what_cannot_be_captured_is_refused(module, example, message):
+    with pytest.raises(CaptureError, match=message):
+        from_torch(module, example)
+
+
+def test_control_flow_that_depends_on_data_is_refused():
+    class Branch(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(CaptureError, match=r"torch\.export cannot capture Branch"):
+        from_torch(Branch(), torch.randn(2, 3))

@@ -1,0 +1,179 @@
+"""The package as a whole: what importing it costs, and that its modules keep to the drawing."""
+
+import ast
+import importlib.metadata
+import inspect
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+import taylorfx as tfx
+
+ROOT = Path(tfx.__file__).parent
+
+# The pipeline: a module imports from earlier stages only.
+STAGES = (
+    {"tree", "axes"},
+    {"layers"},
+    {"labels"},
+    {"spec"},
+    {"build"},
+    {"coupling"},
+    {"gates", "cost"},
+    {"plan"},
+    {"criteria"},
+    {"oracle"},
+    {"selection"},
+    {"repair"},
+    {"prune"},
+    {"interop", "store", "distributed", "report"},  # leaves: what lies above them never needs them
+    {"testing"},
+)
+
+# What stands in one place only.
+HOMES = {
+    "torch.func.vjp": {"gates"},
+    "index_select": {"plan"},
+    "Module": {"interop"},
+    "torch.export": {"interop"},
+    "torch.distributed": {"distributed"},
+    "matplotlib": {"report"},
+    "hypothesis": {"testing"},
+}
+
+SOURCES = sorted(ROOT.rglob("*.py"))
+
+
+def module(path: Path) -> str:
+    """The name of a source's top-level module or subpackage."""
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def stage(name: str) -> int:
+    return next((k for k, stage in enumerate(STAGES) if name in stage), len(STAGES))
+
+
+def dotted(node: ast.AST) -> str:
+    """``a.b.c`` of an attribute access, from the first name on; what lies before it is left out."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}".lstrip(".")
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Everything that a source imports, names of modules and of what is taken from them alike."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"a relative import at line {node.lineno}"
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+
+
+def used(tree: ast.AST) -> set[str]:
+    return {*imported(tree), *(dotted(node) for node in ast.walk(tree) if isinstance(node, (ast.Attribute, ast.Name)))}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_one_way_down_the_pipeline(path: Path) -> None:
+    here = module(path)
+    if here == "__init__":
+        return
+    assert stage(here) < len(STAGES), f"{here} has no place in the pipeline; give it one in STAGES"
+    for name in imported(ast.parse(path.read_text())):
+        root, _, rest = name.partition(".")
+        if root == "taylorfx":
+            there = rest.partition(".")[0]
+            own = there == here and path.parent != ROOT  # within a subpackage
+            assert own or stage(there) < stage(here), f"{here} imports {name}"
+
+
+@pytest.mark.parametrize("what", HOMES)
+def test_it_stands_in_its_own_module_only(what: str) -> None:
+    found = set()
+    for path in SOURCES:
+        names = used(ast.parse(path.read_text()))
+        if any(f".{what}." in f".{name}." for name in names):
+            found.add(module(path))
+    assert found <= HOMES[what]
+
+
+def test_the_search_for_homes_finds_what_there_is() -> None:
+    """The control of the test above: what exists already is found at home."""
+    for what, home in (("torch.func.vjp", "gates"), ("index_select", "plan"), ("hypothesis", "testing")):
+        names = used(ast.parse((ROOT / f"{home}.py").read_text()))
+        assert any(f".{what}." in f".{name}." for name in names)
+    assert "torch.func.vjp" in used(ast.parse("from torch.func import vjp"))
+    assert "torch.nn.Module" in used(ast.parse("class A(torch.nn.Module): pass"))
+    assert "leaf.index_select" in used(ast.parse("leaf.index_select(0, index)"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_fits_in_one_sitting(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 450
+    tree = ast.parse(text)
+    assert ast.get_docstring(tree), "a module says what it is for"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            assert node.body[-1].end_lineno - node.body[0].lineno <= 60, f"{node.name} is long"
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"line {node.lineno}: a bare except"
+
+
+def described_values() -> set[str]:
+    """The module-level names that are followed by a docstring of their own."""
+    names = set()
+    for path in SOURCES:
+        body = ast.parse(path.read_text()).body
+        for node, after in pairwise(body):
+            text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and after.value.value
+            if isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(text, str):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                names.update(target.id for target in targets if isinstance(target, ast.Name))
+    return names
+
+
+@pytest.mark.parametrize("name", tfx.__all__)
+def test_a_public_name_says_what_it_is(name: str) -> None:
+    value = getattr(tfx, name)
+    if not (inspect.isclass(value) or inspect.isroutine(value) or inspect.ismodule(value)):
+        assert name in described_values()
+        return
+    generated = inspect.isclass(value) and (value.__doc__ or "").startswith(f"{value.__name__}(")  # by dataclass
+    assert value.__doc__
+    assert not generated
+    if inspect.isclass(value):
+        for member, found in vars(value).items():
+            if not member.startswith("_") and (inspect.isroutine(found) or isinstance(found, property)):
+                assert inspect.getdoc(getattr(value, member)), f"{name}.{member} has no docstring"
+
+
+def test_the_public_names_are_sorted_out() -> None:
+    assert len(set(tfx.__all__)) == len(tfx.__all__)
+    public = {name for name, value in vars(tfx).items() if not name.startswith("_") and not inspect.ismodule(value)}
+    assert public <= set(tfx.__all__)
+
+
+def modules_after(statement: str) -> set[str]:
+    program = f"import sys, json; {statement}; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    return set(json.loads(done.stdout))
+
+
+def test_importing_it_is_light() -> None:
+    """Nothing is loaded but the package, its file format, and what torch, optree and scipy's csgraph load anyway."""
+    new = modules_after("import taylorfx") - modules_after("import torch, optree, scipy.sparse.csgraph")
+    assert not new & {"matplotlib", "pytest", "hypothesis", "rich", "sklearn", "taylorfx.testing"}
+    assert {name.partition(".")[0] for name in new} <= {"taylorfx", "safetensors"}
+    assert len(new) < 40, sorted(new)
+
+
+def test_it_ships_its_types_and_its_version() -> None:
+    assert (ROOT / "py.typed").is_file()
+    assert importlib.metadata.version("taylorfx") == tfx.__version__
