@@ -24,20 +24,15 @@ format: $(VENV)/dev.stamp
 quickstart: $(VENV)/examples.stamp  ## train, prune, fine-tune and draw docs/quickstart.png
 	$(BIN)/python examples/quickstart.py
 
-bench: $(VENV)/dev.stamp  ## every benchmark, one after the other
+bench: $(VENV)/bench.stamp  ## every benchmark, one after the other
 	set -e; for file in benchmarks/[!_]*.py; do echo "== $$file"; $(BIN)/python $$file; done
 
 clean:
 	rm -rf $(VENV)
 
-$(VENV)/dev.stamp: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/%.stamp: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Setting up $(VENV): some 300 MB of wheels, several GB with a CUDA build of torch."
-	$(INSTALL) ".[dev]"
-	touch $@
-
-$(VENV)/examples.stamp: pyproject.toml constraints.txt | $(BIN)/python
-	@echo "Setting up $(VENV): some 300 MB of wheels, several GB with a CUDA build of torch."
-	$(INSTALL) ".[examples]"
+	$(INSTALL) ".[$*]"
 	touch $@
 
 $(BIN)/python:

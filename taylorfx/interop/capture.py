@@ -19,7 +19,8 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind, OutputKind
 
-from taylorfx.interop.operators import CONVERTERS, Convert, Unmapped
+from taylorfx.interop.convert import Convert, Unmapped
+from taylorfx.interop.operators import CONVERTERS
 from taylorfx.layers import Input
 from taylorfx.spec import Node, Spec
 from taylorfx.tree import Params, unflatten
