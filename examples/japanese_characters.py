@@ -183,7 +183,13 @@ def main() -> None:
     x = test.images[: options.batch]
     before = latency(params, spec, x)
     for name, (small, smaller) in ends.items():
-        console.print(f"{name}: {before / latency(small, smaller, x):.1f} times faster at the end, batch of {len(x)}")
+        first, last = curves[name][0], curves[name][-1]
+        faster = before / latency(small, smaller, x)
+        console.print(
+            f"{name}: {first.maps} -> {last.maps} maps, accuracy {first.accuracy:.4f} -> {last.accuracy:.4f}, "
+            f"{first.macs / last.macs:.1f}x fewer MACs, {faster:.1f}x faster (batch of {len(x)})",
+            soft_wrap=True,
+        )
     if options.plot is not None:
         plot(curves, options.plot)
         console.print(f"plotted to {options.plot}")

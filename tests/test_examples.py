@@ -125,3 +125,19 @@ def plain_vgg11_bn(classes: int, width: float) -> nn.Module:
             return self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
 
     return VGG()
+
+
+def test_the_japanese_characters_lose_nine_maps_of_ten_in_the_originals_loop(tmp_path: Path) -> None:
+    try:
+        printed = run("japanese_characters.py", "--smoke", "--plot", str(tmp_path / "plot.png"))
+    except AssertionError as error:
+        if "rendering needs a face" in str(error):
+            pytest.skip("no Japanese typeface here, and none could be downloaded")
+        raise
+    found = re.findall(r"(\w+): (\d+) -> (\d+) maps, accuracy ([\d.]+) -> ([\d.]+), ([\d.]+)x fewer MACs", printed)
+    assert [name for name, *_ in found] == ["taylor", "compat"], printed
+    for _, before, after, accuracy, _, fewer in found:
+        assert int(after) <= 0.1 * int(before) + 1
+        assert float(accuracy) > 0.5
+        assert float(fewer) > 10
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

@@ -12,7 +12,8 @@ from taylorfx import layers as L
 from taylorfx.interop.convert import Convert, Unmapped, argument, measured, tensor_node
 
 __all__ = [
-    "along", "cat", "expand", "index", "pad", "parts", "permute", "select", "slice_axis", "slice_scatter", "stack", "view",
+    "along", "cat", "expand", "index", "pad", "parts", "permute", "select", "slice_axis", "slice_scatter", "stack",
+    "view",
 ]  # fmt: skip
 
 
