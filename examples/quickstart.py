@@ -16,7 +16,6 @@ from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -68,12 +67,6 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return images[train], targets[train], images[test], targets[test]
 
 
-def saved(coupling: tfx.Coupling) -> Tensor:
-    """The FLOPs that leave with each unit, ``(units,)``."""
-    cost = tfx.flops(coupling)
-    return torch.tensor([cost.total - cost(keep) for keep in ~np.eye(len(coupling), dtype=bool)])
-
-
 class Row(NamedTuple):
     """What is known of the network after a step."""
 
@@ -115,7 +108,7 @@ def main() -> None:
 
         coupling = tfx.couple(params, spec)
         stats = tfx.measure(params, spec, (images[chosen], targets[chosen]), coupling)
-        scores = tfx.taylor(stats, coupling) / saved(coupling)
+        scores = tfx.taylor(stats, coupling) / tfx.flops(coupling).marginal()
         plan = tfx.select(scores, coupling, budget=budget, floor=2)
         params, momentum = (tfx.cut(tree, plan) for tree in (params, momentum))
         spec = plan.spec

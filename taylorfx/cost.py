@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from taylorfx import axes as language
 from taylorfx.coupling import Coupling
@@ -36,6 +38,22 @@ class Cost:
     def __call__(self, keep: NDArray[np.bool_]) -> int:
         lengths = np.append(self.coupling.counts(keep), 1)
         return int((self.factors * lengths[self.axes].prod(1)).sum())
+
+    def marginal(self) -> Tensor:
+        """What leaves with each unit from the whole network, to first order: ``(units,)``, in float64.
+
+        A score divided by it is worth per cost: ``taylor(stats, coupling) / flops(coupling).marginal()``.
+        """
+        coupling = self.coupling
+        lengths = np.append(coupling.counts(np.ones(len(coupling), bool)), 1).astype(np.float64)
+        slopes = np.zeros(len(lengths))  # how the cost grows with the length of each axis
+        for column in range(self.axes.shape[1]):
+            rest = np.delete(self.axes, column, 1)
+            np.add.at(slopes, self.axes[:, column], self.factors * lengths[rest].prod(1))
+        saved = np.zeros(len(coupling) + 1)
+        for axis, slope in zip(coupling.axes, slopes, strict=False):
+            saved += slope * np.bincount(axis.ravel() % len(saved), minlength=len(saved))
+        return torch.from_numpy(saved[:-1])
 
     @property
     def total(self) -> int:

@@ -62,7 +62,7 @@ class Budget(ABC):
         return self.amount * total * (1 + 1e-12) if isinstance(self.amount, float) else self.amount
 
     def __str__(self) -> str:
-        what = type(self).__name__.lower()
+        what = type(self).__name__.lower().replace("flops", "FLOPs")
         return (
             f"at most {self.amount:.1%} of the {what}" if isinstance(self.amount, float) else f"{self.amount:,} {what}"
         )
@@ -99,7 +99,9 @@ class Remove(Units):
         return total - math.floor(self.amount * total if isinstance(self.amount, float) else self.amount)
 
     def __str__(self) -> str:
-        return f"{self.amount:,} units less" if isinstance(self.amount, int) else f"{self.amount:.1%} of the units less"
+        if isinstance(self.amount, float):
+            return f"{self.amount:.1%} of the units less"
+        return f"{self.amount:,} unit{'s' * (self.amount != 1)} less"
 
 
 def select(

@@ -305,7 +305,8 @@ def gating(gates: Mapping[tuple[str, int, int], Tensor]) -> Tap:
 
     def tap(name: str, slot: int, x: Tensor) -> Tensor:
         for gate in places.get((name, slot), ()):
-            if any(m not in (1, n) for m, n in zip(gate.shape, x.shape, strict=True)):
+            # Gates of every example's own may meet a tensor that is the same for all: it becomes one of each.
+            if any(m not in (1, n) for m, n in zip(reversed(gate.shape), reversed(x.shape), strict=False)):
                 raise ShapeError(f"Gates fit what is read, {tuple(x.shape)}; received gates {tuple(gate.shape)}.")
             x = x * gate.to(x)  # gates follow the activations' dtype and device
         return x
@@ -326,6 +327,7 @@ def evaluate(
     if not torch.compiler.is_compiling():
         check(params, spec)
     values = bind_inputs(spec, inputs)
+    moved: dict[str, Tensor] = {}  # running statistics, which a shared layer hears of at once
     try:
         for node, leaves, done in spec._steps:  # type: ignore[attr-defined]
             if node.name not in values:
@@ -334,9 +336,9 @@ def evaluate(
                 if tap is not None:
                     args = [tap(node.name, slot, x) for slot, x in enumerate(args)]
                 if training:
+                    found |= {leaf: moved[node.path(leaf)] for leaf in node.layer.buffers if node.path(leaf) in moved}
                     value, new = node.layer.train(found, *args, generator=generator)
-                    if new:
-                        params = merge(params, {node.path(leaf): tensor for leaf, tensor in new.items()})
+                    moved |= {node.path(leaf): tensor for leaf, tensor in new.items()}
                 else:
                     value = node.layer.apply(found, *args)
                 values[node.name] = value if tap is None else tap(node.name, -1, value)
@@ -347,7 +349,7 @@ def evaluate(
             _explain(params, spec, bind_inputs(spec, inputs), node, error)
         raise
     outputs = tuple(values[x] for x in spec.outputs)
-    return outputs[0] if len(outputs) == 1 else outputs, params
+    return outputs[0] if len(outputs) == 1 else outputs, merge(params, moved)
 
 
 def bind_inputs(spec: Spec, inputs: Sequence[Inputs]) -> dict[str, Any]:

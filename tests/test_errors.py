@@ -457,7 +457,7 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
     "a budget below the reachable": (
         lambda: select(budget=tfx.Flops(0.05)),
         tfx.BudgetError,
-        LEAST.format("at most 5.0% of the flops, a limit of 269 in 5,376", "384"),
+        LEAST.format("at most 5.0% of the FLOPs, a limit of 269 in 5,376", "384"),
     ),
     "a number where a share was meant": (
         lambda: select(budget=tfx.Flops(1)),

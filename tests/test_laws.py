@@ -309,6 +309,30 @@ def test_a_training_step_commutes_with_cutting(net, seed):
         assert_trees_equal(one, other, **CLOSE)
 
 
+@pinned
+def test_gates_of_every_examples_own_are_those_of_batches_of_one(net, seed):
+    assume(not net.coupling.mixing)
+    values = torch.rand(3, len(net.coupling), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    together = tfx.apply(net.params, net.spec, net.batch[0], gates=tfx.gates(net.coupling, values))
+    for k, (inputs, _) in enumerate(singles(net.batch)):
+        alone = tfx.apply(net.params, net.spec, inputs, gates=tfx.gates(net.coupling, values[k]))
+        assert_close(together[k : k + 1], alone, **CLOSE)
+
+
+@pinned
+def test_the_marginal_cost_of_a_unit_is_what_leaves_with_it(net, seed):
+    coupling = net.coupling
+    for cost in (tfx.parameters(coupling), tfx.flops(coupling)):
+        marginal = cost.marginal()
+        for unit in np.random.default_rng(seed).permutation(len(coupling))[:4]:
+            saved = cost.total - cost(np.arange(len(coupling)) != unit)
+            stands = [sum(unit in coupling.axes[a] for a in axes if a < len(coupling.axes)) for axes in cost.axes]
+            if max(stands) <= 1:
+                assert marginal[unit].item() == pytest.approx(saved)
+            else:  # on two axes of one product, the corner where they meet is counted twice
+                assert marginal[unit].item() >= saved
+
+
 BUDGETS = st.sampled_from([tfx.Units, tfx.Parameters, tfx.Flops])
 
 
