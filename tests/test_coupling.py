@@ -92,6 +92,18 @@ def test_a_layer_without_a_signature_runs_and_freezes_what_touches_it():
     assert stats.sum_abs.shape == (3,)
 
 
+def test_an_axis_that_cannot_shrink_holds_the_groups_that_it_is_read_in():
+    nodes = (
+        Node("x", Input((2, 3, 3))),
+        Node("a", tfx.Conv2d(2, 4, 1), ("x",)),
+        Node("b", tfx.Conv2d(4, 6, 1, groups=2), ("a",)),
+        Node("c", tfx.Conv2d(6, 2, 1), ("b",)),
+    )
+    coupling = network(Spec(nodes, ("a", "c"))).coupling
+    assert coupling.scopes == ("b",), str(coupling)
+    assert coupling.frozen["b.g"] == coupling.frozen["b.i"] == "a is an output of the network"
+
+
 def test_adding_a_frozen_branch_freezes():
     nodes = (
         Node("x", Input((2, 4, 4))),

@@ -462,7 +462,7 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
     "a number where a share was meant": (
         lambda: select(budget=tfx.Flops(1)),
         tfx.BudgetError,
-        LEAST.format("1 flops, a limit of 1 in 5,376", "384"),
+        LEAST.format("1 FLOPs, a limit of 1 in 5,376", "384"),
     ),
     "a budget below the floor": (
         lambda: select(budget=tfx.Units(9), floor=5),

@@ -5,13 +5,14 @@ import pickle
 
 import pytest
 import torch
+from hypothesis import given, settings
 from modules import MODULES
 from torch import nn
 from torch.testing import assert_close
 
 import taylorfx as tfx
 from taylorfx.interop import CaptureError, from_torch, to_torch
-from taylorfx.testing import assert_trees_equal, random_plan
+from taylorfx.testing import assert_trees_equal, networks, random_plan
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 
@@ -45,6 +46,19 @@ def test_a_captured_module_is_right_or_frozen(name):
     stats = tfx.measure(params, spec, (x, targets), coupling)
     alone = [tfx.measure(params, spec, (x[k : k + 1], targets[k : k + 1]), coupling) for k in range(3)]
     assert_close(sum(alone).sum_sq, stats.sum_sq, **CLOSE)
+
+
+@settings(max_examples=12)
+@given(networks())
+def test_a_network_comes_back_from_a_module_with_its_units(net):
+    inputs = tuple(net.batch[0].values())
+    params, spec = from_torch(to_torch(net.params, net.spec).eval(), inputs)
+    assert_close(tfx.apply(params, spec, inputs), tfx.apply(net.params, net.spec, inputs), **CLOSE)
+    coupling = tfx.couple(params, spec)
+    assert len(coupling) == len(net.coupling), f"{coupling}\n{net.coupling}"
+    plan = random_plan(coupling, torch.Generator().manual_seed(0), exact=True)
+    small = tfx.apply(tfx.cut(params, plan), plan.spec, inputs)
+    assert_close(small, tfx.apply(params, spec, inputs, gates=plan.gates), **CLOSE)
 
 
 class Folded(nn.Module):

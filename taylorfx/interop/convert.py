@@ -140,14 +140,18 @@ class Convert:
         self.add(node, kind(name, args, kwargs, item, **fields), inputs)
 
     def generic(self, node: fx.Node) -> None:
-        """An operator without a converter: pointwise, constant, or as captured."""
+        """An operator without a converter: pointwise, or as captured."""
+        if torch.Tag.pointwise not in getattr(node.target, "tags", ()):
+            raise Unmapped
+        self.pointwise(node)
+
+    def pointwise(self, node: fx.Node) -> None:
+        """An operator whose inputs broadcast to its output."""
         values = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
-        if not values or torch.Tag.pointwise not in getattr(node.target, "tags", ()):
-            raise Unmapped
         shapes = [measured(n)[0] for n in values]
-        if measured(node)[0] != tuple(torch.broadcast_shapes(*shapes)):  # type: ignore[no-untyped-call]
+        if not values or measured(node)[0] != tuple(torch.broadcast_shapes(*shapes)):  # type: ignore[no-untyped-call]
             raise Unmapped
-        return self.operator(node, L.Elementwise)
+        self.operator(node, L.Elementwise)
 
     def folded(self, node: fx.Node) -> bool:
         """Compute what depends on nothing but numbers once and for all: it becomes a constant."""

@@ -78,6 +78,17 @@ def _batch_norm(c: Convert, node: fx.Node) -> None:
     c.add(node, kind(features, eps, momentum, weight is not None), (c.tensor(tensor_node(x)),), leaves=leaves)
 
 
+def _instance_norm(c: Convert, node: fx.Node) -> None:
+    arguments: Any = node.args
+    x, weight, bias, _, _, own, momentum, eps = arguments[:8]
+    features = measured(tensor_node(x))[0]
+    if len(features) != 4 or (weight is None) != (bias is None) or not own:
+        raise Unmapped
+    leaves = {} if weight is None else {"weight": c.path(weight), "bias": c.path(bias)}
+    layer = L.InstanceNorm2d(features[1], eps, momentum, affine=weight is not None)
+    c.add(node, layer, (c.tensor(tensor_node(x)),), leaves=leaves)
+
+
 def _layer_norm(c: Convert, node: fx.Node) -> None:
     x, shape, weight, bias = (
         argument(node, k, name) for k, name in enumerate(("input", "normalized_shape", "weight", "bias"))
@@ -200,6 +211,14 @@ def _matmul(c: Convert, node: fx.Node) -> None:
     c.add(node, L.MatMul(), (c.tensor(one), c.tensor(other)))
 
 
+def _addmm(c: Convert, node: fx.Node) -> None:
+    bias, one, other = (tensor_node(x) for x in node.args[:3])
+    if node.kwargs or len(node.args) > 3:
+        raise Unmapped
+    product = c.add(node, L.MatMul(), (c.tensor(one), c.tensor(other)), tag="_product")
+    c.add(node, L.Add(), (product, c.tensor(bias)))
+
+
 def _einsum(c: Convert, node: fx.Node) -> None:
     equation, tensors = node.args[:2]
     assert isinstance(equation, str)
@@ -236,7 +255,7 @@ def _glu(c: Convert, node: fx.Node) -> None:
 
 
 def _pointwise(c: Convert, node: fx.Node) -> None:
-    c.operator(node, L.Elementwise)
+    c.pointwise(node)
 
 
 def _identity(c: Convert, node: fx.Node) -> None:
@@ -255,6 +274,7 @@ CONVERTERS: dict[str, Callable[[Convert, fx.Node], None]] = {
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d"), _convolution),
     "linear": _linear,
     "_native_batch_norm_legit_no_training": _batch_norm,
+    "instance_norm": _instance_norm,
     "layer_norm": _layer_norm,
     "rms_norm": _rms_norm,
     "group_norm": _group_norm,
@@ -298,6 +318,7 @@ CONVERTERS: dict[str, Callable[[Convert, fx.Node], None]] = {
     "mul": _pair(L.Multiply),
     **dict.fromkeys(("mean", "sum", "amax", "amin"), _reduce),
     **dict.fromkeys(("matmul", "bmm", "mm"), _matmul),
+    "addmm": _addmm,
     "einsum": _einsum,
     "scaled_dot_product_attention": _attention,
     **dict.fromkeys(("constant_pad_nd", "pad"), movement.pad),
@@ -305,7 +326,9 @@ CONVERTERS: dict[str, Callable[[Convert, fx.Node], None]] = {
     "glu": _glu,
     "slice_scatter": movement.slice_scatter,
     "pixel_unshuffle": _simple(L.PixelUnshuffle, ("downscale_factor", 1)),
-    **dict.fromkeys(("zero", "fill", "zeros_like", "ones_like", "full_like"), _pointwise),
+    **dict.fromkeys(
+        ("zero", "fill", "zeros_like", "ones_like", "full_like", "where", "__and__", "__or__", "masked_fill"), _pointwise
+    ),
     **dict.fromkeys(("var", "std", "prod", "logsumexp", "all", "any", "argmax", "argmin"), movement.along(1, "dim")),
     "linalg_vector_norm": movement.along(2, "dim"),
     "roll": movement.along(2, "dims"),
