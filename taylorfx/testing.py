@@ -101,6 +101,8 @@ def _conv_block(draw: Draw, channels: int, homogeneous: bool) -> tuple[Part, int
     acts = [L.ReLU(), L.LeakyReLU(0.1)] if homogeneous else [L.ReLU(), L.GELU(), L.Sigmoid(), L.PReLU(), L.Tanh()]
     act = draw(st.sampled_from(acts))
     bias = draw(st.booleans())
+    if homogeneous and kind in ("grouped", "depthwise"):
+        bias = False  # a group is written before its convolution, whose bias it would lack
     same = L.Conv2d(channels, channels, 3, padding=1, bias=bias)
     if kind == "plain":
         return serial(L.Conv2d(channels, width, draw(st.sampled_from([1, 3])), padding="same", bias=bias), act), width

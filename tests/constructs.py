@@ -107,6 +107,12 @@ CONSTRUCTS: dict[str, Spec] = {
     "depthwise": classifier(tfx.Conv2d(4, 8, 3, padding=1, groups=4), tfx.ReLU(), tfx.Conv2d(8, 3, 1), channels=3),
     "grouped": classifier(tfx.Conv2d(4, 6, 3, padding=1, groups=2), tfx.ReLU(), tfx.Conv2d(6, 3, 1), channels=3),
     "grouped in a stream": classifier(residual(tfx.Conv2d(4, 4, 3, padding=1, groups=2)), channels=4),
+    "groups without bias": classifier(
+        residual(tfx.Conv2d(4, 4, 3, padding=1, groups=2, bias=False)),
+        tfx.ReLU(),
+        tfx.Conv2d(4, 8, 3, padding=1, groups=4, bias=False),
+        channels=8,
+    ),
     "excitation": classifier(excitation(), channels=4),
     "shared": classifier(shared(), channels=4),
     "group norm": classifier(tfx.GroupNorm(2, 4), tfx.ReLU(), channels=4),

@@ -270,6 +270,12 @@ def _dropout(c: Convert, node: fx.Node) -> None:
     c.add(node, L.Dropout(float(node.args[1])), (c.tensor(tensor_node(node.args[0])),))  # type: ignore[arg-type]
 
 
+ALONG_SECOND = (
+    "var", "std", "prod", "logsumexp", "all", "any", "argmax", "argmin", "flip", "cumsum", "log_softmax",
+    "_log_softmax",
+)  # fmt: skip
+"""Operators whose second argument says along which axes they work."""
+
 CONVERTERS: dict[str, Callable[[Convert, fx.Node], None]] = {
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d"), _convolution),
     "linear": _linear,
@@ -329,13 +335,9 @@ CONVERTERS: dict[str, Callable[[Convert, fx.Node], None]] = {
     **dict.fromkeys(
         ("zero", "fill", "zeros_like", "ones_like", "full_like", "where", "__and__", "__or__", "masked_fill"), _pointwise
     ),
-    **dict.fromkeys(("var", "std", "prod", "logsumexp", "all", "any", "argmax", "argmin"), movement.along(1, "dim")),
+    **dict.fromkeys(ALONG_SECOND, movement.along(1, "dim")),
     "linalg_vector_norm": movement.along(2, "dim"),
     "roll": movement.along(2, "dims"),
-    "flip": movement.along(1, "dims"),
-    "cumsum": movement.along(1, "dim"),
-    "log_softmax": movement.along(1, "dim"),
-    "_log_softmax": movement.along(1, "dim"),
     **dict.fromkeys(
         ("clone", "contiguous", "alias", "detach", "detach_", "lift_fresh_copy", "_to_copy", "to"), _identity
     ),
