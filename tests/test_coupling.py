@@ -61,6 +61,11 @@ def test_rows_of_an_attention_head_leave_with_the_head_or_with_their_dimension()
     assert coupling.unit_ids("attn.1.out_proj.weight", 1).shape == (2, 4)
 
 
+def test_of_two_activations_that_are_contracted_with_each_other_one_carries_the_gate():
+    coupling = network(CONSTRUCTS["multi-head"]).coupling
+    assert [place.slot for place in coupling.reads if place.node == "attn.1.attention"] == [0]
+
+
 def test_a_layer_norm_makes_its_units_inexact_and_a_batch_norm_does_not():
     coupling = network(CONSTRUCTS["layer norm"]).coupling
     inexact = {coupling.scopes[k] for k in coupling.scope[~coupling.exact]}

@@ -67,7 +67,7 @@ def test_flops_are_at_most_what_was_asked_and_one_unit_more_would_be_too_many():
 
 
 def test_a_budget_that_lies_between_bundles_names_both():
-    with pytest.raises(tfx.BudgetError, match="8 and 6") as error:
+    with pytest.raises(tfx.BudgetError, match="allow 6 or 8 as the nearest") as error:
         kept(budget=7, multiple=2, protect="0", floor=1)
     assert "exactly 7" in str(error.value)
 

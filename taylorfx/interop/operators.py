@@ -270,6 +270,9 @@ def _dropout(c: Convert, node: fx.Node) -> None:
     c.add(node, L.Dropout(float(node.args[1])), (c.tensor(tensor_node(node.args[0])),))  # type: ignore[arg-type]
 
 
+UNTAGGED = ("zero", "fill", "zeros_like", "ones_like", "full_like", "where", "__and__", "__or__", "masked_fill")
+"""Pointwise operators that torch does not tag as such."""
+
 ALONG_SECOND = (
     "var", "std", "prod", "logsumexp", "all", "any", "argmax", "argmin", "flip", "cumsum", "log_softmax",
     "_log_softmax",
@@ -332,9 +335,7 @@ CONVERTERS: dict[str, Callable[[Convert, fx.Node], None]] = {
     "glu": _glu,
     "slice_scatter": movement.slice_scatter,
     "pixel_unshuffle": _simple(L.PixelUnshuffle, ("downscale_factor", 1)),
-    **dict.fromkeys(
-        ("zero", "fill", "zeros_like", "ones_like", "full_like", "where", "__and__", "__or__", "masked_fill"), _pointwise
-    ),
+    **dict.fromkeys(UNTAGGED, _pointwise),
     **dict.fromkeys(ALONG_SECOND, movement.along(1, "dim")),
     "linalg_vector_norm": movement.along(2, "dim"),
     "roll": movement.along(2, "dims"),
