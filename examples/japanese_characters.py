@@ -261,7 +261,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--points", type=int, default=10, help="how often to test on the way")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--plot", type=Path, default=None, help="where to draw accuracy against remaining maps")
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        default=Path("out/japanese_characters.png"),
+        help="where to draw accuracy against remaining maps",
+    )
     options = parser.parse_args()
     for name, value in PRESETS[options.preset or "small"].items():
         if getattr(options, name) is None:

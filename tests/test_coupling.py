@@ -66,6 +66,20 @@ def test_of_two_activations_that_are_contracted_with_each_other_one_carries_the_
     assert [place.slot for place in coupling.reads if place.node == "attn.1.attention"] == [0]
 
 
+def test_a_group_that_passes_a_grouped_convolution_is_counted_once():
+    net = network(classifier(tfx.Conv2d(4, 4, 3, padding=1, groups=2, bias=False), tfx.ReLU(), channels=4))
+    stats = tfx.measure(net.params, net.spec, net.batch, net.coupling)
+
+    def loss(scale):  # of what the stem writes; the way from there to the reads is homogeneous
+        rows = scale.repeat_interleave(2)
+        stem = {"weight": net.params["0"]["weight"] * rows[:, None, None, None], "bias": net.params["0"]["bias"] * rows}
+        output = tfx.apply({**net.params, "0": stem}, net.spec, net.batch[0])
+        return torch.nn.functional.cross_entropy(output, net.batch[1], reduction="sum")
+
+    groups = torch.tensor([net.coupling.scopes[k] == "1.g" for k in net.coupling.scope])
+    torch.testing.assert_close(stats.sum[groups], torch.func.grad(loss)(torch.ones(2, dtype=torch.float64)))
+
+
 def test_a_layer_norm_makes_its_units_inexact_and_a_batch_norm_does_not():
     coupling = network(CONSTRUCTS["layer norm"]).coupling
     inexact = {coupling.scopes[k] for k in coupling.scope[~coupling.exact]}

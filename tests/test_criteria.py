@@ -52,6 +52,7 @@ def test_taylor_is_the_papers_equation_at_the_reads():
     mean = [(a * g).mean(2) for a, g in zip(maps, grads, strict=True)]
     g = torch.cat(summed, 1)
     assert_close(tfx.taylor(stats, coupling), g.abs().mean(0), **CLOSE)
+    assert_close(tfx.taylor(stats, coupling, spatial_mean=True), torch.cat(mean, 1).abs().mean(0), **CLOSE)
     paper = torch.cat([s / s.norm() for s in (m.abs().mean(0) for m in mean)])
     scores = tfx.taylor(stats, coupling, spatial_mean=True, normalizer=tfx.per_layer_l2)
     assert_close(scores, paper, **CLOSE)
