@@ -204,12 +204,14 @@ def solve(fields: Mapping[str, str], values: Mapping[str, int | Sequence[int]]) 
     {'g': 4, 'i': 3}
 
     Raises:
-        SignatureError: if a product does not divide.
+        SignatureError: if a product does not divide, or a size is less than one.
     """
     pending: list[tuple[str, Product, int]] = []
     for field, text in fields.items():
         value = values[field]
         for axis, number in zip(pattern(text), (value,) if isinstance(value, int) else value, strict=True):
+            if number < 1:
+                raise SignatureError(f"needs {field} to be at least 1, not {number}")
             pending.append((field, axis[0], number))
     sizes: dict[str, int] = {}
     pending.sort(key=lambda item: len(item[1]))

@@ -56,6 +56,12 @@ def test_shared_parameters_stay_shared_inside_a_larger_network():
     assert single.paths == {"weight": "embed.weight", "bias": "c.bias"}
 
 
+@pytest.mark.parametrize("features", [0, -3])
+def test_a_layer_of_no_size_is_refused(features):
+    with pytest.raises(ValueError, match=f"needs in_features to be at least 1, not {features}"):
+        serial(tfx.Linear(features, 4))
+
+
 def test_a_tied_embedding_and_head_share_one_parameter():
     nodes = (
         Node("tokens", Input((4,))),
