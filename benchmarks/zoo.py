@@ -1,7 +1,9 @@
-"""Every classification model of torchvision, captured, pruned at random, and checked.
+"""Models of torchvision and transformers, captured, pruned at random, and checked.
 
-    python benchmarks/zoo.py                  # all of them
+    python benchmarks/zoo.py                  # a dozen of torchvision's classification models
+    python benchmarks/zoo.py --all            # all of them: an hour
     python benchmarks/zoo.py resnet18 swin_t  # some
+    python benchmarks/zoo.py --transformers   # small random ones of that library's families, if it is installed
 
 For each architecture, with random weights and random running statistics in float64: the captured network computes what
 the module computes; a plan that removes half of the units at random leaves a network that computes what the gated one
@@ -20,12 +22,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from _transformers import cases
 from torch import nn
 
 import taylorfx as tfx
 from taylorfx.interop import from_torch, to_torch
 from taylorfx.testing import random_plan
 
+QUICK = (
+    "alexnet", "resnet18", "vgg11_bn", "squeezenet1_0", "mobilenet_v3_small", "shufflenet_v2_x0_5", "mnasnet0_5",
+    "efficientnet_b0", "regnet_y_400mf", "densenet121", "convnext_tiny", "swin_t",
+)  # fmt: skip
 SIZES = {
     "inception_v3": 96, "swin": 64, "swin_v2": 64, "maxvit_t": 224, "vit_l_32": 64, "vit_b_32": 64, "vit_h_14": 28,
     "vit": 32, "alexnet": 64,
@@ -62,17 +69,18 @@ def randomized(module: nn.Module, generator: torch.Generator) -> nn.Module:
     return module
 
 
-def prove(module: nn.Module, x: Any) -> dict[str, Any]:
+def prove(module: nn.Module, *args: torch.Tensor, **kwargs: torch.Tensor) -> dict[str, Any]:
     """Capture, couple, cut and compare; the row of the table."""
     with torch.no_grad():
-        expected = module(x)
+        expected = module(*args, **kwargs)
     start = time.perf_counter()
-    params, spec = from_torch(module, x)
+    params, spec = from_torch(module, args, example_kwargs=kwargs)
     captured = time.perf_counter() - start
+    x = {node.name: kwargs.get(node.name, *args) for node in spec.inputs}
     with torch.no_grad():
         found = tfx.apply(params, spec, x)
     if isinstance(expected, dict):
-        expected = tuple(expected.values())
+        expected = tuple(expected.values())  # dataclass-like outputs are dicts, too
     expected = expected[0] if isinstance(expected, tuple) else expected
     found = found[0] if isinstance(found, tuple) else found
     scale = expected.abs().max().item()
@@ -91,7 +99,7 @@ def prove(module: nn.Module, x: Any) -> dict[str, Any]:
         if exact:
             worst = (one - other).abs().max().item() / max(scale, other.abs().max().item())
     trained = to_torch(small, plan.spec).train()
-    y = trained(x)
+    y = trained(**x)
     (y[0] if isinstance(y, tuple) else y).square().mean().backward()
     cost = tfx.parameters(coupling)
     none = np.zeros(len(coupling), bool)
@@ -112,29 +120,42 @@ def prove(module: nn.Module, x: Any) -> dict[str, Any]:
     }
 
 
+def vision(name: str) -> dict[str, Any]:
+    """The row of one of torchvision's models."""
+    models = torchvision_models()
+    size = next((n for key, n in SIZES.items() if name.startswith(key)), 64)
+    extra = {"image_size": size} if name.startswith("vit") else {}
+    extra |= {"init_weights": False} if name in ("inception_v3", "googlenet") else {}
+    module = randomized(models.get_model(name, weights=None, **extra), torch.Generator().manual_seed(0))
+    return prove(module, torch.randn(2, 3, size, size, dtype=torch.float64))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*")
+    parser.add_argument("--all", action="store_true")
+    parser.add_argument("--transformers", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     models = torchvision_models()
-    names = options.names or models.list_models(module=models)
+    makers = cases() if options.transformers else {}
+    names = options.names or makers or (models.list_models(module=models) if options.all else QUICK)
     rows = {}
     for name in names:
         torch.manual_seed(0)
-        size = next((n for key, n in SIZES.items() if name.startswith(key)), 64)
-        extra = {"image_size": size} if name.startswith("vit") else {}
-        extra |= {"init_weights": False} if name in ("inception_v3", "googlenet") else {}
         try:
-            module = randomized(models.get_model(name, weights=None, **extra), torch.Generator().manual_seed(0))
-            row = prove(module, torch.randn(2, 3, size, size, dtype=torch.float64))
+            if name in makers:
+                module, kwargs = makers[name]()
+                row = prove(randomized(module, torch.Generator().manual_seed(0)), **kwargs)
+            else:
+                row = vision(name)
         except Exception as error:  # the table shows what fails, and goes on
             row = {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
         rows[name] = row
         shown = row.get("failed") or (
             f"{row['units']:7,} units  {row['prunable']:6.1%} prunable  {row['exact']:6.1%} exact  "
             f"{row['difference']:.0e} captured  {row['cut against gated']:.0e} cut  {row['capture, s']:5.1f} s + "
-            f"{row['couple, s']:.2f} s  {row['no rule'] or ''} {row['frozen']}"
+            f"{row['couple, s']:.2f} s  {', '.join(sorted(set(row['no rule'])))} {row['frozen']}"
         )
         print(f"{name:28} {shown}", flush=True)
     if options.out:
