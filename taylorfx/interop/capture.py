@@ -53,11 +53,9 @@ def from_torch(
         raise CaptureError(f"from_torch captures a torch.nn.Module; received {type(module).__name__}.")
     args = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     kwargs = dict(example_kwargs or {})
-    tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-    if not tensors:
+    if not any(isinstance(x, Tensor) for x in torch.utils._pytree.tree_leaves((args, kwargs))):
         raise CaptureError("from_torch runs the module on an example; received no tensor. Pass example inputs.")
-    program = _export(module, args, kwargs)
-    return _Reader(program, tensors).read()
+    return _Reader(_export(module, args, kwargs)).read()
 
 
 def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
@@ -86,10 +84,9 @@ def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 class _Reader:
     """Walks an exported graph in its order and writes nodes."""
 
-    def __init__(self, program: ExportedProgram, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, program: ExportedProgram) -> None:
         self.program = program
         self.convert = Convert()
-        self.leaves: dict[str, Tensor] = {}
 
     def read(self) -> tuple[Params, Spec]:
         self._inputs()
