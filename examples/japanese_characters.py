@@ -110,7 +110,7 @@ def shrink(
     """
     momentum = at_rest(params, spec)
     total = sum(node.layer.out_channels for node in spec if isinstance(node.layer, tfx.Conv2d))
-    goal = total - math.ceil((1 - max(options.remove)) * total)
+    goal = total - math.floor((1 - max(options.remove)) * total + 1e-9)
     gone = 0
     with Progress(transient=True) as progress:
         task = progress.add_task(f"prune by {name}", total=goal)
@@ -231,8 +231,8 @@ def plot(curves: dict[str, list[Point]], path: Path) -> None:
 
 
 PRESETS = {
-    "small": {"classes": 100, "size": 32, "width": 0.5, "per_face": 8, "epochs": 8, "maps_per_step": 16, "tune": 12},
-    "smoke": {"classes": 12, "size": 32, "width": 0.125, "per_face": 6, "epochs": 6, "maps_per_step": 16, "tune": 3},
+    "small": {"classes": 60, "size": 32, "width": 0.5, "per_face": 4, "epochs": 8, "maps_per_step": 24, "tune": 60},
+    "smoke": {"classes": 12, "size": 32, "width": 0.125, "per_face": 6, "epochs": 6, "maps_per_step": 16, "tune": 12},
     "full": {
         "classes": 3036, "size": 96, "width": 1.0, "per_face": 12, "epochs": 15, "maps_per_step": 1, "tune": 250,
     },
@@ -257,7 +257,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--floor", type=int, default=2, help="the fewest maps of a convolution")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=0.05)
-    parser.add_argument("--tune-lr", type=float, default=0.01)
+    parser.add_argument("--tune-lr", type=float, default=0.02)
     parser.add_argument("--points", type=int, default=10, help="how often to test on the way")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
