@@ -186,6 +186,32 @@ def test_what_cannot_be_captured_is_refused(module, example, message):
         from_torch(module, example)
 
 
+def test_pieces_along_the_examples_run_and_freeze():
+    class Halves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.fc(x) + self.fc(x).flip(0))
+
+    module, x = Halves().double().eval(), torch.randn(4, 3, dtype=torch.float64)
+    params, spec = from_torch(module, x)
+    assert_close(tfx.apply(params, spec, x), module(x), **CLOSE)
+    coupling = tfx.couple(params, spec)
+    assert not len(coupling)
+    assert coupling.mixing
+
+
+def test_sizes_that_cannot_be_followed_are_refused_and_say_where():
+    class Odd(nn.Module):
+        def forward(self, x):
+            return torch.cat([x, x[:1]])
+
+    with pytest.raises(CaptureError, match="multiples of the batch"):
+        from_torch(Odd(), torch.randn(3, 2))
+
+
 def test_control_flow_that_depends_on_data_is_refused():
     class Branch(nn.Module):
         def forward(self, x):

@@ -92,7 +92,11 @@ class _Reader:
         self._inputs()
         for node in self.program.graph.nodes:
             if node.op == "call_function":
-                self._call(node)
+                try:
+                    self._call(node)
+                except (Unmapped, ValueError) as error:
+                    where = f"{node.format_node()}: {error or 'its sizes cannot be followed'}"
+                    raise CaptureError(f"from_torch follows shapes that are multiples of the batch; {where}") from error
             elif node.op == "get_attr":
                 self.convert.constant(node, getattr(self.program.graph_module, node.target), node.target)
         outputs = self._outputs()

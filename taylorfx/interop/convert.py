@@ -186,11 +186,14 @@ class Convert:
         assert isinstance(source, fx.Node)
         assert isinstance(index, int)
         name = str(source.target)
-        if source.name in self.names:
-            self.names[node.name] = self.names[source.name]
-        elif name.startswith(("aten.split", "aten.chunk", "aten.unbind")):
-            self._piece(node, source, index, name.startswith("aten.unbind"))
-        else:
+        try:
+            if source.name in self.names and index == 0:
+                self.names[node.name] = self.names[source.name]
+            elif name.startswith(("aten.split", "aten.chunk", "aten.unbind")):
+                self._piece(node, source, index, name.startswith("aten.unbind"))
+            else:
+                raise Unmapped
+        except Unmapped:
             self.captured(node, index, source)
 
     def _piece(self, node: fx.Node, source: fx.Node, index: int, unbind: bool) -> None:
