@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from taylorfx.coupling import Coupling, Place
+from taylorfx.layers import ShapeError
 from taylorfx.spec import Inputs, Spec, bind_inputs, check, evaluate
 from taylorfx.tree import Params, flatten
 
@@ -132,6 +133,9 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
         ValueError: if the targets' shape, dtype or device do not fit the outputs, or a target is no class (on the
             CPU; elsewhere looking would wait for the device).
     """
+    if not isinstance(outputs, Tensor) or outputs.ndim < 2:
+        found = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise ValueError(f"Cross entropy takes scores of classes, (N, classes, ...); received {found}. Give a loss.")
     classes, expected = outputs.shape[1], (outputs.shape[0], *outputs.shape[2:])
     fits = targets.shape == (outputs.shape if targets.is_floating_point() else expected)
     if not fits or targets.device != outputs.device:
@@ -144,6 +148,10 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
         low, high = int(targets.min()), int(targets.max())
         if (low < 0 and low != -100) or high >= classes:
             raise ValueError(f"Targets are classes, 0 to {classes - 1}; received {low} to {high}.")
+    return _cross_entropy(outputs, targets)
+
+
+def _cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     losses = F.cross_entropy(outputs, targets, reduction="none")
     return losses if losses.ndim == 1 else losses.flatten(1).mean(1)
 
@@ -241,12 +249,22 @@ def derivatives(
         _one_pass, params, spec, coupling=coupling, loss=loss, moments=moments, at_writes=at_writes, training=training,
         generator=generator,
     )  # fmt: skip
-    if not coupling.mixing or training:
-        return run(inputs, targets)
-    rows = [run(*_take((inputs, targets), k)) for k in range(count)]
-    each, summed, mean = (torch.cat(column) for column in list(zip(*rows, strict=True))[:3])
-    found = [row[3] for row in rows if row[3] is not None]
-    return each, summed, mean, sum(found[1:], found[0]) if found else None
+    shared = any(place.example is None for place in coupling.reads)
+    apart = not training and (coupling.mixing or shared)
+    each, summed, mean, tally = _apart_by_vmap(run, inputs, targets, count) if apart else run(inputs, targets)
+    return each, summed, mean, Moments(*tally) if moments else None
+
+
+def _apart_by_vmap(run: Callable[..., tuple[Tensor, ...]], inputs: Inputs, targets: Any, count: int) -> Any:
+    """Every example as a batch of one: vectorized, or one after the other where an operator cannot be."""
+    batch: Any = (inputs, targets)
+    lone: Any = optree.tree_map(lambda x: x.unsqueeze(1), batch)
+    try:
+        each, summed, mean, tally = torch.func.vmap(run)(*lone)
+    except (RuntimeError, ShapeError):  # if that was not the reason, it comes again
+        rows = [run(*optree.tree_map(lambda x: x[k], lone)) for k in range(count)]  # noqa: B023
+        each, summed, mean, tally = (torch.stack(column) for column in zip(*rows, strict=True))
+    return each.squeeze(1), summed.squeeze(1), mean.squeeze(1), tally.sum(0)
 
 
 def _one_pass(
@@ -261,7 +279,7 @@ def _one_pass(
     at_writes: bool,
     training: bool,
     generator: torch.Generator | None,
-) -> tuple[Tensor, Tensor, Tensor, Moments | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     values = bind_inputs(spec, (inputs,))
     example = next(iter(values.values()))
     places: dict[tuple[str, int], list[Place]] = {}
@@ -280,12 +298,11 @@ def _one_pass(
         def tap(name: str, slot: int, x: Tensor) -> Tensor:
             for place in places.get((name, slot), ()):
                 key, axis, example = str(place.key), place.axis, place.example
-                if example is None:  # the same for all: give every example its own
-                    x, axis, example = x.expand(count, *x.shape), axis + 1, (0, 1)
                 size = place.units.shape[1]
                 spread[key] = x.numel() // (count * size)
                 if moments:
-                    seen[key] = _activation(_apart(x.detach(), count, *example), axis + 1)
+                    alone = x.detach()[None] if example is None else _apart(x.detach(), count, *example)
+                    seen[key] = _activation(alone, axis + 1)
                 x = _Tap.apply(x, taps[key], axis, example)  # type: ignore[no-untyped-call]
             return x
 
@@ -296,28 +313,33 @@ def _one_pass(
     pulled: Any = torch.func.vjp(losses, zeros, has_aux=True)
     each, pull, (found, seen) = pulled
     (grads,) = pull(torch.ones_like(each))
-    summed, mean = torch.zeros(count, units + 1, **kind), torch.zeros(count, units + 1, **kind)
-    tally = torch.zeros(4, units + 1, **kind)
-    for place in flat:
-        key = str(place.key)
-        for row in place.units % (units + 1):
-            index = torch.as_tensor(row, device=grads[key].device)
-            positions = torch.as_tensor(np.bincount(row)[row] * spread[key], **kind)
-            summed.index_add_(1, index, grads[key])
-            mean.index_add_(1, index, grads[key] / positions)
-            if moments:
-                tally.index_add_(1, index, seen[key].to(tally.dtype))
-    return found, summed[:, :-1], mean[:, :-1], Moments(*tally[:, :-1]) if moments else None
+    rows = [(str(place.key), row) for place in flat for row in place.units % (units + 1)]
+    index = torch.as_tensor(np.concatenate([np.zeros(0, np.int64), *(row for _, row in rows)]), device=real.device)
+    shares = np.concatenate([np.zeros(0), *(1 / (np.bincount(row)[row] * spread[key]) for key, row in rows)])
+
+    def total(columns: list[Tensor], height: int) -> Tensor:
+        """The sums over each unit's columns; none is left out of them but what no unit gates."""
+        zero = torch.zeros(height, units + 1, **kind)
+        return zero.index_add(1, index, torch.cat([zero[:, :0], *columns], 1))[:, :-1]
+
+    columns = [grads[key] for key, _ in rows]
+    split = torch.split(torch.as_tensor(shares, **kind), [len(row) for _, row in rows])
+    mean = total([column * share for column, share in zip(columns, split, strict=True)], count)
+    tally = total([seen[key].to(kind["dtype"]) for key, _ in rows], 4) if moments else each.new_zeros(0)
+    return found, total(columns, count), mean, tally
 
 
 class _Tap(torch.autograd.Function):
     """Identity whose second argument, ``(N, size)``, receives ``a * dL/da`` summed over all axes but one, per example.
 
-    It keeps only its input, which the layer that reads it keeps anyway.
+    It keeps only its input, which the layer that reads it keeps anyway. ``example`` is none where a tensor does not
+    depend on the example, of which there is then one.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(x: Tensor, gate: Tensor, axis: int, example: tuple[int, int]) -> Tensor:
+    def forward(x: Tensor, gate: Tensor, axis: int, example: tuple[int, int] | None) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
@@ -329,7 +351,9 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         (x,), (grad,), (axis, example) = ctx.saved_tensors, grads, ctx.where
-        if example == (0, 1) and len(x) == ctx.count:
+        if example is None:
+            gate = contract(x[None], grad[None], axis + 1)
+        elif example == (0, 1) and len(x) == ctx.count:
             gate = contract(x, grad, axis)
         else:
             gate = contract(_apart(x, ctx.count, *example), _apart(grad, ctx.count, *example), axis + 1)
@@ -368,7 +392,8 @@ def _activation(x: Tensor, axis: int) -> Tensor:
 
 def _per_example(loss: Loss, outputs: Any, targets: Any) -> Tensor:
     if loss is cross_entropy:
-        return cross_entropy(outputs, targets)
+        vectorized = torch._C._functorch.is_batchedtensor(outputs)  # where no value can be looked at
+        return _cross_entropy(outputs, targets) if vectorized else cross_entropy(outputs, targets)
 
     def one(output: Any, target: Any) -> Tensor:
         output, target = (optree.tree_map(lambda x: x[None], tree) for tree in (output, target))
@@ -388,9 +413,3 @@ def _examples(inputs: Inputs, targets: Any, spec: Spec) -> int:
     if len(sizes) != 1 or not min(sizes):
         raise ValueError(f"A batch has one or more examples, as many inputs as targets; received {sorted(sizes)}.")
     return sizes.pop()
-
-
-def _take(batch: Any, k: int) -> Any:
-    """Example ``k`` of a batch, as a batch of one."""
-    taken: Any = optree.tree_map(lambda x: x[k : k + 1], batch)
-    return taken

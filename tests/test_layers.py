@@ -191,10 +191,21 @@ def scaled(**options: Any) -> Reference:
     return lambda _, q, k, v, *mask: F.scaled_dot_product_attention(q, k, v, *mask, scale=0.3, **options)
 
 
-def graph(heard: str, p: tfx.Layer, out: tfx.Layer) -> tfx.Spec:
-    """A layer that hears a parameter ``p`` and the input ``x``."""
-    nodes = tfx.Node("x", tfx.Input()), tfx.Node("p", p), tfx.Node("out", out, tuple(heard.split()))
-    return tfx.Spec(nodes, ("out",))
+def graph(heard: str, out: tfx.Layer, **parameters: tfx.Layer) -> tfx.Spec:
+    """A layer that hears parameters, and the input ``x`` if it says so."""
+    leaves = (tfx.Node(name, layer) for name, layer in parameters.items())
+    start = [tfx.Node("x", tfx.Input())] if "x" in heard.split() else []
+    return tfx.Spec((*start, *leaves, tfx.Node("out", out, tuple(heard.split()))), ("out",))
+
+
+def recurrent(text: str) -> Reference:
+    """The first result of torch's layer."""
+    module = eval(text, vars(nn)).double()
+
+    def reference(leaves: Leaves, x: Tensor) -> Tensor:
+        return functional_call(module, {path.removeprefix("layer."): leaf for path, leaf in leaves.items()}, x)[0]
+
+    return reference
 
 
 def mask(*shape: int) -> Tensor:
@@ -213,6 +224,22 @@ OTHERS: list[tuple[str, Any, Reference, tuple[Any, ...]]] = [
     ("reshape", tfx.Reshape((2, -1, 3)), lambda _, x: x.reshape(3, 2, 10, 3), ((3, 4, 5, 3),)),
     ("reshape, one axis", tfx.Reshape(-1), lambda _, x: x.reshape(3, 20), ((3, 4, 5),)),
     ("reshape, torn", tfx.Reshape((6, 4)), lambda _, x: x.reshape(3, 6, 4), ((3, 4, 6),)),
+    *((text, eval(text, vars(tfx)), recurrent(text), ((3, 5, 4),)) for text in (
+        "LSTM(4, 3, 2, False, True, bidirectional=True)", "LSTM(4, 3, batch_first=True)",
+        "GRU(4, 3, 2, batch_first=True, bidirectional=True)", "RNN(4, 3, 2, batch_first=True)",
+        "RNN(4, 3, 3, batch_first=True, nonlinearity='relu')",
+    )),
+    ("weight norm", graph("w g", w=tfx.Parameter((4, 3)), g=tfx.Parameter((4, 1)), out=tfx.WeightNorm()),
+     lambda p: p["layer.g"] * F.normalize(p["layer.w"], dim=1), ()),
+    ("weight norm, last axis", graph("w g", w=tfx.Parameter((4, 3)), g=tfx.Parameter((1, 3)), out=tfx.WeightNorm(1)),
+     lambda p: p["layer.g"] * F.normalize(p["layer.w"], dim=0), ()),
+    ("convolve", graph("x w", w=tfx.Parameter((6, 2, 3)), out=tfx.Convolve((2,), (1,), (2,), 2)),
+     lambda p, x: F.conv1d(x, p["layer.w"], None, 2, 1, 2, 2), ((3, 4, 9),)),
+    ("convolve, bias", graph("x w b", w=tfx.Parameter((6, 4, 3, 2)), b=tfx.Parameter(6),
+                             out=tfx.Convolve((1, 2), (0, 1), (1, 1))),
+     lambda p, x: F.conv2d(x, p["layer.w"], p["layer.b"], (1, 2), (0, 1)), ((3, 4, 5, 6),)),
+    ("convolve, volumes", graph("x w", w=tfx.Parameter((2, 2, 1, 2, 2)), out=tfx.Convolve(*3 * [(1, 1, 1)])),
+     lambda p, x: F.conv3d(x, p["layer.w"], None, 1, 1), ((3, 2, 3, 4, 2),)),
     ("permute", tfx.Permute((0, 3, 1, 2)), lambda _, x: x.permute(0, 3, 1, 2), ((3, 4, 5, 2),)),
     ("permute, from the end", tfx.Permute([0, -1, -2]), lambda _, x: x.transpose(1, 2), ((3, 4, 5),)),
     ("slice", tfx.Slice(1, 1, 3), lambda _, x: x[:, 1:3], ((3, 4, 5),)),

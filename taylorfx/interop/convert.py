@@ -16,6 +16,21 @@ from taylorfx.spec import Node
 __all__ = ["Convert", "Unmapped", "argument", "measured", "tensor_node"]
 
 
+SEVERAL = {
+    "topk": (2, "dim"), "sort": (1, "dim"), "max": (1, "dim"), "min": (1, "dim"), "median": (1, "dim"),
+    "mode": (1, "dim"), "kthvalue": (2, "dim"), "var_mean": (1, "dim"), "std_mean": (1, "dim"), "cummax": (1, "dim"),
+    "cummin": (1, "dim"),
+}  # fmt: skip
+"""Operators along axes that have several results, and which argument names the axes."""
+
+SEPARATE = {
+    "gather": (1, "dim", None), "scatter": (1, "dim", None), "scatter_add": (1, "dim", None),
+    "index_select": (1, "dim", None), "diff": (2, "dim", -1), "im2col": None, "col2im": None, "grid_sampler": None,
+    "bilinear": None, "lstm": None, "gru": None, "rnn_tanh": None, "rnn_relu": None,
+}  # fmt: skip
+"""Operators without a rule that treat every example alone, and which argument names the axis that they work along."""
+
+
 class Unmapped(Exception):
     """This use of an operator has no rule; it stays as it was captured."""
 
@@ -28,7 +43,7 @@ class Convert:
         self.names: dict[str, str] = {}
         self.tensors: dict[str, Tensor] = {}
         self.paths: dict[str, tuple[str, bool]] = {}
-        self.constants: dict[str, Tensor] = {}
+        self.constants: dict[str, Any] = {}
         self.taken: set[str] = set()
         self.reference: str | None = None
 
@@ -134,9 +149,17 @@ class Convert:
             inputs.append(self.reference)
         return args, kwargs, inputs
 
-    def operator(self, node: fx.Node, kind: Callable[..., Layer], item: int | None = None, **fields: Any) -> None:
-        args, kwargs, inputs = self.template(node)
-        name = str(node.target).removeprefix("aten.")
+    def operator(
+        self,
+        node: fx.Node,
+        kind: Callable[..., Layer],
+        item: int | None = None,
+        source: fx.Node | None = None,
+        **fields: Any,
+    ) -> None:
+        """The operator as it stands; of one with several results, the ``source``, the one that the node takes."""
+        args, kwargs, inputs = self.template(source or node)
+        name = str((source or node).target).removeprefix("aten.")
         self.add(node, kind(name, args, kwargs, item, **fields), inputs)
 
     def generic(self, node: fx.Node) -> None:
@@ -161,10 +184,14 @@ class Convert:
             (source,) = node.all_input_nodes  # of which only the dtype counts
             constants = {source.name: torch.zeros((), dtype=source.meta["val"].dtype)}
         known = all(n.name in constants for n in node.all_input_nodes)
-        if not known or not isinstance(value, Tensor) or name.startswith(("aten.rand", "aten.bernoulli")):
+        if not known or name.startswith(("aten.rand", "aten.bernoulli")):
             return False
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: constants[n.name])
-        self.constant(node, target(*args, **kwargs), node.name)
+        result = target(*args, **kwargs)
+        if isinstance(value, Tensor):
+            self.constant(node, result, node.name)
+        else:
+            self.constants[node.name] = result
         return True
 
     def captured(self, node: fx.Node, item: int | None = None, source: fx.Node | None = None) -> None:
@@ -177,7 +204,8 @@ class Convert:
         except Unmapped:
             raise ValueError(f"{source.target} takes arguments that cannot be kept: {source.format_node()}") from None
         given = tuple(measured(n)[1] for n in _tensors(source)) + (0,) * (len(inputs) - len(_tensors(source)))
-        layer = L.Captured(str(source.target).removeprefix("aten."), args, kwargs, item, shape, axis, given)
+        name = str(source.target).removeprefix("aten.")
+        layer = L.Captured(name, args, kwargs, item, shape, axis, given, _separate(source, axis, given))
         self.add(node, layer, inputs)
 
     def getitem(self, node: fx.Node) -> None:
@@ -189,8 +217,12 @@ class Convert:
         try:
             if source.name in self.names and index == 0:
                 self.names[node.name] = self.names[source.name]
+            elif source.name in self.constants:
+                self.constant(node, self.constants[source.name][index], node.name)
             elif name.startswith(("aten.split", "aten.chunk", "aten.unbind")):
                 self._piece(node, source, index, name.startswith("aten.unbind"))
+            elif name.split(".")[1] in SEVERAL:
+                self.along(node, *SEVERAL[name.split(".")[1]], index, source)
             else:
                 raise Unmapped
         except Unmapped:
@@ -201,6 +233,26 @@ class Convert:
         dim = argument(source, 1 if unbind else 2, "dim", 0) % len(measured(whole)[0])
         widths = [1 if unbind else part.shape[dim] for part in source.meta["val"]]
         self.slice(node, whole, dim, sum(widths[:index]), sum(widths[: index + 1]), drop=unbind)
+
+    def along(
+        self, node: fx.Node, position: int, name: str, item: int | None = None, source: fx.Node | None = None
+    ) -> None:
+        """An operator that works along some axes, and changes their sizes at most."""
+        x = tensor_node((source or node).args[0])
+        dims = argument(source or node, position, name)
+        (before, axis), (after, _) = measured(x), measured(node)
+        dims = tuple(d % len(before) for d in ((dims,) if isinstance(dims, int) else dims or ()))
+        if not dims or axis in dims:
+            raise Unmapped
+        kept = [n for k, n in enumerate(before) if k not in dims]
+        if len(after) == len(before):
+            lengths = tuple(after[d] for d in dims)
+            rest = [n for k, n in enumerate(after) if k not in dims]
+        else:
+            lengths, rest = (0,) * len(dims), list(after)
+        if kept != rest:
+            raise Unmapped
+        self.operator(node, L.Along, item, source, dims=dims, lengths=None if after == before else lengths)
 
     def slice(self, node: fx.Node, x: fx.Node, dim: int, start: int, stop: int, *, drop: bool = False) -> None:
         shape, axis = measured(x)
@@ -213,6 +265,17 @@ class Convert:
             made, new_axis = measured(node)
             name = self.add(node, L.View(made, axis, new_axis), (name,))
         self.names[node.name] = name
+
+
+def _separate(node: fx.Node, made: int, given: tuple[int, ...]) -> bool:
+    """An operator treats every example alone: its examples are never along the axis that it works on."""
+    name = str(node.target).split(".")[1]
+    where = SEPARATE.get(name)
+    if where is None:
+        return name in SEPARATE
+    dim = argument(node, *where)
+    rank = len(measured(_tensors(node)[0])[0])
+    return isinstance(dim, int) and {*given, made} <= {0, -1} and dim % rank != 0
 
 
 def _tensors(node: fx.Node) -> list[fx.Node]:

@@ -12,8 +12,8 @@ from taylorfx import layers as L
 from taylorfx.interop.convert import Convert, Unmapped, argument, measured, tensor_node
 
 __all__ = [
-    "along", "cat", "expand", "index", "pad", "parts", "permute", "select", "slice_axis", "slice_scatter", "stack",
-    "view",
+    "along", "cat", "expand", "index", "pad", "parts", "permute", "repeat", "repeat_interleave", "select", "slice_axis",
+    "slice_scatter", "stack", "view",
 ]  # fmt: skip
 
 
@@ -56,6 +56,49 @@ def expand(c: Convert, node: fx.Node) -> None:
     if fresh >= 0 and (after[fresh] != 1 or c.reference is None):
         raise Unmapped
     c.add(node, L.Expand(sizes, fresh), (c.tensor(x), *([c.reference] if fresh >= 0 and c.reference else [])))
+
+
+def repeat(c: Convert, node: fx.Node) -> None:
+    """The whole tensor again along some axes: the copies are the slower factor of each."""
+    x, times = tensor_node(node.args[0]), node.args[1]
+    shape, after = measured(x)[0], measured(node)[0]
+    lead = len(after) - len(shape)
+    counts = [1] * (len(after) - len(times)) + list(times)  # type: ignore[arg-type]
+    _spread(c, node, [(counts[k], 1 if k < lead else shape[k - lead]) for k in range(len(after))], copies_first=True)
+
+
+def repeat_interleave(c: Convert, node: fx.Node) -> None:
+    """Every position again and again: the copies are the faster factor."""
+    x, times, dim = tensor_node(node.args[0]), argument(node, 1, "repeats"), argument(node, 2, "dim")
+    shape, _ = measured(x)
+    if not isinstance(times, int) or dim is None:
+        raise Unmapped
+    dims = [(times if k == dim % len(shape) else 1, n) for k, n in enumerate(shape)]
+    _spread(c, node, dims, copies_first=False)
+
+
+def _spread(c: Convert, node: fx.Node, dims: list[tuple[Any, int]], *, copies_first: bool) -> None:
+    """Axes of ``(copies, size)``: a view with an axis for the copies, expanded, and laid out again."""
+    x = tensor_node(node.args[0])
+    (before, given), (after, made) = measured(x), measured(node)
+    if any(not isinstance(times, int) for times, _ in dims):
+        raise Unmapped
+    thin: list[int] = []
+    wide: list[int] = []
+    example = -1
+    for k, (times, n) in enumerate(dims):
+        own = k == made
+        pair = [(1, times), (n, -1)] if copies_first else [(n, -1), (1, times)]
+        for size, target in pair if times != 1 else [(n, -1)]:
+            if own and target == -1:
+                example = len(thin)
+            thin.append(size)
+            wide.append(target)
+    name = c.tensor(x)
+    if tuple(thin) != before:
+        name = c.add(node, L.View(tuple(thin), given, example), (name,), tag="_apart")
+    name = c.add(node, L.Expand(tuple(wide)), (name,), tag="_expand" if tuple(wide) != after else "")
+    c.add(node, L.View(after, example, made), (name,))
 
 
 def slice_axis(c: Convert, node: fx.Node) -> None:
@@ -135,20 +178,7 @@ def along(position: int, name: str) -> Callable[[Convert, fx.Node], None]:
     """An operator that works along some axes, and changes their sizes at most."""
 
     def convert(c: Convert, node: fx.Node) -> None:
-        dims = argument(node, position, name)
-        (before, axis), (after, _) = measured(tensor_node(node.args[0])), measured(node)
-        dims = tuple(d % len(before) for d in ((dims,) if isinstance(dims, int) else dims or ()))
-        if not dims or axis in dims:
-            raise Unmapped
-        kept = [n for k, n in enumerate(before) if k not in dims]
-        if len(after) == len(before):
-            lengths = tuple(after[d] for d in dims)
-            rest = [n for k, n in enumerate(after) if k not in dims]
-        else:
-            lengths, rest = (0,) * len(dims), list(after)
-        if kept != rest:
-            raise Unmapped
-        c.operator(node, L.Along, dims=dims, lengths=None if after == before else lengths)
+        c.along(node, position, name)
 
     return convert
 

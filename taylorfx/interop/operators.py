@@ -12,15 +12,15 @@ from taylorfx import layers as L
 from taylorfx.interop import movement
 from taylorfx.interop.convert import Convert, Unmapped, argument, measured, tensor_node
 from taylorfx.layers import Layer
+from taylorfx.layers.tensor import DTYPE, SLOT
+from taylorfx.spec import Node
 
 __all__ = ["CONVERTERS"]
 
 
 def _convolution(c: Convert, node: fx.Node) -> None:
-    x, weight = tensor_node(node.args[0]), c.path(node.args[1])
-    bias = argument(node, 2, "bias")
-    shape = tuple(c.tensors[weight].shape)
-    leaves = {"weight": weight} if bias is None else {"weight": weight, "bias": c.path(bias)}
+    x, bias = tensor_node(node.args[0]), argument(node, 2, "bias")
+    shape, examples = measured(tensor_node(node.args[1]))
     rank = len(shape) - 2
     transposed = "transpose" in str(node.target)
     stride, padding = argument(node, 3, "stride", 1), argument(node, 4, "padding", 0)
@@ -28,6 +28,21 @@ def _convolution(c: Convert, node: fx.Node) -> None:
     def each(value: Any) -> Any:
         return value if isinstance(value, (int, str)) else tuple(value) * (rank if len(value) == 1 else 1)
 
+    if len(measured(x)[0]) != rank + 2:
+        raise Unmapped
+    weight = tensor_node(node.args[1])
+    if not all(n is None or n.name in c.paths for n in (weight, bias)):
+        groups, numbers = argument(node, 6, "groups", 1), (stride, padding, argument(node, 5, "dilation", 1))
+        if transposed or examples >= 0 or not isinstance(groups, int) or isinstance(padding, str):
+            raise Unmapped
+        stride, padding, dilation = [(n,) * rank if isinstance(n, int) else each(n) for n in numbers]
+        c.add(
+            node,
+            L.Convolve(stride, padding, dilation, groups),
+            [c.tensor(n) for n in (x, weight, bias) if n is not None],
+        )
+        return
+    leaves = {name: c.path(n) for name, n in (("weight", weight), ("bias", bias)) if n is not None}
     if transposed:
         kind: Any = {1: L.ConvTranspose1d, 2: L.ConvTranspose2d}.get(rank)
         extra, groups = argument(node, 5, "output_padding", 0), argument(node, 6, "groups", 1)
@@ -43,9 +58,30 @@ def _convolution(c: Convert, node: fx.Node) -> None:
         forward = {1: L.Conv1d, 2: L.Conv2d, 3: L.Conv3d}[rank]
         layer = forward(shape[1] * groups, shape[0], shape[2:], each(stride), each(padding), each(dilation), groups,
                         bias is not None)  # fmt: skip
-    if len(measured(x)[0]) != rank + 2:
-        raise Unmapped
     c.add(node, layer, (c.tensor(x),), leaves=leaves)
+
+
+def _weight_norm(c: Convert, node: fx.Node) -> None:
+    c.add(node, L.WeightNorm(argument(node, 2, "dim", 0)), [c.tensor(tensor_node(n)) for n in node.args[:2]])
+
+
+def _recurrent(c: Convert, node: fx.Node) -> None:
+    """Recurrent layers whose states start at zero; of their results, the sequence of states."""
+    arguments: Any = node.args
+    x, start, weights, bias, layers, _, _, both, batch_first = arguments
+    starts = start if isinstance(start, (list, tuple)) else [start]
+    kind = str(node.target).split(".")[1]
+    zeros = all(str(getattr(n, "target", "")).split(".")[1:2] in (["zeros"], ["new_zeros"]) for n in starts)
+    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if bias else 2]
+    suffixes = [f"l{k}{way}" for k in range(layers) for way in (("", "_reverse") if both else ("",))]
+    if not zeros or len(weights) != len(names) * len(suffixes):  # a projection has one more weight
+        raise Unmapped
+    leaves = dict(zip((f"{n}_{s}" for s in suffixes for n in names), map(c.path, weights), strict=True))
+    rows, width = c.tensors[leaves["weight_ih_l0"]].shape
+    form: dict[str, Any] = {"nonlinearity": kind.removeprefix("rnn_")} if kind.startswith("rnn") else {}
+    layer: Any = {"lstm": L.LSTM, "gru": L.GRU}.get(kind, L.RNN)
+    made = layer(width, rows // layer.parts, layers, bias, batch_first, both, **form)
+    c.add(node, made, (c.tensor(tensor_node(x)),), leaves=leaves)
 
 
 def _linear(c: Convert, node: fx.Node) -> None:
@@ -205,10 +241,20 @@ def _reduce(c: Convert, node: fx.Node) -> None:
 
 
 def _matmul(c: Convert, node: fx.Node) -> None:
+    """A product of matrices; a vector is a matrix of one row or one column, as in ``torch.matmul``."""
     one, other = tensor_node(node.args[0]), tensor_node(node.args[1])
-    if len(measured(one)[0]) < 2 or len(measured(other)[0]) < 2:
-        raise Unmapped
-    c.add(node, L.MatMul(), (c.tensor(one), c.tensor(other)))
+    pair, sides = [c.tensor(one), c.tensor(other)], [measured(one), measured(other)]
+    for k, (shape, axis) in enumerate(sides):
+        if len(shape) == 1:
+            if axis >= 0:
+                raise Unmapped
+            pair[k] = c.add(node, L.View((shape[0], 1) if k else (1, shape[0]), -1, -1), (pair[k],), tag=f"_{k}")
+    vectors = [len(shape) == 1 for shape, _ in sides]
+    name = c.add(node, L.MatMul(), pair, tag="_product" if any(vectors) else "")
+    if any(vectors):
+        shape, axis = measured(node)
+        inner = axis if axis < 0 or vectors != [True, False] or axis < len(shape) - 1 else axis + 1
+        c.add(node, L.View(shape, inner, axis), (name,))
 
 
 def _addmm(c: Convert, node: fx.Node) -> None:
@@ -217,6 +263,19 @@ def _addmm(c: Convert, node: fx.Node) -> None:
         raise Unmapped
     product = c.add(node, L.MatMul(), (c.tensor(one), c.tensor(other)), tag="_product")
     c.add(node, L.Add(), (product, c.tensor(bias)))
+
+
+def _tensordot(c: Convert, node: fx.Node) -> None:
+    one, other = tensor_node(node.args[0]), tensor_node(node.args[1])
+    ranks = [len(measured(x)[0]) for x in (one, other)]
+    arguments: Any = node.args
+    dims = [[d % rank for d in axes] for axes, rank in zip(arguments[2:4], ranks, strict=True)]
+    first = list("abcdefghijklm"[: ranks[0]])
+    second = list("nopqrstuvwxyz"[: ranks[1]])
+    for d, e in zip(*dims, strict=True):
+        second[e] = first[d]
+    output = [x for x in first + second if (x in first) != (x in second)]
+    c.add(node, L.Einsum(f"{''.join(first)},{''.join(second)}->{''.join(output)}"), [c.tensor(one), c.tensor(other)])
 
 
 def _einsum(c: Convert, node: fx.Node) -> None:
@@ -259,11 +318,30 @@ def _pointwise(c: Convert, node: fx.Node) -> None:
 
 
 def _identity(c: Convert, node: fx.Node) -> None:
-    source = tensor_node(node.args[0])
-    if source.meta["val"].dtype != node.meta["val"].dtype:
-        c.operator(node, L.Elementwise)
+    source, dtype = tensor_node(node.args[0]), node.meta["val"].dtype
+    if source.meta["val"].dtype != dtype:
+        made = (("dtype", (DTYPE, str(dtype).removeprefix("torch."))),)
+        c.add(node, L.Elementwise("_to_copy.default", ((SLOT, 0),), made), (c.tensor(source),))
     else:
         c.alias(node)
+
+
+def _filled(c: Convert, node: fx.Node) -> None:
+    """The same number everywhere, for every example: one example of it, expanded."""
+    shape, axis = measured(node)
+    kind, value = str(node.target).split(".")[1], node.meta["val"]
+    if axis < 0 or c.reference is None or shape[axis] != 1:
+        raise Unmapped
+    given = {"zeros": 0, "ones": 1}.get(kind.removeprefix("new_"))
+    number: Any = argument(node, 2 if kind.startswith("new_") else 1, "fill_value") if given is None else given
+    if not isinstance(number, (bool, int, float)):
+        raise Unmapped
+    one = torch.full(shape, number, dtype=value.dtype)
+    path = f"constants.{node.name}"
+    c.tensors[path] = one
+    c.nodes.append(Node(path, L.Buffer(shape)))
+    sizes = tuple(1 if k == axis else -1 for k in range(len(shape)))
+    c.add(node, L.Expand(sizes, axis), (path, c.reference))
 
 
 def _dropout(c: Convert, node: fx.Node) -> None:
@@ -318,6 +396,8 @@ CONVERTERS: dict[str, Callable[[Convert, fx.Node], None]] = {
     ),
     **dict.fromkeys(("permute", "transpose", "t"), movement.permute),
     "expand": movement.expand,
+    **dict.fromkeys(("repeat", "tile"), movement.repeat),
+    "repeat_interleave": movement.repeat_interleave,
     "slice": movement.slice_axis,
     "select": movement.select,
     **dict.fromkeys(("split", "split_with_sizes", "chunk", "unbind"), movement.parts),
@@ -326,7 +406,11 @@ CONVERTERS: dict[str, Callable[[Convert, fx.Node], None]] = {
     "add": _pair(L.Add),
     "mul": _pair(L.Multiply),
     **dict.fromkeys(("mean", "sum", "amax", "amin"), _reduce),
-    **dict.fromkeys(("matmul", "bmm", "mm"), _matmul),
+    **dict.fromkeys(("matmul", "bmm", "mm", "mv", "dot", "vdot"), _matmul),
+    "tensordot": _tensordot,
+    "_weight_norm": _weight_norm,
+    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _recurrent),
+    **dict.fromkeys(("zeros", "ones", "full", "new_zeros", "new_ones", "new_full"), _filled),
     "addmm": _addmm,
     "einsum": _einsum,
     "scaled_dot_product_attention": _attention,
@@ -340,6 +424,6 @@ CONVERTERS: dict[str, Callable[[Convert, fx.Node], None]] = {
     "linalg_vector_norm": movement.along(2, "dim"),
     "roll": movement.along(2, "dims"),
     **dict.fromkeys(
-        ("clone", "contiguous", "alias", "detach", "detach_", "lift_fresh_copy", "_to_copy", "to"), _identity
+        ("clone", "contiguous", "alias", "detach", "detach_", "lift_fresh_copy", "_to_copy", "to", "type_as"), _identity
     ),
 }  # fmt: skip

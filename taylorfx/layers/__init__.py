@@ -13,10 +13,12 @@ from taylorfx.layers.norm import *
 from taylorfx.layers.norm import __all__ as _norm
 from taylorfx.layers.pool import *
 from taylorfx.layers.pool import __all__ as _pool
+from taylorfx.layers.recurrent import *
+from taylorfx.layers.recurrent import __all__ as _recurrent
 from taylorfx.layers.shape import *
 from taylorfx.layers.shape import __all__ as _shape
 from taylorfx.layers.tensor import *
 from taylorfx.layers.tensor import __all__ as _tensor
 
 __all__ = ["LAYERS", "Layer", "Leaves", "Shape", "ShapeError", "kind"]
-__all__ += _activation + _attention + _conv + _dense + _norm + _pool + _shape + _tensor
+__all__ += _activation + _attention + _conv + _dense + _norm + _pool + _recurrent + _shape + _tensor

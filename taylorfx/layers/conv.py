@@ -1,11 +1,11 @@
-"""Convolutions: dense, grouped, depthwise, transposed."""
+"""Convolutions: dense, grouped, depthwise, transposed; and with a weight that is computed."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from taylorfx.layers.base import Layer, Leaves, Shape, ShapeError, as_tuple, positive, uniform
 
-__all__ = ["Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d"]
+__all__ = ["Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "Convolve"]
 
 Ints = int | tuple[int, ...]
 
@@ -182,3 +182,41 @@ class ConvTranspose2d(_Transposed):
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         bias, dilation = self._bias(params), _numbers(self.dilation)
         return F.conv_transpose2d(inputs[0], params["weight"], bias, *self._window(), self.groups, dilation)
+
+
+@dataclass(frozen=True)
+class Convolve(Layer):
+    """``torch.nn.functional.conv1d``, ``conv2d``, ``conv3d`` with a weight that is computed: the second input.
+
+    A third input is the bias. The weight is the same for all examples (normalized, standardized, made of others).
+    """
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+
+    multiplies: ClassVar[tuple[str, ...]] = ("g o i K L M P Q R",)
+
+    def __str__(self) -> str:
+        return repr(self)
+
+    def signature(self, *shapes: Shape) -> str:
+        before, kernel, after = _SPATIAL[len(self.stride)]
+        bias = ", (g o)" if len(shapes) > 2 else ""
+        return f"B (g i) {before}, (g o) i {kernel}{bias} -> B (g o) {after}"
+
+    def fields(self, *shapes: Shape) -> Mapping[str, str]:
+        return {"groups": "g"}
+
+    def sizes(self, known: Mapping[str, int]) -> Mapping[str, int]:
+        before, kernel, after = map(str.split, _SPATIAL[len(self.stride)])
+        sizes = ((known[x] + 2 * p - d * (known[k] - 1) - 1) // s + 1 for x, k, s, p, d in zip(
+            before, kernel, self.stride, self.padding, self.dilation, strict=True))  # fmt: skip
+        return positive(self, dict(zip(after, sizes, strict=True)))
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        function: Any = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(self.stride)]
+        bias = inputs[2] if len(inputs) > 2 else None
+        made: Tensor = function(*inputs[:2], bias, self.stride, self.padding, self.dilation, self.groups)
+        return made

@@ -16,7 +16,9 @@ from torch.nn import functional as F
 
 from taylorfx.layers.base import Layer, Leaves, Shape, as_tuple, names
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "GroupNorm", "InstanceNorm2d", "LayerNorm", "RMSNorm"]
+__all__ = [
+    "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "GroupNorm", "InstanceNorm2d", "LayerNorm", "RMSNorm", "WeightNorm",
+]  # fmt: skip
 
 
 def _affine(letters: str, affine: bool, bias: bool = True) -> str:
@@ -214,3 +216,25 @@ class RMSNorm(_Last):
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         return F.rms_norm(inputs[0], self._shape, params["weight"] if self.elementwise_affine else None, self.eps)
+
+
+@dataclass(frozen=True)
+class WeightNorm(Layer):
+    """``torch.nn.utils.parametrizations.weight_norm``: a direction, normalized over all axes but ``dim``, and a scale.
+
+    Salimans & Kingma 2016 (arXiv 1602.07868, eq. 2): ``w = g v / ||v||``.
+    """
+
+    dim: int = 0
+
+    inexact: ClassVar[tuple[str, ...]] = tuple(f"x{k}" for k in range(8))
+
+    def signature(self, *shapes: Shape) -> str:
+        direction, scale = names(len(shapes[0])), ["1"] * len(shapes[0])
+        direction[self.dim] = scale[self.dim] = "o"
+        return f"{' '.join(direction)}, {' '.join(scale)} -> {' '.join(direction)}"
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        direction, scale = inputs
+        others = [k for k in range(direction.ndim) if k != self.dim % direction.ndim]
+        return direction * (scale / torch.linalg.vector_norm(direction, dim=others, keepdim=True))

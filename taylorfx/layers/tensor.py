@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -30,6 +30,9 @@ SLOT = "$"
 DTYPE = "dtype"
 """``("dtype", "float32")`` stands for ``torch.float32``."""
 
+
+STATISTICS = ("var", "std", "linalg_vector_norm")
+"""Operators along axes that may shrink: what they say of the rest then changes."""
 
 COUNT = "examples"
 """``("examples", 4)`` stands for four times the number of examples, that is the length of the last input."""
@@ -78,19 +81,20 @@ class Captured(_Operator):
     """An operator without a rule: it runs as it was captured, and what touches it is frozen.
 
     ``shape`` is the output's for one example. Examples run along axis ``made`` of it, and along the axes ``given`` of
-    the inputs (-1: there are none).
+    the inputs (-1: there are none); ``apart`` says that it is known to treat each of them alone.
     """
 
     shape: Shape = ()
     made: int = -1
     given: tuple[int, ...] = ()
+    apart: bool = False
 
     def signature(self, *shapes: Shape) -> str | None:
         inputs = [[f"U{k}_{j}" for j in range(len(shape))] for k, shape in enumerate(shapes)]
         made = [f"M{j}" for j in range(len(self.shape))]
         for letters, axis in zip([*inputs, made], [*self.given, self.made], strict=True):
             if axis >= 0:
-                letters[axis] = "N"  # and not B: the examples may hear each other
+                letters[axis] = "B" if self.apart else "N"
         return f"{', '.join(map(' '.join, inputs))} -> {' '.join(made)}"
 
     def letters(self, *shapes: Shape) -> dict[str, int]:
@@ -109,17 +113,22 @@ class Elementwise(_Operator):
 class Along(_Operator):
     """An operator that works along ``dims``, which it holds rigid, and passes the other axes.
 
+    Statistics (variance, standard deviation, norm) do not hold them: they are then of the positions that stay.
     ``lengths`` are the new sizes along ``dims`` where they change; 0 where the axis is gone.
     """
 
     dims: tuple[int, ...] = ()
     lengths: tuple[int, ...] | None = None
 
+    @property
+    def inexact(self) -> tuple[str, ...]:  # type: ignore[override]
+        return tuple(f"g{k}" for k in range(len(self.dims))) if self.op.split(".")[0] in STATISTICS else ()
+
     def signature(self, *shapes: Shape) -> str | None:
         given = names(len(shapes[0]))
         made = list(given)
         for k, dim in enumerate(self.dims):
-            given[dim] = made[dim] = f"G{k}"
+            given[dim] = made[dim] = f"g{k}" if self.inexact else f"G{k}"
             if self.lengths is not None:
                 made[dim] = f"M{k}" if self.lengths[k] else ""
         return f"{' '.join(given)} -> {' '.join(made)}"
@@ -180,7 +189,8 @@ class View(Layer):
 class Expand(Layer):
     """``Tensor.expand``: axes of size one repeated to ``shape``, -1 where an axis keeps its size.
 
-    With a second input, the new axis ``example`` runs over that input's examples (its axis 0).
+    The copies may leave like any position. With a second input, the new axis ``example`` runs over that input's
+    examples (its axis 0).
     """
 
     shape: Shape
@@ -193,13 +203,16 @@ class Expand(Layer):
         for k, n in enumerate(self.shape):
             j = k - (len(made) - len(shape))
             if n != -1:
-                made[k] = f"N{k}" if k != self.example else "B"
+                made[k] = f"n{k}" if k != self.example else "B"
                 if j >= 0:
                     given[j] = "1"
         return f"{' '.join(given)}{', B ...' if reference else ''} -> {' '.join(made)}"
 
     def letters(self, *shapes: Shape) -> dict[str, int]:
-        return {f"N{k}": n for k, n in enumerate(self.shape) if n != -1 and k != self.example}
+        return {f"n{k}": n for k, n in enumerate(self.shape) if n != -1 and k != self.example}
+
+    def resize(self, sizes: Mapping[str, int], *shapes: Shape) -> Expand:
+        return replace(self, shape=tuple(sizes.get(f"n{k}", n) for k, n in enumerate(self.shape)))
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         shape = list(self.shape)
@@ -303,20 +316,24 @@ class ScaledDotProduct(Layer):
 
 @dataclass(frozen=True)
 class Reduce(Layer):
-    """A reduction over some axes (``mean``, ``sum``, ``amax``, ``amin``), which it holds rigid.
+    """A reduction over some axes (``mean``, ``sum``, ``amax``, ``amin``), whose positions it reads.
 
-    A sum over an axis that may shrink is a contraction: its positions are read, and may leave.
+    A sum does not miss what is silenced. The other statistics are then of fewer positions: those are inexact.
     """
 
     op: str
     dims: tuple[int, ...]
     keepdim: bool = False
 
+    @property
+    def inexact(self) -> tuple[str, ...]:  # type: ignore[override]
+        return () if self.op == "sum" else tuple(f"s{k}" for k in range(8))
+
     def signature(self, *shapes: Shape) -> str | None:
         rank = len(shapes[0])
         letters, made = names(rank), names(rank)
         for dim in {d % rank for d in self.dims}:
-            letters[dim] = letters[dim] if self.op == "sum" else letters[dim].upper()
+            letters[dim] = f"s{dim}"
             made[dim] = "1" if self.keepdim else ""
         return f"{' '.join(letters)} -> {' '.join(made)}"
 
