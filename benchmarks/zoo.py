@@ -69,6 +69,11 @@ def randomized(module: nn.Module, generator: torch.Generator) -> nn.Module:
     return module
 
 
+def first(outputs: Any) -> torch.Tensor:
+    """The first of a network's outputs, however they come."""
+    return next(x for x in torch.utils._pytree.tree_leaves(outputs) if isinstance(x, torch.Tensor))
+
+
 def prove(module: nn.Module, *args: torch.Tensor, **kwargs: torch.Tensor) -> dict[str, Any]:
     """Capture, couple, cut and compare; the row of the table."""
     with torch.no_grad():
@@ -79,10 +84,7 @@ def prove(module: nn.Module, *args: torch.Tensor, **kwargs: torch.Tensor) -> dic
     x = {node.name: kwargs.get(node.name, *args) for node in spec.inputs}
     with torch.no_grad():
         found = tfx.apply(params, spec, x)
-    if isinstance(expected, dict):
-        expected = tuple(expected.values())  # dataclass-like outputs are dicts, too
-    expected = expected[0] if isinstance(expected, tuple) else expected
-    found = found[0] if isinstance(found, tuple) else found
+    expected, found = first(expected), first(found)
     scale = expected.abs().max().item()
     difference = (found - expected).abs().max().item() / scale
     start = time.perf_counter()
@@ -95,12 +97,12 @@ def prove(module: nn.Module, *args: torch.Tensor, **kwargs: torch.Tensor) -> dic
         with torch.no_grad():
             one = tfx.apply(small, plan.spec, x)
             other = tfx.apply(params, spec, x, gates=plan.gates)
-        one, other = (t[0] if isinstance(t, tuple) else t for t in (one, other))
+        one, other = first(one), first(other)
         if exact:
             worst = (one - other).abs().max().item() / max(scale, other.abs().max().item())
     trained = to_torch(small, plan.spec).train()
     y = trained(**x)
-    (y[0] if isinstance(y, tuple) else y).square().mean().backward()
+    first(y).square().mean().backward()
     cost = tfx.parameters(coupling)
     none = np.zeros(len(coupling), bool)
     kinds = Counter(type(node.layer).__name__ for node in spec)

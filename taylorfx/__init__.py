@@ -39,26 +39,27 @@ from taylorfx.store import from_json, load, save, to_json
 from taylorfx.tree import Params, flatten, unflatten
 
 if typing.TYPE_CHECKING:
-    from taylorfx.interop import CaptureError, from_torch, to_torch
+    from taylorfx.interop import CaptureError, LikeError, Value, from_torch, rule, to_torch
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Budget", "BudgetError", "CaptureError", "Cost", "Coupling", "Flops", "Moments", "Node", "Parameters", "Params",
-    "Place", "Plan", "PlanError", "Remove", "SelectionError", "Spec", "SpecError", "Statistics", "Units",
-    "activation_mean", "activation_std", "apoz", "apply", "batchnorm_scale", "check", "combine", "compat", "compose",
-    "concat", "couple", "cross_entropy", "cut", "derivatives", "expand", "fisher", "flatten", "flops", "from_json",
-    "from_torch", "gates", "init", "inline", "layers", "load", "measure", "multihead_attention", "of_weights",
-    "parameters", "partition", "per_layer_l2", "per_layer_max", "per_layer_mean", "prune", "random", "residual",
-    "save", "second_order", "select", "serial", "signed", "taylor", "taylor_squared", "to_json", "to_torch", "train",
-    "unflatten", "unnormalized", "weight_l1", "weight_l2",
+    "Budget", "BudgetError", "CaptureError", "Cost", "Coupling", "Flops", "LikeError", "Moments", "Node",
+    "Parameters", "Params", "Place", "Plan", "PlanError", "Remove", "SelectionError", "Spec", "SpecError",
+    "Statistics", "Units", "Value", "activation_mean", "activation_std", "apoz", "apply", "batchnorm_scale",
+    "check", "combine", "compat", "compose", "concat", "couple", "cross_entropy", "cut", "derivatives", "expand",
+    "fisher", "flatten", "flops", "from_json", "from_torch", "gates", "init", "inline", "layers", "load", "measure",
+    "multihead_attention", "of_weights", "parameters", "partition", "per_layer_l2", "per_layer_max",
+    "per_layer_mean", "prune", "random", "residual", "rule", "save", "second_order", "select", "serial", "signed",
+    "taylor", "taylor_squared", "to_json", "to_torch", "train", "unflatten", "unnormalized", "weight_l1",
+    "weight_l2",
 ]  # fmt: skip
 __all__ += layers.__all__
 
 
 def __getattr__(name: str) -> typing.Any:
-    """``from_torch`` and ``to_torch`` on first use: ``torch.export`` is slow to import."""
-    if name in ("CaptureError", "from_torch", "to_torch"):
+    """What captures modules, on first use: ``torch.export`` is slow to import."""
+    if name in ("CaptureError", "LikeError", "Value", "from_torch", "rule", "to_torch"):
         from taylorfx import interop
 
         return getattr(interop, name)

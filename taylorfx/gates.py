@@ -392,7 +392,9 @@ def _activation(x: Tensor, axis: int) -> Tensor:
 
 def _per_example(loss: Loss, outputs: Any, targets: Any) -> Tensor:
     if loss is cross_entropy:
-        vectorized = torch._C._functorch.is_batchedtensor(outputs)  # where no value can be looked at
+        vectorized = isinstance(outputs, Tensor) and torch._C._functorch.is_batchedtensor(
+            outputs
+        )  # where no value can be looked at
         return _cross_entropy(outputs, targets) if vectorized else cross_entropy(outputs, targets)
 
     def one(output: Any, target: Any) -> Tensor:

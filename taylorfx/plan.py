@@ -20,7 +20,8 @@ from taylorfx.cost import flops, parameters
 from taylorfx.coupling import Coupling
 from taylorfx.gates import Gates, gates
 from taylorfx.layers import Shape
-from taylorfx.spec import Node, Spec, columns
+from taylorfx.spec import Node, Spec
+from taylorfx.text import columns
 from taylorfx.tree import Params, flatten, map_paths
 
 __all__ = ["Plan", "PlanError", "compose", "cut", "expand"]
@@ -87,7 +88,7 @@ class Plan:
     def spec(self) -> Spec:
         """The smaller network."""
         spec = self.coupling.spec
-        return spec if self.whole else Spec(tuple(map(self._resize, spec.nodes)), spec.outputs)
+        return spec if self.whole else replace(spec, nodes=tuple(map(self._resize, spec.nodes)))
 
     @cached_property
     def gates(self) -> Gates:

@@ -18,6 +18,7 @@ from torch import Tensor
 from taylorfx import axes as language
 from taylorfx.labels import EXAMPLE, Bound, Factor, Labeled, Ties, bind, rigid, shape_of
 from taylorfx.layers import Input, Layer, Shape, ShapeError
+from taylorfx.text import columns
 from taylorfx.tree import Params, flatten, merge, unflatten
 
 __all__ = [
@@ -71,7 +72,7 @@ class Spec:
     """A network: nodes in the order of evaluation, and the names of those whose values it gives out.
 
     Immutable, hashable, comparable; ``print(spec)`` shows it as a table. One output is given out as a tensor, several
-    as a tuple.
+    as a tuple; with ``keys``, one for each, as a dict.
 
     Raises:
         SpecError: for duplicate names, inputs that no node has, or a cycle: all of them at once.
@@ -79,6 +80,7 @@ class Spec:
 
     nodes: tuple[Node, ...]
     outputs: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         nodes = tuple(self.nodes)
@@ -165,20 +167,10 @@ class Spec:
             )
         declared = dict(zip(names, shapes, strict=True))
         nodes = (replace(n, layer=Input(declared[n.name])) if n.name in declared else n for n in self.nodes)
-        return Spec(tuple(nodes), self.outputs)
+        return replace(self, nodes=tuple(nodes))
 
 
 _Step = tuple[Node, tuple[tuple[str, tuple[str, ...]], ...], tuple[str, ...]]
-
-
-def columns(rows: Sequence[Sequence[str]], right: int = 2) -> str:
-    """Rows as aligned text; the last ``right`` columns are numbers."""
-    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-    left = len(widths) - right
-    ruled = [rows[0], ["-" * width for width in widths], *rows[1:]]
-    cells = ([c.rjust(w) if k >= left else c.ljust(w) for k, (c, w) in enumerate(zip(row, widths, strict=True))]
-             for row in ruled)  # fmt: skip
-    return "\n".join("  ".join(row).rstrip() for row in cells)
 
 
 def _order(nodes: tuple[Node, ...], outputs: tuple[str, ...]) -> tuple[Node, ...]:
@@ -224,7 +216,9 @@ def propagate(spec: Spec, ties: Ties) -> dict[str, Bound]:
                     "or use spec.at(shape)"
                 )
             else:
-                example: Labeled = (Factor(1, EXAMPLE),)
+                example: Labeled = rigid(1) if node.layer.alone else (Factor(1, EXAMPLE),)
+                if node.layer.alone:
+                    ties.mixing.append(f"{node.name}: the network takes one example at a time")
                 sizes = node.layer.shape if isinstance(node.layer.shape, tuple) else (node.layer.shape,)
                 bounds[node.name] = Bound((example, *map(rigid, sizes)))
         elif all(x in bounds for x in node.inputs):
@@ -327,6 +321,11 @@ def evaluate(
     if not torch.compiler.is_compiling():
         check(params, spec)
     values = bind_inputs(spec, inputs)
+    if any(getattr(node.layer, "alone", False) and len(values[node.name]) != 1 for node in spec.inputs):
+        raise ShapeError(
+            "This network takes one example at a time: it was captured from a module made for a fixed number of them. "
+            "Give batches of one."
+        )
     moved: dict[str, Tensor] = {}  # running statistics, which a shared layer hears of at once
     try:
         for node, leaves, done in spec._steps:  # type: ignore[attr-defined]
@@ -349,6 +348,8 @@ def evaluate(
             _explain(params, spec, bind_inputs(spec, inputs), node, error)
         raise
     outputs = tuple(values[x] for x in spec.outputs)
+    if spec.keys:
+        return dict(zip(spec.keys, outputs, strict=True)), merge(params, moved)
     return outputs[0] if len(outputs) == 1 else outputs, merge(params, moved)
 
 
@@ -356,18 +357,16 @@ def bind_inputs(spec: Spec, inputs: Sequence[Inputs]) -> dict[str, Any]:
     """The tensors that come in, by the names of the input nodes."""
     given: Any = inputs[0] if len(inputs) == 1 and isinstance(inputs[0], (Mapping, Sequence)) else inputs
     names = [node.name for node in spec.inputs]
-    if isinstance(given, Mapping):
-        if set(given) != set(names):
-            raise ShapeError(
-                f"Inputs are named as the network's Input nodes, {', '.join(names)}; received {', '.join(given)}."
-            )
-        return dict(given)
+    if isinstance(given, Mapping) and set(given) != set(names):
+        raise ShapeError(
+            f"Inputs are named as the network's Input nodes, {', '.join(names)}; received {', '.join(given)}."
+        )
     if len(given) != len(names):
         raise ShapeError(
             f"Inputs are as many as the network's Input nodes, {len(names)} ({', '.join(names)}); "
             f"received {len(given)}."
         )
-    return dict(zip(names, given, strict=True))
+    return dict(given) if isinstance(given, Mapping) else dict(zip(names, given, strict=True))
 
 
 def _at(params: Params, path: tuple[str, ...]) -> Tensor:
@@ -413,7 +412,8 @@ def _explain(params: Params, spec: Spec, values: Mapping[str, Any], node: Node, 
     try:
         propagate(spec.at(*(tuple(values[n.name].shape[1:]) for n in spec.inputs)), Ties(labeled=False))
     except ShapeError as problem:
-        raise ShapeError(f"{problem}\n(with inputs of shape {_shapes(values)})") from error
+        found = ", ".join(f"{name} {tuple(x.shape)}" for name, x in values.items())
+        raise ShapeError(f"{problem}\n(with inputs of shape {found})") from error
     if isinstance(error, ValueError):  # a layer's own words
         raise ShapeError(f"{node.name}: {error}") from error
     tensors = {**{f"input {name}": x for name, x in values.items()}, **flatten(params)}
@@ -429,10 +429,6 @@ def _explain(params: Params, spec: Spec, values: Mapping[str, Any], node: Node, 
             + f"\nfirst met at {node.name} ({type(node.layer).__name__}); convert one of them, x.to(...)."
         ) from error
     raise ShapeError(f"{node.name}: {type(node.layer).__name__} failed: {error}") from error
-
-
-def _shapes(values: Mapping[str, Tensor]) -> str:
-    return ", ".join(f"{name} {tuple(x.shape)}" for name, x in values.items())
 
 
 def partition(params: Params, spec: Spec) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -27,7 +27,7 @@ def to_json(spec: Spec) -> str:
         values = {field.name: getattr(node.layer, field.name) for field in fields(node.layer)}
         entry = {"name": node.name, "layer": kind(type(node.layer)), "fields": values, "inputs": node.inputs}
         nodes.append({**entry, "params": node.params} if node.params is not None else entry)
-    return json.dumps({"nodes": nodes, "outputs": spec.outputs})
+    return json.dumps({"nodes": nodes, "outputs": spec.outputs, "keys": spec.keys})
 
 
 def from_json(text: str) -> Spec:
@@ -44,7 +44,7 @@ def from_json(text: str) -> Spec:
         Node(e["name"], LAYERS[e["layer"]](**_tuples(e["fields"])), tuple(e["inputs"]), _tuples(e.get("params")))
         for e in data["nodes"]
     ]
-    return Spec(tuple(nodes), tuple(data["outputs"]))
+    return Spec(tuple(nodes), tuple(data["outputs"]), tuple(data.get("keys", ())))
 
 
 def _tuples(value: Any) -> Any:

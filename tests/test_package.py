@@ -18,7 +18,7 @@ ROOT = Path(tfx.__file__).parent
 
 # The pipeline: a module imports from earlier stages only.
 STAGES = (
-    {"tree", "axes"},
+    {"tree", "axes", "text"},
     {"layers"},
     {"labels"},
     {"spec"},

@@ -1,6 +1,8 @@
 """In and out of PyTorch's modules."""
 
 from taylorfx.interop.capture import CaptureError, from_torch
+from taylorfx.interop.like import LikeError
 from taylorfx.interop.module import to_torch
+from taylorfx.interop.rules import Value, rule
 
-__all__ = ["CaptureError", "from_torch", "to_torch"]
+__all__ = ["CaptureError", "LikeError", "Value", "from_torch", "rule", "to_torch"]

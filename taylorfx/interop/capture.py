@@ -4,14 +4,19 @@ The graph is made functional first (no in-place operators, few composite ones). 
 the module's own become the real layers, with the module's names; data movement, products, reductions and pointwise
 operators become those of `taylorfx.layers.tensor`; what has no rule stays as it was captured, runs, and freezes the
 units that touch it. Nothing is guessed from a number: where examples run is read from the symbol of the exported batch.
+A module that is made for a fixed number of examples is captured for one at a time.
 """
 
 from __future__ import annotations
 
 import copy
+import io
+import logging
 import operator
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -19,7 +24,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind, OutputKind
 
-from taylorfx.interop.convert import Convert, Unmapped
+from taylorfx.interop.convert import RULES, Convert, Unmapped
 from taylorfx.interop.operators import CONVERTERS
 from taylorfx.layers import Input
 from taylorfx.spec import Node, Spec
@@ -44,49 +49,140 @@ def from_torch(
 
     Returns:
         Parameters by the module's own names (the tensors are shared, not copied), and the network. The inputs of the
-        spec are named after the arguments of ``forward``; the outputs are the tensors that it returns, in their order.
+        spec are named after the arguments of ``forward``. The outputs are the tensors that it returns: one, a tuple in
+        their order, or a dict by the names that a dict or dataclass gives them (``"hidden_states.0"`` where nested).
+
+    A module that is made for a fixed number of examples is captured for one at a time, with a warning: the spec then
+    takes batches of one, and `measure` goes through a batch by itself.
 
     Raises:
-        CaptureError: if the module, the example or the captured graph cannot be taken.
+        CaptureError: if the module, the example or the captured graph cannot be taken; every cause is listed.
     """
     if not isinstance(module, nn.Module):
         raise CaptureError(f"from_torch captures a torch.nn.Module; received {type(module).__name__}.")
     args = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     kwargs = dict(example_kwargs or {})
-    if not any(isinstance(x, Tensor) for x in torch.utils._pytree.tree_leaves((args, kwargs))):
-        raise CaptureError("from_torch runs the module on an example; received no tensor. Pass example inputs.")
-    return _Reader(_export(module, args, kwargs)).read()
-
-
-def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
-    """The module as a functional graph, in inference mode, its axis of examples dynamic."""
+    _refuse(module, args, kwargs)
     twin = copy.deepcopy(module, {id(t): t for t in (*module.parameters(), *module.buffers())}).eval()
-
     # An example of one would be taken for a constant: two of it say the same.
-    args, kwargs = torch.utils._pytree.tree_map(
-        lambda x: x.repeat(2, *[1] * (x.ndim - 1)) if isinstance(x, Tensor) and x.ndim and len(x) == 1 else x,
-        (args, kwargs),
-    )
-    shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
-    for tensor in torch.utils._pytree.tree_leaves((args, kwargs)):
-        if isinstance(tensor, Tensor) and tensor.ndim:
-            shapes[tensor] = {0: Dim.DYNAMIC}
+    several = _each_tensor(lambda x: x.repeat(2, *[1] * (x.ndim - 1)) if len(x) == 1 else x, (args, kwargs))
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of torch's own pytree
-            program = torch.export.export(twin, args, kwargs, dynamic_shapes=shapes, strict=False)
-            functional: ExportedProgram = program.run_decompositions({})
-            return functional
+        return _Reader(_export(twin, several, Dim.DYNAMIC)).read()
     except Exception as error:  # torch.export raises whatever the module's own code raises
-        raise CaptureError(f"torch.export cannot capture {type(module).__name__}: {error}") from error
+        try:
+            network = _Reader(_export(twin, _each_tensor(lambda x: x[:1], (args, kwargs)), None), alone=True).read()
+        except Exception:
+            raise CaptureError(_causes(twin, several, error)) from error
+        warnings.warn(
+            f"{type(module).__name__} is captured for one example at a time, since its number of examples is fixed: "
+            f"{_first_line(error)}",
+            stacklevel=2,
+        )
+        return network
+
+
+def _each_tensor(function: Any, tree: Any) -> Any:
+    return torch.utils._pytree.tree_map(lambda x: function(x) if isinstance(x, Tensor) else x, tree)
+
+
+def _refuse(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse what could be captured wrongly or not at all, all of it at once."""
+    leaves = torch.utils._pytree.tree_flatten_with_path((args, kwargs))[0]
+    inputs = {f"input {_dotted(path[1:])}": x for path, x in leaves if isinstance(x, Tensor)}
+    if not inputs:
+        raise CaptureError("from_torch runs the module on an example; received no tensor. Pass example inputs.")
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers()), **inputs}
+    errors: list[str] = []
+    for name, x in tensors.items():
+        plain = type(x) in (Tensor, nn.Parameter, nn.Buffer) and x.layout is torch.strided and not x.is_quantized
+        if not plain:
+            kind = "quantized" if x.is_quantized else str(x.layout).removeprefix("torch.")
+            errors.append(f"{name}: {type(x).__name__} ({kind}), where a plain dense tensor is needed")
+    errors += [f"{name}: has no axis of examples, its axis 0" for name, x in inputs.items() if not x.ndim]
+    counts = {name: len(x) for name, x in inputs.items() if x.ndim}
+    if len(set(counts.values())) > 1:
+        errors.append(f"as many examples in every input: {', '.join(f'{name} has {n}' for name, n in counts.items())}")
+    devices: dict[str, list[str]] = {}
+    for name, x in tensors.items():
+        devices.setdefault(str(x.device), []).append(name)
+    if len(devices) > 1:
+        listed = "; ".join(
+            f"{kind}: {', '.join(names[:4])}{', ...' * (len(names) > 4)}" for kind, names in devices.items()
+        )
+        errors.append(f"one device for the module and its inputs, received {listed}; move them, x.to(...)")
+    dtypes = {x.dtype for x in module.parameters() if x.is_floating_point()}
+    strange = {
+        name: x.dtype for name, x in inputs.items() if x.is_floating_point() and dtypes and x.dtype not in dtypes
+    }
+    errors += [
+        f"{name}: {dtype}, the module {', '.join(map(str, dtypes))}; convert one" for name, dtype in strange.items()
+    ]
+    if errors:
+        raise CaptureError(f"from_torch cannot take {type(module).__name__}:\n  " + "\n  ".join(errors))
+
+
+def _export(module: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]], examples: Any) -> ExportedProgram:
+    """The module as a functional graph, in inference mode; ``examples`` says what is known of their number."""
+    shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
+    for tensor in torch.utils._pytree.tree_leaves(example):
+        if isinstance(tensor, Tensor) and examples is not None:
+            shapes[tensor] = {0: examples}
+    with torch.no_grad(), _quiet():
+        program = torch.export.export(module, *example, dynamic_shapes=shapes, strict=False)
+        functional: ExportedProgram = program.run_decompositions({})
+        return functional
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's warnings and log about what the caller is told in one error."""
+    log = logging.getLogger("torch")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
+
+
+def _causes(module: nn.Module, example: tuple[Any, ...], error: Exception) -> str:
+    """Why a module cannot be captured: every cause with its line, as far as torch finds them."""
+    lines: list[str] = []
+    try:
+        with torch.no_grad(), _quiet():
+            report: Any = torch.export.draft_export(module, *example, strict=False)._report  # type: ignore[attr-defined]
+        files = {number: name for name, number in torch._logging.structured.INTERN_TABLE.items()}
+        for failure in report.failures:
+            frames = [*failure.data.get("stack", ()), *failure.data.get("user_stack", ())]
+            places = [(files[f["filename"]], f["line"], f.get("loc", "")) for f in frames]
+            own = [f"{file}:{line}: {code}" for file, line, code in places if "/torch/" not in file]
+            lines.append(f"{failure.failure_type.name.lower().replace('_', ' ')} at {own[-1] if own else 'unknown'}")
+    except Exception:  # the first cause is known already
+        lines.clear()
+    if not lines:
+        return f"torch.export cannot capture {type(module).__name__}: {error}"
+    listed = "\n  ".join(dict.fromkeys(lines))
+    return f"torch.export cannot capture {type(module).__name__}; all that it found:\n  {listed}"
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _dotted(path: Sequence[Any]) -> str:
+    """The place of a leaf in a tree: ``hidden_states.0``."""
+    names = ("key", "idx", "name")  # of an entry of a dict, a sequence, a dataclass
+    return ".".join(str(next(getattr(key, name) for name in names if hasattr(key, name))) for key in path)
 
 
 class _Reader:
     """Walks an exported graph in its order and writes nodes."""
 
-    def __init__(self, program: ExportedProgram) -> None:
+    def __init__(self, program: ExportedProgram, *, alone: bool = False) -> None:
         self.program = program
-        self.convert = Convert()
+        self.convert = Convert(alone=alone)
 
     def read(self) -> tuple[Params, Spec]:
         self._inputs()
@@ -100,9 +196,10 @@ class _Reader:
             elif node.op == "get_attr":
                 self.convert.constant(node, getattr(self.program.graph_module, node.target), node.target)
         outputs = self._outputs()
-        used = _reachable(self.convert.nodes, outputs)
+        used = _reachable(self.convert.nodes, list(outputs.values()))
         nodes = tuple(node for node in self.convert.nodes if node.name in used or isinstance(node.layer, Input))
-        spec = Spec(nodes, outputs)
+        named = all(isinstance(key, str) for key in outputs)
+        spec = Spec(nodes, tuple(outputs.values()), tuple(map(str, outputs)) if named else ())
         wanted = set(spec.shapes)
         leaves = {path: self.convert.tensors[path] for path in self.convert.tensors if path in wanted}
         return unflatten(leaves), spec
@@ -126,21 +223,27 @@ class _Reader:
         elif not isinstance(node.meta.get("val"), (Tensor, tuple, list)):
             return  # arithmetic on sizes: read from the shapes of the tensors that use it
         elif not self.convert.folded(node):
-            name = getattr(target, "__name__", str(target))
+            space, name = str(target).split(".")[:2]
+            own = RULES.get(f"{space}::{name}") or (CONVERTERS.get(name) if space == "aten" else None)
             try:
-                CONVERTERS.get(name.split(".")[0], Convert.generic)(self.convert, node)
+                (own or Convert.generic)(self.convert, node)
             except Unmapped:
                 self.convert.captured(node)
 
-    def _outputs(self) -> tuple[str, ...]:
-        names: list[str] = []
-        for item in self.program.graph_signature.output_specs:
-            name = getattr(item.arg, "name", None)
-            if item.kind is OutputKind.USER_OUTPUT and name is not None:
-                names.append(self.convert.names[name])
-        if not names:
+    def _outputs(self) -> dict[Any, str]:
+        """The nodes that are given out, by name if the module names them, otherwise by number."""
+        items = self.program.graph_signature.output_specs
+        values = [getattr(item.arg, "name", None) for item in items if item.kind is OutputKind.USER_OUTPUT]
+        tree = torch.utils._pytree.tree_unflatten(values, self.program.call_spec.out_spec)
+        leaves = [(path, x) for path, x in torch.utils._pytree.tree_flatten_with_path(tree)[0] if x is not None]
+        if not leaves:
             raise CaptureError("A captured module gives out at least one tensor; this one gives out none.")
-        return tuple(dict.fromkeys(names))
+        named = isinstance(tree, Mapping) or is_dataclass(tree)
+        found = {_dotted(path) if named else k: self.convert.names.get(x) for k, (path, x) in enumerate(leaves)}
+        missing = [str(key) for key, name in found.items() if name is None]
+        if missing:
+            raise CaptureError(f"A captured module computes what it gives out; {', '.join(missing)} is a parameter.")
+        return {key: name for key, name in found.items() if name is not None}
 
 
 def _reachable(nodes: Sequence[Node], outputs: Sequence[str]) -> set[str]:

@@ -16,6 +16,9 @@ from taylorfx.spec import Node
 __all__ = ["Convert", "Unmapped", "argument", "measured", "tensor_node"]
 
 
+RULES: dict[str, Callable[[Convert, fx.Node], None]] = {}
+"""Rules from outside, by operator; see `taylorfx.interop.rule`."""
+
 SEVERAL = {
     "topk": (2, "dim"), "sort": (1, "dim"), "max": (1, "dim"), "min": (1, "dim"), "median": (1, "dim"),
     "mode": (1, "dim"), "kthvalue": (2, "dim"), "var_mean": (1, "dim"), "std_mean": (1, "dim"), "cummax": (1, "dim"),
@@ -38,7 +41,8 @@ class Unmapped(Exception):
 class Convert:
     """The network so far: nodes, and where the graph's values are found among them."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, alone: bool = False) -> None:
+        self.alone = alone
         self.nodes: list[Node] = []
         self.names: dict[str, str] = {}
         self.tensors: dict[str, Tensor] = {}
@@ -51,7 +55,9 @@ class Convert:
 
     def user_input(self, node: fx.Node) -> None:
         shape, axis = measured(node)
-        self.add(node, L.Input(shape[1:] if axis == 0 else shape), ())
+        if axis != 0 and not self.alone:
+            raise ValueError(f"{node.name} does not have the examples along axis 0")
+        self.add(node, L.Input(shape[1:], self.alone), ())
         if axis == 0 and self.reference is None:
             self.reference = self.names[node.name]
 

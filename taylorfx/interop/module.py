@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from taylorfx.interop.like import resized
 from taylorfx.spec import Spec, apply, check, partition, train
 from taylorfx.tree import Params, flatten, unflatten
 
@@ -55,13 +57,28 @@ class SpecModule(nn.Module):
         return outputs
 
 
-def to_torch(params: Params, spec: Spec) -> nn.Module:
+def to_torch(
+    params: Params,
+    spec: Spec,
+    *,
+    like: nn.Module | None = None,
+    example_inputs: Any = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+) -> nn.Module:
     """A module that computes what the spec computes; its ``state_dict`` has the parameters' paths as names.
+
+    Args:
+        like: the module that was captured. The result is then of its own class, its layers made smaller (their tensors
+            and the fields that say their sizes), if its ``forward`` computes with them what the spec does.
+        example_inputs, example_kwargs: what to compare on, as for `from_torch`; by default random numbers of the
+            shapes that the spec's inputs declare.
 
     Raises:
         SpecError: if the parameters do not fit the spec.
+        LikeError: if the module's own ``forward`` fails with smaller layers, or computes something else: sizes that it
+            has written down stay as they were. Without ``like`` there is always a module.
     """
-    return SpecModule(params, spec)
+    return SpecModule(params, spec) if like is None else resized(params, spec, like, example_inputs, example_kwargs)
 
 
 def _owner(module: nn.Module, path: str, *, create: bool = False) -> tuple[nn.Module, str]:

@@ -237,4 +237,5 @@ class WeightNorm(Layer):
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         direction, scale = inputs
         others = [k for k in range(direction.ndim) if k != self.dim % direction.ndim]
-        return direction * (scale / torch.linalg.vector_norm(direction, dim=others, keepdim=True))
+        weight: Tensor = direction * (scale / torch.linalg.vector_norm(direction, dim=others, keepdim=True))
+        return weight

@@ -23,9 +23,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Input(Layer):
-    """Where a network takes a tensor in; ``shape`` is that of one example, without the example axis."""
+    """Where a network takes a tensor in; ``shape`` is that of one example, without the example axis.
+
+    With ``alone`` the network takes batches of one example: it was captured from a module that is made for a fixed
+    number of them.
+    """
 
     shape: Shape | int | None = None
+    alone: bool = False
 
     def __post_init__(self) -> None:
         if self.shape is not None:

@@ -65,8 +65,8 @@ class _Operator(Layer):
         return self.op.removesuffix(".default")
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
-        packet, _, overload = self.op.partition(".")
-        function = getattr(getattr(torch.ops.aten, packet), overload)
+        *space, packet, overload = self.op.split(".")
+        function = getattr(getattr(getattr(torch.ops, *(space or ["aten"])), packet), overload)
         kwargs = {name: fill(value, inputs) for name, value in self.kwargs}
         result: Any = function(*(fill(value, inputs) for value in self.args), **kwargs)
         chosen: Tensor = result if self.item is None else result[self.item]
