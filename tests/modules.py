@@ -147,4 +147,6 @@ MODULES = {
     "grid": net(lambda m, x: m.head(flat(m.a(x) + torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="ij")[0].type_as(x))), 4, a=conv(), head=head()),
     "best of the channels": net(lambda m, x: m.head(flat(m.a(x).topk(2, 1)[0])), 0, a=conv(), head=head(32)),
     "best in space": net(lambda m, x: m.head(flat(m.a(x).flatten(2).topk(2, 2)[0])), 4, a=conv(), head=head(8)),
+    "looked up by example": net(lambda m, x: m.head((m.a(x) + m.a(x)[torch.arange(x.shape[0])[:, None], torch.tensor([2, 1, 0])]).flatten(1)), 0, x=(3, 4), a=nn.Linear(4, 5), head=head(15)),
+    "positions for every example": net(lambda m, x: m.head(flat(m.a(x) + m.table.repeat(x.shape[0], 1, 1))), 5, x=(3, 4), a=nn.Linear(4, 5), table=P(3, 5), head=head(15)),
 }  # fmt: skip

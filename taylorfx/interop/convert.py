@@ -50,6 +50,8 @@ class Convert:
         self.constants: dict[str, Any] = {}
         self.taken: set[str] = set()
         self.reference: str | None = None
+        self.counting: set[str] = set()
+        """The graph's values that number the examples."""
 
     # What comes in.
 
@@ -117,6 +119,8 @@ class Convert:
     def alias(self, node: fx.Node) -> None:
         source = node.args[0]
         assert isinstance(source, fx.Node)
+        if source.name in self.counting:
+            self.counting.add(node.name)
         if source.name in self.paths:
             self.paths[node.name] = self.paths[source.name]
         else:
@@ -150,9 +154,7 @@ class Convert:
         dropped = ("device", "layout", "pin_memory", "memory_format")
         kwargs = tuple((key, hold(value)) for key, value in node.kwargs.items() if key not in dropped)
         if counted:
-            if self.reference is None:
-                raise Unmapped
-            inputs.append(self.reference)
+            inputs.append(self.known_examples())
         return args, kwargs, inputs
 
     def operator(
@@ -200,7 +202,15 @@ class Convert:
             self.constants[node.name] = result
         return True
 
-    def captured(self, node: fx.Node, item: int | None = None, source: fx.Node | None = None) -> None:
+    def known_examples(self) -> str:
+        """The name of an input, whose length is the number of examples."""
+        if self.reference is None:
+            raise Unmapped
+        return self.reference
+
+    def captured(
+        self, node: fx.Node, item: int | None = None, source: fx.Node | None = None, *, apart: bool = False
+    ) -> None:
         if isinstance(node.meta["val"], (tuple, list)):
             return  # each of its results is captured by itself
         shape, axis = measured(node)
@@ -211,7 +221,7 @@ class Convert:
             raise ValueError(f"{source.target} takes arguments that cannot be kept: {source.format_node()}") from None
         given = tuple(measured(n)[1] for n in _tensors(source)) + (0,) * (len(inputs) - len(_tensors(source)))
         name = str(source.target).removeprefix("aten.")
-        layer = L.Captured(name, args, kwargs, item, shape, axis, given, _separate(source, axis, given))
+        layer = L.Captured(name, args, kwargs, item, shape, axis, given, apart or _separate(source, axis, given))
         self.add(node, layer, inputs)
 
     def getitem(self, node: fx.Node) -> None:

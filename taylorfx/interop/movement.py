@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +13,8 @@ from taylorfx import layers as L
 from taylorfx.interop.convert import Convert, Unmapped, argument, measured, tensor_node
 
 __all__ = [
-    "along", "cat", "expand", "index", "pad", "parts", "permute", "repeat", "repeat_interleave", "select", "slice_axis",
-    "slice_scatter", "stack", "view",
+    "along", "arange", "cat", "expand", "index", "pad", "parts", "permute", "repeat", "repeat_interleave", "select",
+    "slice_axis", "slice_scatter", "stack", "view",
 ]  # fmt: skip
 
 
@@ -22,6 +23,8 @@ def view(c: Convert, node: fx.Node) -> None:
     (before, given), (after, made) = measured(x), measured(node)
     if (given < 0) != (made < 0):
         raise Unmapped
+    if x.name in c.counting:
+        c.counting.add(node.name)
     if (before, given) == (after, made):
         c.alias(node)
     else:
@@ -53,9 +56,9 @@ def expand(c: Convert, node: fx.Node) -> None:
         c.alias(node)
         return
     fresh = made if given < 0 and made >= 0 else -1
-    if fresh >= 0 and (after[fresh] != 1 or c.reference is None):
+    if fresh >= 0 and after[fresh] != 1:
         raise Unmapped
-    c.add(node, L.Expand(sizes, fresh), (c.tensor(x), *([c.reference] if fresh >= 0 and c.reference else [])))
+    c.add(node, L.Expand(sizes, fresh), (c.tensor(x), *([c.known_examples()] if fresh >= 0 else [])))
 
 
 def repeat(c: Convert, node: fx.Node) -> None:
@@ -63,6 +66,11 @@ def repeat(c: Convert, node: fx.Node) -> None:
     x, times = tensor_node(node.args[0]), node.args[1]
     shape, after = measured(x)[0], measured(node)[0]
     lead = len(after) - len(shape)
+    if measured(x)[1] < 0 <= measured(node)[1] and math.prod(after) == math.prod(shape):  # once for every example
+        view = c.add(node, L.View(after, -1, -1), (c.tensor(x),), tag="_view")
+        sizes = tuple(1 if k == measured(node)[1] else -1 for k in range(len(after)))
+        c.add(node, L.Expand(sizes, measured(node)[1]), (view, c.known_examples()))
+        return
     counts = [1] * (len(after) - len(times)) + list(times)  # type: ignore[arg-type]
     _spread(c, node, [(counts[k], 1 if k < lead else shape[k - lead]) for k in range(len(after))], copies_first=True)
 
@@ -99,6 +107,15 @@ def _spread(c: Convert, node: fx.Node, dims: list[tuple[Any, int]], *, copies_fi
         name = c.add(node, L.View(tuple(thin), given, example), (name,), tag="_apart")
     name = c.add(node, L.Expand(tuple(wide)), (name,), tag="_expand" if tuple(wide) != after else "")
     c.add(node, L.View(after, example, made), (name,))
+
+
+def arange(c: Convert, node: fx.Node) -> None:
+    """The numbers of the examples: every example has its own."""
+    start = argument(node, 0, "start") if str(node.target) != "aten.arange.default" else 0
+    if start != 0 or measured(node) != ((1,), 0):
+        raise Unmapped
+    c.counting.add(node.name)
+    c.captured(node, apart=True)
 
 
 def slice_axis(c: Convert, node: fx.Node) -> None:
@@ -166,7 +183,11 @@ def pad(c: Convert, node: fx.Node) -> None:
 def index(c: Convert, node: fx.Node) -> None:
     x, indices = tensor_node(node.args[0]), node.args[1]
     given = [(k, i) for k, i in enumerate(indices) if i is not None]  # type: ignore[arg-type]
-    if len(given) != 1 or measured(x)[1] == given[0][0]:
+    axis = measured(x)[1]
+    if axis >= 0 and isinstance(of := dict(given).get(axis), fx.Node) and of.name in c.counting:
+        c.captured(node, apart=True)  # each example looks at its own
+        return
+    if len(given) != 1 or axis == given[0][0]:
         raise Unmapped
     dim, index = given[0]
     if tensor_node(index).meta["val"].dtype != torch.long:

@@ -330,7 +330,7 @@ def _filled(c: Convert, node: fx.Node) -> None:
     """The same number everywhere, for every example: one example of it, expanded."""
     shape, axis = measured(node)
     kind, value = str(node.target).split(".")[1], node.meta["val"]
-    if axis < 0 or c.reference is None or shape[axis] != 1:
+    if axis < 0 or shape[axis] != 1:
         raise Unmapped
     given = {"zeros": 0, "ones": 1}.get(kind.removeprefix("new_"))
     number: Any = argument(node, 2 if kind.startswith("new_") else 1, "fill_value") if given is None else given
@@ -341,7 +341,7 @@ def _filled(c: Convert, node: fx.Node) -> None:
     c.tensors[path] = one
     c.nodes.append(Node(path, L.Buffer(shape)))
     sizes = tuple(1 if k == axis else -1 for k in range(len(shape)))
-    c.add(node, L.Expand(sizes, axis), (path, c.reference))
+    c.add(node, L.Expand(sizes, axis), (path, c.known_examples()))
 
 
 def _dropout(c: Convert, node: fx.Node) -> None:
@@ -396,6 +396,7 @@ CONVERTERS: dict[str, Callable[[Convert, fx.Node], None]] = {
     ),
     **dict.fromkeys(("permute", "transpose", "t"), movement.permute),
     "expand": movement.expand,
+    "arange": movement.arange,
     **dict.fromkeys(("repeat", "tile"), movement.repeat),
     "repeat_interleave": movement.repeat_interleave,
     "slice": movement.slice_axis,
