@@ -30,6 +30,7 @@ from taylorfx.criteria import (
     weight_l2,
 )
 from taylorfx.gates import Moments, Statistics, cross_entropy, derivatives, gates, measure
+from taylorfx.joint import expected_change, joint
 from taylorfx.layers import *
 from taylorfx.plan import Plan, PlanError, compose, cut, expand
 from taylorfx.prune import prune
@@ -48,11 +49,11 @@ __all__ = [
     "Parameters", "Params", "Place", "Plan", "PlanError", "Remove", "SelectionError", "Spec", "SpecError",
     "Statistics", "Units", "Value", "activation_mean", "activation_std", "apoz", "apply", "batchnorm_scale",
     "check", "combine", "compat", "compose", "concat", "couple", "cross_entropy", "cut", "derivatives", "expand",
-    "fisher", "flatten", "flops", "from_json", "from_torch", "gates", "init", "inline", "layers", "load", "measure",
-    "multihead_attention", "of_weights", "parameters", "partition", "per_layer_l2", "per_layer_max",
-    "per_layer_mean", "prune", "random", "residual", "rule", "save", "second_order", "select", "serial", "signed",
-    "taylor", "taylor_squared", "to_json", "to_torch", "train", "unflatten", "unnormalized", "weight_l1",
-    "weight_l2",
+    "expected_change", "fisher", "flatten", "flops", "from_json", "from_torch", "gates", "init", "inline", "joint",
+    "layers", "load", "measure", "multihead_attention", "of_weights", "parameters", "partition", "per_layer_l2",
+    "per_layer_max", "per_layer_mean", "prune", "random", "residual", "rule", "save", "second_order", "select",
+    "serial", "signed", "taylor", "taylor_squared", "to_json", "to_torch", "train", "unflatten", "unnormalized",
+    "weight_l1", "weight_l2",
 ]  # fmt: skip
 __all__ += layers.__all__
 

@@ -39,13 +39,15 @@ class Cost:
         lengths = np.append(self.coupling.counts(keep), 1)
         return int((self.factors * lengths[self.axes].prod(1)).sum())
 
-    def marginal(self) -> Tensor:
-        """What leaves with each unit from the whole network, to first order: ``(units,)``, in float64.
+    def marginal(self, keep: NDArray[np.bool_] | None = None) -> Tensor:
+        """What leaves with each unit, to first order, from the whole network or from what a mask keeps of it.
 
-        A score divided by it is worth per cost: ``taylor(stats, coupling) / flops(coupling).marginal()``.
+        ``(units,)``, in float64. A score divided by it is worth per cost:
+        ``taylor(stats, coupling) / flops(coupling).marginal()``.
         """
         coupling = self.coupling
-        lengths = np.append(coupling.counts(np.ones(len(coupling), bool)), 1).astype(np.float64)
+        keep = np.ones(len(coupling), bool) if keep is None else keep
+        lengths = np.append(coupling.counts(keep), 1).astype(np.float64)
         slopes = np.zeros(len(lengths))  # how the cost grows with the length of each axis
         for column in range(self.axes.shape[1]):
             rest = np.delete(self.axes, column, 1)

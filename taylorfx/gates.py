@@ -93,6 +93,7 @@ class Statistics:
         sum_abs_mean: of ``|g|`` where each read is averaged over its positions (the paper's eq. 8 to the letter).
         sum_batch_abs, sum_batch_sq: over batches, of the absolute sum and of the squared mean of a batch's ``g``.
         moments: of the activations at the reads, if asked for.
+        rows: ``(n, units)``, every example's ``g``, if asked for: the factor of the Gram matrix ``E[g g']``.
         units: the units' names, by which statistics tell whether they are of the same coupling.
     """
 
@@ -106,6 +107,7 @@ class Statistics:
     sum_batch_abs: Tensor
     sum_batch_sq: Tensor
     moments: Moments | None = None
+    rows: Tensor | None = None
     units: tuple[str, ...] = ()
 
     def __add__(self, other: Statistics | int) -> Statistics:
@@ -113,15 +115,19 @@ class Statistics:
             return self
         if not isinstance(other, Statistics):
             return NotImplemented
-        if self.units != other.units or (self.moments is None) != (other.moments is None):
-            kinds = (f"{len(x.sum)} units {'without' if x.moments is None else 'with'} moments" for x in (self, other))
+        kinds = [
+            f"{len(x.sum)} units{' with moments' * (x.moments is not None)}{' with rows' * (x.rows is not None)}"
+            for x in (self, other)
+        ]
+        if self.units != other.units or kinds[0] != kinds[1]:
             raise ValueError(
-                "Statistics add up when they are of the same units, with or without moments alike; "
+                "Statistics add up when they are of the same units, with or without moments and rows alike; "
                 f"received {' and '.join(kinds)}. Measure both with one coupling and the same options."
             )
         pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self) if f.name != "units"}
-        sums: dict[str, Any] = {name: None if a is None else a + b for name, (a, b) in pairs.items()}
-        return replace(self, **sums)
+        sums: dict[str, Any] = {name: None if a is None else a + b for name, (a, b) in pairs.items() if name != "rows"}
+        rows = None if self.rows is None or other.rows is None else torch.cat([self.rows, other.rows])
+        return replace(self, **sums, rows=rows)
 
     __radd__ = __add__
 
@@ -164,6 +170,7 @@ def measure(
     *,
     loss: Loss = cross_entropy,
     moments: bool = False,
+    rows: bool = False,
     at_writes: bool = False,
     training: bool = False,
     generator: torch.Generator | None = None,
@@ -175,6 +182,7 @@ def measure(
         loss: called on each example as a batch of one (by ``torch.func.vmap``), so that a mean and a sum over the
             batch mean the same: the derivative is that of the example's own loss.
         moments: also sum the activations that are read (for `activation_mean`, `activation_std`, `apoz`).
+        rows: also keep every example's derivatives (for `joint`): four bytes for each example and unit.
         at_writes: differentiate where activations are made instead of where they are read (for `compat`).
         training: run the network in training mode (for `compat`). Batch norm then lets examples hear each other, so
             that only sums over a batch mean something.
@@ -208,6 +216,7 @@ def measure(
             sum_batch_abs=summed.sum(0).abs(),
             sum_batch_sq=summed.mean(0).square(),
             moments=found,
+            rows=summed if rows else None,
             units=coupling.names,
         )
         total = one if total is None else total + one

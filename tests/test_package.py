@@ -29,6 +29,7 @@ STAGES = (
     {"criteria"},
     {"oracle"},
     {"selection"},
+    {"joint"},
     {"repair"},
     {"prune"},
     {"interop", "store", "distributed", "report"},  # leaves: what lies above them never needs them

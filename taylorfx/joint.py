@@ -1,0 +1,155 @@
+"""Joint selection: who goes together, since units interact.
+
+A score says what the loss does when one unit leaves alone. When a set ``R`` leaves, the loss changes by about
+
+    J(R) = - sum_{u in R} E[g_u] + 1/2 sum_{u, v in R} E[g_u g_v],
+
+the second-order expansion in the gates whose curvature is the Gram matrix of the examples' own derivatives (the Fisher
+matrix on gates; Hassibi & Stork 1993 and Theis et al. 2018, arXiv 1801.05787, take it of weights and its diagonal). The
+matrix is never formed. With ``s_n = sum_{u in R} g_nu``, what one more unit adds is
+
+    J(R + u) - J(R) = - E[g_u] + E[s g_u] + 1/2 E[g_u^2],
+
+one product of the vector ``s`` with the ``(N, units)`` rows. So the cheapest units leave in rounds, each as `select`
+has it (budgets, floors, multiples, globs), and at the end units of one scope change places while that lowers ``J``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from taylorfx.cost import Cost
+from taylorfx.coupling import Coupling
+from taylorfx.gates import Statistics
+from taylorfx.plan import Plan
+from taylorfx.selection import Budget, BudgetError, SelectionError, Units, select
+
+__all__ = ["expected_change", "joint"]
+
+Mask = NDArray[np.bool_]
+
+
+def joint(
+    stats: Statistics,
+    coupling: Coupling,
+    *,
+    budget: Budget | float | int,
+    rounds: int = 64,
+    per_cost: bool = True,
+    swaps: bool = True,
+    **constraints: Any,
+) -> Plan:
+    """Decide which units stay by what their removal costs together.
+
+    Args:
+        stats: from ``measure(..., rows=True)``; ``(N, units)`` derivatives are all that is held, and copies of one
+            scope's columns.
+        budget: what may remain; a plain number means `Units`.
+        rounds: in how many steps the budget is reached, each with the losses that the units removed so far make; more
+            are better and slower. Time is ``rounds * N * units``.
+        per_cost: rank by the change of the loss per FLOP or parameter that leaves with a unit, where the budget counts
+            those.
+        swaps: at the end, let a unit that left and one of its scope that stayed change places, as long as that lowers
+            the forecast.
+        constraints: those of `select`.
+
+    Raises:
+        SelectionError: if the statistics have no rows or are of other units; and what `select` raises.
+    """
+    rows = _rows(stats, coupling)
+    budget = budget if isinstance(budget, Budget) else Units(budget)
+    if rounds < 1:
+        raise SelectionError(f"Joint selection takes at least one round; received {rounds}.")
+    cost = budget.cost(coupling)
+    keep = np.ones(len(coupling), bool)
+    total = cost(keep)
+    limit = budget.limit(total)
+    mean, half = rows.mean(0, dtype=torch.float64), 0.5 * rows.square().mean(0, dtype=torch.float64)
+    plan = select(half - mean, coupling, budget=budget, **constraints)  # an error names the budget that was asked for
+    for step in range(1, rounds + 1):
+        scores = _cross(rows, ~keep) + half - mean
+        if per_cost and isinstance(cost, Cost):
+            saving = cost.marginal(keep)
+            scores = scores / saving.clamp(min=1e-9 * float(saving.max().clamp(min=1)))
+        lowest = scores.min()
+        scores[torch.from_numpy(~keep)] = lowest - 1 - lowest.abs()  # what has left stays away
+        try:
+            asked = budget if step == rounds else _between(budget, total, limit, step / rounds)
+            plan = select(scores, coupling, budget=asked, **constraints)
+        except BudgetError:  # on the way, where multiples cannot be met exactly
+            if step == rounds:
+                raise
+            continue
+        keep = plan.keep
+    if swaps:
+        free = coupling.exact if constraints.get("exact_only") else np.ones(len(coupling), bool)
+        better = _swap(rows, coupling, plan.keep.copy(), mean, half, free)
+        if cost(better) <= max(limit, cost(plan.keep)) and coupling.counts(better).all():
+            plan = Plan(coupling, better, plan.asked)
+    return plan
+
+
+def expected_change(stats: Statistics, plan: Plan) -> Tensor:
+    """What `joint` forecasts of the loss when a plan's units leave: ``J(R)``, a number.
+
+    Raises:
+        SelectionError: if the statistics have no rows or are of other units.
+    """
+    rows = _rows(stats, plan.coupling)
+    gone = rows[:, torch.from_numpy(~plan.keep).to(rows.device)].sum(1, dtype=torch.float64)
+    return 0.5 * gone.square().mean() - gone.mean()
+
+
+def _rows(stats: Statistics, coupling: Coupling) -> Tensor:
+    if stats.units != coupling.names:
+        raise SelectionError(f"Statistics are of the coupling's {len(coupling)} units; received some of others.")
+    if stats.rows is None:
+        raise SelectionError("Joint selection needs every example's derivatives: measure(..., rows=True).")
+    if not stats.rows.isfinite().all():
+        raise SelectionError("Derivatives have to be finite; some are not. Look at the parameters and the data.")
+    return stats.rows.to("cpu")
+
+
+def _cross(rows: Tensor, gone: Mask) -> Tensor:
+    """``E[s g_u]`` for every unit, ``s`` the sum over those that have left."""
+    away = torch.from_numpy(gone).to(rows.dtype)
+    return ((rows @ away) @ rows / len(rows)).to(torch.float64)
+
+
+def _between(budget: Budget, total: float, limit: float, share: float) -> Budget:
+    """The budget when this share of the way is done."""
+    if isinstance(budget, Units):
+        return Units(max(1, round(total - share * (total - limit))))
+    part = 1 - share * (1 - limit / total)
+    return type(budget)(min(1.0, part))
+
+
+def _swap(rows: Tensor, coupling: Coupling, keep: Mask, mean: Tensor, half: Tensor, free: Mask) -> Mask:
+    """Exchange units within their scopes while that lowers ``J``."""
+    away = torch.from_numpy(~keep).to(rows.dtype)
+    gone = rows @ away  # s
+    for number in range(len(coupling.scopes)):
+        members = np.flatnonzero((coupling.scope == number) & free)
+        columns = rows[:, torch.from_numpy(members)]
+        gram = columns.T @ columns / len(rows)
+        for _ in range(2 * len(members)):
+            stays = torch.from_numpy(keep[members])
+            if stays.all() or not stays.any():
+                break
+            cross = (gone @ columns / len(rows)).to(torch.float64)
+            leave = half[members] - mean[members] + cross  # what a unit that stays would add
+            come = half[members] + mean[members] - cross  # and one that has left would take back
+            change = leave[stays][:, None] + come[~stays][None] - gram[stays][:, ~stays]
+            best = int(change.argmin())
+            if change.flatten()[best] >= -1e-12:
+                break
+            out = np.flatnonzero(stays.numpy())[best // change.shape[1]]
+            back = np.flatnonzero(~stays.numpy())[best % change.shape[1]]
+            keep[members[[out, back]]] = False, True
+            gone = gone + columns[:, out] - columns[:, back]
+    return keep
