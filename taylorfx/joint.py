@@ -47,15 +47,14 @@ def joint(
     """Decide which units stay by what their removal costs together.
 
     Args:
-        stats: from ``measure(..., rows=True)``; ``(N, units)`` derivatives are all that is held, and copies of one
-            scope's columns.
+        stats: from ``measure(..., rows=True)``; no more than a few copies of these ``(N, units)`` numbers are held.
         budget: what may remain; a plain number means `Units`.
         rounds: in how many steps the budget is reached, each with the losses that the units removed so far make; more
             are better and slower. Time is ``rounds * N * units``.
         per_cost: rank by the change of the loss per FLOP or parameter that leaves with a unit, where the budget counts
             those.
         swaps: at the end, let a unit that left and one of its scope that stayed change places, as long as that lowers
-            the forecast.
+            the forecast (of the best few on either side, and a few hundred times for each scope).
         constraints: those of `select`.
 
     Raises:
@@ -129,27 +128,38 @@ def _between(budget: Budget, total: float, limit: float, share: float) -> Budget
     return type(budget)(min(1.0, part))
 
 
+CANDIDATES = 64
+"""How many units on either side are looked at for an exchange: those that lower the forecast most by themselves."""
+
+EXCHANGES = 256
+"""How often units of one scope change places at most."""
+
+
 def _swap(rows: Tensor, coupling: Coupling, keep: Mask, mean: Tensor, half: Tensor, free: Mask) -> Mask:
     """Exchange units within their scopes while that lowers ``J``."""
-    away = torch.from_numpy(~keep).to(rows.dtype)
-    gone = rows @ away  # s
+    gone = rows @ torch.from_numpy(~keep).to(rows.dtype)  # s
     for number in range(len(coupling.scopes)):
         members = np.flatnonzero((coupling.scope == number) & free)
         columns = rows[:, torch.from_numpy(members)]
-        gram = columns.T @ columns / len(rows)
-        for _ in range(2 * len(members)):
-            stays = torch.from_numpy(keep[members])
-            if stays.all() or not stays.any():
-                break
+        for _ in range(EXCHANGES):
             cross = (gone @ columns / len(rows)).to(torch.float64)
             leave = half[members] - mean[members] + cross  # what a unit that stays would add
             come = half[members] + mean[members] - cross  # and one that has left would take back
-            change = leave[stays][:, None] + come[~stays][None] - gram[stays][:, ~stays]
-            best = int(change.argmin())
-            if change.flatten()[best] >= -1e-12:
+            one, other = _lowest(leave, keep[members]), _lowest(come, ~keep[members])
+            if not len(one) or not len(other):
                 break
-            out = np.flatnonzero(stays.numpy())[best // change.shape[1]]
-            back = np.flatnonzero(~stays.numpy())[best % change.shape[1]]
+            gram = columns[:, one].T @ columns[:, other] / len(rows)
+            change = leave[one][:, None] + come[other] - gram
+            best = divmod(int(change.argmin()), len(other))
+            if change[best] >= -1e-12:
+                break
+            out, back = one[best[0]], other[best[1]]
             keep[members[[out, back]]] = False, True
             gone = gone + columns[:, out] - columns[:, back]
     return keep
+
+
+def _lowest(values: Tensor, among: Mask) -> Tensor:
+    """Where the lowest of these values are."""
+    places = torch.from_numpy(np.flatnonzero(among))
+    return places[values[places].argsort()[:CANDIDATES]]
