@@ -82,9 +82,9 @@ def path_integral(
 
     def score(network: Network, some: list[int]) -> Tensor:
         at = whole.repeat(nodes, len(some), 1)
-        at[:, range(len(some)), some] = torch.tensor(points)[:, None].to(whole)
+        at[:, range(len(some)), some] = whole.new_tensor(points)[:, None]
         slope = torch.func.vmap(lambda v: gradient(*network, v, loss=loss))(at.flatten(0, 1))
-        return -torch.tensor(weights).to(whole) @ _own(slope, some * nodes).reshape(nodes, len(some))
+        return -whole.new_tensor(weights) @ _own(slope, some * nodes).reshape(nodes, len(some))
 
     return _scores(params, spec, batches, coupling, chunk, score)
 
@@ -154,11 +154,10 @@ def _scores(
     """The mean over the examples of what some units together score on a part of the network."""
     parts = split(params, coupling, range(len(coupling)))
     total, count = ones(params, coupling) * 0, 0
-    with torch.no_grad():
-        for batch in _singly(params, spec, batches, coupling):
-            count += examples(*batch, spec)
-            for some, network in alone(params, batch, coupling, parts, chunk):
-                total[some] += score(network, some)
+    for batch in _singly(params, spec, batches, coupling):
+        count += examples(*batch, spec)
+        for some, network in alone(params, batch, coupling, parts, chunk):
+            total[some] += score(network, some).detach()
     return total / _some(count)
 
 
@@ -173,10 +172,9 @@ def _changes(
     whole = ones(params, plan.coupling)
     leaving = torch.from_numpy(~plan.keep).to(whole)
     total, count = torch.zeros(()).to(whole), 0
-    with torch.no_grad():
-        for inputs, targets in _singly(params, spec, batches, plan.coupling):
-            count += examples(inputs, targets, spec)
-            total = total + change((params, spec, inputs, targets, plan.coupling), whole, leaving)
+    for inputs, targets in _singly(params, spec, batches, plan.coupling):
+        count += examples(inputs, targets, spec)
+        total = total + change((params, spec, inputs, targets, plan.coupling), whole, leaving).detach()
     return total / _some(count)
 
 

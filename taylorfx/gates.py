@@ -304,7 +304,8 @@ def curvature(
     multiplication by the Hessian"): some four forward passes, and the Hessian itself never exists.
     """
     slope = partial(gradient, params, spec, inputs, targets, coupling, loss=loss)
-    moved: Any = torch.func.jvp(slope, (values,), (direction,))
+    with torch.enable_grad():  # without it some backward passes are fused, and then cannot be differentiated
+        moved: Any = torch.func.jvp(slope, (values,), (direction,))
     return moved[0], moved[1]
 
 
