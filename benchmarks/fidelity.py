@@ -65,7 +65,10 @@ def one(seed: int, options: argparse.Namespace) -> list[tfx.Fidelity]:
         chosen = torch.randperm(len(x), generator=generator)[: options.examples].split(64)
         return [(x[index], y[index]) for index in chosen]
 
-    seen, unseen = some(images, targets), some(test_images, test_targets)
+    scored, rest = (images, targets), (test_images, test_targets)
+    if options.held_out:
+        scored, rest = ((test_images[half::2], test_targets[half::2]) for half in (0, 1))
+    seen, unseen = some(*scored), some(*rest)
     start = time.process_time()
     same, other = (
         tfx.oracle(params, spec, batches, coupling, progress=sys.stdout.isatty()) for batches in (seen, unseen)
@@ -91,6 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--examples", type=int, default=256, help="images for the scores, and as many for each oracle")
+    parser.add_argument("--held-out", action="store_true", help="score on images that were held out of training, too")
     parser.add_argument("--noise", type=float, default=0.0, help="of the images, which go from -1 to 1 (default: 0)")
     parser.add_argument("--width", type=int, default=16, help="channels of the first stage (default: 16)")
     parser.add_argument("--epochs", type=int, default=12)
