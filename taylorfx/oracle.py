@@ -25,7 +25,7 @@ from taylorfx.coupling import Coupling
 from taylorfx.gates import gated_loss
 from taylorfx.labels import Labels
 from taylorfx.layers import Input
-from taylorfx.loss import Batch, Loss, cross_entropy, each_batch, one_by_one, own
+from taylorfx.loss import Batch, Loss, cross_entropy, each_batch, examples, one_by_one, own
 from taylorfx.spec import Inputs, Node, Spec, bind_inputs, evaluate
 from taylorfx.tree import Params, flatten, unflatten
 
@@ -119,36 +119,48 @@ def oracle(
     """
     own(params, spec, coupling)
     chosen = _chosen(units, coupling)
-    place = {unit: k for k, unit in enumerate(chosen)}
-    names = tuple(coupling.names[unit] for unit in chosen)
     parts = split(params, coupling, chosen)
     total: Oracle | None = None
-    known = 1 if isinstance(batches, tuple) else len(batches) if isinstance(batches, Sequence) else None
-    with torch.no_grad(), _bar(progress, known and known * len(chosen)) as advance:
-        for batch, share in ((x, 1 / len(xs)) for xs in (apart(b, coupling) for b in each_batch(batches)) for x in xs):
-            whole = ones(params, coupling)
-            base = gated_loss(params, spec, *batch, coupling, whole, loss=loss).to(whole.dtype)
-            sums = whole.new_zeros(2, 2, len(chosen))  # of the changes and of their absolute values, by halves
-            for some, network in alone(params, batch, coupling, parts, chunk):
-                off = whole.repeat(len(some), 1)
-                off[range(len(some)), some] = 0
-                changes = _rows(partial(gated_loss, *network, loss=loss), off) - base
-                both = torch.stack([changes, changes.abs()])  # (2, units, N)
-                halves = [both[..., half::2].sum(-1) for half in (0, 1)]
-                sums[:, :, [place[unit] for unit in some]] = torch.stack(halves, 1)
-                advance(len(some) * share)
-            one = Oracle(len(base), base.sum(), sums[0], sums[1], names)
-            total = one if total is None else total + one
+    known = [examples(*batch, spec) for batch in each_batch(batches)] if isinstance(batches, Sequence) else None
+    with torch.no_grad(), _bar(progress, sum(known) * len(chosen) if known else None) as advance:
+        for one in (x for batch in each_batch(batches) for x in apart(batch, coupling)):
+            asked = _ask(params, one, coupling, chosen, parts, loss, chunk, advance)
+            total = asked if total is None else total + asked
     if total is None:
         raise ValueError("There is nothing to ask: received no batch. Was the iterator already used up?")
-    bad = [name for name, good in zip(names, total.sum_abs.sum(0).isfinite().tolist(), strict=True) if not good]
+    bad = [name for name, good in zip(total.units, total.sum_abs.sum(0).isfinite().tolist(), strict=True) if not good]
     if bad or not total.loss.isfinite():
         raise ValueError(
             f"Losses have to be finite; that of the network itself is {total.loss.item():.3g}, and {len(bad)} of "
-            f"{len(names)} units change it to what is not{', first ' + bad[0] if bad else ''}. Check the inputs and "
+            f"{len(chosen)} units change it to what is not{', first ' + bad[0] if bad else ''}. Check the inputs and "
             "the parameters."
         )
     return total
+
+
+def _ask(
+    params: Params,
+    batch: Batch,
+    coupling: Coupling,
+    units: Sequence[int],
+    parts: Sequence[Part],
+    loss: Loss,
+    chunk: int | None,
+    advance: Callable[[int], None],
+) -> Oracle:
+    """The oracle of one batch."""
+    whole, place = ones(params, coupling), {unit: k for k, unit in enumerate(units)}
+    base = gated_loss(params, coupling.spec, *batch, coupling, whole, loss=loss).to(whole.dtype)
+    sums = whole.new_zeros(2, 2, len(units))  # of the changes and of their absolute values, by halves
+    for some, network in alone(params, batch, coupling, parts, chunk):
+        off = whole.repeat(len(some), 1)
+        off[range(len(some)), some] = 0
+        changes = _rows(partial(gated_loss, *network, loss=loss), off) - base
+        both = torch.stack([changes, changes.abs()])  # (2, units, N)
+        halves = [both[..., half::2].sum(-1) for half in (0, 1)]
+        sums[:, :, [place[unit] for unit in some]] = torch.stack(halves, 1)
+        advance(changes.numel())
+    return Oracle(len(base), base.sum(), sums[0], sums[1], tuple(coupling.names[unit] for unit in units))
 
 
 Network = tuple[Params, Spec, Inputs, Any, Coupling]
@@ -258,7 +270,7 @@ def _chosen(units: Sequence[int] | None, coupling: Coupling) -> list[int]:
 
 
 @contextmanager
-def _bar(shown: bool, total: int | None) -> Iterator[Callable[[float], None]]:
+def _bar(shown: bool, total: int | None) -> Iterator[Callable[[int], None]]:
     if not shown:
         yield lambda count: None
         return
