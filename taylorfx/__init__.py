@@ -29,9 +29,22 @@ from taylorfx.criteria import (
     weight_l1,
     weight_l2,
 )
-from taylorfx.gates import Moments, Statistics, cross_entropy, derivatives, gates, measure
+from taylorfx.fidelity import Fidelity, Interval, fidelity
+from taylorfx.forecast import exact_second_order, path_integral, plan_path_integral, plan_second_order
+from taylorfx.gates import (
+    Moments,
+    Statistics,
+    curvature,
+    derivatives,
+    gated_loss,
+    gates,
+    gradient,
+    measure,
+)
 from taylorfx.joint import expected_change, joint
 from taylorfx.layers import *
+from taylorfx.loss import cross_entropy
+from taylorfx.oracle import Oracle, oracle
 from taylorfx.plan import Plan, PlanError, compose, cut, expand
 from taylorfx.prune import prune
 from taylorfx.selection import Budget, BudgetError, Flops, Parameters, Remove, SelectionError, Units, select
@@ -45,15 +58,16 @@ if typing.TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "Budget", "BudgetError", "CaptureError", "Cost", "Coupling", "Flops", "LikeError", "Moments", "Node",
-    "Parameters", "Params", "Place", "Plan", "PlanError", "Remove", "SelectionError", "Spec", "SpecError",
-    "Statistics", "Units", "Value", "activation_mean", "activation_std", "apoz", "apply", "batchnorm_scale",
-    "check", "combine", "compat", "compose", "concat", "couple", "cross_entropy", "cut", "derivatives", "expand",
-    "expected_change", "fisher", "flatten", "flops", "from_json", "from_torch", "gates", "init", "inline", "joint",
-    "layers", "load", "measure", "multihead_attention", "of_weights", "parameters", "partition", "per_layer_l2",
-    "per_layer_max", "per_layer_mean", "prune", "random", "residual", "rule", "save", "second_order", "select",
-    "serial", "signed", "taylor", "taylor_squared", "to_json", "to_torch", "train", "unflatten", "unnormalized",
-    "weight_l1", "weight_l2",
+    "Budget", "BudgetError", "CaptureError", "Cost", "Coupling", "Fidelity", "Flops", "Interval", "LikeError",
+    "Moments", "Node", "Oracle", "Parameters", "Params", "Place", "Plan", "PlanError", "Remove", "SelectionError",
+    "Spec", "SpecError", "Statistics", "Units", "Value", "activation_mean", "activation_std", "apoz", "apply",
+    "batchnorm_scale", "check", "combine", "compat", "compose", "concat", "couple", "cross_entropy", "curvature",
+    "cut", "derivatives", "exact_second_order", "expand", "expected_change", "fidelity", "fisher", "flatten",
+    "flops", "from_json", "from_torch", "gated_loss", "gates", "gradient", "init", "inline", "joint", "layers",
+    "load", "measure", "multihead_attention", "of_weights", "oracle", "parameters", "partition", "path_integral",
+    "per_layer_l2", "per_layer_max", "per_layer_mean", "plan_path_integral", "plan_second_order", "prune", "random",
+    "residual", "rule", "save", "second_order", "select", "serial", "signed", "taylor", "taylor_squared", "to_json",
+    "to_torch", "train", "unflatten", "unnormalized", "weight_l1", "weight_l2",
 ]  # fmt: skip
 __all__ += layers.__all__
 

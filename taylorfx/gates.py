@@ -22,23 +22,17 @@ import numpy as np
 import optree
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from taylorfx.coupling import Coupling, Place
 from taylorfx.layers import ShapeError
-from taylorfx.spec import Inputs, Spec, bind_inputs, check, evaluate
+from taylorfx.loss import Batch, Loss, cross_entropy, each_batch, examples, one_by_one, own, per_example
+from taylorfx.spec import Inputs, Spec, apply, bind_inputs, evaluate
 from taylorfx.tree import Params, flatten
 
-__all__ = ["Batch", "Gates", "Loss", "Moments", "Statistics", "cross_entropy", "derivatives", "gates", "measure"]
+__all__ = ["Gates", "Moments", "Statistics", "curvature", "derivatives", "gated_loss", "gates", "gradient", "measure"]
 
 Gates = dict[tuple[str, int, int], Tensor]
 """Factors at the reads, by node, input and axis, ready to broadcast."""
-
-Batch = tuple[Inputs, Any]
-"""``(inputs, targets)``."""
-
-Loss = Callable[[Any, Any], Tensor]
-"""``loss(outputs, targets)``, called on every example as a batch of one, so that mean and sum are the same."""
 
 
 def gates(coupling: Coupling, values: Tensor) -> Gates:
@@ -132,36 +126,6 @@ class Statistics:
     __radd__ = __add__
 
 
-def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
-    """``torch.nn.functional.cross_entropy`` of each example, ``(N,)``: what `measure` takes by default.
-
-    Raises:
-        ValueError: if the targets' shape, dtype or device do not fit the outputs, or a target is no class (on the
-            CPU; elsewhere looking would wait for the device).
-    """
-    if not isinstance(outputs, Tensor) or outputs.ndim < 2:
-        found = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise ValueError(f"Cross entropy takes scores of classes, (N, classes, ...); received {found}. Give a loss.")
-    classes, expected = outputs.shape[1], (outputs.shape[0], *outputs.shape[2:])
-    fits = targets.shape == (outputs.shape if targets.is_floating_point() else expected)
-    if not fits or targets.device != outputs.device:
-        raise ValueError(
-            f"Targets are classes of shape {tuple(expected)}, or their probabilities of shape {tuple(outputs.shape)}, "
-            f"on {outputs.device} as the outputs; received {targets.dtype} of shape {tuple(targets.shape)} on "
-            f"{targets.device}."
-        )
-    if not targets.is_floating_point() and targets.device.type == "cpu" and targets.numel():
-        low, high = int(targets.min()), int(targets.max())
-        if (low < 0 and low != -100) or high >= classes:
-            raise ValueError(f"Targets are classes, 0 to {classes - 1}; received {low} to {high}.")
-    return _cross_entropy(outputs, targets)
-
-
-def _cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
-    losses = F.cross_entropy(outputs, targets, reduction="none")
-    return losses if losses.ndim == 1 else losses.flatten(1).mean(1)
-
-
 def measure(
     params: Params,
     spec: Spec,
@@ -194,12 +158,7 @@ def measure(
     """
     total: Statistics | None = None
     finite: list[Tensor] = []
-    for batch in [batches] if isinstance(batches, tuple) else batches:
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            kind = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__
-            raise ValueError(
-                f"A batch is a pair (inputs, targets), several come in a list; batch {len(finite)} is a {kind}."
-            )
+    for batch in each_batch(batches):
         losses, summed, mean, found = derivatives(
             params, spec, *batch, coupling, loss=loss, moments=moments, at_writes=at_writes, training=training,
             generator=generator,
@@ -247,31 +206,24 @@ def derivatives(
 
     This is `measure` before it sums over the examples; the arguments are the same.
     """
-    if coupling.spec != spec:
-        raise ValueError(
-            f"Units are those of the network itself; received a coupling of another one, of {len(coupling)} units. "
-            "Couple again: couple(params, spec)."
-        )
-    check(params, spec)
-    count = _examples(inputs, targets, spec)
+    own(params, spec, coupling)
+    examples(inputs, targets, spec)
     run = partial(
         _one_pass, params, spec, coupling=coupling, loss=loss, moments=moments, at_writes=at_writes, training=training,
         generator=generator,
     )  # fmt: skip
     shared = any(place.example is None for place in coupling.reads)
     apart = not training and (coupling.mixing or shared)
-    each, summed, mean, tally = _apart_by_vmap(run, inputs, targets, count) if apart else run(inputs, targets)
+    each, summed, mean, tally = _apart_by_vmap(run, (inputs, targets), spec) if apart else run(inputs, targets)
     return each, summed, mean, Moments(*tally) if moments else None
 
 
-def _apart_by_vmap(run: Callable[..., tuple[Tensor, ...]], inputs: Inputs, targets: Any, count: int) -> Any:
+def _apart_by_vmap(run: Callable[..., tuple[Tensor, ...]], batch: Any, spec: Spec) -> Any:
     """Every example as a batch of one: vectorized, or one after the other where an operator cannot be."""
-    batch: Any = (inputs, targets)
-    lone: Any = optree.tree_map(lambda x: x.unsqueeze(1), batch)
     try:
-        each, summed, mean, tally = torch.func.vmap(run)(*lone)
+        each, summed, mean, tally = torch.func.vmap(run)(*optree.tree_map(lambda x: x.unsqueeze(1), batch))
     except (RuntimeError, ShapeError):  # if that was not the reason, it comes again
-        rows = [run(*optree.tree_map(lambda x: x[k], lone)) for k in range(count)]  # noqa: B023
+        rows = [run(*one) for one in one_by_one(batch, spec)]
         each, summed, mean, tally = (torch.stack(column) for column in zip(*rows, strict=True))
     return each.squeeze(1), summed.squeeze(1), mean.squeeze(1), tally.sum(0)
 
@@ -316,7 +268,7 @@ def _one_pass(
             return x
 
         outputs, _ = evaluate(params, spec, (inputs,), tap=tap, training=training, generator=generator)
-        each = _per_example(loss, outputs, targets)
+        each = per_example(loss, outputs, targets)
         return each, (each.detach(), seen)
 
     pulled: Any = torch.func.vjp(losses, zeros, has_aux=True)
@@ -336,6 +288,45 @@ def _one_pass(
     mean = total([column * share for column, share in zip(columns, split, strict=True)], count)
     tally = total([seen[key].to(kind["dtype"]) for key, _ in rows], 4) if moments else each.new_zeros(0)
     return found, total(columns, count), mean, tally
+
+
+def gated_loss(
+    params: Params, spec: Spec, inputs: Inputs, targets: Any, coupling: Coupling, values: Tensor,
+    *, loss: Loss = cross_entropy,
+) -> Tensor:  # fmt: skip
+    """The loss as a function of the gates: ``(N,)``, of every example, at gates ``(units,)`` or ``(N, units)``."""
+    return per_example(loss, apply(params, spec, inputs, gates=gates(coupling, values)), targets)
+
+
+def gradient(
+    params: Params, spec: Spec, inputs: Inputs, targets: Any, coupling: Coupling, values: Tensor,
+    *, loss: Loss = cross_entropy,
+) -> Tensor:  # fmt: skip
+    """Derivatives by the gates at any ``values`` of them; `derivatives` has those at one, with less memory.
+
+    Returns:
+        In the shape of the values: at ``(units,)`` those of the sum of the examples' losses, at ``(N, units)`` each
+        example's own.
+    """
+    pulled: Any = torch.func.vjp(partial(gated_loss, params, spec, inputs, targets, coupling, loss=loss), values)
+    each, pull = pulled
+    (grad,) = pull(torch.ones_like(each))
+    return torch.as_tensor(grad)
+
+
+def curvature(
+    params: Params, spec: Spec, inputs: Inputs, targets: Any, coupling: Coupling, values: Tensor, direction: Tensor,
+    *, loss: Loss = cross_entropy,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The `gradient` at ``values`` and its change along ``direction``, ``H v`` with the Hessian by the gates.
+
+    All are ``(units,)``, of the sum of the examples' losses. Forward over reverse (Pearlmutter 1994, "Fast exact
+    multiplication by the Hessian"): some four forward passes, and the Hessian itself never exists.
+    """
+    slope = partial(gradient, params, spec, inputs, targets, coupling, loss=loss)
+    with torch.enable_grad():  # without it some backward passes are fused, and then cannot be differentiated
+        moved: Any = torch.func.jvp(slope, (values,), (direction,))
+    return moved[0], moved[1]
 
 
 class _Tap(torch.autograd.Function):
@@ -397,30 +388,3 @@ def _activation(x: Tensor, axis: int) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     count = torch.full((x.shape[axis],), x.numel() // x.shape[axis], dtype=wide.dtype, device=x.device)
     return torch.stack([count, wide.sum(rest), wide.square().sum(rest), (wide == 0).to(wide.dtype).sum(rest)])
-
-
-def _per_example(loss: Loss, outputs: Any, targets: Any) -> Tensor:
-    if loss is cross_entropy:
-        vectorized = isinstance(outputs, Tensor) and torch._C._functorch.is_batchedtensor(
-            outputs
-        )  # where no value can be looked at
-        return _cross_entropy(outputs, targets) if vectorized else cross_entropy(outputs, targets)
-
-    def one(output: Any, target: Any) -> Tensor:
-        output, target = (optree.tree_map(lambda x: x[None], tree) for tree in (output, target))
-        value: Any = loss(output, target)
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"A loss is a tensor with one number per example; received {found}. Sum or average it.")
-        return value.sum()
-
-    return torch.func.vmap(one)(outputs, targets)
-
-
-def _examples(inputs: Inputs, targets: Any, spec: Spec) -> int:
-    """The number of examples of a batch, which all its tensors share."""
-    tensors: Sequence[Any] = [*bind_inputs(spec, (inputs,)).values(), *optree.tree_leaves(targets)]
-    sizes = {len(x) for x in tensors if isinstance(x, Tensor) and x.ndim}
-    if len(sizes) != 1 or not min(sizes):
-        raise ValueError(f"A batch has one or more examples, as many inputs as targets; received {sorted(sizes)}.")
-    return sizes.pop()
