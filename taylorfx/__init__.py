@@ -5,7 +5,7 @@ params, spec = tfx.prune(params, spec, batch, budget=tfx.Flops(0.5))
 
 import typing
 
-from taylorfx import layers
+from taylorfx import layers, schedule
 from taylorfx.build import concat, inline, multihead_attention, residual, serial
 from taylorfx.cost import Cost, flops, parameters
 from taylorfx.coupling import Coupling, Place, couple
@@ -32,7 +32,8 @@ from taylorfx.criteria import (
 from taylorfx.gates import Moments, Statistics, cross_entropy, derivatives, gates, measure
 from taylorfx.layers import *
 from taylorfx.plan import Plan, PlanError, compose, cut, expand
-from taylorfx.prune import prune
+from taylorfx.prune import iterate, prune
+from taylorfx.repair import LeastSquares, Means, Repair, compensate, means, recalibrate, reconstruct
 from taylorfx.selection import Budget, BudgetError, Flops, Parameters, Remove, SelectionError, Units, select
 from taylorfx.spec import Node, Spec, SpecError, apply, check, combine, init, partition, train
 from taylorfx.store import from_json, load, save, to_json
@@ -44,14 +45,15 @@ if typing.TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "Budget", "BudgetError", "CaptureError", "Cost", "Coupling", "Flops", "Moments", "Node", "Parameters", "Params",
-    "Place", "Plan", "PlanError", "Remove", "SelectionError", "Spec", "SpecError", "Statistics", "Units",
-    "activation_mean", "activation_std", "apoz", "apply", "batchnorm_scale", "check", "combine", "compat", "compose",
-    "concat", "couple", "cross_entropy", "cut", "derivatives", "expand", "fisher", "flatten", "flops", "from_json",
-    "from_torch", "gates", "init", "inline", "layers", "load", "measure", "multihead_attention", "of_weights",
-    "parameters", "partition", "per_layer_l2", "per_layer_max", "per_layer_mean", "prune", "random", "residual",
-    "save", "second_order", "select", "serial", "signed", "taylor", "taylor_squared", "to_json", "to_torch", "train",
-    "unflatten", "unnormalized", "weight_l1", "weight_l2",
+    "Budget", "BudgetError", "CaptureError", "Cost", "Coupling", "Flops", "LeastSquares", "Means", "Moments", "Node",
+    "Parameters", "Params", "Place", "Plan", "PlanError", "Remove", "Repair", "SelectionError", "Spec", "SpecError",
+    "Statistics", "Units", "activation_mean", "activation_std", "apoz", "apply", "batchnorm_scale", "check", "combine",
+    "compat", "compensate", "compose", "concat", "couple", "cross_entropy", "cut", "derivatives", "expand", "fisher",
+    "flatten", "flops", "from_json", "from_torch", "gates", "init", "inline", "iterate", "layers", "load", "means",
+    "measure", "multihead_attention", "of_weights", "parameters", "partition", "per_layer_l2", "per_layer_max",
+    "per_layer_mean", "prune", "random", "recalibrate", "reconstruct", "residual", "save", "schedule", "second_order",
+    "select", "serial", "signed", "taylor", "taylor_squared", "to_json", "to_torch", "train", "unflatten",
+    "unnormalized", "weight_l1", "weight_l2",
 ]  # fmt: skip
 __all__ += layers.__all__
 

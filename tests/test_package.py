@@ -29,7 +29,7 @@ STAGES = (
     {"criteria"},
     {"oracle"},
     {"selection"},
-    {"repair"},
+    {"repair", "schedule"},
     {"prune"},
     {"interop", "store", "distributed", "report"},  # leaves: what lies above them never needs them
     {"testing"},
