@@ -15,16 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any
 
 from taylorfx.selection import Budget
 
 __all__ = ["cubic", "exponential", "linear"]
 
-B = TypeVar("B", Budget, float, int)
+Curve = Callable[[float, float, float], float]
 
 
-def linear(end: B, steps: int, *, start: float | int | None = None) -> Iterator[B]:
+def linear(end: Budget | float | int, steps: int, *, start: float | int | None = None) -> Iterator[Any]:
     """Equal amounts leave at every step.
 
     Args:
@@ -41,7 +41,7 @@ def linear(end: B, steps: int, *, start: float | int | None = None) -> Iterator[
     return _steps(end, steps, start, lambda last, first, u: last + (first - last) * u)
 
 
-def cubic(end: B, steps: int, *, start: float | int | None = None) -> Iterator[B]:
+def cubic(end: Budget | float | int, steps: int, *, start: float | int | None = None) -> Iterator[Any]:
     """Much leaves early, little late (Zhu & Gupta 2017, arXiv 1710.01878, eq. 1, for what remains instead of what is
     gone). The arguments and errors are those of `linear`.
 
@@ -51,7 +51,7 @@ def cubic(end: B, steps: int, *, start: float | int | None = None) -> Iterator[B
     return _steps(end, steps, start, lambda last, first, u: last + (first - last) * u**3)
 
 
-def exponential(end: B, steps: int, *, start: float | int | None = None) -> Iterator[B]:
+def exponential(end: Budget | float | int, steps: int, *, start: float | int | None = None) -> Iterator[Any]:
     """Every step keeps the same share of what the step before left. The arguments and errors are those of `linear`.
 
     >>> [round(share, 3) for share in exponential(0.125, 3)]
@@ -60,7 +60,7 @@ def exponential(end: B, steps: int, *, start: float | int | None = None) -> Iter
     return _steps(end, steps, start, lambda last, first, u: last * (first / last) ** u)
 
 
-def _steps(end: B, steps: int, start: float | int | None, curve: Callable[[float, float, float], float]) -> Iterator[B]:
+def _steps(end: Any, steps: int, start: float | int | None, curve: Curve) -> Iterator[Any]:
     last = end.amount if isinstance(end, Budget) else end
     first = 1.0 if start is None and isinstance(last, float) else start
     if steps < 1 or first is None or isinstance(first, float) != isinstance(last, float) or not 0 < last <= first:
