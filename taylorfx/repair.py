@@ -125,8 +125,8 @@ def compensate(params: Params, plan: Plan, batches: Batches | Means) -> tuple[Pa
     """Cut, and fold the mean of what every removed read contributed into the bias of the layer that read it.
 
     The mean runs over the examples and all positions of the layer's output, zeros of its padding included: no other
-    constant leaves a smaller squared error on these batches. It is exact where removed activations are constant, for
-    a convolution as long as padding does not break their constancy.
+    constant leaves a smaller squared error on these batches. It is exact where removed activations are constant, in
+    a convolution as long as neither padding nor a transposed one's stride makes its windows differ.
 
     Args:
         params: the original parameters.
@@ -228,8 +228,9 @@ class LeastSquares:
         x, y = self.x / self.n, self.y / self.n
         variance = self.xx / self.n - x[:, :, None] * x[:, None]
         residual = self.xy / self.n - x[:, :, None] * y[:, None] - variance @ start
-        mean = variance.diagonal(dim1=1, dim2=2).mean(1).clamp(min=torch.finfo(variance.dtype).tiny)
-        penalty = ridge * mean[:, None, None] * torch.eye(x.shape[1]).to(variance)
+        spread, size = (m.diagonal(dim1=1, dim2=2).mean(1) for m in (variance, self.xx / self.n))
+        least = (1e-12 * size).clamp(min=torch.finfo(size.dtype).tiny)  # or constant inputs are solved for by rounding
+        penalty = torch.maximum(ridge * spread, least)[:, None, None] * torch.eye(x.shape[1]).to(x)
         weights = start + torch.linalg.solve(variance + penalty, residual)
         return weights, y - (x[:, None] @ weights)[:, 0]
 
