@@ -88,7 +88,8 @@ def iterate(
             from step to step.
         constraints: those of `select`.
 
-    The other arguments are those of `prune`, and so are the errors.
+    The other arguments are those of `prune`, and so are the errors. A bias that a layer gains from a repair is in
+    ``params`` alone: add it to the momentum, too.
     """
     whole: Coupling | None = None
     for budget in budgets:
