@@ -88,8 +88,8 @@ def iterate(
             from step to step.
         constraints: those of `select`.
 
-    The other arguments are those of `prune`, and so are the errors. A bias that a layer gains from a repair is in
-    ``params`` alone: add it to the momentum, too.
+    The other arguments are those of `prune`, and so are the errors. A bias that a layer gains from a repair is
+    not in the plan: the momentum lacks it, and such a step's plan does not compose with the next one.
     """
     whole: Coupling | None = None
     for budget in budgets:
