@@ -137,6 +137,7 @@ def measure(
     rows: bool = False,
     at_writes: bool = False,
     training: bool = False,
+    around: Gates | None = None,
     generator: torch.Generator | None = None,
 ) -> Statistics:
     """Sum the gate derivatives of all examples: one forward and one backward pass per batch, no weight gradients.
@@ -150,6 +151,9 @@ def measure(
         at_writes: differentiate where activations are made instead of where they are read (for `compat`).
         training: run the network in training mode (for `compat`). Batch norm then lets examples hear each other, so
             that only sums over a batch mean something.
+        around: gate the deviation from these values at the reads instead of the activation itself, from
+            `Means.centers`: ``m_u = 0`` then leaves the mean in the unit's place, and the derivative is ``(a - mean) *
+            dL/da``. Reads that are not named are gated as ever.
 
     A network whose layers mix examples (``coupling.mixing``) is measured one example at a time.
 
@@ -161,7 +165,7 @@ def measure(
     for batch in each_batch(batches):
         losses, summed, mean, found = derivatives(
             params, spec, *batch, coupling, loss=loss, moments=moments, at_writes=at_writes, training=training,
-            generator=generator,
+            around=around, generator=generator,
         )  # fmt: skip
         finite.append(losses.isfinite().all())
         one = Statistics(
@@ -200,6 +204,7 @@ def derivatives(
     moments: bool = False,
     at_writes: bool = False,
     training: bool = False,
+    around: Gates | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Moments | None]:
     """The losses ``(N,)`` and gate derivatives ``(N, units)`` of one batch, summed and averaged over positions.
@@ -210,7 +215,7 @@ def derivatives(
     examples(inputs, targets, spec)
     run = partial(
         _one_pass, params, spec, coupling=coupling, loss=loss, moments=moments, at_writes=at_writes, training=training,
-        generator=generator,
+        around=around or {}, generator=generator,
     )  # fmt: skip
     shared = any(place.example is None for place in coupling.reads)
     apart = not training and (coupling.mixing or shared)
@@ -239,6 +244,7 @@ def _one_pass(
     moments: bool,
     at_writes: bool,
     training: bool,
+    around: Gates,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     values = bind_inputs(spec, (inputs,))
@@ -264,7 +270,7 @@ def _one_pass(
                 if moments:
                     alone = x.detach()[None] if example is None else _apart(x.detach(), count, *example)
                     seen[key] = _activation(alone, axis + 1)
-                x = _Tap.apply(x, taps[key], axis, example)  # type: ignore[no-untyped-call]
+                x = _Tap.apply(x, taps[key], axis, example, around.get(place.key))  # type: ignore[no-untyped-call]
             return x
 
         outputs, _ = evaluate(params, spec, (inputs,), tap=tap, training=training, generator=generator)
@@ -332,14 +338,14 @@ def curvature(
 class _Tap(torch.autograd.Function):
     """Identity whose second argument, ``(N, size)``, receives ``a * dL/da`` summed over all axes but one, per example.
 
-    It keeps only its input, which the layer that reads it keeps anyway. ``example`` is none where a tensor does not
-    depend on the example, of which there is then one.
+    Given a ``center``, it is ``(a - center) * dL/da``. Kept is only the input, which the layer that reads it keeps
+    anyway. ``example`` is none where a tensor does not depend on the example, of which there is then one.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, gate: Tensor, axis: int, example: tuple[int, int] | None) -> Tensor:
+    def forward(x: Tensor, gate: Tensor, axis: int, example: tuple[int, int] | None, center: Tensor | None) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
@@ -350,14 +356,15 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        (x,), (grad,), (axis, example) = ctx.saved_tensors, grads, ctx.where
+        (x,), (grad,), (axis, example, center) = ctx.saved_tensors, grads, ctx.where
+        x = x if center is None else x - center.to(x)
         if example is None:
             gate = contract(x[None], grad[None], axis + 1)
         elif example == (0, 1) and len(x) == ctx.count:
             gate = contract(x, grad, axis)
         else:
             gate = contract(_apart(x, ctx.count, *example), _apart(grad, ctx.count, *example), axis + 1)
-        return grad, gate.to(ctx.dtype), None, None
+        return grad, gate.to(ctx.dtype), None, None, None
 
 
 def _apart(x: Tensor, count: int, axis: int, before: int) -> Tensor:

@@ -32,7 +32,7 @@ STAGES = (
     {"fidelity", "forecast"},
     {"selection"},
     {"joint"},
-    {"repair"},
+    {"repair", "schedule"},
     {"prune"},
     {"interop", "store", "distributed", "report"},  # leaves: what lies above them never needs them
     {"testing"},
