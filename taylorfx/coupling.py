@@ -164,13 +164,15 @@ class _Solver:
         ties = self.ties
         self.classes = _connect(ties.count, ties.equal)
         x, a, b = (np.concatenate([np.zeros(0, np.int64), *column]) for column in _columns(ties.products, 3))
+        batch = np.repeat(np.arange(len(ties.products)), [len(x) for x, _, _ in ties.products])
         while True:
             # A class with two products: their factors are tied. A class that is its own factor: all one.
             cx, ca, cb = self.classes[x], self.classes[a], self.classes[b]
             order = np.argsort(cx, kind="stable")
-            same = order[1:][cx[order][1:] == cx[order][:-1]], order[:-1][cx[order][1:] == cx[order][:-1]]
+            one, other = order[1:], order[:-1]
+            same = (cx[one] == cx[other]) & ((ca[one] != ca[other]) | (cb[one] != cb[other]))
             loop = (ca == cx) | (cb == cx)
-            new = [(ca[same[0]], ca[same[1]]), (cb[same[0]], cb[same[1]]), (cx[loop], ca[loop]), (cx[loop], cb[loop])]
+            new = [(cx[loop], ca[loop]), (cx[loop], cb[loop]), *_matched(ca, cb, batch, one[same], other[same])]
             new = [(p[p != q], q[p != q]) for p, q in new]
             if not any(len(p) for p, _ in new):
                 # Factors may still lead back to their product over several steps: tie such a cycle, too.
@@ -321,6 +323,27 @@ class _Solver:
                 shape = bound.inputs[site.slot] if site.slot >= 0 else shape_of(bound.output)
                 places.append(Place(site.node, site.slot, site.axis, shape, units, site.example))
         return tuple(places)
+
+
+def _matched(a: Labels, b: Labels, batch: Labels, one: Labels, other: Labels) -> list[tuple[Labels, Labels]]:
+    """Ties between the factors of products that are the same: in their order or crosswise, what joins fewer of them.
+
+    A channel shuffle lays out groups and channels in the other order. All products of a layer go the same way.
+    """
+    ties: list[tuple[Labels, Labels]] = []
+    _, group = np.unique(batch[one] * (batch.max(initial=0) + 1) + batch[other], return_inverse=True)
+    for g in range(group.max(initial=-1) + 1):
+        i, j = one[group == g], other[group == g]
+        straight, crosswise = [(a[i], a[j]), (b[i], b[j])], [(a[i], b[j]), (b[i], a[j])]
+        ties += max(straight, crosswise, key=_parts)  # the first where they are on a par
+    return ties
+
+
+def _parts(pairs: Sequence[tuple[Labels, Labels]]) -> int:
+    """Into how many parts the labels of some ties fall."""
+    labels = np.unique(np.concatenate([column for pair in pairs for column in pair]))
+    local = [(np.searchsorted(labels, p), np.searchsorted(labels, q)) for p, q in pairs]
+    return int(_connect(len(labels), local).max()) + 1
 
 
 def _connect(count: int, pairs: Sequence[tuple[Labels, Labels]]) -> Labels:
