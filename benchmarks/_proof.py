@@ -35,6 +35,7 @@ class Proof:
         nodes: of the captured spec.
         units: how many there are.
         prunable: the share of the parameters that leave when all units do.
+        staying: the trained parameters of which something stays then.
         exact: the share of the units whose removal changes no norm's statistics.
         frozen: for each reason, the scopes that it holds, but for those of buffers.
         unmapped: how often there is each operator without a rule.
@@ -52,6 +53,7 @@ class Proof:
     nodes: int
     units: int
     prunable: float
+    staying: list[str] = field(repr=False)
     exact: float
     frozen: Mapping[str, list[str]] = field(repr=False)
     unmapped: Mapping[str, int]
@@ -100,9 +102,11 @@ def prove(module: nn.Module, inputs: Mapping[str, Tensor]) -> Proof:
     with torch.no_grad():
         expected = _outputs(module(**inputs))
     spent: list[float] = []
-    with _timed(torch.export, "export", spent), _timed(torch.export.ExportedProgram, "run_decompositions", spent):
-        with _clock(whole := []):
-            params, spec = tfx.from_torch(module, (), example_kwargs={name: x[:2] for name, x in inputs.items()})
+    whole: list[float] = []
+    few = {name: x[:2] for name, x in inputs.items()}
+    patched = _timed(torch.export, "export", spent), _timed(torch.export.ExportedProgram, "run_decompositions", spent)
+    with patched[0], patched[1], _clock(whole):
+        params, spec = tfx.from_torch(module, (), example_kwargs=few)
     joined: list[float] = []
     for _ in range(3):
         with _clock(joined):
@@ -113,8 +117,10 @@ def prove(module: nn.Module, inputs: Mapping[str, Tensor]) -> Proof:
         found = _outputs(tfx.apply(params, spec, x))
         cut = _outputs(tfx.apply(tfx.cut(params, plan), plan.spec, x))
         gated = _outputs(tfx.apply(params, spec, x, gates=plan.gates))
-    cost = tfx.parameters(coupling)
+    cost, none = tfx.parameters(coupling), np.zeros(len(coupling), bool)
+    lengths = coupling.counts(none)
     frozen: dict[str, list[str]] = {}
+    trained = tfx.flatten(tfx.partition(params, spec)[0])
     buffers = {node.name for node in spec if isinstance(node.layer, tfx.Buffer)}
     for scope, reason in coupling.frozen.items():
         if scope not in buffers and scope.rpartition(".")[0] not in buffers:
@@ -123,7 +129,8 @@ def prove(module: nn.Module, inputs: Mapping[str, Tensor]) -> Proof:
         parameters=sum(p.numel() for p in module.parameters()),
         nodes=len(spec),
         units=len(coupling),
-        prunable=1 - cost(np.zeros(len(coupling), bool)) / cost.total,
+        prunable=1 - cost(none) / cost.total,
+        staying=[path for path in trained if all(lengths[axis] for axis in coupling.parameters[path])],
         exact=float(coupling.exact.mean()) if len(coupling) else 1.0,
         frozen=frozen,
         unmapped=dict(Counter(node.layer.op for node in spec if isinstance(node.layer, tfx.Captured))),

@@ -17,7 +17,7 @@ QUICK = (
     "efficientnet_b0", "regnet_y_400mf", "densenet121", "convnext_tiny", "swin_t",
 )  # fmt: skip
 
-SIZES = {"inception_v3": 96, "maxvit": 224, "vit_h_14": 28, "vit": 64, "ssd300": 300}
+SIZES = {"inception_v3": 96, "maxvit_t": 224, "vit_h_14": 28, "vit": 64, "ssd300": 300}
 """The height and width of the images where it is not 64."""
 
 FRAGMENTS: list[torch.library.Library] = []
@@ -107,6 +107,66 @@ def detection() -> dict[str, Callable[[], Case]]:
         "resnet50 fpn": partial(backbone, "resnet50", resnet_fpn_backbone),
         **{name: partial(make, name) for name in ordered(models, models.detection)},
     }
+
+
+def small() -> dict[str, Callable[[], Case]]:
+    """The architectures in a few narrow layers, for the tests."""
+    models = library()
+    from torchvision.models import convnext, densenet, efficientnet, mobilenetv3, regnet, resnet, swin_transformer, vgg
+    from torchvision.models._utils import IntermediateLayerGetter
+    from torchvision.models.detection.backbone_utils import BackboneWithFPN
+    from torchvision.models.segmentation import deeplabv3, fcn
+    from torchvision.ops import FrozenBatchNorm2d
+
+    def flattened() -> nn.Module:
+        features = vgg.make_layers([8, "M", 12, "M", 512], batch_norm=True)
+        with torch.device("meta"):  # a classifier of 120 million weights
+            module = models.VGG(features, init_weights=False)
+        module.classifier = nn.Sequential(nn.Linear(512 * 49, 8), nn.ReLU(True), nn.Dropout(), nn.Linear(8, 5))
+        return module
+
+    def segmenting() -> nn.Module:
+        body = IntermediateLayerGetter(resnet.ResNet(resnet.BasicBlock, [1] * 4), {"layer2": "aux", "layer3": "out"})
+        return deeplabv3.DeepLabV3(body, deeplabv3.DeepLabHead(256, 4, (2, 3)), fcn.FCNHead(128, 4))
+
+    def pyramid() -> nn.Module:
+        body = resnet.ResNet(resnet.BasicBlock, [1] * 4, norm_layer=FrozenBatchNorm2d)
+        return BackboneWithFPN(body, {f"layer{k}": f"{k}" for k in (2, 3, 4)}, [128, 256, 512], 16)
+
+    inverted = partial(mobilenetv3.InvertedResidualConfig, dilation=1, width_mult=1.0)
+    moved = [inverted(8, 3, 8, 8, True, "RE", 2), inverted(8, 5, 24, 12, False, "HS", 1)]
+    moved += [inverted(12, 5, 24, 12, True, "HS", 1)]
+    scaled = [efficientnet.FusedMBConvConfig(2, 3, 1, 8, 8, 2), efficientnet.MBConvConfig(3, 3, 2, 8, 12, 2)]
+    stages = regnet.BlockParams([1, 2], [16, 24], [8, 8], [1.0, 1.0], [2, 2], 0.25)
+    next_stages = [convnext.CNBlockConfig(8, 12, 1), convnext.CNBlockConfig(12, None, 1)]
+    window = {"patch_size": [4, 4], "embed_dim": 8, "depths": [2, 2], "num_heads": [2, 4], "window_size": [4, 4]}
+    second = {"block": swin_transformer.SwinTransformerBlockV2, "downsample_layer": swin_transformer.PatchMergingV2}
+    vit = {"image_size": 64, "patch_size": 32, "num_layers": 2, "num_heads": 2, "hidden_dim": 8, "mlp_dim": 12}
+    maxvit = {"input_size": (64, 64), "stem_channels": 8, "partition_size": 4, "block_channels": [8, 16]}
+    maxvit |= {"block_layers": [1, 1], "head_dim": 4, "stochastic_depth_prob": 0.1}
+    makers: dict[str, Callable[[], nn.Module]] = {
+        "resnet": partial(resnet.ResNet, resnet.BasicBlock, [1] * 4),
+        "vgg": flattened,
+        "squeezenet": models.squeezenet1_1,
+        "googlenet": partial(models.googlenet, weights=None, aux_logits=False, init_weights=False),
+        "densenet": partial(densenet.DenseNet, 4, (2, 2), 8, 2),
+        "mobilenet_v3": partial(mobilenetv3.MobileNetV3, moved, 32),
+        "efficientnet": partial(efficientnet.EfficientNet, scaled, 0.2, last_channel=32),
+        "regnet": partial(regnet.RegNet, stages, stem_width=8),
+        "shufflenet": partial(models.ShuffleNetV2, [2, 3, 2], [8, 16, 32, 64, 32]),
+        "convnext": partial(convnext.ConvNeXt, next_stages),
+        "vit": partial(models.VisionTransformer, **vit),
+        "swin": partial(models.SwinTransformer, **window),
+        "swin_v2": partial(models.SwinTransformer, **window, **second),
+        "maxvit": partial(models.MaxVit, **maxvit),
+        "deeplab": segmenting,
+        "resnet fpn": pyramid,
+    }
+
+    def make(name: str) -> Case:
+        return pictured(makers[name](), name)
+
+    return {name: partial(make, name) for name in makers}
 
 
 def ordered(models: Any, module: Any) -> list[str]:

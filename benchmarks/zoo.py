@@ -52,7 +52,9 @@ def row(make: Callable[[], Case]) -> Row:
 
 
 def reasons(row: Row) -> str:
-    """Why scopes that are no outputs stay, and how many of them."""
+    """Why more than a thousandth of the parameters stays, but for the outputs, and how many scopes do."""
+    if row["prunable"] > 0.999:
+        return ""
     counts: Counter[str] = Counter()
     for reason, scopes in row["frozen"].items():
         if not reason.endswith("is an output of the network"):
@@ -105,7 +107,8 @@ def main() -> None:
     options = parser.parse_args()
     stored: dict[str, dict[str, Row]] = json.loads(options.rows.read_text()) if options.rows.exists() else {}
     if options.write:
-        return write(stored)
+        write(stored)
+        return
     groups = [options.group] if options.group else [g for g in GROUPS if options.names or g == "classification"]
     for group in groups:
         makers, rows = GROUPS[group](), stored.setdefault(group, {})

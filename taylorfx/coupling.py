@@ -335,7 +335,7 @@ def _matched(a: Labels, b: Labels, batch: Labels, one: Labels, other: Labels) ->
     for g in range(group.max(initial=-1) + 1):
         i, j = one[group == g], other[group == g]
         straight, crosswise = [(a[i], a[j]), (b[i], b[j])], [(a[i], b[j]), (b[i], a[j])]
-        ties += max(straight, crosswise, key=_parts)  # the first where they are on a par
+        ties += straight if _parts(straight) >= _parts(crosswise) else crosswise
     return ties
 
 
