@@ -180,7 +180,8 @@ class _Solver:
                 if not new:
                     break
             self.classes = _connect(int(self.classes.max(initial=-1)) + 1, new)[self.classes]
-        self.product = {int(p): (int(q), int(r)) for p, q, r in zip(cx, ca, cb, strict=True) if p != q}
+        proper = cx != ca
+        self.products = cx[proper], ca[proper], cb[proper]
 
     def _cycles(self, x: Labels, a: Labels, b: Labels) -> list[tuple[Labels, Labels]]:
         if not len(x):
@@ -197,24 +198,17 @@ class _Solver:
     def _expand(self) -> None:
         """The units of every class: itself, or those of its factors."""
         count = int(self.classes.max(initial=-1)) + 1
-        factors: dict[int, tuple[int, ...]] = {}
-
-        def of(c: int) -> tuple[int, ...]:
-            if c not in self.product:
-                return (c,)
-            if c not in factors:
-                a, b = self.product[c]
-                factors[c] = tuple(dict.fromkeys(of(a) + of(b)))
-            return factors[c]
-
-        for c in self.product:
-            of(c)
-        depth = max((len(f) for f in factors.values()), default=1)
-        self.factors = np.full((depth, count + 1), -1)  # the last column is that of label -1
+        x, a, b = self.products
+        one, other = np.full((2, count + 1), -1)  # the two factors of every class; the last is that of label -1
+        one[x], other[x] = a, b
+        products = np.flatnonzero(one >= 0)
+        rows = products[None]
+        while (further := one[rows] >= 0).any():
+            both = np.where(further, one[rows], rows), np.where(further, other[rows], -1)
+            rows = _compact(np.stack(both, 1).reshape(2 * len(rows), -1))
+        self.factors = np.full((len(rows), count + 1), -1)
         self.factors[0, :count] = np.arange(count)
-        for c, found in factors.items():
-            self.factors[: len(found), c] = found
-            self.factors[len(found) :, c] = -1
+        self.factors[:, products] = rows
         self.label_class = np.append(self.classes, count)
 
     def coupling(self) -> Coupling:
@@ -227,7 +221,6 @@ class _Solver:
         origin, scopes = self._origins(count)
         held, reasons = self._frozen(count, origin, scopes)
         plain = self.factors[0, :-1] == np.arange(count - 1)
-        plain[list(self.product)] = False
         units = np.flatnonzero(plain & ~held[:-1] & (origin[:-1] >= 0))
         units = units[np.argsort(origin[units], kind="stable")]
         number = np.full(count, -1)
@@ -323,6 +316,14 @@ class _Solver:
                 shape = bound.inputs[site.slot] if site.slot >= 0 else shape_of(bound.output)
                 places.append(Place(site.node, site.slot, site.axis, shape, units, site.example))
         return tuple(places)
+
+
+def _compact(rows: Labels) -> Labels:
+    """The different entries of every column, in their order, and then -1."""
+    for k in range(1, len(rows)):
+        rows[k, (rows[:k] == rows[k]).any(0)] = -1
+    rows = np.take_along_axis(rows, np.argsort(rows < 0, 0, kind="stable"), 0)
+    return rows[(rows >= 0).any(1)]
 
 
 def _matched(a: Labels, b: Labels, batch: Labels, one: Labels, other: Labels) -> list[tuple[Labels, Labels]]:
