@@ -19,6 +19,7 @@ import re
 import warnings
 import zlib
 from collections.abc import Sequence
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -50,6 +51,7 @@ def easyocr(module: str) -> ModuleType:
     return source(f"easyocr.{module}", easyocr=package, torchvision={"models": None})
 
 
+@cache
 def characters() -> str:
     """What the network reads: character ``k`` is its output ``k + 1``, 0 is the blank."""
     return str(easyocr("config").recognition_models["gen2"]["english_g2"]["characters"])
@@ -73,8 +75,9 @@ def load() -> nn.Module:
     return module.eval()
 
 
+@cache
 def vocabulary() -> tuple[list[str], list[str]]:
-    """Words of three to seven letters to train on, and one in four, chosen by its letters alone, to test on."""
+    """Words of two to seven letters to train on, and one in four, chosen by its letters alone, to test on."""
     words = sorted({word for text in topics.values() for word in re.findall(r"\b[A-Z]?[a-z]{2,6}\b", text)})
     test = [zlib.crc32(word.lower().encode()) % 4 == 0 for word in words]
     return [w for w, t in zip(words, test, strict=True) if not t], [w for w, t in zip(words, test, strict=True) if t]
@@ -97,21 +100,14 @@ def draw(word: str, face: str, rng: np.random.Generator) -> Tensor:
     return torch.from_numpy(pixels.clip(0, 255) / 127.5 - 1).float()[None]
 
 
-class Words:
-    """Images of words in some typefaces, and their characters by number."""
-
-    def __init__(self, words: Sequence[str], faces: Sequence[str]) -> None:
-        self.words, self.faces = words, faces
-        self.number = {character: k + 1 for k, character in enumerate(characters())}
-
-    def __call__(self, count: int, generator: torch.Generator) -> Batch:
-        """Images ``(count, 1, 64, 192)``, and characters ``(count, 7)`` with zeros after the last."""
-        rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
-        words = rng.choice(self.words, count)
-        targets = torch.zeros(count, LETTERS, dtype=torch.long)
-        for row, word in zip(targets, words, strict=True):
-            row[: len(word)] = torch.tensor([self.number[x] for x in word])
-        return torch.stack([draw(word, rng.choice(self.faces), rng) for word in words]), targets
+def lesson(count: int, generator: torch.Generator, *, test: bool = False) -> Batch:
+    """Images ``(count, 1, 64, 192)``, and their characters by number, ``(count, 7)`` with zeros after the last."""
+    rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
+    words, faces = rng.choice(vocabulary()[test], count), TEST_FACES if test else TRAIN_FACES
+    targets = torch.zeros(count, LETTERS, dtype=torch.long)
+    for row, word in zip(targets, words, strict=True):
+        row[: len(word)] = torch.tensor([1 + characters().index(x) for x in word])
+    return torch.stack([draw(word, rng.choice(faces), rng) for word in words]), targets
 
 
 def loss(scores: Tensor, targets: Tensor) -> Tensor:
@@ -130,20 +126,18 @@ def read(network: Network, images: Tensor, targets: Tensor) -> float:
 
 
 PRESETS = {
-    "small": {"sample": 64, "test": 200, "steps": 30, "tune": ["taylor per FLOP"]},
-    "smoke": {"sample": 4, "test": 20, "steps": 1, "tune": ["random"]},
-    "full": {"sample": 512, "test": 1000, "steps": 500, "tune": CRITERIA},
+    "small": {"sample": 64, "test": 100, "steps": 20, "batch": 16, "tune": ["second order per FLOP"]},
+    "smoke": {"sample": 4, "test": 20, "steps": 1, "batch": 2, "tune": ["random"]},
+    "full": {"sample": 512, "test": 1000, "steps": 500, "batch": 32, "tune": CRITERIA},
 }
 
 
 def study(options: argparse.Namespace) -> Study:
     """The network, and words to measure, learn and test on."""
     generator = torch.Generator().manual_seed(options.seed)
-    train, test = vocabulary()
-    lesson = Words(train, TRAIN_FACES)
-    sample, held = lesson(options.sample, generator), Words(test, TEST_FACES)(options.test, generator)
+    sample, test = lesson(options.sample, generator), lesson(options.test, generator, test=True)
     params, spec = tfx.from_torch(load(), sample[0][:2])
-    return Study(params, spec, loss, sample, lesson, lambda network: read(network, *held))
+    return Study(params, spec, loss, sample, lesson, lambda network: read(network, *test))
 
 
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:

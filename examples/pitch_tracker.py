@@ -83,9 +83,9 @@ def found(network: Network, waves: Tensor, cents: Tensor) -> float:
 
 
 PRESETS = {
-    "small": {"sample": 256, "test": 500, "steps": 60, "tune": ["taylor per FLOP"]},
-    "smoke": {"sample": 16, "test": 50, "steps": 2, "tune": ["random"]},
-    "full": {"sample": 1024, "test": 2000, "steps": 500, "tune": CRITERIA},
+    "small": {"sample": 256, "test": 500, "steps": 60, "batch": 32, "tune": ["second order per FLOP", "random"]},
+    "smoke": {"sample": 16, "test": 50, "steps": 1, "batch": 4, "tune": ["random"]},
+    "full": {"sample": 1024, "test": 2000, "steps": 500, "batch": 32, "tune": CRITERIA},
 }
 
 

@@ -33,7 +33,7 @@ Network = Callable[[Tensor], Tensor]
 Batch = tuple[Tensor, Tensor]
 """Inputs and targets."""
 
-CRITERIA = ("taylor", "taylor per FLOP", "second order", "weights", "random")
+CRITERIA = ("taylor", "taylor per FLOP", "second order", "second order per FLOP", "weights", "random")
 
 
 def folder(package: str, install: str) -> Path:
@@ -87,10 +87,13 @@ def scores(study: Study, coupling: tfx.Coupling, generator: torch.Generator) -> 
     across layers unless each layer's is divided by its mean.
     """
     stats = tfx.measure(study.params, study.spec, batches(study.sample, 32), coupling, loss=study.loss)
+    taylor, second_order = tfx.taylor(stats, coupling), tfx.second_order(stats, coupling)
+    cost = tfx.flops(coupling).marginal()
     return {
-        "taylor": tfx.taylor(stats, coupling),
-        "taylor per FLOP": tfx.taylor(stats, coupling) / tfx.flops(coupling).marginal(),
-        "second order": tfx.second_order(stats, coupling),
+        "taylor": taylor,
+        "taylor per FLOP": taylor / cost,
+        "second order": second_order,
+        "second order per FLOP": second_order / cost,
         "weights": tfx.weight_l2(study.params, coupling, normalizer=tfx.per_layer_mean),
         "random": tfx.random(coupling, generator),
     }
@@ -147,7 +150,7 @@ def run(study: Study, options: Namespace) -> None:
     console.print(f"{len(coupling):,} units, {costs[0]:,} parameters, {costs[1]:,} FLOPs", highlight=False)
     console.print(f"unpruned: {study.quality(inference(study.params, study.spec)):.1%}", highlight=False)
 
-    table = Table("FLOPs", *(f"{share:.0%}" for share in options.flops), header_style="bold")
+    table = Table("FLOPs that remain", *(f"{share:.0%}" for share in options.flops), header_style="bold")
     worst = 0.0
     compared = scores(study, coupling, torch.Generator().manual_seed(options.seed))
     for name, score in track(compared.items(), "prune", transient=True):
@@ -178,7 +181,7 @@ def options(parser: ArgumentParser, presets: Mapping[str, Mapping[str, Any]], gi
     parser.add_argument("--sample", type=int, help="examples to measure on")
     parser.add_argument("--test", type=int, help="examples to test on")
     parser.add_argument("--steps", type=int, help="steps of fine-tuning")
-    parser.add_argument("--batch", type=int, default=32, help="examples of a step")
+    parser.add_argument("--batch", type=int, help="examples of a step")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak rate of fine-tuning")
     parser.add_argument("--seed", type=int, default=0)
     found = parser.parse_args(given)
