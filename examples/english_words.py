@@ -87,16 +87,17 @@ def draw(word: str, face: str, rng: np.random.Generator) -> Tensor:
     """A word as a scan has it, as the network takes it: ``(1, 64, 192)``, white is 1, black is -1."""
     file = Path(mpl.get_data_path()) / "fonts" / "ttf" / f"{face}.ttf"
     font = ImageFont.truetype(str(file), int(rng.integers(24, 64)))
-    paper, ink = rng.integers(160, 256), rng.integers(0, 100)
+    paper = rng.integers(140, 256)
+    ink = paper - rng.integers(60, 140)
     left, top, right, bottom = font.getbbox(word)
     margin = int(rng.integers(2, 8))
     image = Image.new("L", (int(right - left) + 2 * margin, int(bottom - top) + 2 * margin), int(paper))
     ImageDraw.Draw(image).text((margin - left, margin - top), word, int(ink), font)
     image = image.rotate(rng.normal(0, 1.5), Image.Resampling.BICUBIC, expand=True, fillcolor=int(paper))
-    image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 1)))
+    image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 1.5)))
     width = min(WIDTH, round(image.width * HEIGHT / image.height))
     pixels = np.asarray(image.resize((width, HEIGHT), Image.Resampling.BICUBIC), np.float32)
-    pixels = np.pad(pixels, ((0, 0), (0, WIDTH - width)), "edge") + rng.normal(0, rng.uniform(0, 15), (HEIGHT, WIDTH))
+    pixels = np.pad(pixels, ((0, 0), (0, WIDTH - width)), "edge") + rng.normal(0, rng.uniform(0, 25), (HEIGHT, WIDTH))
     return torch.from_numpy(pixels.clip(0, 255) / 127.5 - 1).float()[None]
 
 
@@ -126,8 +127,8 @@ def read(network: Network, images: Tensor, targets: Tensor) -> float:
 
 
 PRESETS = {
-    "small": {"sample": 64, "test": 100, "steps": 20, "batch": 16, "tune": ["second order per FLOP"]},
-    "smoke": {"sample": 4, "test": 20, "steps": 1, "batch": 2, "tune": ["random"]},
+    "small": {"sample": 64, "test": 100, "steps": 20, "batch": 16, "tune": ["taylor per FLOP", "random"]},
+    "smoke": {"sample": 8, "test": 20, "steps": 1, "batch": 2, "tune": ["random"]},
     "full": {"sample": 512, "test": 1000, "steps": 500, "batch": 32, "tune": CRITERIA},
 }
 
