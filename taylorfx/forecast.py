@@ -43,7 +43,7 @@ def exact_second_order(
 ) -> Tensor:
     """``-E[g_u] + 1/2 E[H_uu]``, ``(units,)``: what `second_order` estimates, with the diagonal of the Hessian itself.
 
-    One Hessian-vector product per unit and batch, ``chunk`` of them side by side: 3.5 times the time of the oracle.
+    One Hessian-vector product per unit and batch, ``chunk`` of them side by side: some 3.5 times the oracle's time.
     Piecewise linear layers (ReLU) have no curvature of their own, and where the loss has a kink there is no Hessian.
 
     Raises:
