@@ -46,7 +46,6 @@ TEXT = {
 """What stays besides biases and norms, since the network gives out its residual stream: what is as wide on its own."""
 
 
-
 def proven(makers, name):
     try:
         make = makers()[name]
