@@ -210,7 +210,8 @@ class _Reader:
         for item in self.program.graph_signature.input_specs:
             node = placeholders[getattr(item.arg, "name", "")]
             if item.kind is InputKind.USER_INPUT:
-                self.convert.user_input(node)
+                if isinstance(node.meta.get("val"), Tensor):  # and not a number or None, which the graph holds
+                    self.convert.user_input(node)
             elif item.kind is InputKind.CONSTANT_TENSOR and item.target is not None:
                 self.convert.constant(node, state[item.target], item.target)
             elif item.target is not None and item.target in state:
