@@ -7,7 +7,7 @@ import typing
 
 from taylorfx import layers
 from taylorfx.build import concat, inline, multihead_attention, residual, serial
-from taylorfx.cost import Cost, flops, parameters
+from taylorfx.cost import Cost, Timings, flops, memory, parameters
 from taylorfx.coupling import Coupling, Place, couple
 from taylorfx.criteria import (
     activation_mean,
@@ -33,7 +33,19 @@ from taylorfx.gates import Moments, Statistics, cross_entropy, derivatives, gate
 from taylorfx.layers import *
 from taylorfx.plan import Plan, PlanError, compose, cut, expand
 from taylorfx.prune import prune
-from taylorfx.selection import Budget, BudgetError, Flops, Parameters, Remove, SelectionError, Units, select
+from taylorfx.selection import (
+    Budget,
+    BudgetError,
+    Flops,
+    Latency,
+    Measured,
+    Memory,
+    Parameters,
+    Remove,
+    SelectionError,
+    Units,
+    select,
+)
 from taylorfx.spec import Node, Spec, SpecError, apply, check, combine, init, partition, train
 from taylorfx.store import from_json, load, save, to_json
 from taylorfx.tree import Params, flatten, unflatten
@@ -44,15 +56,15 @@ if typing.TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "Budget", "BudgetError", "CaptureError", "Cost", "Coupling", "Flops", "LikeError", "Moments", "Node",
-    "Parameters", "Params", "Place", "Plan", "PlanError", "Remove", "SelectionError", "Spec", "SpecError",
-    "Statistics", "Units", "Value", "activation_mean", "activation_std", "apoz", "apply", "batchnorm_scale",
-    "check", "combine", "compat", "compose", "concat", "couple", "cross_entropy", "cut", "derivatives", "expand",
-    "fisher", "flatten", "flops", "from_json", "from_torch", "gates", "init", "inline", "layers", "load", "measure",
-    "multihead_attention", "of_weights", "parameters", "partition", "per_layer_l2", "per_layer_max",
-    "per_layer_mean", "prune", "random", "residual", "rule", "save", "second_order", "select", "serial", "signed",
-    "taylor", "taylor_squared", "to_json", "to_torch", "train", "unflatten", "unnormalized", "weight_l1",
-    "weight_l2",
+    "Budget", "BudgetError", "CaptureError", "Cost", "Coupling", "Flops", "Latency", "LikeError", "Measured",
+    "Memory", "Moments", "Node", "Parameters", "Params", "Place", "Plan", "PlanError", "Remove", "SelectionError",
+    "Spec", "SpecError", "Statistics", "Timings", "Units", "Value", "activation_mean", "activation_std", "apoz",
+    "apply", "batchnorm_scale", "check", "combine", "compat", "compose", "concat", "couple", "cross_entropy", "cut",
+    "derivatives", "expand", "fisher", "flatten", "flops", "from_json", "from_torch", "gates", "init", "inline",
+    "layers", "load", "measure", "memory", "multihead_attention", "of_weights", "parameters", "partition",
+    "per_layer_l2", "per_layer_max", "per_layer_mean", "prune", "random", "residual", "rule", "save",
+    "second_order", "select", "serial", "signed", "taylor", "taylor_squared", "to_json", "to_torch", "train",
+    "unflatten", "unnormalized", "weight_l1", "weight_l2",
 ]  # fmt: skip
 __all__ += layers.__all__
 

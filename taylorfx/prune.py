@@ -22,7 +22,7 @@ def prune(
     spec: Spec,
     batch: Batch | Iterable[Batch],
     *,
-    budget: Budget | float | int,
+    budget: Budget | float | int | Sequence[Budget | float | int],
     criterion: Criterion = taylor,
     loss: Loss = cross_entropy,
     moments: bool = False,
@@ -30,14 +30,17 @@ def prune(
     floor: int | Mapping[str, int] = 1,
     most: float | Mapping[str, float] = 1.0,
     multiple: int | Mapping[str, int] = 1,
+    uniform: str | Sequence[str] = (),
     per_layer: bool = False,
+    isomorphic: bool = False,
     exact_only: bool = False,
 ) -> tuple[Params, Spec]:
     """A smaller network that computes what the units it keeps computed: new parameters and a new spec.
 
     Args:
         batch: ``(inputs, targets)``, or an iterable of such.
-        budget: what may remain: ``Flops(0.5)``, ``Parameters(...)``, ``Units(...)``, ``Remove(1)``.
+        budget: what may remain: ``Flops(0.5)``, ``Parameters(...)``, ``Units(...)``, ``Remove(1)``;
+            or several of them.
         criterion: a function of ``(statistics, coupling)``, or of ``(params, coupling)`` if marked by `of_weights`.
 
     The other arguments are those of `measure` and `select`, and so are the errors. Nothing given is changed. To see
@@ -51,6 +54,6 @@ def prune(
         scores = criterion(stats, coupling)  # type: ignore[arg-type]
     plan = select(
         scores, coupling, budget=budget, protect=protect, floor=floor, most=most, multiple=multiple,
-        per_layer=per_layer, exact_only=exact_only,
+        uniform=uniform, per_layer=per_layer, isomorphic=isomorphic, exact_only=exact_only,
     )  # fmt: skip
     return cut(params, plan), plan.spec
