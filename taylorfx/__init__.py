@@ -7,7 +7,7 @@ import typing
 
 from taylorfx import layers, schedule
 from taylorfx.build import concat, inline, multihead_attention, residual, serial
-from taylorfx.cost import Cost, flops, parameters
+from taylorfx.cost import Cost, Timings, flops, memory, parameters
 from taylorfx.coupling import Coupling, Place, couple
 from taylorfx.criteria import (
     activation_mean,
@@ -48,7 +48,19 @@ from taylorfx.oracle import Oracle, oracle
 from taylorfx.plan import Plan, PlanError, compose, cut, expand
 from taylorfx.prune import iterate, prune
 from taylorfx.repair import LeastSquares, Means, Repair, compensate, means, recalibrate, reconstruct
-from taylorfx.selection import Budget, BudgetError, Flops, Parameters, Remove, SelectionError, Units, select
+from taylorfx.selection import (
+    Budget,
+    BudgetError,
+    Flops,
+    Latency,
+    Measured,
+    Memory,
+    Parameters,
+    Remove,
+    SelectionError,
+    Units,
+    select,
+)
 from taylorfx.spec import Node, Spec, SpecError, apply, check, combine, init, partition, train
 from taylorfx.store import from_json, load, save, to_json
 from taylorfx.tree import Params, flatten, unflatten
@@ -59,17 +71,18 @@ if typing.TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "Budget", "BudgetError", "CaptureError", "Cost", "Coupling", "Fidelity", "Flops", "Interval", "LeastSquares",
-    "LikeError", "Means", "Moments", "Node", "Oracle", "Parameters", "Params", "Place", "Plan", "PlanError",
-    "Remove", "Repair", "SelectionError", "Spec", "SpecError", "Statistics", "Units", "Value", "activation_mean",
-    "activation_std", "apoz", "apply", "batchnorm_scale", "check", "combine", "compat", "compensate", "compose",
-    "concat", "couple", "cross_entropy", "curvature", "cut", "derivatives", "exact_second_order", "expand",
-    "expected_change", "fidelity", "fisher", "flatten", "flops", "from_json", "from_torch", "gated_loss", "gates",
-    "gradient", "init", "inline", "iterate", "joint", "layers", "load", "means", "measure", "multihead_attention",
-    "of_weights", "oracle", "parameters", "partition", "path_integral", "per_layer_l2", "per_layer_max",
-    "per_layer_mean", "plan_path_integral", "plan_second_order", "prune", "random", "recalibrate", "reconstruct",
-    "residual", "rule", "save", "schedule", "second_order", "select", "serial", "signed", "taylor",
-    "taylor_squared", "to_json", "to_torch", "train", "unflatten", "unnormalized", "weight_l1", "weight_l2",
+    "Budget", "BudgetError", "CaptureError", "Cost", "Coupling", "Fidelity", "Flops", "Interval", "Latency",
+    "LeastSquares", "LikeError", "Means", "Measured", "Memory", "Moments", "Node", "Oracle", "Parameters", "Params",
+    "Place", "Plan", "PlanError", "Remove", "Repair", "SelectionError", "Spec", "SpecError", "Statistics",
+    "Timings", "Units", "Value", "activation_mean", "activation_std", "apoz", "apply", "batchnorm_scale", "check",
+    "combine", "compat", "compensate", "compose", "concat", "couple", "cross_entropy", "curvature", "cut",
+    "derivatives", "exact_second_order", "expand", "expected_change", "fidelity", "fisher", "flatten", "flops",
+    "from_json", "from_torch", "gated_loss", "gates", "gradient", "init", "inline", "iterate", "joint", "layers",
+    "load", "means", "measure", "memory", "multihead_attention", "of_weights", "oracle", "parameters", "partition",
+    "path_integral", "per_layer_l2", "per_layer_max", "per_layer_mean", "plan_path_integral", "plan_second_order",
+    "prune", "random", "recalibrate", "reconstruct", "residual", "rule", "save", "schedule", "second_order",
+    "select", "serial", "signed", "taylor", "taylor_squared", "to_json", "to_torch", "train", "unflatten",
+    "unnormalized", "weight_l1", "weight_l2",
 ]  # fmt: skip
 __all__ += layers.__all__
 

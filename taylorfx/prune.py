@@ -16,7 +16,7 @@ from taylorfx.gates import measure
 from taylorfx.loss import Batch, Loss, cross_entropy
 from taylorfx.plan import Plan, cut
 from taylorfx.repair import Repair
-from taylorfx.selection import Budget, Remove, Units, select
+from taylorfx.selection import Budget, Budgets, Remove, each_budget, select
 from taylorfx.spec import Spec
 from taylorfx.tree import Params
 
@@ -28,7 +28,7 @@ def prune(
     spec: Spec,
     batch: Batch | Iterable[Batch],
     *,
-    budget: Budget | float | int,
+    budget: Budgets,
     criterion: Criterion = taylor,
     loss: Loss = cross_entropy,
     moments: bool = False,
@@ -36,7 +36,9 @@ def prune(
     floor: int | Mapping[str, int] = 1,
     most: float | Mapping[str, float] = 1.0,
     multiple: int | Mapping[str, int] = 1,
+    uniform: str | Sequence[str] = (),
     per_layer: bool = False,
+    isomorphic: bool = False,
     exact_only: bool = False,
     repair: Repair | None = None,
 ) -> tuple[Params, Spec]:
@@ -44,7 +46,8 @@ def prune(
 
     Args:
         batch: ``(inputs, targets)``, or an iterable of such.
-        budget: what may remain: ``Flops(0.5)``, ``Parameters(...)``, ``Units(...)``, ``Remove(1)``.
+        budget: what may remain: ``Flops(0.5)``, ``Parameters(...)``, ``Units(...)``, ``Remove(1)``;
+            or several of them.
         criterion: a function of ``(statistics, coupling)``, or of ``(params, coupling)`` if marked by `of_weights`.
         repair: what makes up for the cut on the same batches: `reconstruct`, `compensate`.
 
@@ -53,7 +56,8 @@ def prune(
     """
     steps = iterate(
         params, spec, batch, budgets=[budget], criterion=criterion, loss=loss, moments=moments, protect=protect,
-        floor=floor, most=most, multiple=multiple, per_layer=per_layer, exact_only=exact_only, repair=repair,
+        floor=floor, most=most, multiple=multiple, uniform=uniform, per_layer=per_layer, isomorphic=isomorphic,
+        exact_only=exact_only, repair=repair,
     )  # fmt: skip
     params, spec, _ = next(steps)
     return params, spec
@@ -64,7 +68,7 @@ def iterate(
     spec: Spec,
     batches: Batch | Iterable[Batch],
     *,
-    budgets: Iterable[Budget | float | int],
+    budgets: Iterable[Budgets],
     criterion: Criterion = taylor,
     loss: Loss = cross_entropy,
     moments: bool = False,
@@ -95,7 +99,7 @@ def iterate(
     whole: Coupling | None = None
     for budget in budgets:
         coupling = couple(params, spec)
-        whole, asked = (coupling, budget) if whole is None else (whole, _fixed(budget, whole))
+        whole, asked = (coupling, each_budget(budget)) if whole is None else (whole, _fixed(budget, whole))
         if getattr(criterion, "of_weights", False):
             scores: torch.Tensor = criterion(params, coupling)  # type: ignore[arg-type]
         else:
@@ -109,10 +113,13 @@ def iterate(
             yield params, spec, plan  # what `send` returns, so that a `for` loop does not miss the next step
 
 
-def _fixed(budget: Budget | float | int, coupling: Coupling) -> Budget:
-    """The budget as a number: a share of this network."""
-    budget = budget if isinstance(budget, Budget) else Units(budget)
-    if isinstance(budget, Remove) or not isinstance(budget.amount, float):
-        return budget
-    total = budget.cost(coupling)(np.ones(len(coupling), bool))
-    return replace(budget, amount=max(1, math.floor(budget.limit(total))))
+def _fixed(budget: Budgets, coupling: Coupling) -> tuple[Budget, ...]:
+    """The budgets as numbers: their shares are of this network."""
+    everything = np.ones(len(coupling), bool)
+
+    def number(one: Budget) -> Budget:
+        if isinstance(one, Remove) or not isinstance(one.amount, float):
+            return one
+        return replace(one, amount=max(1, math.floor(one.limit(one.cost(coupling)(everything)))))
+
+    return tuple(map(number, each_budget(budget)))
