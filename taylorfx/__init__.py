@@ -29,9 +29,11 @@ from taylorfx.criteria import (
     weight_l1,
     weight_l2,
 )
-from taylorfx.gates import Moments, Statistics, cross_entropy, derivatives, gates, measure
+from taylorfx.fold import fold
+from taylorfx.gates import Moments, Statistics, derivatives, gates, measure
 from taylorfx.joint import expected_change, joint
 from taylorfx.layers import *
+from taylorfx.loss import cross_entropy
 from taylorfx.plan import Plan, PlanError, compose, cut, expand
 from taylorfx.prune import prune
 from taylorfx.selection import Budget, BudgetError, Flops, Parameters, Remove, SelectionError, Units, select
@@ -49,11 +51,11 @@ __all__ = [
     "Parameters", "Params", "Place", "Plan", "PlanError", "Remove", "SelectionError", "Spec", "SpecError",
     "Statistics", "Units", "Value", "activation_mean", "activation_std", "apoz", "apply", "batchnorm_scale",
     "check", "combine", "compat", "compose", "concat", "couple", "cross_entropy", "cut", "derivatives", "expand",
-    "expected_change", "fisher", "flatten", "flops", "from_json", "from_torch", "gates", "init", "inline", "joint",
-    "layers", "load", "measure", "multihead_attention", "of_weights", "parameters", "partition", "per_layer_l2",
-    "per_layer_max", "per_layer_mean", "prune", "random", "residual", "rule", "save", "second_order", "select",
-    "serial", "signed", "taylor", "taylor_squared", "to_json", "to_torch", "train", "unflatten", "unnormalized",
-    "weight_l1", "weight_l2",
+    "expected_change", "fisher", "flatten", "flops", "fold", "from_json", "from_torch", "gates", "init", "inline",
+    "joint", "layers", "load", "measure", "multihead_attention", "of_weights", "parameters", "partition",
+    "per_layer_l2", "per_layer_max", "per_layer_mean", "prune", "random", "residual", "rule", "save",
+    "second_order", "select", "serial", "signed", "taylor", "taylor_squared", "to_json", "to_torch", "train",
+    "unflatten", "unnormalized", "weight_l1", "weight_l2",
 ]  # fmt: skip
 __all__ += layers.__all__
 

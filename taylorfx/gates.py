@@ -22,23 +22,18 @@ import numpy as np
 import optree
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from taylorfx.coupling import Coupling, Place
+from taylorfx.fold import fold as folded
 from taylorfx.layers import ShapeError
-from taylorfx.spec import Inputs, Spec, bind_inputs, check, evaluate
+from taylorfx.loss import Batch, Loss, cross_entropy, each_batch, examples, own, per_example
+from taylorfx.spec import Inputs, Spec, bind_inputs, evaluate
 from taylorfx.tree import Params, flatten
 
-__all__ = ["Batch", "Gates", "Loss", "Moments", "Statistics", "cross_entropy", "derivatives", "gates", "measure"]
+__all__ = ["Gates", "Moments", "Statistics", "derivatives", "gates", "measure"]
 
 Gates = dict[tuple[str, int, int], Tensor]
 """Factors at the reads, by node, input and axis, ready to broadcast."""
-
-Batch = tuple[Inputs, Any]
-"""``(inputs, targets)``."""
-
-Loss = Callable[[Any, Any], Tensor]
-"""``loss(outputs, targets)``, called on every example as a batch of one, so that mean and sum are the same."""
 
 
 def gates(coupling: Coupling, values: Tensor) -> Gates:
@@ -132,36 +127,6 @@ class Statistics:
     __radd__ = __add__
 
 
-def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
-    """``torch.nn.functional.cross_entropy`` of each example, ``(N,)``: what `measure` takes by default.
-
-    Raises:
-        ValueError: if the targets' shape, dtype or device do not fit the outputs, or a target is no class (on the
-            CPU; elsewhere looking would wait for the device).
-    """
-    if not isinstance(outputs, Tensor) or outputs.ndim < 2:
-        found = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise ValueError(f"Cross entropy takes scores of classes, (N, classes, ...); received {found}. Give a loss.")
-    classes, expected = outputs.shape[1], (outputs.shape[0], *outputs.shape[2:])
-    fits = targets.shape == (outputs.shape if targets.is_floating_point() else expected)
-    if not fits or targets.device != outputs.device:
-        raise ValueError(
-            f"Targets are classes of shape {tuple(expected)}, or their probabilities of shape {tuple(outputs.shape)}, "
-            f"on {outputs.device} as the outputs; received {targets.dtype} of shape {tuple(targets.shape)} on "
-            f"{targets.device}."
-        )
-    if not targets.is_floating_point() and targets.device.type == "cpu" and targets.numel():
-        low, high = int(targets.min()), int(targets.max())
-        if (low < 0 and low != -100) or high >= classes:
-            raise ValueError(f"Targets are classes, 0 to {classes - 1}; received {low} to {high}.")
-    return _cross_entropy(outputs, targets)
-
-
-def _cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
-    losses = F.cross_entropy(outputs, targets, reduction="none")
-    return losses if losses.ndim == 1 else losses.flatten(1).mean(1)
-
-
 def measure(
     params: Params,
     spec: Spec,
@@ -174,6 +139,8 @@ def measure(
     at_writes: bool = False,
     training: bool = False,
     generator: torch.Generator | None = None,
+    fold: bool = True,
+    micro_batch: int | None = None,
 ) -> Statistics:
     """Sum the gate derivatives of all examples: one forward and one backward pass per batch, no weight gradients.
 
@@ -186,23 +153,24 @@ def measure(
         at_writes: differentiate where activations are made instead of where they are read (for `compat`).
         training: run the network in training mode (for `compat`). Batch norm then lets examples hear each other, so
             that only sums over a batch mean something.
+        fold: score a private copy of which batch norms are folded (`taylorfx.fold`): the reads and so the derivatives
+            are the same up to rounding, with less time and memory. Not where activations are made, nor in training.
+        micro_batch: run at most so many examples at a time, which bounds the memory; the statistics are the same.
 
-    A network whose layers mix examples (``coupling.mixing``) is measured one example at a time.
+    A network whose layers mix examples (``coupling.mixing``) is measured one example at a time. Derivatives follow
+    the memory format of the inputs: images in ``torch.channels_last`` are often faster.
 
     Raises:
-        ValueError: for no or empty batches, targets that do not match, or losses that are not finite.
+        ValueError: for no or empty batches, targets that do not match, losses that are not finite, or micro-batches
+            in training, where examples hear each other.
     """
+    params, spec = _scored(params, spec, coupling, fold and not (at_writes or training))
     total: Statistics | None = None
     finite: list[Tensor] = []
-    for batch in [batches] if isinstance(batches, tuple) else batches:
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            kind = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__
-            raise ValueError(
-                f"A batch is a pair (inputs, targets), several come in a list; batch {len(finite)} is a {kind}."
-            )
-        losses, summed, mean, found = derivatives(
+    for batch in each_batch(batches):
+        losses, summed, mean, found = _derivatives(
             params, spec, *batch, coupling, loss=loss, moments=moments, at_writes=at_writes, training=training,
-            generator=generator,
+            generator=generator, micro_batch=micro_batch,
         )  # fmt: skip
         finite.append(losses.isfinite().all())
         one = Statistics(
@@ -242,32 +210,64 @@ def derivatives(
     at_writes: bool = False,
     training: bool = False,
     generator: torch.Generator | None = None,
+    fold: bool = True,
+    micro_batch: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Moments | None]:
     """The losses ``(N,)`` and gate derivatives ``(N, units)`` of one batch, summed and averaged over positions.
 
     This is `measure` before it sums over the examples; the arguments are the same.
     """
-    if coupling.spec != spec:
-        raise ValueError(
-            f"Units are those of the network itself; received a coupling of another one, of {len(coupling)} units. "
-            "Couple again: couple(params, spec)."
-        )
-    check(params, spec)
-    count = _examples(inputs, targets, spec)
-    run = partial(
-        _one_pass, params, spec, coupling=coupling, loss=loss, moments=moments, at_writes=at_writes, training=training,
-        generator=generator,
+    params, spec = _scored(params, spec, coupling, fold and not (at_writes or training))
+    return _derivatives(
+        params, spec, inputs, targets, coupling, loss=loss, moments=moments, at_writes=at_writes, training=training,
+        generator=generator, micro_batch=micro_batch,
     )  # fmt: skip
-    shared = any(place.example is None for place in coupling.reads)
-    apart = not training and (coupling.mixing or shared)
-    each, summed, mean, tally = _apart_by_vmap(run, inputs, targets, count) if apart else run(inputs, targets)
-    return each, summed, mean, Moments(*tally) if moments else None
 
 
-def _apart_by_vmap(run: Callable[..., tuple[Tensor, ...]], inputs: Inputs, targets: Any, count: int) -> Any:
+def _scored(params: Params, spec: Spec, coupling: Coupling, fold: bool) -> tuple[Params, Spec]:
+    """The network that is run: the coupling's own, or a folded copy, which has the same reads."""
+    own(params, spec, coupling)
+    return folded(params, spec) if fold else (params, spec)
+
+
+def _derivatives(
+    params: Params,
+    spec: Spec,
+    inputs: Inputs,
+    targets: Any,
+    coupling: Coupling,
+    *,
+    moments: bool,
+    at_writes: bool,
+    training: bool,
+    micro_batch: int | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Moments | None]:
+    count = examples(inputs, targets, spec)
+    if micro_batch is not None and (micro_batch < 1 or training):
+        raise ValueError(
+            f"Micro-batches have one or more examples, and are not for training; received micro_batch={micro_batch}, "
+            f"training={training}."
+        )
+    run: Callable[..., tuple[Tensor, ...]] = partial(
+        _one_pass, params, spec, coupling=coupling, moments=moments, at_writes=at_writes, training=training, **options
+    )
+    shared = any(place.example is None for place in (coupling.writes if at_writes else coupling.reads))
+    if not training and (coupling.mixing or shared):
+        run = partial(_apart_by_vmap, run)
+    whole: Any = (inputs, targets)
+    size = micro_batch or count
+    parts = [run(*optree.tree_map(lambda x: x[k : k + size], whole)) for k in range(0, count, size)]  # noqa: B023
+    *rows, tallies = zip(*parts, strict=True)
+    each, summed, mean = (torch.cat(column) for column in rows)
+    return each, summed, mean, Moments(*sum(tallies)) if moments else None
+
+
+def _apart_by_vmap(run: Callable[..., tuple[Tensor, ...]], inputs: Inputs, targets: Any) -> tuple[Tensor, ...]:
     """Every example as a batch of one: vectorized, or one after the other where an operator cannot be."""
     batch: Any = (inputs, targets)
     lone: Any = optree.tree_map(lambda x: x.unsqueeze(1), batch)
+    count = len(optree.tree_leaves(lone)[0])
     try:
         each, summed, mean, tally = torch.func.vmap(run)(*lone)
     except (RuntimeError, ShapeError):  # if that was not the reason, it comes again
@@ -316,7 +316,7 @@ def _one_pass(
             return x
 
         outputs, _ = evaluate(params, spec, (inputs,), tap=tap, training=training, generator=generator)
-        each = _per_example(loss, outputs, targets)
+        each = per_example(loss, outputs, targets)
         return each, (each.detach(), seen)
 
     pulled: Any = torch.func.vjp(losses, zeros, has_aux=True)
@@ -385,10 +385,10 @@ def _among(gate: Tensor, shape: Sequence[int], axis: int, before: int) -> Tensor
 
 def contract(x: Tensor, y: Tensor, axis: int) -> Tensor:
     """``(x * y)`` summed over all axes but the first and ``axis``: ``(N, size)``."""
-    if x.ndim == 2:
-        return x * y
-    names = "nbcdefghijklm"[: x.ndim]
-    return torch.einsum(f"{names},{names}->n{names[axis]}", x, y)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    product = x.to(wide) * y
+    # As fast in every memory format; einsum would copy all but one, and multiply matrices of one row.
+    return product if x.ndim == 2 else product.sum([k for k in range(1, x.ndim) if k != axis])
 
 
 def _activation(x: Tensor, axis: int) -> Tensor:
@@ -397,30 +397,3 @@ def _activation(x: Tensor, axis: int) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     count = torch.full((x.shape[axis],), x.numel() // x.shape[axis], dtype=wide.dtype, device=x.device)
     return torch.stack([count, wide.sum(rest), wide.square().sum(rest), (wide == 0).to(wide.dtype).sum(rest)])
-
-
-def _per_example(loss: Loss, outputs: Any, targets: Any) -> Tensor:
-    if loss is cross_entropy:
-        vectorized = isinstance(outputs, Tensor) and torch._C._functorch.is_batchedtensor(
-            outputs
-        )  # where no value can be looked at
-        return _cross_entropy(outputs, targets) if vectorized else cross_entropy(outputs, targets)
-
-    def one(output: Any, target: Any) -> Tensor:
-        output, target = (optree.tree_map(lambda x: x[None], tree) for tree in (output, target))
-        value: Any = loss(output, target)
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"A loss is a tensor with one number per example; received {found}. Sum or average it.")
-        return value.sum()
-
-    return torch.func.vmap(one)(outputs, targets)
-
-
-def _examples(inputs: Inputs, targets: Any, spec: Spec) -> int:
-    """The number of examples of a batch, which all its tensors share."""
-    tensors: Sequence[Any] = [*bind_inputs(spec, (inputs,)).values(), *optree.tree_leaves(targets)]
-    sizes = {len(x) for x in tensors if isinstance(x, Tensor) and x.ndim}
-    if len(sizes) != 1 or not min(sizes):
-        raise ValueError(f"A batch has one or more examples, as many inputs as targets; received {sorted(sizes)}.")
-    return sizes.pop()

@@ -8,7 +8,8 @@ import torch
 
 from taylorfx.coupling import couple
 from taylorfx.criteria import Criterion, taylor
-from taylorfx.gates import Batch, Loss, cross_entropy, measure
+from taylorfx.gates import measure
+from taylorfx.loss import Batch, Loss, cross_entropy
 from taylorfx.plan import cut
 from taylorfx.selection import Budget, select
 from taylorfx.spec import Spec

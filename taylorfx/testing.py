@@ -18,8 +18,9 @@ from torch import Tensor
 from taylorfx import layers as L
 from taylorfx.build import concat, inline, multihead_attention, residual, serial
 from taylorfx.coupling import Coupling, couple
-from taylorfx.gates import Batch, derivatives, gates
+from taylorfx.gates import derivatives, gates
 from taylorfx.layers import Input, Layer, Leaves, Shape
+from taylorfx.loss import Batch
 from taylorfx.plan import Plan, cut
 from taylorfx.spec import Node, Spec, apply, init
 from taylorfx.store import from_json, to_json
