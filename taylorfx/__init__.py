@@ -30,17 +30,9 @@ from taylorfx.criteria import (
     weight_l2,
 )
 from taylorfx.fidelity import Fidelity, Interval, fidelity
+from taylorfx.fold import fold
 from taylorfx.forecast import exact_second_order, path_integral, plan_path_integral, plan_second_order
-from taylorfx.gates import (
-    Moments,
-    Statistics,
-    curvature,
-    derivatives,
-    gated_loss,
-    gates,
-    gradient,
-    measure,
-)
+from taylorfx.gates import Moments, Statistics, curvature, derivatives, gated_loss, gates, gradient, measure
 from taylorfx.joint import expected_change, joint
 from taylorfx.layers import *
 from taylorfx.loss import cross_entropy
@@ -77,12 +69,12 @@ __all__ = [
     "Timings", "Units", "Value", "activation_mean", "activation_std", "apoz", "apply", "batchnorm_scale", "check",
     "combine", "compat", "compensate", "compose", "concat", "couple", "cross_entropy", "curvature", "cut",
     "derivatives", "exact_second_order", "expand", "expected_change", "fidelity", "fisher", "flatten", "flops",
-    "from_json", "from_torch", "gated_loss", "gates", "gradient", "init", "inline", "iterate", "joint", "layers",
-    "load", "means", "measure", "memory", "multihead_attention", "of_weights", "oracle", "parameters", "partition",
-    "path_integral", "per_layer_l2", "per_layer_max", "per_layer_mean", "plan_path_integral", "plan_second_order",
-    "prune", "random", "recalibrate", "reconstruct", "residual", "rule", "save", "schedule", "second_order",
-    "select", "serial", "signed", "taylor", "taylor_squared", "to_json", "to_torch", "train", "unflatten",
-    "unnormalized", "weight_l1", "weight_l2",
+    "fold", "from_json", "from_torch", "gated_loss", "gates", "gradient", "init", "inline", "iterate", "joint",
+    "layers", "load", "means", "measure", "memory", "multihead_attention", "of_weights", "oracle", "parameters",
+    "partition", "path_integral", "per_layer_l2", "per_layer_max", "per_layer_mean", "plan_path_integral",
+    "plan_second_order", "prune", "random", "recalibrate", "reconstruct", "residual", "rule", "save", "schedule",
+    "second_order", "select", "serial", "signed", "taylor", "taylor_squared", "to_json", "to_torch", "train",
+    "unflatten", "unnormalized", "weight_l1", "weight_l2",
 ]  # fmt: skip
 __all__ += layers.__all__
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from taylorfx.coupling import Coupling, Place
+from taylorfx.fold import fold as folded
 from taylorfx.layers import ShapeError
 from taylorfx.loss import Batch, Loss, cross_entropy, each_batch, examples, one_by_one, own, per_example
 from taylorfx.spec import Inputs, Spec, apply, bind_inputs, evaluate
@@ -139,6 +140,8 @@ def measure(
     training: bool = False,
     around: Gates | None = None,
     generator: torch.Generator | None = None,
+    fold: bool = True,
+    micro_batch: int | None = None,
 ) -> Statistics:
     """Sum the gate derivatives of all examples: one forward and one backward pass per batch, no weight gradients.
 
@@ -154,18 +157,24 @@ def measure(
         around: gate the deviation from these values at the reads instead of the activation itself, from
             `Means.centers`: ``m_u = 0`` then leaves the mean in the unit's place, and the derivative is ``(a - mean) *
             dL/da``. Reads that are not named are gated as ever.
+        fold: score a private copy of which batch norms are folded (`taylorfx.fold`): the reads and so the derivatives
+            are the same up to rounding, with less time and memory. Not where activations are made, nor in training.
+        micro_batch: run at most so many examples at a time, which bounds the memory; the statistics are the same.
 
-    A network whose layers mix examples (``coupling.mixing``) is measured one example at a time.
+    A network whose layers mix examples (``coupling.mixing``) is measured one example at a time. Derivatives follow
+    the memory format of the inputs: images in ``torch.channels_last`` are often faster.
 
     Raises:
-        ValueError: for no or empty batches, targets that do not match, or losses that are not finite.
+        ValueError: for no or empty batches, targets that do not match, losses that are not finite, or micro-batches
+            in training, where examples hear each other.
     """
+    params, spec = _scored(params, spec, coupling, fold and not (at_writes or training))
     total: Statistics | None = None
     finite: list[Tensor] = []
     for batch in each_batch(batches):
-        losses, summed, mean, found = derivatives(
+        losses, summed, mean, found = _derivatives(
             params, spec, *batch, coupling, loss=loss, moments=moments, at_writes=at_writes, training=training,
-            around=around, generator=generator,
+            around=around or {}, generator=generator, micro_batch=micro_batch,
         )  # fmt: skip
         finite.append(losses.isfinite().all())
         one = Statistics(
@@ -206,25 +215,64 @@ def derivatives(
     training: bool = False,
     around: Gates | None = None,
     generator: torch.Generator | None = None,
+    fold: bool = True,
+    micro_batch: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Moments | None]:
     """The losses ``(N,)`` and gate derivatives ``(N, units)`` of one batch, summed and averaged over positions.
 
     This is `measure` before it sums over the examples; the arguments are the same.
     """
-    own(params, spec, coupling)
-    examples(inputs, targets, spec)
-    run = partial(
-        _one_pass, params, spec, coupling=coupling, loss=loss, moments=moments, at_writes=at_writes, training=training,
-        around=around or {}, generator=generator,
+    params, spec = _scored(params, spec, coupling, fold and not (at_writes or training))
+    return _derivatives(
+        params, spec, inputs, targets, coupling, loss=loss, moments=moments, at_writes=at_writes, training=training,
+        around=around or {}, generator=generator, micro_batch=micro_batch,
     )  # fmt: skip
-    shared = any(place.example is None for place in coupling.reads)
-    apart = not training and (coupling.mixing or shared)
-    each, summed, mean, tally = _apart_by_vmap(run, (inputs, targets), spec) if apart else run(inputs, targets)
-    return each, summed, mean, Moments(*tally) if moments else None
 
 
-def _apart_by_vmap(run: Callable[..., tuple[Tensor, ...]], batch: Any, spec: Spec) -> Any:
+def _scored(params: Params, spec: Spec, coupling: Coupling, fold: bool) -> tuple[Params, Spec]:
+    """The network that is run: the coupling's own, or a folded copy, which has the same reads."""
+    own(params, spec, coupling)
+    return folded(params, spec) if fold else (params, spec)
+
+
+def _derivatives(
+    params: Params,
+    spec: Spec,
+    inputs: Inputs,
+    targets: Any,
+    coupling: Coupling,
+    *,
+    moments: bool,
+    at_writes: bool,
+    training: bool,
+    micro_batch: int | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Moments | None]:
+    count = examples(inputs, targets, spec)
+    if micro_batch is not None and (micro_batch < 1 or training):
+        raise ValueError(
+            f"Micro-batches have one or more examples, and are not for training; received micro_batch={micro_batch}, "
+            f"training={training}."
+        )
+    run: Callable[..., tuple[Tensor, ...]] = partial(
+        _one_pass, params, spec, coupling=coupling, moments=moments, at_writes=at_writes, training=training, **options
+    )
+    shared = any(place.example is None for place in (coupling.writes if at_writes else coupling.reads))
+    if not training and (coupling.mixing or shared):
+        run = partial(_apart_by_vmap, run, spec)
+    whole: Any = (inputs, targets)
+    size = micro_batch or count
+    parts = [run(*optree.tree_map(lambda x: x[k : k + size], whole)) for k in range(0, count, size)]  # noqa: B023
+    *rows, tallies = zip(*parts, strict=True)
+    each, summed, mean = (torch.cat(column) for column in rows)
+    return each, summed, mean, Moments(*sum(tallies)) if moments else None
+
+
+def _apart_by_vmap(
+    run: Callable[..., tuple[Tensor, ...]], spec: Spec, inputs: Inputs, targets: Any
+) -> tuple[Tensor, ...]:
     """Every example as a batch of one: vectorized, or one after the other where an operator cannot be."""
+    batch: Any = (inputs, targets)
     try:
         each, summed, mean, tally = torch.func.vmap(run)(*optree.tree_map(lambda x: x.unsqueeze(1), batch))
     except (RuntimeError, ShapeError):  # if that was not the reason, it comes again
@@ -383,10 +431,10 @@ def _among(gate: Tensor, shape: Sequence[int], axis: int, before: int) -> Tensor
 
 def contract(x: Tensor, y: Tensor, axis: int) -> Tensor:
     """``(x * y)`` summed over all axes but the first and ``axis``: ``(N, size)``."""
-    if x.ndim == 2:
-        return x * y
-    names = "nbcdefghijklm"[: x.ndim]
-    return torch.einsum(f"{names},{names}->n{names[axis]}", x, y)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    product = x.to(wide) * y
+    # As fast in every memory format; einsum would copy all but one, and multiply matrices of one row.
+    return product if x.ndim == 2 else product.sum([k for k in range(1, x.ndim) if k != axis])
 
 
 def _activation(x: Tensor, axis: int) -> Tensor:

@@ -22,7 +22,7 @@ STAGES = (
     {"layers"},
     {"labels"},
     {"spec"},
-    {"build"},
+    {"build", "fold"},
     {"coupling"},
     {"loss"},
     {"gates", "cost"},
