@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -214,8 +214,8 @@ def select(
             its own best. They leave in bundles across the scopes, ordered by their mean score.
         per_layer: rank within each scope instead of across the network, so that all lose about the same share.
         isomorphic: rank only within like structures (Fang et al. 2024, "Isomorphic Pruning for Vision Models",
-            arXiv 2407.04616): scopes that the same kinds of layers write and read at the same places, once or several
-            times. Every such class loses about the same share, and its scopes compete.
+            arXiv 2407.04616): scopes that run along the same axes of the same kinds of layers, once or several times.
+            Every such class loses about the same share, and its scopes compete. With ``per_layer`` each is alone.
         exact_only: keep the units whose removal changes a norm's statistics (``coupling.exact``).
 
     Raises:
@@ -275,13 +275,13 @@ def _quantiles(values: NDArray[np.float64], groups: Labels) -> NDArray[np.float6
 
 def _classes(coupling: Coupling) -> Labels:
     """The class of like structures of every scope."""
-    found: list[Counter[Any]] = [Counter() for _ in coupling.scopes]
-    for what, places in (("reads", coupling.reads), ("writes", coupling.writes)):
-        for place in places:
-            kind = type(coupling.spec[place.node].layer).__name__
-            for scope in np.unique(coupling.scope[place.units[place.units >= 0]]):
-                found[scope][what, kind, place.slot, place.axis] += 1
-    forms = [frozenset((key, count > 1) for key, count in one.items()) for one in found]
+    found: list[Counter[tuple[str, str]]] = [Counter() for _ in coupling.scopes]
+    for node in coupling.spec:
+        for letter, number in coupling.letters[node.name].items():
+            axis = coupling.axes[number]
+            for scope in np.unique(coupling.scope[axis[axis >= 0]]):
+                found[scope][type(node.layer).__name__, letter] += 1
+    forms = [frozenset((place, count > 1) for place, count in one.items()) for one in found]
     numbers = {form: k for k, form in enumerate(dict.fromkeys(forms))}
     return np.array([numbers[form] for form in forms], np.int64)
 
