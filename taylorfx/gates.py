@@ -168,12 +168,12 @@ def measure(
         ValueError: for no or empty batches, targets that do not match, losses that are not finite, or micro-batches
             in training, where examples hear each other.
     """
-    params, spec = _scored(params, spec, coupling, fold and not (at_writes or training))
+    networks = _scored(params, spec, coupling, fold and not (at_writes or training))
     total: Statistics | None = None
     finite: list[Tensor] = []
     for batch in each_batch(batches):
         losses, summed, mean, found = _derivatives(
-            params, spec, *batch, coupling, loss=loss, moments=moments, at_writes=at_writes, training=training,
+            networks, *batch, coupling, loss=loss, moments=moments, at_writes=at_writes, training=training,
             around=around or {}, generator=generator, micro_batch=micro_batch,
         )  # fmt: skip
         finite.append(losses.isfinite().all())
@@ -222,20 +222,28 @@ def derivatives(
 
     This is `measure` before it sums over the examples; the arguments are the same.
     """
-    params, spec = _scored(params, spec, coupling, fold and not (at_writes or training))
-    return _derivatives(
-        params, spec, inputs, targets, coupling, loss=loss, moments=moments, at_writes=at_writes, training=training,
+    networks = _scored(params, spec, coupling, fold and not (at_writes or training))
+    return _derivatives(  # type: ignore[no-any-return]
+        networks, inputs, targets, coupling, loss=loss, moments=moments, at_writes=at_writes, training=training,
         around=around or {}, generator=generator, micro_batch=micro_batch,
     )  # fmt: skip
 
 
-def _scored(params: Params, spec: Spec, coupling: Coupling, fold: bool) -> tuple[Params, Spec]:
-    """The network that is run: the coupling's own, or a folded copy, which has the same reads."""
+def _scored(params: Params, spec: Spec, coupling: Coupling, fold: bool) -> list[tuple[Params, Spec]]:
+    """The network to run: a folded copy, which has the same reads, and then the coupling's own."""
     own(params, spec, coupling)
-    return folded(params, spec) if fold else (params, spec)
+    return [folded(params, spec), (params, spec)] if fold else [(params, spec)]
 
 
-def _derivatives(
+def _derivatives(networks: Sequence[tuple[Params, Spec]], *batch: Any, **options: Any) -> Any:
+    """Those of the first network; what is wrong with its inputs is said in the names of the last."""
+    try:
+        return _of_batch(*networks[0], *batch, **options)
+    except ShapeError:
+        return _of_batch(*networks[-1], *batch, **options)
+
+
+def _of_batch(
     params: Params,
     spec: Spec,
     inputs: Inputs,

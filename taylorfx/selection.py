@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -182,7 +182,7 @@ Budgets = Budget | float | int | Sequence[Budget | float | int]
 
 def each_budget(budget: Budgets) -> tuple[Budget, ...]:
     """The budgets, of which there may be one."""
-    several = budget if isinstance(budget, Sequence) else [budget]
+    several: Sequence[Any] = budget if isinstance(budget, (tuple, list)) else [budget]
     return tuple(one if isinstance(one, Budget) else Units(one) for one in several)
 
 

@@ -130,8 +130,8 @@ LEAST = (
 )
 
 STATISTICS = (
-    "Statistics add up when they are of the same units, with or without moments alike; received {}. Measure both with "
-    "one coupling and the same options."
+    "Statistics add up when they are of the same units, with or without moments and rows alike; received {}. "
+    "Measure both with one coupling and the same options."
 )
 
 N = tfx.Node
@@ -338,12 +338,12 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
     "statistics of different units": (
         lambda: W.stats + W.other_stats,
         ValueError,
-        STATISTICS.format("14 units without moments and 6 units without moments"),
+        STATISTICS.format("14 units and 6 units"),
     ),
     "statistics with and without moments": (
         lambda: sum([W.stats, measure(moments=True)]),
         ValueError,
-        STATISTICS.format("14 units without moments and 14 units with moments"),
+        STATISTICS.format("14 units and 14 units with moments"),
     ),
     "statistics of another coupling": (
         lambda: tfx.second_order(W.stats, W.other_coupling),

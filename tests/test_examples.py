@@ -39,6 +39,7 @@ def module(example: str) -> ModuleType:
     assert found is not None
     assert found.loader is not None
     loaded = importlib.util.module_from_spec(found)
+    sys.modules[example] = loaded  # where its dataclasses look for their types
     found.loader.exec_module(loaded)
     return loaded
 
