@@ -102,7 +102,9 @@ def detection() -> dict[str, Callable[[], Case]]:
         return pictured(build(backbone_name=name, weights=None, **options), name)
 
     return {
-        "mobilenet_v3_large fpn": partial(backbone, "mobilenet_v3_large", mobilenet_backbone, fpn=True, norm_layer=nn.BatchNorm2d),
+        "mobilenet_v3_large fpn": partial(
+            backbone, "mobilenet_v3_large", mobilenet_backbone, fpn=True, norm_layer=nn.BatchNorm2d
+        ),
         "resnet18 fpn": partial(backbone, "resnet18", resnet_fpn_backbone),
         "resnet50 fpn": partial(backbone, "resnet50", resnet_fpn_backbone),
         **{name: partial(make, name) for name in ordered(models, models.detection)},
