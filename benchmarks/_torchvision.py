@@ -91,7 +91,7 @@ def segmentation() -> dict[str, Callable[[], Case]]:
 
 
 def detection() -> dict[str, Callable[[], Case]]:
-    """All builders of detection models, as `Dense`, and backbones with frozen batch norms."""
+    """All builders of detection models, as `Dense`, and backbones; those of ResNet have frozen batch norms."""
     models = library()
     from torchvision.models.detection.backbone_utils import mobilenet_backbone, resnet_fpn_backbone
 
@@ -102,7 +102,9 @@ def detection() -> dict[str, Callable[[], Case]]:
         return pictured(build(backbone_name=name, weights=None, **options), name)
 
     return {
-        "mobilenet_v3_large fpn": partial(backbone, "mobilenet_v3_large", mobilenet_backbone, fpn=True),
+        "mobilenet_v3_large fpn": partial(
+            backbone, "mobilenet_v3_large", mobilenet_backbone, fpn=True, norm_layer=nn.BatchNorm2d
+        ),
         "resnet18 fpn": partial(backbone, "resnet18", resnet_fpn_backbone),
         "resnet50 fpn": partial(backbone, "resnet50", resnet_fpn_backbone),
         **{name: partial(make, name) for name in ordered(models, models.detection)},
