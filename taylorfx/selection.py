@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -212,10 +212,8 @@ def select(
         BudgetError: if the budget cannot be met; the message names the nearest that can.
         SelectionError: for scores that are not finite or globs that match nothing.
     """
-    budgets = tuple(
-        one if isinstance(one, Budget) else Units(one)
-        for one in (budget if isinstance(budget, (tuple, list)) else [budget])
-    )
+    given: Any = budget if isinstance(budget, (tuple, list)) else (budget,)
+    budgets = [one if isinstance(one, Budget) else Units(one) for one in given]
     values = _finite(scores, coupling)
     if per_layer or isomorphic:
         values = _quantiles(values, coupling.scope if per_layer else _classes(coupling)[coupling.scope])
