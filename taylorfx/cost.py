@@ -257,8 +257,8 @@ class Timings:
             except (RuntimeError, IndexError, TypeError) as error:
                 problem = problem or error
         raise ShapeError(
-            f"A layer is timed on random numbers, zeros that count, or true masks; {layer} runs on none of them, of shape "
-            f"{', '.join(map(str, shapes))}. Put its time into the table, or override `measure`."
+            f"A layer is timed on random numbers, zeros that count, or true masks; {layer} runs on none of them, of "
+            f"shape {', '.join(map(str, shapes))}. Put its time into the table, or override `measure`."
         ) from problem
 
     def _wait(self) -> None:
