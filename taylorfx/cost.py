@@ -23,7 +23,7 @@ from torch import Tensor
 from taylorfx import axes as language
 from taylorfx.coupling import Coupling
 from taylorfx.labels import EXAMPLE, Labeled, Labels, Ties, shape_of
-from taylorfx.layers import Input, Layer, Shape
+from taylorfx.layers import Input, Layer, Shape, ShapeError
 from taylorfx.spec import Node, Spec, propagate
 
 __all__ = ["Cost", "Timings", "flops", "memory", "parameters"]
@@ -256,7 +256,10 @@ class Timings:
                 return list(inputs)
             except (RuntimeError, IndexError, TypeError) as error:
                 problem = problem or error
-        raise RuntimeError(f"{layer} could not be timed on inputs of shape {', '.join(map(str, shapes))}.") from problem
+        raise ShapeError(
+            f"A layer is timed on random numbers, zeros that count, or true masks; {layer} runs on none of them, of "
+            f"shape {', '.join(map(str, shapes))}. Put its time into the table, or override `measure`."
+        ) from problem
 
     def _wait(self) -> None:
         """Until the device has done what it was given."""
@@ -276,7 +279,8 @@ def _interpolate(value: Callable[[tuple[int, ...]], float], grids: Sequence[Labe
         return value(tuple(int(grid[k]) for grid, k in zip(grids, corner, strict=True)))
 
     total = last = here()
-    for fraction, axis in sorted(((-f, k) for k, f in enumerate(fractions) if f > 0)):
-        corner[axis] += 1
-        total, last = total - fraction * (here() - last), here()
+    for axis in sorted(range(len(grids)), key=fractions.__getitem__, reverse=True):
+        if fractions[axis] > 0:
+            corner[axis] += 1
+            total, last = total + fractions[axis] * (here() - last), here()
     return total

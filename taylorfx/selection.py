@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -214,8 +213,8 @@ def select(
             its own best. They leave in bundles across the scopes, ordered by their mean score.
         per_layer: rank within each scope instead of across the network, so that all lose about the same share.
         isomorphic: rank only within like structures (Fang et al. 2024, "Isomorphic Pruning for Vision Models",
-            arXiv 2407.04616): scopes that run along the same axes of the same kinds of layers, once or several times.
-            Every such class loses about the same share, and its scopes compete. With ``per_layer`` each is alone.
+            arXiv 2407.04616): scopes that run along the same axes of the same kinds of layers. Every such class loses
+            about the same share, and its scopes compete. With ``per_layer`` each scope is alone.
         exact_only: keep the units whose removal changes a norm's statistics (``coupling.exact``).
 
     Raises:
@@ -275,13 +274,13 @@ def _quantiles(values: NDArray[np.float64], groups: Labels) -> NDArray[np.float6
 
 def _classes(coupling: Coupling) -> Labels:
     """The class of like structures of every scope."""
-    found: list[Counter[tuple[str, str]]] = [Counter() for _ in coupling.scopes]
+    found: list[set[tuple[str, str]]] = [set() for _ in coupling.scopes]
     for node in coupling.spec:
         for letter, number in coupling.letters[node.name].items():
             axis = coupling.axes[number]
             for scope in np.unique(coupling.scope[axis[axis >= 0]]):
-                found[scope][type(node.layer).__name__, letter] += 1
-    forms = [frozenset((place, count > 1) for place, count in one.items()) for one in found]
+                found[scope].add((type(node.layer).__name__, letter))
+    forms = [frozenset(places) for places in found]
     numbers = {form: k for k, form in enumerate(dict.fromkeys(forms))}
     return np.array([numbers[form] for form in forms], np.int64)
 

@@ -308,6 +308,22 @@ def test_uniform_units_leave_by_their_mean():
     assert np.flatnonzero(~order).tolist() == [0, 6, 11]
 
 
+def test_what_holds_one_of_the_uniform_scopes_holds_all():
+    net = tower(4, 4)
+    scores = torch.arange(14.0)
+    keep = tfx.select(scores, net.coupling, budget=9, uniform="block*", protect="block1.up").keep
+    assert np.flatnonzero(~keep).tolist() == [0, 1, 2, 3, 4]
+    keep = tfx.select(scores, net.coupling, budget=5, uniform="block*", floor={"block0.up": 2}).keep
+    assert np.flatnonzero(keep).tolist() == [5, 8, 9, 12, 13]
+    with pytest.raises(tfx.BudgetError, match="no less than 9"):
+        tfx.select(scores, net.coupling, budget=tfx.Units(8), uniform="block*", protect="block1.up")
+
+
+def test_a_layer_that_runs_on_nothing_says_so():
+    with pytest.raises(tfx.layers.ShapeError, match=r"Linear.* runs on none of them, of shape \(2, 3\)"):
+        tfx.Timings().look_up(tfx.Linear(4, 5), [(2, 3)])
+
+
 def distinct(coupling):
     return len({*_classes(coupling).tolist()}) == len(coupling.scopes)
 
