@@ -32,7 +32,7 @@ from taylorfx.criteria import (
 from taylorfx.fidelity import Fidelity, Interval, fidelity
 from taylorfx.fold import fold
 from taylorfx.forecast import exact_second_order, path_integral, plan_path_integral, plan_second_order
-from taylorfx.gates import Moments, Statistics, curvature, derivatives, gated_loss, gates, gradient, measure
+from taylorfx.gates import curvature, derivatives, gated_loss, gates, gradient, measure
 from taylorfx.joint import expected_change, joint
 from taylorfx.layers import *
 from taylorfx.loss import cross_entropy
@@ -54,6 +54,7 @@ from taylorfx.selection import (
     select,
 )
 from taylorfx.spec import Node, Spec, SpecError, apply, check, combine, init, partition, train
+from taylorfx.statistics import Moments, Statistics
 from taylorfx.store import from_json, load, save, to_json
 from taylorfx.tree import Params, flatten, unflatten
 

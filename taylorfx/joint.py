@@ -26,9 +26,9 @@ from torch import Tensor
 
 from taylorfx.cost import Cost
 from taylorfx.coupling import Coupling
-from taylorfx.gates import Statistics
 from taylorfx.plan import Plan
 from taylorfx.selection import Budget, BudgetError, Budgets, SelectionError, Units, each_budget, select
+from taylorfx.statistics import Statistics
 
 __all__ = ["expected_change", "joint"]
 

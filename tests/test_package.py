@@ -18,7 +18,7 @@ ROOT = Path(tfx.__file__).parent
 
 # The pipeline: a module imports from earlier stages only.
 STAGES = (
-    {"tree", "axes", "text"},
+    {"tree", "axes", "text", "statistics"},
     {"layers"},
     {"labels"},
     {"spec"},

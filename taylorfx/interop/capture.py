@@ -162,7 +162,9 @@ def _causes(module: nn.Module, example: tuple[Any, ...], error: Exception) -> st
     except Exception:  # the first cause is known already
         lines.clear()
     if not lines:
-        return f"torch.export cannot capture {type(module).__name__}: {error}"
+        said = [line for line in str(error).splitlines() if line.strip()]
+        more = f"\n  (and {len(said) - 12} lines more: see __cause__)" if len(said) > 12 else ""
+        return f"torch.export cannot capture {type(module).__name__}: " + "\n  ".join(said[:12]) + more
     listed = "\n  ".join(dict.fromkeys(lines))
     return f"torch.export cannot capture {type(module).__name__}; all that it found:\n  {listed}"
 
