@@ -24,7 +24,7 @@ format: $(VENV)/dev.stamp
 quickstart: $(VENV)/examples.stamp  ## train, prune, fine-tune and draw docs/quickstart.png
 	$(BIN)/python examples/quickstart.py
 
-bench: $(VENV)/bench.stamp  ## every benchmark, one after the other
+bench: $(VENV)/dev.stamp  ## every benchmark, one after the other
 	set -e; for file in benchmarks/[!_]*.py; do echo "== $$file"; $(BIN)/python $$file; done
 
 clean:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
-
-Case = tuple[nn.Module, dict[str, torch.Tensor]]
+from _proof import Case
+from _torchvision import library
 
 
 def cases() -> dict[str, Callable[[], Case]]:
     """By name, what makes a module and its keyword arguments."""
+    if importlib.util.find_spec("torchvision"):
+        library()  # transformers imports it where it is installed
     import transformers as t
 
-    tokens = torch.arange(14).reshape(2, 7) % 50 + 1
-    image = torch.linspace(-1, 1, 2 * 3 * 32 * 32, dtype=torch.float64).reshape(2, 3, 32, 32).sin()
-    sound = torch.linspace(-1, 1, 2 * 8 * 20, dtype=torch.float64).reshape(2, 8, 20).sin()
+    tokens = torch.arange(21).reshape(3, 7) % 50 + 1
+    image = torch.linspace(-1, 1, 3 * 3 * 32 * 32, dtype=torch.float64).reshape(3, 3, 32, 32).sin()
+    sound = torch.linspace(-1, 1, 3 * 8 * 20, dtype=torch.float64).reshape(3, 8, 20).sin()
     sizes: dict[str, Any] = {
         "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24,
     }  # fmt: skip

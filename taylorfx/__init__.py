@@ -5,9 +5,9 @@ params, spec = tfx.prune(params, spec, batch, budget=tfx.Flops(0.5))
 
 import typing
 
-from taylorfx import layers
+from taylorfx import layers, schedule
 from taylorfx.build import concat, inline, multihead_attention, residual, serial
-from taylorfx.cost import Cost, flops, parameters
+from taylorfx.cost import Cost, Timings, flops, memory, parameters
 from taylorfx.coupling import Coupling, Place, couple
 from taylorfx.criteria import (
     activation_mean,
@@ -29,15 +29,32 @@ from taylorfx.criteria import (
     weight_l1,
     weight_l2,
 )
+from taylorfx.fidelity import Fidelity, Interval, fidelity
 from taylorfx.fold import fold
-from taylorfx.gates import Moments, Statistics, derivatives, gates, measure
+from taylorfx.forecast import exact_second_order, path_integral, plan_path_integral, plan_second_order
+from taylorfx.gates import curvature, derivatives, gated_loss, gates, gradient, measure
 from taylorfx.joint import expected_change, joint
 from taylorfx.layers import *
 from taylorfx.loss import cross_entropy
+from taylorfx.oracle import Oracle, oracle
 from taylorfx.plan import Plan, PlanError, compose, cut, expand
-from taylorfx.prune import prune
-from taylorfx.selection import Budget, BudgetError, Flops, Parameters, Remove, SelectionError, Units, select
+from taylorfx.prune import iterate, prune
+from taylorfx.repair import LeastSquares, Means, Repair, compensate, means, recalibrate, reconstruct
+from taylorfx.selection import (
+    Budget,
+    BudgetError,
+    Flops,
+    Latency,
+    Measured,
+    Memory,
+    Parameters,
+    Remove,
+    SelectionError,
+    Units,
+    select,
+)
 from taylorfx.spec import Node, Spec, SpecError, apply, check, combine, init, partition, train
+from taylorfx.statistics import Moments, Statistics
 from taylorfx.store import from_json, load, save, to_json
 from taylorfx.tree import Params, flatten, unflatten
 
@@ -47,13 +64,16 @@ if typing.TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "Budget", "BudgetError", "CaptureError", "Cost", "Coupling", "Flops", "LikeError", "Moments", "Node",
-    "Parameters", "Params", "Place", "Plan", "PlanError", "Remove", "SelectionError", "Spec", "SpecError",
-    "Statistics", "Units", "Value", "activation_mean", "activation_std", "apoz", "apply", "batchnorm_scale",
-    "check", "combine", "compat", "compose", "concat", "couple", "cross_entropy", "cut", "derivatives", "expand",
-    "expected_change", "fisher", "flatten", "flops", "fold", "from_json", "from_torch", "gates", "init", "inline",
-    "joint", "layers", "load", "measure", "multihead_attention", "of_weights", "parameters", "partition",
-    "per_layer_l2", "per_layer_max", "per_layer_mean", "prune", "random", "residual", "rule", "save",
+    "Budget", "BudgetError", "CaptureError", "Cost", "Coupling", "Fidelity", "Flops", "Interval", "Latency",
+    "LeastSquares", "LikeError", "Means", "Measured", "Memory", "Moments", "Node", "Oracle", "Parameters", "Params",
+    "Place", "Plan", "PlanError", "Remove", "Repair", "SelectionError", "Spec", "SpecError", "Statistics",
+    "Timings", "Units", "Value", "activation_mean", "activation_std", "apoz", "apply", "batchnorm_scale", "check",
+    "combine", "compat", "compensate", "compose", "concat", "couple", "cross_entropy", "curvature", "cut",
+    "derivatives", "exact_second_order", "expand", "expected_change", "fidelity", "fisher", "flatten", "flops",
+    "fold", "from_json", "from_torch", "gated_loss", "gates", "gradient", "init", "inline", "iterate", "joint",
+    "layers", "load", "means", "measure", "memory", "multihead_attention", "of_weights", "oracle", "parameters",
+    "partition", "path_integral", "per_layer_l2", "per_layer_max", "per_layer_mean", "plan_path_integral",
+    "plan_second_order", "prune", "random", "recalibrate", "reconstruct", "residual", "rule", "save", "schedule",
     "second_order", "select", "serial", "signed", "taylor", "taylor_squared", "to_json", "to_torch", "train",
     "unflatten", "unnormalized", "weight_l1", "weight_l2",
 ]  # fmt: skip

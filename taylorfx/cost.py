@@ -1,14 +1,19 @@
-"""What a network costs: parameters and FLOPs, in closed form in what is kept.
+"""What a network costs: parameters and FLOPs in closed form in what is kept, peak memory, measured latency.
 
-Every cost is a sum of products of axis lengths, read from the axis signatures: a parameter's size is the product of its
-axes, a layer's FLOPs are two per multiply-add, as ``torch.utils.flop_counter`` counts (matrix products, convolutions).
+The closed forms are sums of products of axis lengths, read from the axis signatures: a parameter's size is the product
+of its axes, a layer's FLOPs are two per multiply-add, as ``torch.utils.flop_counter`` counts (matrix products,
+convolutions). Peak memory follows from the shapes and the order of evaluation. Latency is measured layer by layer on a
+coarse grid of widths and interpolated in between.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 import torch
@@ -17,9 +22,13 @@ from torch import Tensor
 
 from taylorfx import axes as language
 from taylorfx.coupling import Coupling
-from taylorfx.labels import Labels
+from taylorfx.labels import EXAMPLE, Labeled, Labels, Ties, shape_of
+from taylorfx.layers import Input, Layer, Shape, ShapeError
+from taylorfx.spec import Node, Spec, propagate
 
-__all__ = ["Cost", "flops", "parameters"]
+__all__ = ["Cost", "Timings", "flops", "memory", "parameters"]
+
+Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -35,26 +44,28 @@ class Cost:
     axes: Labels
     """``(terms, degree)``: the axes whose lengths multiply, by number; the number of axes stands for the length 1."""
 
-    def __call__(self, keep: NDArray[np.bool_]) -> int:
+    def __call__(self, keep: Mask) -> int:
         lengths = np.append(self.coupling.counts(keep), 1)
         return int((self.factors * lengths[self.axes].prod(1)).sum())
 
-    def marginal(self, keep: NDArray[np.bool_] | None = None) -> Tensor:
-        """What leaves with each unit, to first order, from the whole network or from what a mask keeps of it.
+    def marginal(self, keep: Mask | None = None) -> Tensor:
+        """What leaves with each unit, to first order: ``(units,)``, in float64.
 
-        ``(units,)``, in float64. A score divided by it is worth per cost:
-        ``taylor(stats, coupling) / flops(coupling).marginal()``.
+        A score divided by it is worth per cost: ``taylor(stats, coupling) / flops(coupling).marginal()``.
+
+        Args:
+            keep: the units that the network still has, ``(units,)``; by default all. The others save nothing any more.
         """
         coupling = self.coupling
-        keep = np.ones(len(coupling), bool) if keep is None else keep
-        lengths = np.append(coupling.counts(keep), 1).astype(np.float64)
+        alive = coupling.alive(np.ones(len(coupling), bool) if keep is None else keep)
+        lengths = np.array([*(mask.sum() for mask in alive), 1], np.float64)
         slopes = np.zeros(len(lengths))  # how the cost grows with the length of each axis
         for column in range(self.axes.shape[1]):
             rest = np.delete(self.axes, column, 1)
             np.add.at(slopes, self.axes[:, column], self.factors * lengths[rest].prod(1))
         saved = np.zeros(len(coupling) + 1)
-        for axis, slope in zip(coupling.axes, slopes, strict=False):
-            saved += slope * np.bincount(axis.ravel() % len(saved), minlength=len(saved))
+        for axis, mask, slope in zip(coupling.axes, alive, slopes, strict=False):
+            saved += slope * np.bincount(axis[:, mask].ravel() % len(saved), minlength=len(saved))
         return torch.from_numpy(saved[:-1])
 
     @property
@@ -71,7 +82,10 @@ def parameters(coupling: Coupling) -> Cost:
 
 
 def flops(coupling: Coupling) -> Cost:
-    """Floating-point operations for one example: two per multiply-add of every convolution and matrix product."""
+    """Floating-point operations for one example: two per multiply-add of every convolution and matrix product.
+
+    Layers without a signature, kept as they were captured, count nothing.
+    """
     terms: list[tuple[int, Sequence[int]]] = []
     for node in coupling.spec:
         bound, numbers = coupling.bounds[node.name], coupling.letters[node.name]
@@ -91,3 +105,182 @@ def _cost(coupling: Coupling, terms: Sequence[tuple[int, Sequence[int]]]) -> Cos
         np.array([factor for factor, _ in terms], np.int64),
         np.array(table, np.int64).reshape(len(terms), degree),
     )
+
+
+def memory(spec: Spec) -> int:
+    """The peak of the activations: the most elements that are alive at once while one example is evaluated.
+
+    A value lives from the node that makes it until the last one that hears it; inputs live from the start, and what the
+    network gives out until the end. Each counts by its size, views like copies; free-standing parameters are not
+    activations. What a layer needs within itself (the scores of an attention) is not seen.
+
+    Raises:
+        ShapeError: if the shape of an input is not declared (``spec.at(shape)``).
+    """
+    bounds = propagate(spec, Ties(labeled=False))
+    sizes = {node.name: 0 if node.layer.leaf else math.prod(shape_of(bounds[node.name].output)) for node in spec}
+    peak = live = sum(sizes[node.name] for node in spec.inputs)
+    for node, _, done in spec._steps:  # type: ignore[attr-defined]
+        live += 0 if isinstance(node.layer, Input) else sizes[node.name]
+        peak = max(peak, live)
+        live -= sum(sizes[name] for name in done)
+    return peak
+
+
+@dataclass(frozen=True, eq=False)
+class Timings:
+    """How long layers take on this machine, in microseconds of inference: a table that fills as it is asked.
+
+    Every layer is timed alone on random tensors, once for each of its shapes, so that networks and plans share what
+    was measured. ``timings(spec)`` is the sum over a network. A budget asks for thousands of widths: `over` measures
+    on a coarse grid of widths and interpolates. What surrounds the layers, and what a compiler would fuse, is not
+    seen; for such a number give `Measured` a function of your own.
+
+    Attributes:
+        batch: the number of examples.
+        points: how many widths of an axis are on the grid of `over`, from the narrowest to the whole one.
+        repeats: the median of so many runs counts, after one that does not.
+        device, dtype: of the tensors.
+        table: microseconds by layer and input shapes. It is filled in place.
+    """
+
+    batch: int = 1
+    points: int = 5
+    repeats: int = 5
+    device: torch.device | str = "cpu"
+    dtype: torch.dtype = torch.float32
+    table: dict[tuple[Layer, tuple[Shape, ...]], float] = field(default_factory=dict)
+
+    def __call__(self, spec: Spec) -> float:
+        """The sum over the layers of a network, each measured at its own shapes (once).
+
+        Raises:
+            ShapeError: if the shape of an input is not declared (``spec.at(shape)``).
+        """
+        bounds = propagate(spec, Ties(labeled=False))
+        nodes = [node for node in spec if not isinstance(node.layer, Input)]
+        return sum(self.look_up(n.layer, [self._shape(bounds[x].output) for x in n.inputs]) for n in nodes)
+
+    def look_up(self, layer: Layer, shapes: Sequence[Shape]) -> float:
+        """Microseconds of one layer on inputs of these shapes (of a whole batch), measured if nobody asked before."""
+        key = layer, tuple(shapes)
+        if key not in self.table:
+            self.table[key] = self.measure(layer, shapes)
+        return self.table[key]
+
+    def measure(self, layer: Layer, shapes: Sequence[Shape]) -> float:
+        """Run a layer on random tensors: the median in microseconds. Override it to measure in another way."""
+        generator = torch.Generator().manual_seed(0)
+        leaves = {leaf: self._to(tensor) for leaf, tensor in layer.init(generator).items()}
+        with torch.no_grad():
+            inputs = self._inputs(layer, leaves, shapes, generator)
+            seconds: list[float] = []
+            for _ in range(self.repeats):
+                self._wait()
+                start = time.perf_counter()
+                layer.apply(leaves, *inputs)
+                self._wait()
+                seconds.append(time.perf_counter() - start)
+        return 1e6 * float(np.median(seconds))
+
+    def over(self, coupling: Coupling) -> Callable[[Mask], float]:
+        """The latency of what a mask of units keeps, interpolated over the widths of every layer.
+
+        It is ``timings(plan.spec)`` wherever all widths are on the grid. In between it is linear on the simplices of
+        the grid (Kuhn 1960), which takes one corner more than a layer has axes, and never falls with a width if the
+        measurements do not.
+        """
+        nodes = [self._node(coupling, node) for node in coupling.spec if not isinstance(node.layer, Input)]
+
+        def cost(keep: Mask) -> float:
+            lengths = coupling.counts(keep)
+            return sum(node(lengths) for node in nodes)
+
+        return cost
+
+    def _node(self, coupling: Coupling, node: Node) -> Callable[[Labels], float]:
+        """One node's latency as a function of the lengths of the coupling's axes."""
+        bound = coupling.bounds[node.name]
+        moving = {x: k for x, k in coupling.letters[node.name].items() if (coupling.axes[k] >= 0).any()}
+        numbers = sorted(set(moving.values()))
+        grids = [self.grid(coupling.axes[k]) for k in numbers]
+        full = [self._shape(coupling.bounds[x].output) for x in node.inputs]
+
+        @cache
+        def at(widths: tuple[int, ...]) -> float:
+            if not numbers:
+                return self.look_up(node.layer, full)
+            lengths = dict(zip(numbers, widths, strict=True))
+            sizes = {**bound.sizes, **{x: lengths[k] for x, k in moving.items()}}
+            text = node.layer.signature(*bound.inputs) or ""
+            patterns = language.expand(text, tuple(map(len, bound.inputs))).inputs
+            shapes = [
+                tuple(
+                    language.size(axis, sizes) * (n // one) for axis, one, n in zip(pattern, given, whole, strict=True)
+                )
+                for pattern, given, whole in zip(patterns, bound.inputs, full, strict=False)
+            ]
+            return self.look_up(node.layer.resize(sizes, *bound.inputs), shapes)
+
+        return lambda lengths: _interpolate(at, grids, lengths[numbers])
+
+    def grid(self, axis: Labels) -> Labels:
+        """The widths at which an axis of a coupling, ``(factors, size)``, is measured."""
+        least = max(1, int((axis < 0).all(0).sum()))
+        return np.unique(np.linspace(least, axis.shape[1], self.points).round().astype(np.int64))
+
+    def _shape(self, axes: Sequence[Labeled]) -> Shape:
+        """The shape of a tensor for the whole batch."""
+        examples = [any(factor.labels is EXAMPLE for factor in axis) for axis in axes]
+        return tuple(n * (self.batch if many else 1) for n, many in zip(shape_of(axes), examples, strict=True))
+
+    def _to(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
+
+    def _inputs(
+        self, layer: Layer, leaves: dict[str, Tensor], shapes: Sequence[Shape], generator: torch.Generator
+    ) -> list[Tensor]:
+        """Random numbers; where the layer does not take those, zeros that count or true masks. It has run with them."""
+        choices = [
+            [
+                self._to(torch.randn(shape, generator=generator)),
+                torch.zeros(shape, dtype=torch.int64, device=self.device),
+                torch.ones(shape, dtype=torch.bool, device=self.device),
+            ]
+            for shape in shapes
+        ]
+        problem: Exception | None = None
+        for inputs in itertools.product(*choices):
+            try:
+                layer.apply(leaves, *inputs)
+                return list(inputs)
+            except (RuntimeError, IndexError, TypeError) as error:
+                problem = problem or error
+        raise ShapeError(
+            f"A layer is timed on random numbers, zeros that count, or true masks; {layer} runs on none of them, of "
+            f"shape {', '.join(map(str, shapes))}. Put its time into the table, or override `measure`."
+        ) from problem
+
+    def _wait(self) -> None:
+        """Until the device has done what it was given."""
+        if torch.device(self.device).type != "cpu":
+            torch.accelerator.synchronize()
+
+
+def _interpolate(value: Callable[[tuple[int, ...]], float], grids: Sequence[Labels], point: Labels) -> float:
+    """From the grid's corner below the point, one axis after the other up, that with the largest fraction first."""
+    corner = [max(int(np.searchsorted(grid, x, "right")) - 1, 0) for grid, x in zip(grids, point, strict=True)]
+    fractions = [
+        (x - grid[k]) / (grid[k + 1] - grid[k]) if k + 1 < len(grid) else 0.0
+        for grid, k, x in zip(grids, corner, point.tolist(), strict=True)
+    ]
+
+    def here() -> float:
+        return value(tuple(int(grid[k]) for grid, k in zip(grids, corner, strict=True)))
+
+    total = last = here()
+    for axis in sorted(range(len(grids)), key=fractions.__getitem__, reverse=True):
+        if fractions[axis] > 0:
+            corner[axis] += 1
+            total, last = total + fractions[axis] * (here() - last), here()
+    return total

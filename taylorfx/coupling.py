@@ -164,13 +164,15 @@ class _Solver:
         ties = self.ties
         self.classes = _connect(ties.count, ties.equal)
         x, a, b = (np.concatenate([np.zeros(0, np.int64), *column]) for column in _columns(ties.products, 3))
+        batch = np.repeat(np.arange(len(ties.products)), [len(x) for x, _, _ in ties.products])
         while True:
             # A class with two products: their factors are tied. A class that is its own factor: all one.
             cx, ca, cb = self.classes[x], self.classes[a], self.classes[b]
             order = np.argsort(cx, kind="stable")
-            same = order[1:][cx[order][1:] == cx[order][:-1]], order[:-1][cx[order][1:] == cx[order][:-1]]
+            one, other = order[1:], order[:-1]
+            same = (cx[one] == cx[other]) & ((ca[one] != ca[other]) | (cb[one] != cb[other]))
             loop = (ca == cx) | (cb == cx)
-            new = [(ca[same[0]], ca[same[1]]), (cb[same[0]], cb[same[1]]), (cx[loop], ca[loop]), (cx[loop], cb[loop])]
+            new = [(cx[loop], ca[loop]), (cx[loop], cb[loop]), *_matched(ca, cb, batch, one[same], other[same])]
             new = [(p[p != q], q[p != q]) for p, q in new]
             if not any(len(p) for p, _ in new):
                 # Factors may still lead back to their product over several steps: tie such a cycle, too.
@@ -178,7 +180,8 @@ class _Solver:
                 if not new:
                     break
             self.classes = _connect(int(self.classes.max(initial=-1)) + 1, new)[self.classes]
-        self.product = {int(p): (int(q), int(r)) for p, q, r in zip(cx, ca, cb, strict=True) if p != q}
+        proper = cx != ca
+        self.products = cx[proper], ca[proper], cb[proper]
 
     def _cycles(self, x: Labels, a: Labels, b: Labels) -> list[tuple[Labels, Labels]]:
         if not len(x):
@@ -195,24 +198,17 @@ class _Solver:
     def _expand(self) -> None:
         """The units of every class: itself, or those of its factors."""
         count = int(self.classes.max(initial=-1)) + 1
-        factors: dict[int, tuple[int, ...]] = {}
-
-        def of(c: int) -> tuple[int, ...]:
-            if c not in self.product:
-                return (c,)
-            if c not in factors:
-                a, b = self.product[c]
-                factors[c] = tuple(dict.fromkeys(of(a) + of(b)))
-            return factors[c]
-
-        for c in self.product:
-            of(c)
-        depth = max((len(f) for f in factors.values()), default=1)
-        self.factors = np.full((depth, count + 1), -1)  # the last column is that of label -1
+        x, a, b = self.products
+        one, other = np.full((2, count + 1), -1)  # the two factors of every class; the last is that of label -1
+        one[x], other[x] = a, b
+        products = np.flatnonzero(one >= 0)
+        rows = products[None]
+        while (further := one[rows] >= 0).any():
+            both = np.where(further, one[rows], rows), np.where(further, other[rows], -1)
+            rows = _compact(np.stack(both, 1).reshape(2 * len(rows), -1))
+        self.factors = np.full((len(rows), count + 1), -1)
         self.factors[0, :count] = np.arange(count)
-        for c, found in factors.items():
-            self.factors[: len(found), c] = found
-            self.factors[len(found) :, c] = -1
+        self.factors[:, products] = rows
         self.label_class = np.append(self.classes, count)
 
     def coupling(self) -> Coupling:
@@ -225,7 +221,6 @@ class _Solver:
         origin, scopes = self._origins(count)
         held, reasons = self._frozen(count, origin, scopes)
         plain = self.factors[0, :-1] == np.arange(count - 1)
-        plain[list(self.product)] = False
         units = np.flatnonzero(plain & ~held[:-1] & (origin[:-1] >= 0))
         units = units[np.argsort(origin[units], kind="stable")]
         number = np.full(count, -1)
@@ -321,6 +316,35 @@ class _Solver:
                 shape = bound.inputs[site.slot] if site.slot >= 0 else shape_of(bound.output)
                 places.append(Place(site.node, site.slot, site.axis, shape, units, site.example))
         return tuple(places)
+
+
+def _compact(rows: Labels) -> Labels:
+    """The different entries of every column, in their order, and then -1."""
+    for k in range(1, len(rows)):
+        rows[k, (rows[:k] == rows[k]).any(0)] = -1
+    rows = np.take_along_axis(rows, np.argsort(rows < 0, 0, kind="stable"), 0)
+    return rows[(rows >= 0).any(1)]
+
+
+def _matched(a: Labels, b: Labels, batch: Labels, one: Labels, other: Labels) -> list[tuple[Labels, Labels]]:
+    """Ties between the factors of products that are the same: in their order or crosswise, what joins fewer of them.
+
+    A channel shuffle lays out groups and channels in the other order. All products of a layer go the same way.
+    """
+    ties: list[tuple[Labels, Labels]] = []
+    _, group = np.unique(batch[one] * (batch.max(initial=0) + 1) + batch[other], return_inverse=True)
+    for g in range(group.max(initial=-1) + 1):
+        i, j = one[group == g], other[group == g]
+        straight, crosswise = [(a[i], a[j]), (b[i], b[j])], [(a[i], b[j]), (b[i], a[j])]
+        ties += straight if _parts(straight) >= _parts(crosswise) else crosswise
+    return ties
+
+
+def _parts(pairs: Sequence[tuple[Labels, Labels]]) -> int:
+    """Into how many parts the labels of some ties fall."""
+    labels = np.unique(np.concatenate([column for pair in pairs for column in pair]))
+    local = [(np.searchsorted(labels, p), np.searchsorted(labels, q)) for p, q in pairs]
+    return int(_connect(len(labels), local).max()) + 1
 
 
 def _connect(count: int, pairs: Sequence[tuple[Labels, Labels]]) -> Labels:

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from taylorfx import axes as language
 from taylorfx.coupling import Coupling
-from taylorfx.gates import Moments, Statistics
 from taylorfx.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from taylorfx.spec import check
+from taylorfx.statistics import Moments, Statistics
 from taylorfx.tree import Params, flatten
 
 __all__ = [

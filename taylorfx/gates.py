@@ -14,7 +14,6 @@ Weights are not differentiated: one ``torch.func.vjp`` runs over the activations
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -26,11 +25,12 @@ from torch import Tensor
 from taylorfx.coupling import Coupling, Place
 from taylorfx.fold import fold as folded
 from taylorfx.layers import ShapeError
-from taylorfx.loss import Batch, Loss, cross_entropy, each_batch, examples, own, per_example
-from taylorfx.spec import Inputs, Spec, bind_inputs, evaluate
+from taylorfx.loss import Batch, Loss, cross_entropy, each_batch, examples, one_by_one, own, per_example
+from taylorfx.spec import Inputs, Spec, apply, bind_inputs, evaluate
+from taylorfx.statistics import Moments, Statistics
 from taylorfx.tree import Params, flatten
 
-__all__ = ["Gates", "Moments", "Statistics", "derivatives", "gates", "measure"]
+__all__ = ["Gates", "curvature", "derivatives", "gated_loss", "gates", "gradient", "measure"]
 
 Gates = dict[tuple[str, int, int], Tensor]
 """Factors at the reads, by node, input and axis, ready to broadcast."""
@@ -63,70 +63,6 @@ def gates(coupling: Coupling, values: Tensor) -> Gates:
     return result
 
 
-@dataclass(frozen=True)
-class Moments:
-    """Sums over the activations that are read, per unit: how many, their sum, their squares, how many are zero."""
-
-    count: Tensor
-    sum: Tensor
-    sum_sq: Tensor
-    zeros: Tensor
-
-    def __add__(self, other: Moments) -> Moments:
-        return Moments(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """Additive sums of per-example gate derivatives ``g``: batches, processes and machines are all one ``+``.
-
-    Attributes:
-        n: the number of examples.
-        batches: the number of batches.
-        loss: the sum of the examples' losses.
-        sum, sum_abs, sum_sq: ``(units,)``, of ``g``, ``|g|`` and ``g^2`` over the examples.
-        sum_abs_mean: of ``|g|`` where each read is averaged over its positions (the paper's eq. 8 to the letter).
-        sum_batch_abs, sum_batch_sq: over batches, of the absolute sum and of the squared mean of a batch's ``g``.
-        moments: of the activations at the reads, if asked for.
-        rows: ``(n, units)``, every example's ``g``, if asked for: the factor of the Gram matrix ``E[g g']``.
-        units: the units' names, by which statistics tell whether they are of the same coupling.
-    """
-
-    n: int
-    batches: int
-    loss: Tensor
-    sum: Tensor
-    sum_abs: Tensor
-    sum_sq: Tensor
-    sum_abs_mean: Tensor
-    sum_batch_abs: Tensor
-    sum_batch_sq: Tensor
-    moments: Moments | None = None
-    rows: Tensor | None = None
-    units: tuple[str, ...] = ()
-
-    def __add__(self, other: Statistics | int) -> Statistics:
-        if isinstance(other, int) and other == 0:  # the start of Python's sum()
-            return self
-        if not isinstance(other, Statistics):
-            return NotImplemented
-        kinds = [
-            f"{len(x.sum)} units{' with moments' * (x.moments is not None)}{' with rows' * (x.rows is not None)}"
-            for x in (self, other)
-        ]
-        if self.units != other.units or kinds[0] != kinds[1]:
-            raise ValueError(
-                "Statistics add up when they are of the same units, with or without moments and rows alike; "
-                f"received {' and '.join(kinds)}. Measure both with one coupling and the same options."
-            )
-        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self) if f.name != "units"}
-        sums: dict[str, Any] = {name: None if a is None else a + b for name, (a, b) in pairs.items() if name != "rows"}
-        rows = None if self.rows is None or other.rows is None else torch.cat([self.rows, other.rows])
-        return replace(self, **sums, rows=rows)
-
-    __radd__ = __add__
-
-
 def measure(
     params: Params,
     spec: Spec,
@@ -138,6 +74,7 @@ def measure(
     rows: bool = False,
     at_writes: bool = False,
     training: bool = False,
+    around: Gates | None = None,
     generator: torch.Generator | None = None,
     fold: bool = True,
     micro_batch: int | None = None,
@@ -153,6 +90,9 @@ def measure(
         at_writes: differentiate where activations are made instead of where they are read (for `compat`).
         training: run the network in training mode (for `compat`). Batch norm then lets examples hear each other, so
             that only sums over a batch mean something.
+        around: gate the deviation from these values at the reads instead of the activation itself, from
+            `Means.centers`: ``m_u = 0`` then leaves the mean in the unit's place, and the derivative is ``(a - mean) *
+            dL/da``. Reads that are not named are gated as ever.
         fold: score a private copy of which batch norms are folded (`taylorfx.fold`): the reads and so the derivatives
             are the same up to rounding, with less time and memory. Not where activations are made, nor in training.
         micro_batch: run at most so many examples at a time, which bounds the memory; the statistics are the same.
@@ -164,13 +104,13 @@ def measure(
         ValueError: for no or empty batches, targets that do not match, losses that are not finite, or micro-batches
             in training, where examples hear each other.
     """
-    params, spec = _scored(params, spec, coupling, fold and not (at_writes or training))
+    networks = _scored(params, spec, coupling, fold and not (at_writes or training))
     total: Statistics | None = None
     finite: list[Tensor] = []
     for batch in each_batch(batches):
         losses, summed, mean, found = _derivatives(
-            params, spec, *batch, coupling, loss=loss, moments=moments, at_writes=at_writes, training=training,
-            generator=generator, micro_batch=micro_batch,
+            networks, *batch, coupling, loss=loss, moments=moments, at_writes=at_writes, training=training,
+            around=around or {}, generator=generator, micro_batch=micro_batch,
         )  # fmt: skip
         finite.append(losses.isfinite().all())
         one = Statistics(
@@ -209,6 +149,7 @@ def derivatives(
     moments: bool = False,
     at_writes: bool = False,
     training: bool = False,
+    around: Gates | None = None,
     generator: torch.Generator | None = None,
     fold: bool = True,
     micro_batch: int | None = None,
@@ -217,20 +158,28 @@ def derivatives(
 
     This is `measure` before it sums over the examples; the arguments are the same.
     """
-    params, spec = _scored(params, spec, coupling, fold and not (at_writes or training))
-    return _derivatives(
-        params, spec, inputs, targets, coupling, loss=loss, moments=moments, at_writes=at_writes, training=training,
-        generator=generator, micro_batch=micro_batch,
+    networks = _scored(params, spec, coupling, fold and not (at_writes or training))
+    return _derivatives(  # type: ignore[no-any-return]
+        networks, inputs, targets, coupling, loss=loss, moments=moments, at_writes=at_writes, training=training,
+        around=around or {}, generator=generator, micro_batch=micro_batch,
     )  # fmt: skip
 
 
-def _scored(params: Params, spec: Spec, coupling: Coupling, fold: bool) -> tuple[Params, Spec]:
-    """The network that is run: the coupling's own, or a folded copy, which has the same reads."""
+def _scored(params: Params, spec: Spec, coupling: Coupling, fold: bool) -> list[tuple[Params, Spec]]:
+    """The network to run: a folded copy, which has the same reads, and then the coupling's own."""
     own(params, spec, coupling)
-    return folded(params, spec) if fold else (params, spec)
+    return [folded(params, spec), (params, spec)] if fold else [(params, spec)]
 
 
-def _derivatives(
+def _derivatives(networks: Sequence[tuple[Params, Spec]], *batch: Any, **options: Any) -> Any:
+    """Those of the first network; what is wrong with its inputs is said in the names of the last."""
+    try:
+        return _of_batch(*networks[0], *batch, **options)
+    except ShapeError:
+        return _of_batch(*networks[-1], *batch, **options)
+
+
+def _of_batch(
     params: Params,
     spec: Spec,
     inputs: Inputs,
@@ -254,7 +203,7 @@ def _derivatives(
     )
     shared = any(place.example is None for place in (coupling.writes if at_writes else coupling.reads))
     if not training and (coupling.mixing or shared):
-        run = partial(_apart_by_vmap, run)
+        run = partial(_apart_by_vmap, run, spec)
     whole: Any = (inputs, targets)
     size = micro_batch or count
     parts = [run(*optree.tree_map(lambda x: x[k : k + size], whole)) for k in range(0, count, size)]  # noqa: B023
@@ -263,15 +212,15 @@ def _derivatives(
     return each, summed, mean, Moments(*sum(tallies)) if moments else None
 
 
-def _apart_by_vmap(run: Callable[..., tuple[Tensor, ...]], inputs: Inputs, targets: Any) -> tuple[Tensor, ...]:
+def _apart_by_vmap(
+    run: Callable[..., tuple[Tensor, ...]], spec: Spec, inputs: Inputs, targets: Any
+) -> tuple[Tensor, ...]:
     """Every example as a batch of one: vectorized, or one after the other where an operator cannot be."""
     batch: Any = (inputs, targets)
-    lone: Any = optree.tree_map(lambda x: x.unsqueeze(1), batch)
-    count = len(optree.tree_leaves(lone)[0])
     try:
-        each, summed, mean, tally = torch.func.vmap(run)(*lone)
+        each, summed, mean, tally = torch.func.vmap(run)(*optree.tree_map(lambda x: x.unsqueeze(1), batch))
     except (RuntimeError, ShapeError):  # if that was not the reason, it comes again
-        rows = [run(*optree.tree_map(lambda x: x[k], lone)) for k in range(count)]  # noqa: B023
+        rows = [run(*one) for one in one_by_one(batch, spec)]
         each, summed, mean, tally = (torch.stack(column) for column in zip(*rows, strict=True))
     return each.squeeze(1), summed.squeeze(1), mean.squeeze(1), tally.sum(0)
 
@@ -287,6 +236,7 @@ def _one_pass(
     moments: bool,
     at_writes: bool,
     training: bool,
+    around: Gates,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     values = bind_inputs(spec, (inputs,))
@@ -312,7 +262,7 @@ def _one_pass(
                 if moments:
                     alone = x.detach()[None] if example is None else _apart(x.detach(), count, *example)
                     seen[key] = _activation(alone, axis + 1)
-                x = _Tap.apply(x, taps[key], axis, example)  # type: ignore[no-untyped-call]
+                x = _Tap.apply(x, taps[key], axis, example, around.get(place.key))  # type: ignore[no-untyped-call]
             return x
 
         outputs, _ = evaluate(params, spec, (inputs,), tap=tap, training=training, generator=generator)
@@ -338,17 +288,56 @@ def _one_pass(
     return found, total(columns, count), mean, tally
 
 
+def gated_loss(
+    params: Params, spec: Spec, inputs: Inputs, targets: Any, coupling: Coupling, values: Tensor,
+    *, loss: Loss = cross_entropy,
+) -> Tensor:  # fmt: skip
+    """The loss as a function of the gates: ``(N,)``, of every example, at gates ``(units,)`` or ``(N, units)``."""
+    return per_example(loss, apply(params, spec, inputs, gates=gates(coupling, values)), targets)
+
+
+def gradient(
+    params: Params, spec: Spec, inputs: Inputs, targets: Any, coupling: Coupling, values: Tensor,
+    *, loss: Loss = cross_entropy,
+) -> Tensor:  # fmt: skip
+    """Derivatives by the gates at any ``values`` of them; `derivatives` has those at one, with less memory.
+
+    Returns:
+        In the shape of the values: at ``(units,)`` those of the sum of the examples' losses, at ``(N, units)`` each
+        example's own.
+    """
+    pulled: Any = torch.func.vjp(partial(gated_loss, params, spec, inputs, targets, coupling, loss=loss), values)
+    each, pull = pulled
+    (grad,) = pull(torch.ones_like(each))
+    return torch.as_tensor(grad)
+
+
+def curvature(
+    params: Params, spec: Spec, inputs: Inputs, targets: Any, coupling: Coupling, values: Tensor, direction: Tensor,
+    *, loss: Loss = cross_entropy,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The `gradient` at ``values`` and its change along ``direction``, ``H v`` with the Hessian by the gates.
+
+    All are ``(units,)``, of the sum of the examples' losses. Forward over reverse (Pearlmutter 1994, "Fast exact
+    multiplication by the Hessian"): some four forward passes, and the Hessian itself never exists.
+    """
+    slope = partial(gradient, params, spec, inputs, targets, coupling, loss=loss)
+    with torch.enable_grad():  # without it some backward passes are fused, and then cannot be differentiated
+        moved: Any = torch.func.jvp(slope, (values,), (direction,))
+    return moved[0], moved[1]
+
+
 class _Tap(torch.autograd.Function):
     """Identity whose second argument, ``(N, size)``, receives ``a * dL/da`` summed over all axes but one, per example.
 
-    It keeps only its input, which the layer that reads it keeps anyway. ``example`` is none where a tensor does not
-    depend on the example, of which there is then one.
+    Given a ``center``, it is ``(a - center) * dL/da``. Kept is only the input, which the layer that reads it keeps
+    anyway. ``example`` is none where a tensor does not depend on the example, of which there is then one.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, gate: Tensor, axis: int, example: tuple[int, int] | None) -> Tensor:
+    def forward(x: Tensor, gate: Tensor, axis: int, example: tuple[int, int] | None, center: Tensor | None) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
@@ -359,14 +348,15 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        (x,), (grad,), (axis, example) = ctx.saved_tensors, grads, ctx.where
+        (x,), (grad,), (axis, example, center) = ctx.saved_tensors, grads, ctx.where
+        x = x if center is None else x - center.to(x)
         if example is None:
             gate = contract(x[None], grad[None], axis + 1)
         elif example == (0, 1) and len(x) == ctx.count:
             gate = contract(x, grad, axis)
         else:
             gate = contract(_apart(x, ctx.count, *example), _apart(grad, ctx.count, *example), axis + 1)
-        return grad, gate.to(ctx.dtype), None, None
+        return grad, gate.to(ctx.dtype), None, None, None
 
 
 def _apart(x: Tensor, count: int, axis: int, before: int) -> Tensor:
@@ -394,7 +384,7 @@ def contract(x: Tensor, y: Tensor, axis: int) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     rest = [k for k in range(1, x.ndim) if k != axis]
     some = max(1, _CACHED * len(x) // x.numel()) if x.device.type == "cpu" else len(x)
-    parts = [(a.to(wide) * b).sum(rest) for a, b in zip(x.split(some), y.split(some), strict=True)]
+    parts = [(a.to(wide) * b).sum(rest) for a, b in zip(torch.split(x, some), torch.split(y, some), strict=True)]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 

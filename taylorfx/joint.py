@@ -16,6 +16,7 @@ has it (budgets, floors, multiples, globs), and at the end units of one scope ch
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,9 @@ from torch import Tensor
 
 from taylorfx.cost import Cost
 from taylorfx.coupling import Coupling
-from taylorfx.gates import Statistics
 from taylorfx.plan import Plan
-from taylorfx.selection import Budget, BudgetError, SelectionError, Units, select
+from taylorfx.selection import Budget, BudgetError, Budgets, SelectionError, Units, each_budget, select
+from taylorfx.statistics import Statistics
 
 __all__ = ["expected_change", "joint"]
 
@@ -38,7 +39,7 @@ def joint(
     stats: Statistics,
     coupling: Coupling,
     *,
-    budget: Budget | float | int,
+    budget: Budgets,
     rounds: int = 64,
     per_cost: bool = True,
     swaps: bool = True,
@@ -47,39 +48,38 @@ def joint(
     """Decide which units stay by what their removal costs together.
 
     Args:
-        stats: from ``measure(..., rows=True)``; ``(N, units)`` derivatives are all that is held, and copies of one
-            scope's columns.
-        budget: what may remain; a plain number means `Units`.
+        stats: from ``measure(..., rows=True)``; no more than a few copies of these ``(N, units)`` numbers are held.
+        budget: what may remain, one or several; a plain number means `Units`.
         rounds: in how many steps the budget is reached, each with the losses that the units removed so far make; more
             are better and slower. Time is ``rounds * N * units``.
-        per_cost: rank by the change of the loss per FLOP or parameter that leaves with a unit, where the budget counts
-            those.
+        per_cost: rank by the change of the loss per FLOP or parameter that leaves with a unit, where the (first)
+            budget counts those.
         swaps: at the end, let a unit that left and one of its scope that stayed change places, as long as that lowers
-            the forecast.
+            the forecast (of the best few on either side, and a few hundred times for each scope).
         constraints: those of `select`.
 
     Raises:
         SelectionError: if the statistics have no rows or are of other units; and what `select` raises.
     """
     rows = _rows(stats, coupling)
-    budget = budget if isinstance(budget, Budget) else Units(budget)
     if rounds < 1:
         raise SelectionError(f"Joint selection takes at least one round; received {rounds}.")
-    cost = budget.cost(coupling)
+    budgets = each_budget(budget)
+    costs = [one.cost(coupling) for one in budgets]
     keep = np.ones(len(coupling), bool)
-    total = cost(keep)
-    limit = budget.limit(total)
+    totals = [cost(keep) for cost in costs]
     mean, half = rows.mean(0, dtype=torch.float64), 0.5 * rows.square().mean(0, dtype=torch.float64)
-    plan = select(half - mean, coupling, budget=budget, **constraints)  # an error names the budget that was asked for
+    plan = select(half - mean, coupling, budget=budgets, **constraints)  # an error names the budget that was asked for
     for step in range(1, rounds + 1):
         scores = _cross(rows, ~keep) + half - mean
-        if per_cost and isinstance(cost, Cost):
-            saving = cost.marginal(keep)
+        if per_cost and isinstance(costs[0], Cost):
+            saving = costs[0].marginal(keep)
             scores = scores / saving.clamp(min=1e-9 * float(saving.max().clamp(min=1)))
         lowest = scores.min()
         scores[torch.from_numpy(~keep)] = lowest - 1 - lowest.abs()  # what has left stays away
         try:
-            asked = budget if step == rounds else _between(budget, total, limit, step / rounds)
+            share = step / rounds
+            asked = budgets if share == 1 else [_between(b, n, share) for b, n in zip(budgets, totals, strict=True)]
             plan = select(scores, coupling, budget=asked, **constraints)
         except BudgetError:  # on the way, where multiples cannot be met exactly
             if step == rounds:
@@ -89,7 +89,9 @@ def joint(
     if swaps:
         free = coupling.exact if constraints.get("exact_only") else np.ones(len(coupling), bool)
         better = _swap(rows, coupling, plan.keep.copy(), mean, half, free)
-        if cost(better) <= max(limit, cost(plan.keep)) and coupling.counts(better).all():
+        limits = [max(one.limit(n), cost(plan.keep)) for one, n, cost in zip(budgets, totals, costs, strict=True)]
+        fits = all(cost(better) <= limit for cost, limit in zip(costs, limits, strict=True))
+        if fits and coupling.counts(better).all():
             plan = Plan(coupling, better, plan.asked)
     return plan
 
@@ -121,35 +123,46 @@ def _cross(rows: Tensor, gone: Mask) -> Tensor:
     return ((rows @ away) @ rows / len(rows)).to(torch.float64)
 
 
-def _between(budget: Budget, total: float, limit: float, share: float) -> Budget:
+def _between(budget: Budget, total: float, share: float) -> Budget:
     """The budget when this share of the way is done."""
+    limit = budget.limit(total)
     if isinstance(budget, Units):
         return Units(max(1, round(total - share * (total - limit))))
-    part = 1 - share * (1 - limit / total)
-    return type(budget)(min(1.0, part))
+    return replace(budget, amount=min(1.0, 1 - share * (1 - limit / total)))
+
+
+CANDIDATES = 64
+"""How many units on either side are looked at for an exchange: those that lower the forecast most by themselves."""
+
+EXCHANGES = 256
+"""How often units of one scope change places at most."""
 
 
 def _swap(rows: Tensor, coupling: Coupling, keep: Mask, mean: Tensor, half: Tensor, free: Mask) -> Mask:
     """Exchange units within their scopes while that lowers ``J``."""
-    away = torch.from_numpy(~keep).to(rows.dtype)
-    gone = rows @ away  # s
+    gone = rows @ torch.from_numpy(~keep).to(rows.dtype)  # s
     for number in range(len(coupling.scopes)):
         members = np.flatnonzero((coupling.scope == number) & free)
         columns = rows[:, torch.from_numpy(members)]
-        gram = columns.T @ columns / len(rows)
-        for _ in range(2 * len(members)):
-            stays = torch.from_numpy(keep[members])
-            if stays.all() or not stays.any():
-                break
+        for _ in range(EXCHANGES):
             cross = (gone @ columns / len(rows)).to(torch.float64)
             leave = half[members] - mean[members] + cross  # what a unit that stays would add
             come = half[members] + mean[members] - cross  # and one that has left would take back
-            change = leave[stays][:, None] + come[~stays][None] - gram[stays][:, ~stays]
-            best = int(change.argmin())
-            if change.flatten()[best] >= -1e-12:
+            one, other = _lowest(leave, keep[members]), _lowest(come, ~keep[members])
+            if not len(one) or not len(other):
                 break
-            out = np.flatnonzero(stays.numpy())[best // change.shape[1]]
-            back = np.flatnonzero(~stays.numpy())[best % change.shape[1]]
+            gram = columns[:, one].T @ columns[:, other] / len(rows)
+            change = leave[one][:, None] + come[other] - gram
+            best = divmod(int(change.argmin()), len(other))
+            if change[best] >= -1e-12:
+                break
+            out, back = one[best[0]], other[best[1]]
             keep[members[[out, back]]] = False, True
             gone = gone + columns[:, out] - columns[:, back]
     return keep
+
+
+def _lowest(values: Tensor, among: Mask) -> Tensor:
+    """Where the lowest of these values are."""
+    places = torch.from_numpy(np.flatnonzero(among))
+    return places[values[places].argsort()[:CANDIDATES]]

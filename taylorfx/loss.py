@@ -7,7 +7,7 @@ targets, and its mean or sum over a batch are taken afterwards.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import optree
 import torch
@@ -18,7 +18,7 @@ from taylorfx.coupling import Coupling
 from taylorfx.spec import Inputs, Spec, bind_inputs, check
 from taylorfx.tree import Params
 
-__all__ = ["Batch", "Loss", "cross_entropy", "each_batch", "examples", "own", "per_example"]
+__all__ = ["Batch", "Loss", "cross_entropy", "each_batch", "examples", "one_by_one", "own", "per_example"]
 
 Batch = tuple[Inputs, Any]
 """``(inputs, targets)``."""
@@ -45,14 +45,11 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
             f"on {outputs.device} as the outputs; received {targets.dtype} of shape {tuple(targets.shape)} on "
             f"{targets.device}."
         )
-    if not targets.is_floating_point() and targets.device.type == "cpu" and targets.numel():
+    visible = targets.device.type == "cpu" and not torch._C._functorch.is_batchedtensor(targets)
+    if not targets.is_floating_point() and visible and targets.numel():
         low, high = int(targets.min()), int(targets.max())
         if (low < 0 and low != -100) or high >= classes:
             raise ValueError(f"Targets are classes, 0 to {classes - 1}; received {low} to {high}.")
-    return _cross_entropy(outputs, targets)
-
-
-def _cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     losses = F.cross_entropy(outputs, targets, reduction="none")
     return losses if losses.ndim == 1 else losses.flatten(1).mean(1)
 
@@ -60,10 +57,7 @@ def _cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
 def per_example(loss: Loss, outputs: Any, targets: Any) -> Tensor:
     """The loss of every example, ``(N,)``."""
     if loss is cross_entropy:
-        vectorized = isinstance(outputs, Tensor) and torch._C._functorch.is_batchedtensor(
-            outputs
-        )  # where no value can be looked at
-        return _cross_entropy(outputs, targets) if vectorized else cross_entropy(outputs, targets)
+        return cross_entropy(outputs, targets)
 
     def one(output: Any, target: Any) -> Tensor:
         output, target = (optree.tree_map(lambda x: x[None], tree) for tree in (output, target))
@@ -83,6 +77,12 @@ def examples(inputs: Inputs, targets: Any, spec: Spec) -> int:
     if len(sizes) != 1 or not min(sizes):
         raise ValueError(f"A batch has one or more examples, as many inputs as targets; received {sorted(sizes)}.")
     return sizes.pop()
+
+
+def one_by_one(batch: Batch, spec: Spec) -> list[Batch]:
+    """The examples of a batch as batches of one."""
+    count, whole = examples(*batch, spec), cast(Any, batch)
+    return [cast(Batch, optree.tree_map(lambda x, k=k: x[k : k + 1], whole)) for k in range(count)]
 
 
 def each_batch(batches: Batch | Iterable[Batch]) -> Iterator[Batch]:

@@ -81,7 +81,7 @@ class Plan:
     @cached_property
     def indices(self) -> Mapping[str, Indices]:
         """The indices that stay, for every axis of every parameter."""
-        kept = [None if mask.all() else torch.from_numpy(np.flatnonzero(mask)) for mask in self._alive]
+        kept = [None if mask.all() else torch.from_numpy(np.flatnonzero(mask)) for mask in self.alive]
         return {path: tuple(kept[number] for number in axes) for path, axes in self.coupling.parameters.items()}
 
     @cached_property
@@ -96,12 +96,13 @@ class Plan:
         return gates(self.coupling, torch.from_numpy(self.keep.astype(np.float32)))
 
     @cached_property
-    def _alive(self) -> list[NDArray[np.bool_]]:
+    def alive(self) -> list[NDArray[np.bool_]]:
+        """For every axis of the coupling, which of its indices stay."""
         return self.coupling.alive(self.keep)
 
     def _resize(self, node: Node) -> Node:
         bound = self.coupling.bounds[node.name]
-        letters = {x: self._alive[number] for x, number in self.coupling.letters[node.name].items()}
+        letters = {x: self.alive[number] for x, number in self.coupling.letters[node.name].items()}
         if all(mask.all() for mask in letters.values()):
             return node
         sizes = {**bound.sizes, **{x: int(mask.sum()) for x, mask in letters.items()}}

@@ -1,21 +1,26 @@
-"""The sentence in one word: couple, measure, select, cut."""
+"""The sentence in one word: couple, measure, select, cut; at once by `prune`, in steps by `iterate`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import torch
 
-from taylorfx.coupling import couple
+from taylorfx.coupling import Coupling, couple
 from taylorfx.criteria import Criterion, taylor
 from taylorfx.gates import measure
 from taylorfx.loss import Batch, Loss, cross_entropy
-from taylorfx.plan import cut
-from taylorfx.selection import Budget, select
+from taylorfx.plan import Plan, cut
+from taylorfx.repair import Repair
+from taylorfx.selection import Budget, Budgets, Remove, each_budget, select
 from taylorfx.spec import Spec
 from taylorfx.tree import Params
 
-__all__ = ["prune"]
+__all__ = ["iterate", "prune"]
 
 
 def prune(
@@ -23,7 +28,7 @@ def prune(
     spec: Spec,
     batch: Batch | Iterable[Batch],
     *,
-    budget: Budget | float | int,
+    budget: Budgets,
     criterion: Criterion = taylor,
     loss: Loss = cross_entropy,
     moments: bool = False,
@@ -31,27 +36,90 @@ def prune(
     floor: int | Mapping[str, int] = 1,
     most: float | Mapping[str, float] = 1.0,
     multiple: int | Mapping[str, int] = 1,
+    uniform: str | Sequence[str] = (),
     per_layer: bool = False,
+    isomorphic: bool = False,
     exact_only: bool = False,
+    repair: Repair | None = None,
 ) -> tuple[Params, Spec]:
     """A smaller network that computes what the units it keeps computed: new parameters and a new spec.
 
     Args:
         batch: ``(inputs, targets)``, or an iterable of such.
-        budget: what may remain: ``Flops(0.5)``, ``Parameters(...)``, ``Units(...)``, ``Remove(1)``.
+        budget: what may remain: ``Flops(0.5)``, ``Parameters(...)``, ``Units(...)``, ``Remove(1)``;
+            or several of them.
         criterion: a function of ``(statistics, coupling)``, or of ``(params, coupling)`` if marked by `of_weights`.
+        repair: what makes up for the cut on the same batches: `reconstruct`, `compensate`.
 
     The other arguments are those of `measure` and `select`, and so are the errors. Nothing given is changed. To see
     what is going to happen, or to cut momentum along, write the sentence out.
     """
-    coupling = couple(params, spec)
-    if getattr(criterion, "of_weights", False):
-        scores: torch.Tensor = criterion(params, coupling)  # type: ignore[arg-type]
-    else:
-        stats = measure(params, spec, batch, coupling, loss=loss, moments=moments)
-        scores = criterion(stats, coupling)  # type: ignore[arg-type]
-    plan = select(
-        scores, coupling, budget=budget, protect=protect, floor=floor, most=most, multiple=multiple,
-        per_layer=per_layer, exact_only=exact_only,
+    steps = iterate(
+        params, spec, batch, budgets=[budget], criterion=criterion, loss=loss, moments=moments, protect=protect,
+        floor=floor, most=most, multiple=multiple, uniform=uniform, per_layer=per_layer, isomorphic=isomorphic,
+        exact_only=exact_only, repair=repair,
     )  # fmt: skip
-    return cut(params, plan), plan.spec
+    params, spec, _ = next(steps)
+    return params, spec
+
+
+def iterate(
+    params: Params,
+    spec: Spec,
+    batches: Batch | Iterable[Batch],
+    *,
+    budgets: Iterable[Budgets],
+    criterion: Criterion = taylor,
+    loss: Loss = cross_entropy,
+    moments: bool = False,
+    repair: Repair | None = None,
+    **constraints: Any,
+) -> Generator[tuple[Params, Spec, Plan], Params | None, None]:
+    """Prune in steps, with training in between: score and cut for each budget, and hand out what is left.
+
+    Every step gives ``(params, spec, plan)``: the smaller network, and the plan that led to it from the one before, by
+    which momentum and averages are cut along. ``send`` takes the parameters back after training; what is not sent back
+    goes on as it was handed out. ::
+
+        steps = tfx.iterate(params, spec, batches, budgets=tfx.schedule.cubic(tfx.Flops(0.2), 7))
+        for params, spec, plan in steps:
+            momentum = tfx.cut(momentum, plan)
+            params, momentum = train(params, momentum, spec)
+            steps.send(params)
+
+    Args:
+        batches: measured again at every step; a list or a loader rather than an iterator, which one step would use up.
+        budgets: what may remain after each step; shares are of the network given here, but for `Remove`, which counts
+            from step to step.
+        constraints: those of `select`.
+
+    The other arguments are those of `prune`, and so are the errors. A bias that a layer gains from a repair is
+    not in the plan: the momentum lacks it, and such a step's plan does not compose with the next one.
+    """
+    whole: Coupling | None = None
+    for budget in budgets:
+        coupling = couple(params, spec)
+        whole, asked = (coupling, each_budget(budget)) if whole is None else (whole, _fixed(budget, whole))
+        if getattr(criterion, "of_weights", False):
+            scores: torch.Tensor = criterion(params, coupling)  # type: ignore[arg-type]
+        else:
+            stats = measure(params, spec, batches, coupling, loss=loss, moments=moments)
+            scores = criterion(stats, coupling)  # type: ignore[arg-type]
+        plan = select(scores, coupling, budget=asked, **constraints)
+        params, spec = (cut(params, plan), plan.spec) if repair is None else repair(params, plan, batches)
+        trained = yield params, spec, plan
+        if trained is not None:
+            params = trained
+            yield params, spec, plan  # what `send` returns, so that a `for` loop does not miss the next step
+
+
+def _fixed(budget: Budgets, coupling: Coupling) -> tuple[Budget, ...]:
+    """The budgets as numbers: their shares are of this network."""
+    everything = np.ones(len(coupling), bool)
+
+    def number(one: Budget) -> Budget:
+        if isinstance(one, Remove) or not isinstance(one.amount, float):
+            return one
+        return replace(one, amount=max(1, math.floor(one.limit(one.cost(coupling)(everything)))))
+
+    return tuple(map(number, each_budget(budget)))

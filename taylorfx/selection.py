@@ -1,8 +1,13 @@
 """Select: who stays, given one score per unit and a budget.
 
 Units leave in the order of their scores, lowest first; among equal scores the one that was written later leaves first.
-Constraints (protected scopes, a floor and a most per layer, multiples) take units out of that order or bundle them;
-then the shortest prefix that meets the budget leaves. All of it is a statement about the coupling: nothing is cut.
+Constraints (protected scopes, a floor and a most per layer, multiples, uniform scopes) take units out of that order or
+bundle them; then the shortest prefix that meets every budget leaves. All of it is a statement about the coupling:
+nothing is cut.
+
+The prefix is found by bisection. A cost that never grows when a unit leaves (all but the measured ones) has one point
+from which on it fits, which bisection finds. A measured cost may go up and down: what is found then is a prefix that
+was seen to fit, one step after one that was seen not to; there may be a shorter one, but it is never over the budget.
 """
 
 from __future__ import annotations
@@ -10,19 +15,25 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import TypeVar
+from functools import cache
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from taylorfx.cost import flops, parameters
+from taylorfx.cost import Timings, flops, memory, parameters
 from taylorfx.coupling import Coupling
+from taylorfx.labels import Labels
 from taylorfx.plan import Plan
+from taylorfx.spec import Spec
 
-__all__ = ["Budget", "BudgetError", "Flops", "Parameters", "Remove", "SelectionError", "Units", "select"]
+__all__ = [
+    "Budget", "BudgetError", "Flops", "Latency", "Measured", "Memory", "Parameters", "Remove", "SelectionError",
+    "Units", "select",
+]  # fmt: skip
 
 Mask = NDArray[np.bool_]
 T = TypeVar("T", int, float)
@@ -40,7 +51,7 @@ class BudgetError(SelectionError):
 class Budget(ABC):
     """What may remain: a share of the whole (a float up to 1) or an absolute number (an int).
 
-    A new kind is one subclass: ``cost`` says what to count, and it must never grow when a unit leaves.
+    A new kind is one subclass: ``cost`` says what to count; if it can grow when a unit leaves, see the module's text.
     """
 
     amount: float | int
@@ -61,15 +72,22 @@ class Budget(ABC):
         """The most that may remain, of a network that costs ``total``."""
         return self.amount * total * (1 + 1e-12) if isinstance(self.amount, float) else self.amount
 
+    @property
+    def what(self) -> str:
+        """What is counted, in words."""
+        return type(self).__name__.lower()
+
     def __str__(self) -> str:
-        what = type(self).__name__.lower().replace("flops", "FLOPs")
-        return (
-            f"at most {self.amount:.1%} of the {what}" if isinstance(self.amount, float) else f"{self.amount:,} {what}"
-        )
+        share = isinstance(self.amount, float)
+        return f"at most {self.amount:.1%} of the {self.what}" if share else f"{self.amount:,} {self.what}"
 
 
 class Flops(Budget):
     """At most this share or number of floating-point operations for one example."""
+
+    @property
+    def what(self) -> str:
+        return "FLOPs"
 
     def cost(self, coupling: Coupling) -> Callable[[Mask], float]:
         return flops(coupling)
@@ -82,8 +100,61 @@ class Parameters(Budget):
         return parameters(coupling)
 
 
+class Memory(Budget):
+    """At most this share or number of elements alive at the peak, while one example is evaluated (`memory`)."""
+
+    @property
+    def what(self) -> str:
+        return "elements at the peak"
+
+    def cost(self, coupling: Coupling) -> Callable[[Mask], float]:
+        return lambda keep: memory(Plan(coupling, keep).spec)
+
+
+@dataclass(frozen=True)
+class Latency(Budget):
+    """At most this share of the time, or number of microseconds, that the layers take on this machine.
+
+    It is interpolated from a few widths of every layer (`Timings.over`). Give budgets the same ``timings`` to measure
+    each layer once.
+    """
+
+    timings: Timings = field(default_factory=Timings)
+
+    @property
+    def what(self) -> str:
+        return "microseconds"
+
+    def cost(self, coupling: Coupling) -> Callable[[Mask], float]:
+        return self.timings.over(coupling)
+
+
+@dataclass(frozen=True)
+class Measured(Budget):
+    """At most this share or number of whatever a function of the cut network's spec says.
+
+    It is called for the whole network, for the smallest one that the constraints allow, and for about as many in
+    between as the logarithm of the number of units.
+    """
+
+    function: Callable[[Spec], float]
+
+    @property
+    def what(self) -> str:
+        return getattr(self.function, "__name__", type(self.function).__name__)
+
+    def cost(self, coupling: Coupling) -> Callable[[Mask], float]:
+        def cost(keep: Mask) -> float:
+            found = float(self.function(Plan(coupling, keep).spec))
+            if not math.isfinite(found):
+                raise BudgetError(f"A cost is a finite number; received {found} from {self.what}.")
+            return found
+
+        return cost
+
+
 class Units(Budget):
-    """Exactly this number of units, or this share of them (rounded down)."""
+    """Exactly this number of units, or this share of them (rounded down); at most, if it is one of several budgets."""
 
     def cost(self, coupling: Coupling) -> Callable[[Mask], float]:
         return lambda keep: float(keep.sum())
@@ -104,58 +175,74 @@ class Remove(Units):
         return f"{self.amount:,} unit{'s' * (self.amount != 1)} less"
 
 
+Budgets = Budget | float | int | Sequence[Budget | float | int]
+"""What `select` takes: one budget or several; a plain number means `Units`."""
+
+
+def each_budget(budget: Budgets) -> tuple[Budget, ...]:
+    """The budgets, of which there may be one."""
+    several: Sequence[Any] = budget if isinstance(budget, (tuple, list)) else [budget]
+    return tuple(one if isinstance(one, Budget) else Units(one) for one in several)
+
+
 def select(
     scores: torch.Tensor,
     coupling: Coupling,
     *,
-    budget: Budget | float | int,
+    budget: Budgets,
     protect: str | Sequence[str] = (),
     floor: int | Mapping[str, int] = 1,
     most: float | Mapping[str, float] = 1.0,
     multiple: int | Mapping[str, int] = 1,
+    uniform: str | Sequence[str] = (),
     per_layer: bool = False,
+    isomorphic: bool = False,
     exact_only: bool = False,
 ) -> Plan:
     """Decide which units stay: remove the lowest scores until the budget is met.
 
     Args:
         scores: ``(units,)``, higher means keep.
-        budget: what may remain; a plain number means `Units`.
+        budget: what may remain; a plain number means `Units`. Of several, all are met.
         protect: globs of scopes that lose nothing (``"layer1.*"``).
         floor: the fewest units that a scope keeps; a number, or by glob (the first that matches counts).
         most: the largest share of its units that a scope loses; likewise.
         multiple: scopes keep multiples of this number of units (or all of them); likewise. Units then leave in
             bundles, ordered by their mean score.
+        uniform: globs; the scopes that match one (the first that matches counts) keep the same number of units, each
+            its own best. They leave in bundles across the scopes, ordered by their mean score.
         per_layer: rank within each scope instead of across the network, so that all lose about the same share.
+        isomorphic: rank only within like structures (Fang et al. 2024, "Isomorphic Pruning for Vision Models",
+            arXiv 2407.04616): scopes that run along the same axes of the same kinds of layers. Every such class loses
+            about the same share, and its scopes compete. With ``per_layer`` each scope is alone.
         exact_only: keep the units whose removal changes a norm's statistics (``coupling.exact``).
 
     Raises:
         BudgetError: if the budget cannot be met; the message names the nearest that can.
         SelectionError: for scores that are not finite or globs that match nothing.
     """
-    budget = budget if isinstance(budget, Budget) else Units(budget)
+    budgets = each_budget(budget)
     values = _finite(scores, coupling)
-    if per_layer:
-        values = _quantiles(values, coupling)
+    if per_layer or isomorphic:
+        values = _quantiles(values, coupling.scope if per_layer else _classes(coupling)[coupling.scope])
     held = _protected(coupling, protect) | _last_of_axis(values, coupling)
     if exact_only:
         held |= ~coupling.exact
     rules = (
+        _together(coupling, uniform),
         _by_scope(coupling, floor, "floor", 1),
         _by_scope(coupling, most, "most", 1.0),
         _by_scope(coupling, multiple, "multiple", 1),
     )
-    cost = budget.cost(coupling)
     while True:
         step, count = _steps(values, coupling, held, *rules)
-        taken = _shortest(lambda n, step=step: cost(step >= n), count, budget, coupling)  # type: ignore[misc]
-        keep = step >= taken
-        empty = np.flatnonzero(coupling.counts(keep) == 0)
+        empty = np.flatnonzero(coupling.counts(step >= count) == 0)
         if not len(empty):
-            return Plan(coupling, keep, str(budget))
+            break
         for axis in (coupling.axes[k] for k in empty):  # products and slices may need more than a floor per scope
             worth = np.where(axis >= 0, values[axis], np.inf).min(0)
             held[axis[:, worth.argmax()]] = True
+    return Plan(coupling, step >= _shortest(step, count, budgets, coupling), " and ".join(map(str, budgets)))
 
 
 def _finite(scores: torch.Tensor, coupling: Coupling) -> NDArray[np.float64]:
@@ -176,13 +263,45 @@ def _order(values: NDArray[np.float64]) -> NDArray[np.int64]:
     return np.lexsort((-np.arange(len(values)), values))
 
 
-def _quantiles(values: NDArray[np.float64], coupling: Coupling) -> NDArray[np.float64]:
-    """The share of its scope that leaves no later than each unit."""
+def _quantiles(values: NDArray[np.float64], groups: Labels) -> NDArray[np.float64]:
+    """The share of its group that leaves no later than each unit."""
     result = np.empty_like(values)
-    for k in range(len(coupling.scopes)):
-        members = np.flatnonzero(coupling.scope == k)
+    for group in np.unique(groups):
+        members = np.flatnonzero(groups == group)
         result[members[_order(values[members])]] = np.arange(1, len(members) + 1) / len(members)
     return result
+
+
+def _classes(coupling: Coupling) -> Labels:
+    """The class of like structures of every scope."""
+    found: list[set[tuple[str, str]]] = [set() for _ in coupling.scopes]
+    for node in coupling.spec:
+        for letter, number in coupling.letters[node.name].items():
+            axis = coupling.axes[number]
+            for scope in np.unique(coupling.scope[axis[axis >= 0]]):
+                found[scope].add((type(node.layer).__name__, letter))
+    forms = [frozenset(places) for places in found]
+    numbers = {form: k for k, form in enumerate(dict.fromkeys(forms))}
+    return np.array([numbers[form] for form in forms], np.int64)
+
+
+def _together(coupling: Coupling, globs: str | Sequence[str]) -> list[list[int]]:
+    """The scopes in groups that keep the same number of units; most are alone."""
+    globs = (globs,) if isinstance(globs, str) else globs
+    _all_match(coupling, globs, "uniform")
+    groups: dict[str | int, list[int]] = {}
+    for k, name in enumerate(coupling.scopes):
+        groups.setdefault(next((glob for glob in globs if fnmatchcase(name, glob)), k), []).append(k)
+    unequal = [
+        f"for {glob!r} {', '.join(f'{coupling.scopes[k]} of {coupling.sizes[k]}' for k in group)}"
+        for glob, group in groups.items()
+        if len({*coupling.sizes[group].tolist()}) > 1
+    ]
+    if unequal:
+        raise SelectionError(
+            f"uniform takes scopes of as many units; received {'; '.join(unequal)}. Give each size a glob of its own."
+        )
+    return list(groups.values())
 
 
 def _protected(coupling: Coupling, globs: str | Sequence[str]) -> Mask:
@@ -238,25 +357,28 @@ def _steps(
     values: NDArray[np.float64],
     coupling: Coupling,
     held: Mask,
+    groups: Sequence[Sequence[int]],
     floors: Sequence[int],
     most: Sequence[float],
     multiples: Sequence[int],
-) -> tuple[NDArray[np.int64], int]:
+) -> tuple[Labels, int]:
     """The step at which each unit leaves, and the number of steps, which stands for never."""
     step = np.full(len(coupling), -1)
     keys, firsts, count = [np.zeros(0)], [np.zeros(0, np.int64)], 0
-    for k, size in enumerate(coupling.sizes.tolist()):
-        members = np.flatnonzero((coupling.scope == k) & ~held)
-        members = members[_order(values[members])]
-        bundle = multiples[k]
-        least = max(floors[k], 1, math.ceil((1 - most[k]) * size - 1e-9), size - len(members))
+    for group in groups:
+        size = int(coupling.sizes[group[0]])
+        free = [np.flatnonzero((coupling.scope == k) & ~held) for k in group]
+        least = max(size - min(map(len, free)), *(floors[k] for k in group), 1)
+        least = max(least, math.ceil((1 - min(most[k] for k in group)) * size - 1e-9))
+        bundle = math.lcm(*(multiples[k] for k in group))
         least = -(-least // bundle) * bundle
         cuts = np.array([0, *range(size % bundle or bundle, size - least + 1, bundle)])  # how many have left
-        gone, widths = members[: cuts[-1]], np.diff(cuts)
+        gone = np.stack([members[_order(values[members])][: cuts[-1]] for members in free])  # (scopes, leaving)
+        widths = np.diff(cuts)
         step[gone] = count + np.repeat(np.arange(len(widths)), widths)
         if len(widths):
-            keys.append(np.add.reduceat(values[gone], cuts[:-1]) / widths)
-            firsts.append(gone[cuts[:-1]])
+            keys.append(np.add.reduceat(values[gone].mean(0), cuts[:-1]) / widths)
+            firsts.append(gone[0, cuts[:-1]])
         count += len(widths)
     order = np.lexsort((-np.concatenate(firsts), np.concatenate(keys)))
     place = np.empty(count + 1, np.int64)
@@ -264,27 +386,46 @@ def _steps(
     return place[step], count
 
 
-def _shortest(cost: Callable[[int], float], steps: int, budget: Budget, coupling: Coupling) -> int:
-    """The fewest steps after which the budget holds; for `Units`, after which it holds exactly."""
-    total, least = cost(0), cost(steps)
-    limit = budget.limit(total)
-    low, high = 0, steps
-    if least > limit:
+def _shortest(step: Labels, steps: int, budgets: Sequence[Budget], coupling: Coupling) -> int:
+    """The fewest steps after which all budgets hold; for `Units` alone, after which it holds exactly."""
+
+    def after(cost: Callable[[Mask], float]) -> Callable[[int], float]:
+        return cache(lambda n: cost(step >= n))
+
+    costs = [after(budget.cost(coupling)) for budget in budgets]
+    limits = [budget.limit(cost(0)) for budget, cost in zip(budgets, costs, strict=True)]
+
+    def fits(n: int) -> bool:
+        return all(cost(n) <= limit for cost, limit in zip(costs, limits, strict=True))
+
+    low, high = 0, 0 if fits(0) else steps
+    if not fits(high):
+        missed = [
+            f"{budget}, a limit of {_number(limit)} in {_number(cost(0))}; the constraints allow no less than "
+            f"{_number(cost(steps), math.ceil)}"
+            for budget, cost, limit in zip(budgets, costs, limits, strict=True)
+            if cost(steps) > limit
+        ]
         frozen = f" Frozen are {', '.join(coupling.frozen)}: see coupling.frozen." if coupling.frozen else ""
         raise BudgetError(
-            f"The budget is {budget}, a limit of {limit:,.0f} in {total:,.0f}; the constraints allow no less than "
-            f"{least:,.0f}. Loosen floor, most, multiple or protect, or ask for no less.{frozen}"
+            f"The budget is {', and '.join(missed)}. Loosen floor, most, multiple, uniform or protect, or ask for no "
+            f"less.{frozen}"
         )
     while low < high:
         middle = (low + high) // 2
-        if cost(middle) <= limit:
+        if fits(middle):
             high = middle
         else:
             low = middle + 1
-    if isinstance(budget, Units) and cost(low) != limit:
-        near = [cost(low)] + [cost(low - 1)] * (low > 0)
+    if len(budgets) == 1 and isinstance(budgets[0], Units) and costs[0](low) != limits[0]:
+        near = [costs[0](low)] + [costs[0](low - 1)] * (low > 0)
         raise BudgetError(
-            f"The budget is {budget}, exactly {limit:,.0f} to stay; the constraints allow "
+            f"The budget is {budgets[0]}, exactly {limits[0]:,.0f} to stay; the constraints allow "
             f"{' or '.join(f'{n:,.0f}' for n in near)} as the nearest."
         )
     return low
+
+
+def _number(value: float, whole: Callable[[float], int] = round) -> str:
+    """A cost in words: a whole number, unless it is a small one."""
+    return f"{whole(value):,}" if value >= 10 or value == int(value) else f"{value:.3g}"

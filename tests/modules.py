@@ -149,4 +149,6 @@ MODULES = {
     "best in space": net(lambda m, x: m.head(flat(m.a(x).flatten(2).topk(2, 2)[0])), 4, a=conv(), head=head(8)),
     "looked up by example": net(lambda m, x: m.head((m.a(x) + m.a(x)[torch.arange(x.shape[0])[:, None], torch.tensor([2, 1, 0])]).flatten(1)), 0, x=(3, 4), a=nn.Linear(4, 5), head=head(15)),
     "positions for every example": net(lambda m, x: m.head(flat(m.a(x) + m.table.repeat(x.shape[0], 1, 1))), 5, x=(3, 4), a=nn.Linear(4, 5), table=P(3, 5), head=head(15)),
+    "pooled along one axis": net(lambda m, x: m.head(F.adaptive_avg_pool2d(m.a(x).permute(0, 3, 1, 2), (None, 1)).flatten(1)), 4, a=conv(), head=head(16)),
+    "pooled to its own size": net(lambda m, x: m.head(flat(F.adaptive_avg_pool2d(m.a(x), (4, None)))), 4, a=conv(), head=head()),
 }  # fmt: skip

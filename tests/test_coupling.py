@@ -6,7 +6,7 @@ import torch
 from constructs import CONSTRUCTS, classifier
 
 import taylorfx as tfx
-from taylorfx import Input, Node, Spec, serial
+from taylorfx import Input, Node, Spec, concat, serial
 from taylorfx.testing import network
 
 SCOPES = {
@@ -197,3 +197,16 @@ def test_equal_networks_couple_equally_whatever_the_values():
     one, two = network(spec, 0).coupling, network(spec, 1).coupling
     assert one.names == two.names
     assert all(np.array_equal(a, b) for a, b in zip(one.axes, two.axes, strict=True))
+
+
+def test_half_of_the_channels_shuffled_again_leave_in_families():
+    """ShuffleNet: a channel leaves with its place in the other group, twice as many with each shuffle."""
+    parts = [Input((2, 3, 3)), tfx.Conv2d(2, 16, 1)]
+    for _ in range(2):
+        half = serial(tfx.Slice(1, 8, 16), tfx.Conv2d(8, 8, 1), tfx.ReLU())
+        parts += [tfx.ChannelShuffle(2), concat(tfx.Slice(1, 0, 8), half)]
+    net = network(serial(*parts, tfx.AdaptiveAvgPool2d(1), tfx.Flatten(), tfx.Linear(16, 2)))
+    convolutions = [node.name for node in net.spec if isinstance(node.layer, tfx.Conv2d)]
+    columns = [net.coupling.unit_ids(f"{name}.weight", 0) for name in convolutions]
+    assert [len(set(column[0].tolist())) for column in columns] == [8, 4, 8], str(net.coupling)
+    assert all((column >= 0).all() for column in columns)

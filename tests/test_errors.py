@@ -125,13 +125,13 @@ BUDGET = (
 )
 
 LEAST = (
-    "The budget is {}; the constraints allow no less than {}. Loosen floor, most, multiple or protect, or ask for no "
-    "less. Frozen are fc: see coupling.frozen."
+    "The budget is {}; the constraints allow no less than {}. Loosen floor, most, multiple, uniform or protect, or ask "
+    "for no less. Frozen are fc: see coupling.frozen."
 )
 
 STATISTICS = (
-    "Statistics add up when they are of the same units, with or without moments alike; received {}. Measure both with "
-    "one coupling and the same options."
+    "Statistics add up when they are of the same units, with or without moments and rows alike; received {}. "
+    "Measure both with one coupling and the same options."
 )
 
 N = tfx.Node
@@ -338,12 +338,12 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
     "statistics of different units": (
         lambda: W.stats + W.other_stats,
         ValueError,
-        STATISTICS.format("14 units without moments and 6 units without moments"),
+        STATISTICS.format("14 units and 6 units"),
     ),
     "statistics with and without moments": (
         lambda: sum([W.stats, measure(moments=True)]),
         ValueError,
-        STATISTICS.format("14 units without moments and 14 units with moments"),
+        STATISTICS.format("14 units and 14 units with moments"),
     ),
     "statistics of another coupling": (
         lambda: tfx.second_order(W.stats, W.other_coupling),
@@ -432,8 +432,14 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
             tfx.SelectionError,
             GLOBS.format(word),
         )
-        for word in ("floor", "most", "multiple")
+        for word in ("floor", "most", "multiple", "uniform")
     },
+    "scopes of different size made uniform": (
+        lambda: select(uniform=["conv*"]),
+        tfx.SelectionError,
+        "uniform takes scopes of as many units; received for 'conv*' conv1 of 6, conv2 of 8. Give each size a glob of "
+        "its own.",
+    ),
     "a negative floor": (lambda: select(floor=-1), tfx.SelectionError, "floor is at least 0; received -1 for '*'."),
     "a most above one": (
         lambda: select(most={"conv1": 1.5}),
@@ -463,6 +469,20 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
         lambda: select(budget=tfx.Flops(1)),
         tfx.BudgetError,
         LEAST.format("1 FLOPs, a limit of 1 in 5,376", "384"),
+    ),
+    "several budgets of which two are below the reachable": (
+        lambda: select(budget=(tfx.Flops(0.05), tfx.Units(0.5), tfx.Parameters(5))),
+        tfx.BudgetError,
+        LEAST.format(
+            "at most 5.0% of the FLOPs, a limit of 269 in 5,376; the constraints allow no less than 384, and 5 "
+            "parameters, a limit of 5 in 611",
+            "37",
+        ),
+    ),
+    "a measure that is no number": (
+        lambda: select(budget=tfx.Measured(0.5, lambda spec: float("nan"))),
+        tfx.BudgetError,
+        "A cost is a finite number; received nan from <lambda>.",
     ),
     "a budget below the floor": (
         lambda: select(budget=tfx.Units(9), floor=5),

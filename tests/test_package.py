@@ -18,7 +18,7 @@ ROOT = Path(tfx.__file__).parent
 
 # The pipeline: a module imports from earlier stages only.
 STAGES = (
-    {"tree", "axes", "text"},
+    {"tree", "axes", "text", "statistics"},
     {"layers"},
     {"labels"},
     {"spec"},
@@ -29,9 +29,10 @@ STAGES = (
     {"plan"},
     {"criteria"},
     {"oracle"},
+    {"fidelity", "forecast"},
     {"selection"},
     {"joint"},
-    {"repair"},
+    {"repair", "schedule"},
     {"prune"},
     {"interop", "store", "distributed", "report"},  # leaves: what lies above them never needs them
     {"testing"},

@@ -162,7 +162,9 @@ def _causes(module: nn.Module, example: tuple[Any, ...], error: Exception) -> st
     except Exception:  # the first cause is known already
         lines.clear()
     if not lines:
-        return f"torch.export cannot capture {type(module).__name__}: {error}"
+        said = [line for line in str(error).splitlines() if line.strip()]
+        more = f"\n  (and {len(said) - 12} lines more: see __cause__)" if len(said) > 12 else ""
+        return f"torch.export cannot capture {type(module).__name__}: " + "\n  ".join(said[:12]) + more
     listed = "\n  ".join(dict.fromkeys(lines))
     return f"torch.export cannot capture {type(module).__name__}; all that it found:\n  {listed}"
 
@@ -210,7 +212,8 @@ class _Reader:
         for item in self.program.graph_signature.input_specs:
             node = placeholders[getattr(item.arg, "name", "")]
             if item.kind is InputKind.USER_INPUT:
-                self.convert.user_input(node)
+                if isinstance(node.meta.get("val"), Tensor):  # and not a number or None, which the graph holds
+                    self.convert.user_input(node)
             elif item.kind is InputKind.CONSTANT_TENSOR and item.target is not None:
                 self.convert.constant(node, state[item.target], item.target)
             elif item.target is not None and item.target in state:

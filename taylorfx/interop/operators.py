@@ -207,7 +207,14 @@ def _adaptive(c: Convert, node: fx.Node) -> None:
     x, size = tensor_node(node.args[0]), node.args[1]
     if measured(x)[1] != 0 or len(measured(x)[0]) != 4:
         raise Unmapped
-    c.add(node, L.AdaptiveAvgPool2d(tuple(size)), (c.tensor(x),))  # type: ignore[arg-type]
+    sizes = list(zip(measured(x)[0][2:], tuple(size), strict=True))  # type: ignore[arg-type]
+    if all(made == given for given, made in sizes):
+        c.alias(node)
+    elif any(made == given for given, made in sizes) and all(made in (given, 1) for given, made in sizes):
+        dims = tuple(k + 2 for k, (given, made) in enumerate(sizes) if made != given)
+        c.add(node, L.Reduce("mean", dims, keepdim=True), (c.tensor(x),))
+    else:
+        c.add(node, L.AdaptiveAvgPool2d(tuple(made for _, made in sizes)), (c.tensor(x),))
 
 
 def _softmax(c: Convert, node: fx.Node) -> None:

@@ -31,8 +31,9 @@ def rule(operator: str) -> Callable[[Rule], Rule]:
     has no rule: the operator then stays as it was captured, and freezes what touches it. A rule holds for the whole
     process, as the operator does.
 
+    >>> import taylorfx as tfx
     >>> @tfx.rule("aten::erf")
-    ... def erf(x: Value) -> tfx.Layer:
+    ... def erf(x: tfx.Value) -> tfx.Layer:
     ...     return tfx.Elementwise("erf.default", (("$", 0),))
 
     Raises:

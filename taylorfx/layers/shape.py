@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import reduce
+from functools import lru_cache, reduce
 
 import torch
 from torch import Tensor
@@ -167,6 +167,7 @@ _EXAMPLES = 2**31 - 1
 """Stands for the number of examples where axes are factored: a prime that no axis has by itself."""
 
 
+@lru_cache(maxsize=4096)
 def refine(before: Shape, after: Shape, given: int = -1, made: int = -1) -> tuple[str, str, dict[str, int]]:
     """Name the axes of a reshape by the pieces that both sides are made of.
 

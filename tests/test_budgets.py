@@ -1,0 +1,357 @@
+"""What budgets count and how they are met: peak memory, latency, any measure, several at once; scopes side by side."""
+
+import copy
+import math
+import weakref
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from constructs import CONSTRUCTS
+from hypothesis import assume, example, given
+from modules import MODULES
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import taylorfx as tfx
+from taylorfx.selection import _classes
+from taylorfx.spec import evaluate
+from taylorfx.testing import network, networks, random_plan
+
+SEEDS = st.integers(0, 2**16)
+
+
+def pinned(law):
+    """The law, run on every construct by name besides the random networks."""
+    for spec in CONSTRUCTS.values():
+        law = example(network(spec), 1)(law)
+    return given(networks(), SEEDS)(law)
+
+
+def plan_for(net, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return random_plan(net.coupling, generator, float(torch.rand((), generator=generator)))
+
+
+def scores_for(net, seed):
+    return torch.rand(len(net.coupling), generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass(frozen=True, eq=False)
+class Weighed(tfx.Timings):
+    """A machine without noise: a layer takes as long as its tensors are large, and a little for itself."""
+
+    def measure(self, layer, shapes):
+        return 5.0 + sum(map(math.prod, shapes)) + 3 * sum(map(math.prod, layer.shapes().values()))
+
+
+def size(spec):
+    return sum(math.prod(shape) ** 0.5 for shape in spec.shapes.values())
+
+
+KINDS = {
+    "parameters": tfx.Parameters,
+    "FLOPs": tfx.Flops,
+    "memory": tfx.Memory,
+    "latency": lambda amount: tfx.Latency(amount, Weighed(points=3)),
+    "measured": lambda amount: tfx.Measured(amount, size),
+}
+
+
+def planned(net, scores, budget, **options):
+    """The plan, or none where the constraints leave no room."""
+    try:
+        return tfx.select(scores, net.coupling, budget=budget, **options)
+    except tfx.BudgetError as error:
+        assert "no less than" in str(error)
+        return None
+
+
+# What is counted.
+
+
+def counted(params, spec, inputs):
+    """What torch counts on meta tensors, and what it leaves out: einsum multiplies single positions elementwise."""
+    leaves = {path: leaf.to("meta") for path, leaf in tfx.flatten(params).items()}
+    with FlopCounterMode(display=False) as counter:
+        tfx.apply(tfx.unflatten(leaves), spec, inputs)
+    total = counter.get_total_flops()
+    for node in spec:
+        sizes = tfx.couple(params, spec).bounds[node.name].sizes
+        if isinstance(node.layer, tfx.Attention):
+            work = 2 * math.prod(sizes[x] for x in "hrTS")
+            total += work * ((sizes["k"] == 1) + sizes["v"] * (sizes["S"] == 1))
+        elif isinstance(node.layer, tfx.Einsum):
+            given, made = node.layer._names()
+            inner = {x for part in given for x in part} - {*made}
+            if all(sizes[x] == 1 for x in inner):
+                total += 2 * math.prod(sizes[x] for x in made)
+    return total
+
+
+@pinned
+def test_flops_of_a_network_and_of_what_a_plan_leaves_are_those_that_torch_counts(net, seed):
+    plan, cost = plan_for(net, seed), tfx.flops(net.coupling)
+    inputs = {name: x[:1].to("meta") for name, x in net.batch[0].items()}
+    assert cost.total == counted(net.params, net.spec, inputs)
+    assert cost(plan.keep) == counted(tfx.cut(net.params, plan), plan.spec, inputs)
+
+
+# Torch does not count products with a vector, and we nothing of an operator that is kept as it was captured.
+DIFFERENT = {"spectral norm": 2 * 3 * 36 + 2 * 3, "vector": 2 * 3 * 5, "last state": -2 * 3 * 4 * 4 * (5 + 4)}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_flops_of_a_captured_module_are_those_that_torch_counts(name):
+    module, shape, _ = MODULES[name]
+    module = copy.deepcopy(module).double().eval()
+    x = torch.randn(3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    params, spec = tfx.from_torch(module, x)
+    coupling = tfx.couple(params, spec)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        module(x[:1])
+    cost = tfx.flops(coupling)
+    assert cost.total == counter.get_total_flops() + DIFFERENT.get(name, 0)
+    for seed in range(4) if name != "last state" else ():
+        plan = random_plan(coupling, torch.Generator().manual_seed(seed))
+        assert cost(plan.keep) == counted(tfx.cut(params, plan), plan.spec, x[:1].to("meta"))
+
+
+@pinned
+def test_peak_memory_is_that_of_the_tensors_alive(net, seed):
+    plan = plan_for(net, seed)
+    params, spec = tfx.cut(net.params, plan), plan.spec
+    made, peak = [], 0
+    last = {x: k for k, node in enumerate(spec) for x in node.inputs}
+    place = {node.name: k for k, node in enumerate(spec)}
+    inputs = {name: x[:1] for name, x in net.batch[0].items()}
+
+    def tap(name, slot, x):
+        nonlocal peak
+        if slot >= 0:
+            return x
+        x = x.clone()  # so that a value that is passed on as it is counts for itself
+        if not spec[name].layer.leaf:
+            made.append((weakref.ref(x), x.numel()))
+        alive = sum(count for ref, count in made if ref() is not None)
+        heard = [
+            i for i in inputs if last.get(i, len(spec)) >= place[name] or i in spec.outputs
+        ]  # the caller holds all
+        peak = max(peak, alive + sum(inputs[i].numel() for i in heard))
+        return x
+
+    evaluate(params, spec, (inputs,), tap=tap)
+    assert tfx.memory(spec) == peak
+
+
+@pinned
+def test_the_marginal_cost_in_what_a_plan_leaves_is_what_leaves_next(net, seed):
+    coupling, keep = net.coupling, plan_for(net, seed).keep
+    for cost in (tfx.parameters(coupling), tfx.flops(coupling)):
+        marginal = cost.marginal(keep)
+        assert not marginal[~torch.tensor(keep)].any()
+        assert torch.equal(cost.marginal(np.ones_like(keep)), cost.marginal())
+        for unit in np.random.default_rng(seed).permutation(np.flatnonzero(keep))[:4]:
+            saved = cost(keep) - cost(keep & (np.arange(len(coupling)) != unit))
+            stands = [sum(unit in coupling.axes[a] for a in axes if a < len(coupling.axes)) for axes in cost.axes]
+            if max(stands) <= 1:
+                assert marginal[unit].item() == pytest.approx(saved)
+            else:  # on two axes of one product, the corner where they meet is counted twice
+                assert marginal[unit].item() >= saved
+
+
+@pinned
+def test_latency_is_exact_where_the_widths_are_on_the_grid(net, seed):
+    plan = plan_for(net, seed)
+    everything = np.ones(len(net.coupling), bool)
+    fine, coarse = Weighed(batch=3, points=1000), Weighed(batch=3, points=2)
+    assert fine.over(net.coupling)(plan.keep) == pytest.approx(fine(plan.spec))
+    assert coarse.over(net.coupling)(everything) == pytest.approx(coarse(net.spec))
+
+
+def test_latency_between_the_grid_is_linear_and_measures_few_corners():
+    """Convolutions of 8 to 8 channels, 16 steps; the layers' times are linear in each width, so is the sum in one."""
+    net = network(tfx.serial(tfx.Input((3, 4, 4)), a=tfx.Conv2d(3, 17, 1), b=tfx.Conv2d(17, 2, 1)))
+    timings = Weighed(points=3)  # widths 1, 9, 17
+    cost = timings.over(net.coupling)
+    for width in range(1, 18):
+        plan = tfx.Plan(net.coupling, np.arange(17) < width)
+        assert cost(plan.keep) == pytest.approx(Weighed()(plan.spec))
+    assert {(layer.out_channels, shape[1]) for layer, (shape,) in timings.table} == {
+        *((n, 3) for n in (1, 9, 17)),
+        *((2, n) for n in (1, 9, 17)),
+    }
+
+
+def test_what_has_two_widths_is_interpolated_on_triangles():
+    layers = {"a": tfx.Conv2d(3, 5, 1), "mid": tfx.Conv2d(5, 5, 1), "out": tfx.Conv2d(5, 2, 1)}
+    net = network(tfx.serial(tfx.Input((3, 4, 4)), **layers))
+
+    class Product(tfx.Timings):
+        def measure(self, layer, shapes):
+            return float(layer.in_channels * layer.out_channels)
+
+    # Three of five and two of five: a half and a quarter of the way from 1 to 5. The corners of mid that count are
+    # (1, 1), (5, 1) and (5, 5), for a: (3, 1) and (3, 5), for out: (1, 2) and (5, 2).
+    keep = np.array([1, 1, 1, 0, 0, 1, 1, 0, 0, 0], bool)
+    mid = 1 + 0.5 * (5 - 1) + 0.25 * (25 - 5)
+    timings = Product(points=2)
+    assert timings.over(net.coupling)(keep) == pytest.approx(mid + 3 * 3 + 2 * 2)
+    assert len(timings.table) == 3 + 2 + 2
+
+
+@pytest.mark.parametrize("name", [*CONSTRUCTS, *MODULES])
+def test_every_layer_can_be_timed(name):
+    if name in CONSTRUCTS:
+        net = network(CONSTRUCTS[name])
+        coupling = net.coupling
+    else:
+        module, shape, _ = MODULES[name]
+        coupling = tfx.couple(*tfx.from_torch(copy.deepcopy(module).eval(), torch.randn(3, *shape)))
+    timings = tfx.Timings(batch=2, repeats=1)
+    keep = random_plan(coupling, torch.Generator().manual_seed(0)).keep
+    assert timings(coupling.spec) > 0
+    assert timings.over(coupling)(keep) > 0
+    before = dict(timings.table)
+    assert timings.over(coupling)(keep) > 0
+    assert timings.table == before, "measured twice"
+
+
+# How it is met.
+
+
+@given(networks(), SEEDS, st.sampled_from([*KINDS]), st.tuples(st.floats(0.2, 1.0), st.floats(0.2, 1.0)))
+def test_budgets_of_every_kind_are_met_and_monotone(net, seed, kind, shares):
+    scores, (low, high) = scores_for(net, seed), sorted(shares)
+    small, large = (planned(net, scores, KINDS[kind](share)) for share in (low, high))
+    cost = KINDS[kind](1).cost(net.coupling)
+    total = cost(np.ones(len(net.coupling), bool))
+    for plan, share in ((small, low), (large, high)):
+        if plan is not None:
+            assert cost(plan.keep) <= share * total * (1 + 1e-9)
+    if small is not None:
+        assert (small.keep <= large.keep).all()
+    if small is not None and kind == "memory":
+        assert tfx.memory(small.spec) <= low * tfx.memory(net.spec) * (1 + 1e-9)
+
+
+@given(networks(), SEEDS, st.dictionaries(st.sampled_from([*KINDS]), st.floats(0.3, 1.0), min_size=1))
+def test_several_budgets_at_once_leave_what_each_of_them_leaves(net, seed, shares):
+    scores = scores_for(net, seed)
+    budgets = [KINDS[kind](share) for kind, share in shares.items()]
+    alone = [planned(net, scores, budget) for budget in budgets]
+    together = planned(net, scores, tuple(budgets))
+    assert (together is None) == (None in alone)
+    if together is not None:
+        assert np.array_equal(together.keep, np.all([plan.keep for plan in alone], 0))
+
+
+@given(networks(), SEEDS, SEEDS, st.floats(0.3, 1.0))
+def test_a_measure_that_goes_up_and_down_is_never_over_the_budget(net, seed, noise, share):
+    def rough(spec):
+        return 1.0 + tfx.memory(spec) * (0.5 + np.random.default_rng([noise, abs(hash(spec))]).random())
+
+    plan = planned(net, scores_for(net, seed), tfx.Measured(share, rough))
+    assert plan is None or rough(plan.spec) <= share * rough(net.spec) * (1 + 1e-9)
+
+
+def test_the_budget_that_an_error_names_is_the_nearest():
+    net = network(CONSTRUCTS["chain"])
+    scores = torch.arange(9.0)
+    for kind in KINDS.values():
+        with pytest.raises(tfx.BudgetError, match="no less than") as error:
+            tfx.select(scores, net.coupling, budget=kind(1), floor=2)
+        least = int(str(error.value).split("no less than ")[1].split(".")[0].replace(",", ""))
+        assert tfx.select(scores, net.coupling, budget=kind(least), floor=2).keep.sum() == 4
+        with pytest.raises(tfx.BudgetError):
+            tfx.select(scores, net.coupling, budget=kind(least - 1), floor=2)
+
+
+# Scopes side by side.
+
+
+def tower(*widths):
+    """Blocks that widen and narrow again; the scopes are the insides and the stream."""
+    blocks = {
+        f"block{k}": tfx.residual(tfx.serial(up=tfx.Linear(6, width), act=tfx.ReLU(), down=tfx.Linear(width, 6)))
+        for k, width in enumerate(widths)
+    }
+    return network(tfx.serial(tfx.Input((3,)), stem=tfx.Linear(3, 6), **blocks, head=tfx.Linear(6, 2)))
+
+
+@given(SEEDS, st.integers(2, 4), st.integers(3, 7), st.floats(0.3, 1.0), st.integers(1, 3), st.booleans())
+def test_uniform_scopes_end_equal_and_each_keeps_its_best(seed, blocks, width, share, multiple, per_layer):
+    net = tower(*[width] * blocks)
+    scores, coupling = scores_for(net, seed), net.coupling
+    options = {"uniform": "block*", "multiple": {"block0.up": multiple}, "per_layer": per_layer}
+    plan = planned(net, scores, (tfx.Flops(share), tfx.Parameters(share)), **options)
+    assume(plan is not None)
+    kept = [plan.keep[coupling.scope == k] for k, name in enumerate(coupling.scopes) if fnmatchcase(name, "block*")]
+    assert len(kept) == blocks
+    assert len({mask.sum() for mask in kept}) == 1
+    assert kept[0].sum() % multiple == 0 or kept[0].all()
+    for k in range(len(coupling.scopes)):
+        stays, values = plan.keep[coupling.scope == k], scores[coupling.scope == k]
+        assert stays.all() or values[~torch.tensor(stays)].max() < values[torch.tensor(stays)].min()
+
+
+def test_uniform_units_leave_by_their_mean():
+    net = tower(3, 3)
+    scores = torch.cat([torch.full((6,), 9.0), torch.tensor([0.0, 4, 8]), torch.tensor([3.0, 9, 1])])
+    kept = [tfx.select(scores, net.coupling, budget=n, uniform="block*", protect="stem").keep for n in (10, 8)]
+    assert [np.flatnonzero(keep[6:]).tolist() for keep in kept] == [[1, 2, 3, 4], [2, 4]]
+    scores[:6] = torch.tensor([0.4, 0.6, 3, 3, 3, 4])  # means of the bundles: 0.5, 3.5
+    order = tfx.select(scores, net.coupling, budget=9, uniform="block*").keep  # 0.4, then the pair, leaving at most 9
+    assert np.flatnonzero(~order).tolist() == [0, 6, 11]
+
+
+def test_what_holds_one_of_the_uniform_scopes_holds_all():
+    net = tower(4, 4)
+    scores = torch.arange(14.0)
+    keep = tfx.select(scores, net.coupling, budget=9, uniform="block*", protect="block1.up").keep
+    assert np.flatnonzero(~keep).tolist() == [0, 1, 2, 3, 4]
+    keep = tfx.select(scores, net.coupling, budget=5, uniform="block*", floor={"block0.up": 2}).keep
+    assert np.flatnonzero(keep).tolist() == [5, 8, 9, 12, 13]
+    with pytest.raises(tfx.BudgetError, match="no less than 9"):
+        tfx.select(scores, net.coupling, budget=tfx.Units(8), uniform="block*", protect="block1.up")
+
+
+def test_a_layer_that_runs_on_nothing_says_so():
+    with pytest.raises(tfx.layers.ShapeError, match=r"Linear.* runs on none of them, of shape \(2, 3\)"):
+        tfx.Timings().look_up(tfx.Linear(4, 5), [(2, 3)])
+
+
+def distinct(coupling):
+    return len({*_classes(coupling).tolist()}) == len(coupling.scopes)
+
+
+@given(networks().filter(lambda net: distinct(net.coupling)), SEEDS, st.floats(0.3, 1.0))
+def test_with_one_scope_in_each_class_isomorphic_is_per_layer(net, seed, share):
+    scores = scores_for(net, seed)
+    one, other = (planned(net, scores, tfx.Flops(share), **{how: True}) for how in ("per_layer", "isomorphic"))
+    assert one == other
+
+
+def test_like_structures_run_along_the_same_layers():
+    net = tower(3, 4)
+    assert net.coupling.scopes == ("stem", "block0.up", "block1.up")
+    assert _classes(net.coupling).tolist() == [0, 1, 1]
+    net = network(CONSTRUCTS["multi-head"])
+    assert distinct(net.coupling), "the stream, heads, both of their dimensions, what lies within the MLP"
+
+
+@given(SEEDS, st.floats(0.4, 1.0), st.floats(0.01, 100.0))
+def test_isomorphic_ranks_within_a_class_whatever_the_others_are_worth(seed, share, factor):
+    net = tower(5, 7)
+    scores = scores_for(net, seed)
+    scaled = torch.where(torch.from_numpy(net.coupling.scope == 0), factor * scores, scores)
+    one, other = (planned(net, values, tfx.Flops(share), isomorphic=True) for values in (scores, scaled))
+    assert one == other
+    if one is not None:  # within the class of both insides the lowest leave first, but for the floors
+        inside = net.coupling.scope > 0
+        gone = scores[torch.from_numpy(inside & ~one.keep)]
+        below = inside & one.keep & (scores.numpy() < (gone.max().item() if len(gone) else 0))
+        assert all((one.keep & (net.coupling.scope == net.coupling.scope[u])).sum() == 1 for u in np.flatnonzero(below))

@@ -1,0 +1,75 @@
+"""Published networks, captured: torchvision's in a few narrow layers, small ones of transformers.
+
+The benchmark `zoo.py` proves the same of all of torchvision's, whole.
+"""
+
+import re
+
+import pytest
+import torch
+from _proof import STEP, prove, randomized
+from _torchvision import small
+from _transformers import cases
+
+VISION = {
+    "resnet": ["fc.bias"],
+    "vgg": ["classifier.3.bias"],
+    "squeezenet": ["classifier.1.bias"],
+    "googlenet": ["fc.bias"],
+    "densenet": ["classifier.bias"],
+    "mobilenet_v3": ["classifier.3.bias"],
+    "efficientnet": ["classifier.1.bias"],
+    "regnet": ["fc.bias"],
+    "shufflenet": ["fc.bias"],
+    "convnext": ["classifier.2.bias"],
+    "vit": ["heads.head.bias"],
+    "swin": ["head.bias"],
+    "swin_v2": ["head.bias"],
+    "maxvit": [],  # it has none
+    "deeplab": ["classifier.4.bias", "aux_classifier.4.bias"],
+    "resnet fpn": [f"fpn.layer_blocks.{k}.0.bias" for k in range(3)],
+}
+"""What stays when all units leave: the biases of the outputs."""
+
+EMBEDDED = [f"embeddings.{name}_embeddings.weight" for name in ("word", "position", "token_type")]
+TEXT = {
+    "bert, masked": [*EMBEDDED, "pooler.dense.weight"],
+    "distilbert": EMBEDDED[:2],
+    "albert": ["pooler.weight"],
+    "gpt2": ["wte.weight", "wpe.weight"],
+    "llama": ["embed_tokens.weight"],
+    "t5": ["decoder.embed_tokens.weight"],
+    "clip": ["embeddings.class_embedding", "embeddings.patch_embedding.weight", "embeddings.position_embedding.weight"],
+    "whisper": [f"{side}.embed_{name}.weight" for side, name in (("encoder", "positions"), ("decoder", "tokens"),
+                                                                 ("decoder", "positions"))],
+}  # fmt: skip
+"""What stays besides biases and norms, since the network gives out its residual stream: what is as wide on its own."""
+
+
+def proven(makers, name):
+    try:
+        make = makers()[name]
+    except ModuleNotFoundError as missing:
+        pytest.skip(f"needs {missing.name}")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module, inputs = make()
+        proof = prove(randomized(module, inputs), inputs)
+    assert proof.captured < 1e-10
+    assert proof.cut < 1e-10 < proof.moved
+    assert proof.step == pytest.approx(-STEP, rel=0.1)
+    assert not proof.mixing
+    return proof
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_a_network_for_images_is_captured_and_all_of_it_can_leave(name):
+    proof = proven(small, name)
+    assert proof.staying == VISION[name], proof.frozen
+    assert not proof.unmapped
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_a_transformer_is_captured_and_all_but_its_residual_stream_can_leave(name):
+    proof = proven(cases, name)
+    assert [path for path in proof.staying if not re.search(r"\.bias$|norm|ln_", path.lower())] == TEXT[name]
