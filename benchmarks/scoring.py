@@ -57,6 +57,7 @@ def model(name: str) -> tuple[nn.Module, Tensor, Tensor]:
     """The module in inference mode, with random weights, and a batch."""
     torch.manual_seed(0)
     count, size = MODELS[name]
+    models = torchvision_models()  # before transformers, which imports it, too
     if name == "bert":
         from transformers import BertConfig, BertForSequenceClassification
 
@@ -66,7 +67,7 @@ def model(name: str) -> tuple[nn.Module, Tensor, Tensor]:
             torch.randint(999, (count, size)),
             torch.arange(count),
         )
-    module = torchvision_models().get_model(name, weights=None).eval()
+    module = models.get_model(name, weights=None).eval()
     return module, torch.randn(count, 3, size, size), torch.arange(count)
 
 
