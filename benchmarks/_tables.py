@@ -1,0 +1,151 @@
+"""Tables and plots of the quality benchmark, from the results that are kept."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from scipy.stats import t as student
+
+from taylorfx.fidelity import Interval
+from taylorfx.report import plot_frontier
+
+REPAIRS = ("as cut", "compensated", "recalibrated", "reconstructed", "fine-tuned", "reconstructed, fine-tuned")
+RIVAL = "Torch-Pruning"
+MARKERS = "<!-- quality: begin -->", "<!-- quality: end -->"
+HERE = Path(__file__).parent
+
+Results = Mapping[int, Mapping[str, Any]]
+"""By the seed, what `quality.py` keeps of a network: by ``"contestant @ share"``, and ``whole``."""
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """The mean and its 95 % interval (Student's t over the seeds); of one seed there is none."""
+    middle = mean(values)
+    if len(values) < 2:
+        return Interval(middle, middle, middle)
+    spread = float(student.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+    return Interval(middle, middle - spread, middle + spread)
+
+
+def per_seed(results: Results, contestant: str, share: float, repair: str) -> dict[int, float]:
+    """One accuracy for each seed that has it; ``random`` is the mean of its draws."""
+    found = {}
+    for seed, entries in results.items():
+        draws = [
+            entry["accuracy"][repair]
+            for key, entry in entries.items()
+            if key.endswith(f" @ {share}") and kind(key) == contestant and repair in entry["accuracy"]
+        ]
+        if draws:
+            found[seed] = mean(draws)
+    return found
+
+
+def kind(key: str) -> str:
+    """The contestant that an entry is of."""
+    name = key.split(" @ ")[0]
+    return "random" if name.startswith("random ") else name
+
+
+def names(results: Results) -> list[str]:
+    """The contestants, in the order in which they ran."""
+    return list(dict.fromkeys(kind(key) for entries in results.values() for key in entries if key != "whole"))
+
+
+def points(found: Interval, best: bool = False) -> str:
+    """In percent, with half the width of the interval."""
+    text = f"{100 * found.value:.1f}" + (
+        f" ± {100 * (found.high - found.value):.1f}" if found.high > found.value else ""
+    )
+    return f"**{text}**" if best else text
+
+
+def table(results: Results, share: float) -> str:
+    """Contestants down, repairs across; the best mean of each column in bold."""
+    cells = {
+        name: [interval([*values.values()]) if (values := per_seed(results, name, share, repair)) else None
+               for repair in REPAIRS]
+        for name in names(results)
+    }  # fmt: skip
+    best = [max((row[k].value for row in cells.values() if row[k]), default=None) for k in range(len(REPAIRS))]
+    lines = [f"| contestant | {' | '.join(REPAIRS)} |", "| --- " * (1 + len(REPAIRS)) + "|"]
+    for name, row in cells.items():
+        shown = [points(x, x.value == top) if x else "" for x, top in zip(row, best, strict=True)]
+        lines.append(f"| {name} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def duels(results: Results, shares: Sequence[float]) -> str:
+    """What we are ahead of Torch-Pruning's best criterion, seed by seed, on the same networks."""
+    rivals = [name for name in names(results) if name.startswith(RIVAL)]
+    if not rivals:
+        return ""
+    shown = [r for r in REPAIRS if r != "compensated"]
+    lines = [
+        f"Points ahead of {RIVAL}'s best criterion (the one with the highest mean in that column), seed by seed:\n",
+        f"| | FLOPs | {' | '.join(shown)} |", "| --- " * (2 + len(shown)) + "|",
+    ]  # fmt: skip
+    for ours in ("joint", "joint around the mean", "taylor per FLOP", "fisher per FLOP"):
+        for share in shares:
+            cells = []
+            for repair in shown:
+                mine = per_seed(results, ours, share, repair)
+                others = [per_seed(results, name, share, repair) for name in rivals]
+                their = max((x for x in others if x), key=lambda x: mean(x.values()), default={})
+                both = mine.keys() & their.keys()
+                cells.append(points(interval([mine[seed] - their[seed] for seed in both])) if both else "")
+            lines.append(f"| {ours} | {share:.0%} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def tables(found: Mapping[str, Results], titles: Mapping[str, str], shares: Sequence[float]) -> str:
+    """All of it as Markdown."""
+    parts = []
+    for task, results in found.items():
+        if not results:
+            continue
+        whole = points(interval([entries["whole"]["accuracy"] for entries in results.values()]))
+        count = f"{len(results)} seed{'s' * (len(results) > 1)}"
+        parts.append(f"### {titles[task]}\n\nTest accuracy in percent, {count}; unpruned {whole}.")
+        parts += [f"{share:.0%} of the FLOPs:\n\n{table(results, share)}" for share in shares]
+        parts.append(duels(results, shares))
+    return "\n\n".join(part for part in parts if part)
+
+
+def publish(
+    text: str, found: Mapping[str, Results], titles: Mapping[str, str], shares: Sequence[float], docs: Path
+) -> None:
+    """Write the tables between the markers of README.md, the numbers into quality.json, a plot of each task."""
+    readme = HERE / "README.md"
+    (before, rest), (_, after) = readme.read_text().split(MARKERS[0]), readme.read_text().split(MARKERS[1])
+    del rest
+    readme.write_text(f"{before}{MARKERS[0]}\n\n{text}\n\n{MARKERS[1]}{after}")
+    (HERE / "quality.json").write_text(json.dumps(found, indent=1) + "\n")
+    for task, results in found.items():
+        for repair in ("as cut", "reconstructed"):
+            drawn = frontier(results, shares, repair)
+            if drawn:
+                whole = mean(entries["whole"]["accuracy"] for entries in results.values())
+                figure = plot_frontier(drawn, x="share of the FLOPs", title=f"{titles[task]}, {repair}", whole=whole)
+                figure.savefig(docs / f"quality_{task}_{repair.replace(' ', '_')}.png")
+
+
+def frontier(results: Results, shares: Sequence[float], repair: str) -> dict[str, list[tuple[float, Interval]]]:
+    """The lines of a plot: what we recommend, what it is compared with."""
+    lines = {}
+    for name in names(results):
+        if name.startswith(RIVAL) or name in (
+            "joint",
+            "taylor",
+            "taylor per FLOP",
+            "random",
+            "weight_l2, per_layer_l2",
+        ):
+            values = {share: per_seed(results, name, share, repair) for share in shares}
+            lines[name] = [(share, interval([*x.values()])) for share, x in values.items() if x]
+    return {name: line for name, line in lines.items() if line}
