@@ -177,7 +177,7 @@ FASHION = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's ``dataset-fashion-mnist`` puts the IDX files."""
 
 
-def fashion(generator: torch.Generator, folder: Path, *, learn: int = 12_000, judge: int = 4_000) -> Data:
+def fashion(generator: torch.Generator, folder: Path, *, learn: int = 12_000, judge: int = 2_000) -> Data:
     """Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747) from its IDX files: some to learn, some of the test's."""
 
     def read(name: str, header: int) -> Tensor:

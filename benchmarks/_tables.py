@@ -57,26 +57,31 @@ def names(results: Results) -> list[str]:
     return list(dict.fromkeys(kind(key) for entries in results.values() for key in entries if key != "whole"))
 
 
-def points(found: Interval, best: bool = False) -> str:
+def points(found: Interval) -> str:
     """In percent, with half the width of the interval."""
-    text = f"{100 * found.value:.1f}" + (
+    return f"{100 * found.value:.1f}" + (
         f" ± {100 * (found.high - found.value):.1f}" if found.high > found.value else ""
     )
-    return f"**{text}**" if best else text
 
 
 def table(results: Results, share: float) -> str:
-    """Contestants down, repairs across; the best mean of each column in bold."""
-    cells = {
-        name: [interval([*values.values()]) if (values := per_seed(results, name, share, repair)) else None
-               for repair in REPAIRS]
-        for name in names(results)
-    }  # fmt: skip
-    best = [max((row[k].value for row in cells.values() if row[k]), default=None) for k in range(len(REPAIRS))]
-    lines = [f"| contestant | {' | '.join(REPAIRS)} |", "| --- " * (1 + len(REPAIRS)) + "|"]
-    for name, row in cells.items():
-        shown = [points(x, x.value == top) if x else "" for x, top in zip(row, best, strict=True)]
-        lines.append(f"| {name} | {' | '.join(shown)} |")
+    """Contestants down, repairs across; the best mean of each column in bold, fewer seeds than the column's in brackets."""
+    columns = [
+        {name: [*per_seed(results, name, share, repair).values()] for name in names(results)} for repair in REPAIRS
+    ]
+    most = [max(map(len, column.values())) for column in columns]
+    columns, shown, most = zip(*((c, r, n) for c, r, n in zip(columns, REPAIRS, most, strict=True) if n), strict=True)
+    lines = [f"| contestant | {' | '.join(shown)} |", "| --- " * (1 + len(shown)) + "|"]
+    for name in names(results):
+        cells = []
+        for column, count in zip(columns, most, strict=True):
+            text = points(interval(column[name])) if column[name] else ""
+            if text and len(column[name]) < count:
+                text += f" ({len(column[name])})"
+            elif text and mean(column[name]) == max(mean(x) for x in column.values() if len(x) == count):
+                text = f"**{text}**"
+            cells.append(text)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -85,7 +90,10 @@ def duels(results: Results, shares: Sequence[float]) -> str:
     rivals = [name for name in names(results) if name.startswith(RIVAL)]
     if not rivals:
         return ""
-    shown = [r for r in REPAIRS if r != "compensated"]
+    done = {
+        repair for entries in results.values() for e in entries.values() if "FLOPs" in e for repair in e["accuracy"]
+    }
+    shown = [repair for repair in REPAIRS if repair in done]
     lines = [
         f"Points ahead of {RIVAL}'s best criterion (the one with the highest mean in that column), seed by seed:\n",
         f"| | FLOPs | {' | '.join(shown)} |", "| --- " * (2 + len(shown)) + "|",
