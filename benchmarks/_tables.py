@@ -16,6 +16,9 @@ from taylorfx.report import plot_frontier
 
 REPAIRS = ("as cut", "compensated", "recalibrated", "reconstructed", "fine-tuned", "reconstructed, fine-tuned")
 RIVAL = "Torch-Pruning"
+DRAWN = ("joint", "taylor per FLOP", "random", f"{RIVAL} GroupMagnitude", f"{RIVAL} GroupTaylor, scored at every step")
+"""Who is in the plots: with all of them nothing can be seen."""
+
 MARKERS = "<!-- quality: begin -->", "<!-- quality: end -->"
 HERE = Path(__file__).parent
 
@@ -57,32 +60,34 @@ def names(results: Results) -> list[str]:
     return list(dict.fromkeys(kind(key) for entries in results.values() for key in entries if key != "whole"))
 
 
-def points(found: Interval) -> str:
-    """In percent, with half the width of the interval."""
-    return f"{100 * found.value:.1f}" + (
-        f" ± {100 * (found.high - found.value):.1f}" if found.high > found.value else ""
-    )
+def points(values: Sequence[float], seeds: int) -> str:
+    """In percent, with half the width of the interval; in brackets how many seeds there are, if some are missing."""
+    if not values:
+        return ""
+    found = interval(values)
+    spread = f" ± {100 * (found.high - found.value):.1f}" if len(values) > 1 else ""
+    return f"{100 * found.value:.1f}{spread}" + (f" ({len(values)})" if len(values) < seeds else "")
+
+
+def done(results: Results) -> list[str]:
+    """The repairs that there are numbers of."""
+    entries = [entry for kept in results.values() for key, entry in kept.items() if key != "whole"]
+    return [repair for repair in REPAIRS if any(repair in entry["accuracy"] for entry in entries)]
 
 
 def table(results: Results, share: float) -> str:
-    """Contestants down, repairs across; the best mean of each column in bold, fewer seeds than the column's in brackets."""
-    columns = [
-        {name: [*per_seed(results, name, share, repair).values()] for name in names(results)} for repair in REPAIRS
-    ]
-    most = [max(map(len, column.values())) for column in columns]
-    columns, shown, most = zip(*((c, r, n) for c, r, n in zip(columns, REPAIRS, most, strict=True) if n), strict=True)
-    lines = [f"| contestant | {' | '.join(shown)} |", "| --- " * (1 + len(shown)) + "|"]
-    for name in names(results):
-        cells = []
-        for column, count in zip(columns, most, strict=True):
-            text = points(interval(column[name])) if column[name] else ""
-            if text and len(column[name]) < count:
-                text += f" ({len(column[name])})"
-            elif text and mean(column[name]) == max(mean(x) for x in column.values() if len(x) == count):
-                text = f"**{text}**"
-            cells.append(text)
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    """Contestants down, repairs across; bold is a column's best mean, among those with most seeds."""
+    shown = done(results)
+    rows = [[name] for name in names(results)]
+    for repair in shown:
+        column = [[*per_seed(results, name, share, repair).values()] for name in names(results)]
+        most = max(map(len, column))
+        best = max((mean(values) for values in column if values and len(values) == most), default=None)
+        for row, values in zip(rows, column, strict=True):
+            first = len(values) == most and values and mean(values) == best
+            row.append(f"**{points(values, len(results))}**" if first else points(values, len(results)))
+    head = [["contestant", *shown], ["---"] * (1 + len(shown))]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (*head, *rows))
 
 
 def duels(results: Results, shares: Sequence[float]) -> str:
@@ -90,25 +95,19 @@ def duels(results: Results, shares: Sequence[float]) -> str:
     rivals = [name for name in names(results) if name.startswith(RIVAL)]
     if not rivals:
         return ""
-    done = {
-        repair for entries in results.values() for e in entries.values() if "FLOPs" in e for repair in e["accuracy"]
-    }
-    shown = [repair for repair in REPAIRS if repair in done]
-    lines = [
-        f"Points ahead of {RIVAL}'s best criterion (the one with the highest mean in that column), seed by seed:\n",
-        f"| | FLOPs | {' | '.join(shown)} |", "| --- " * (2 + len(shown)) + "|",
-    ]  # fmt: skip
+    shown = done(results)
+    rows = [["", "FLOPs", *shown], ["---"] * (2 + len(shown))]
     for ours in ("joint", "joint around the mean", "taylor per FLOP", "fisher per FLOP"):
         for share in shares:
             cells = []
             for repair in shown:
                 mine = per_seed(results, ours, share, repair)
                 others = [per_seed(results, name, share, repair) for name in rivals]
-                their = max((x for x in others if x), key=lambda x: mean(x.values()), default={})
-                both = mine.keys() & their.keys()
-                cells.append(points(interval([mine[seed] - their[seed] for seed in both])) if both else "")
-            lines.append(f"| {ours} | {share:.0%} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+                their = max((x for x in others if x), key=lambda x: (len(x), mean(x.values())), default={})
+                cells.append(points([mine[seed] - their[seed] for seed in mine if seed in their], len(results)))
+            rows.append([ours, f"{share:.0%}", *cells])
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return f"Points ahead of {RIVAL}'s best criterion in that column, seed by seed:\n\n" + "\n".join(lines)
 
 
 def tables(found: Mapping[str, Results], titles: Mapping[str, str], shares: Sequence[float]) -> str:
@@ -117,7 +116,7 @@ def tables(found: Mapping[str, Results], titles: Mapping[str, str], shares: Sequ
     for task, results in found.items():
         if not results:
             continue
-        whole = points(interval([entries["whole"]["accuracy"] for entries in results.values()]))
+        whole = points([entries["whole"]["accuracy"] for entries in results.values()], len(results))
         count = f"{len(results)} seed{'s' * (len(results) > 1)}"
         parts.append(f"### {titles[task]}\n\nTest accuracy in percent, {count}; unpruned {whole}.")
         parts += [f"{share:.0%} of the FLOPs:\n\n{table(results, share)}" for share in shares]
@@ -144,16 +143,10 @@ def publish(
 
 
 def frontier(results: Results, shares: Sequence[float], repair: str) -> dict[str, list[tuple[float, Interval]]]:
-    """The lines of a plot: what we recommend, what it is compared with."""
+    """The lines of a plot."""
     lines = {}
     for name in names(results):
-        if name.startswith(RIVAL) or name in (
-            "joint",
-            "taylor",
-            "taylor per FLOP",
-            "random",
-            "weight_l2, per_layer_l2",
-        ):
+        if name in DRAWN:
             values = {share: per_seed(results, name, share, repair) for share in shares}
             lines[name] = [(share, interval([*x.values()])) for share, x in values.items() if x]
     return {name: line for name, line in lines.items() if line}
