@@ -70,7 +70,7 @@ def joint(
     totals = [cost(keep) for cost in costs]
     mean, half = rows.mean(0, dtype=torch.float64), 0.5 * rows.square().mean(0, dtype=torch.float64)
     plan = select(half - mean, coupling, budget=budgets, **constraints)  # an error names the budget that was asked for
-    for step in range(1, rounds + 1):
+    for step in range(1, rounds + 1) if len(coupling) else ():
         scores = _cross(rows, ~keep) + half - mean
         if per_cost and isinstance(costs[0], Cost):
             saving = costs[0].marginal(keep)

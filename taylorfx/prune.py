@@ -8,11 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from taylorfx.coupling import Coupling, couple
-from taylorfx.criteria import Criterion, taylor
+from taylorfx.criteria import Criterion
 from taylorfx.gates import measure
+from taylorfx.joint import joint
 from taylorfx.loss import Batch, Loss, cross_entropy
 from taylorfx.plan import Plan, cut
 from taylorfx.repair import Repair
@@ -29,7 +29,7 @@ def prune(
     batch: Batch | Iterable[Batch],
     *,
     budget: Budgets,
-    criterion: Criterion = taylor,
+    criterion: Criterion | None = None,
     loss: Loss = cross_entropy,
     moments: bool = False,
     protect: str | Sequence[str] = (),
@@ -49,6 +49,7 @@ def prune(
         budget: what may remain: ``Flops(0.5)``, ``Parameters(...)``, ``Units(...)``, ``Remove(1)``;
             or several of them.
         criterion: a function of ``(statistics, coupling)``, or of ``(params, coupling)`` if marked by `of_weights`.
+            Without one, units are chosen together, by `joint`.
         repair: what makes up for the cut on the same batches: `reconstruct`, `compensate`.
 
     The other arguments are those of `measure` and `select`, and so are the errors. Nothing given is changed. To see
@@ -69,7 +70,7 @@ def iterate(
     batches: Batch | Iterable[Batch],
     *,
     budgets: Iterable[Budgets],
-    criterion: Criterion = taylor,
+    criterion: Criterion | None = None,
     loss: Loss = cross_entropy,
     moments: bool = False,
     repair: Repair | None = None,
@@ -101,11 +102,13 @@ def iterate(
         coupling = couple(params, spec)
         whole, asked = (coupling, each_budget(budget)) if whole is None else (whole, _fixed(budget, whole))
         if getattr(criterion, "of_weights", False):
-            scores: torch.Tensor = criterion(params, coupling)  # type: ignore[arg-type]
+            plan = select(criterion(params, coupling), coupling, budget=asked, **constraints)  # type: ignore
         else:
-            stats = measure(params, spec, batches, coupling, loss=loss, moments=moments)
-            scores = criterion(stats, coupling)  # type: ignore[arg-type]
-        plan = select(scores, coupling, budget=asked, **constraints)
+            stats = measure(params, spec, batches, coupling, loss=loss, moments=moments, rows=criterion is None)
+            if criterion is None:
+                plan = joint(stats, coupling, budget=asked, **constraints)
+            else:
+                plan = select(criterion(stats, coupling), coupling, budget=asked, **constraints)  # type: ignore
         params, spec = (cut(params, plan), plan.spec) if repair is None else repair(params, plan, batches)
         trained = yield params, spec, plan
         if trained is not None:

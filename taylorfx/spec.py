@@ -187,9 +187,9 @@ def _order(nodes: tuple[Node, ...], outputs: tuple[str, ...]) -> tuple[Node, ...
     ordered: dict[str, Node] = {}
     waiting = list(nodes)
     while waiting:
-        ready = [node for node in waiting if all(x in ordered or x not in names for x in node.inputs)]
-        if waiting[0] in ready:  # keep the given order as far as it goes
-            ready = ready[:1]
+        ready = waiting[:1]  # keep the given order as far as it goes
+        if not all(x in ordered or x not in names for x in ready[0].inputs):
+            ready = [node for node in waiting if all(x in ordered or x not in names for x in node.inputs)]
         if not ready:
             errors.append(f"the nodes {', '.join(repr(n.name) for n in waiting)} lie on or behind a cycle")
             break

@@ -143,3 +143,16 @@ def test_what_makes_no_sense_is_refused(change, message):
 
 
 PLAIN = (*wide()[:2], (torch.randn(3, 4, dtype=torch.float64), torch.tensor([0, 1, 0])), wide()[2])
+
+
+def test_pruning_without_a_criterion_chooses_jointly():
+    params, spec, coupling = wide((12, 8))
+    batch = torch.randn(16, 4, dtype=torch.float64), torch.randint(2, (16,))
+    plan = tfx.joint(tfx.measure(params, spec, batch, coupling, rows=True), coupling, budget=tfx.Flops(0.5), floor=2)
+    assert tfx.prune(params, spec, batch, budget=tfx.Flops(0.5), floor=2)[1] == plan.spec
+
+
+def test_a_network_without_units_stays_as_it_is():
+    spec = tfx.serial(tfx.Input((4,)), tfx.Linear(4, 2))
+    params = tfx.init(spec, torch.Generator().manual_seed(0))
+    assert tfx.prune(params, spec, (torch.randn(3, 4), torch.tensor([0, 1, 0])), budget=tfx.Flops(1.0))[1] == spec

@@ -379,7 +379,7 @@ def test_prune_repairs_on_the_same_batches(method):
     net = network(CONSTRUCTS["chain"])
     scores = tfx.taylor(tfx.measure(net.params, net.spec, net.batch, net.coupling), net.coupling)
     plan = tfx.select(scores, net.coupling, budget=tfx.Units(5))
-    params, spec = tfx.prune(net.params, net.spec, net.batch, budget=tfx.Units(5), repair=method)
+    params, spec = tfx.prune(net.params, net.spec, net.batch, budget=tfx.Units(5), criterion=tfx.taylor, repair=method)
     expected = method(net.params, plan, net.batch)
     assert spec == expected[1]
     assert_trees_equal(params, expected[0])

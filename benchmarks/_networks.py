@@ -1,0 +1,208 @@
+"""The networks of the quality benchmark, as torch modules, and the real data that they learn.
+
+They are modules, so that other pruners can work on them, too; taylorfx captures them.
+"""
+
+from __future__ import annotations
+
+import gzip
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import taylorfx as tfx
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from quickstart import digits
+from training import at_rest, cosine, fit
+
+Examples = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a network learns, is scored and repaired on, and is judged by. No example is in two of them but that
+    ``scored`` are some of what ``learned`` has, as a user would take them."""
+
+    learned: Examples
+    scored: Examples
+    judged: Examples
+
+
+@dataclass(frozen=True)
+class Task:
+    """A network and its data: what differs between the rows of the benchmark.
+
+    Attributes:
+        epochs, lr: of the training.
+        tune: steps of the fine-tuning after a cut, with a tenth of the training's learning rate.
+    """
+
+    title: str
+    network: Callable[[], nn.Module]
+    data: Callable[[torch.Generator, Path], Data]
+    epochs: int
+    lr: float = 0.1
+    tune: int = 60
+
+    def train(self, data: Data, generator: torch.Generator) -> tuple[tfx.Params, tfx.Spec]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+            module = self.network().eval()
+        params, spec = tfx.from_torch(module, data.learned[0][:2])
+        params, _ = fit(
+            params, at_rest(params, spec), spec, *data.learned, epochs=self.epochs, batch_size=64,
+            lr=cosine(self.lr, warmup=0.1), weight_decay=5e-4, generator=generator, label=self.title,
+        )  # fmt: skip
+        return params, spec
+
+    def tuned(self, params: tfx.Params, spec: tfx.Spec, data: Data, seed: int) -> tfx.Params:
+        """After the short fine-tuning: the same examples in the same order for every contestant."""
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randperm(len(data.learned[0]), generator=generator)[: 64 * self.tune]
+        examples = (x[chosen] for x in data.learned)
+        params, _ = fit(
+            params, at_rest(params, spec), spec, *examples, epochs=1, batch_size=64,
+            lr=cosine(self.lr / 10), weight_decay=5e-4, generator=generator, label="tune",
+        )  # fmt: skip
+        return params
+
+    def module(self, params: tfx.Params) -> nn.Module:
+        """The module with these parameters, in inference mode."""
+        module = self.network().eval()
+        missing, strange = module.load_state_dict(tfx.flatten(params), strict=False)
+        assert not strange, strange
+        assert all(name.endswith("num_batches_tracked") for name in missing), missing
+        return module
+
+
+class Before(nn.Module):
+    """A residual block with norm and ReLU before its convolutions (He et al. 2016, arXiv 1603.05027)."""
+
+    def __init__(self, before: int, after: int, stride: int) -> None:
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(before), nn.Conv2d(before, after, 3, stride, 1, bias=False)
+        self.bn2, self.conv2 = nn.BatchNorm2d(after), nn.Conv2d(after, after, 3, 1, 1, bias=False)
+        self.shortcut = nn.Conv2d(before, after, 1, stride, bias=False) if before != after else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(F.relu(self.bn1(x)))
+        return self.conv2(F.relu(self.bn2(y))) + self.shortcut(x)
+
+
+class After(nn.Module):
+    """A residual block as in ResNet-18, norm and ReLU after its convolutions (He et al. 2015, arXiv 1512.03385)."""
+
+    def __init__(self, before: int, after: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after)
+        self.conv2, self.bn2 = nn.Conv2d(after, after, 3, 1, 1, bias=False), nn.BatchNorm2d(after)
+        self.shortcut = nn.Identity()
+        if before != after:
+            self.shortcut = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(y + self.shortcut(x))
+
+
+class Inverted(nn.Module):
+    """An inverted residual block (Sandler et al. 2018, arXiv 1801.04381): widen, depthwise, narrow."""
+
+    def __init__(self, before: int, after: int, stride: int, widen: int = 4) -> None:
+        super().__init__()
+        inner = widen * before
+        self.conv1, self.bn1 = nn.Conv2d(before, inner, 1, bias=False), nn.BatchNorm2d(inner)
+        self.conv2 = nn.Conv2d(inner, inner, 3, stride, 1, groups=inner, bias=False)
+        self.bn2 = nn.BatchNorm2d(inner)
+        self.conv3, self.bn3 = nn.Conv2d(inner, after, 1, bias=False), nn.BatchNorm2d(after)
+        self.adds = stride == 1 and before == after
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu6(self.bn2(self.conv2(F.relu6(self.bn1(self.conv1(x))))))
+        y = self.bn3(self.conv3(y))
+        return x + y if self.adds else y
+
+
+class Stages(nn.Sequential):
+    """A stem, three stages of two blocks, average pooling, a linear layer."""
+
+    def __init__(self, block: Callable[[int, int, int], nn.Module], width: int, stride: int, *, bare: bool) -> None:
+        def normed(channels: int) -> list[nn.Module]:
+            return [nn.BatchNorm2d(channels), nn.ReLU()]
+
+        widths = [width, width, 2 * width, 4 * width]
+        blocks = [
+            layer
+            for k, (before, after) in enumerate(pairwise(widths))
+            for layer in (block(before, after, 1 + (k > 0)), block(after, after, 1))
+        ]
+        super().__init__(
+            nn.Conv2d(1, width, 3, stride, 1, bias=False),
+            *([] if bare else normed(width)),
+            *blocks,
+            *(normed(widths[-1]) if bare else []),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(widths[-1], 10),
+        )
+
+
+NOISE = 1.0
+"""Of the digits, which go from -1 to 1: as much as makes the network err in about every fifth."""
+
+
+def noisy_digits(generator: torch.Generator, _: Path) -> Data:
+    """scikit-learn's digits, each with several draws of noise."""
+    images, targets, test_images, test_targets = digits()
+
+    def noisy(x: Tensor, y: Tensor, times: int) -> Examples:
+        x = x.repeat(times, 1, 1, 1)
+        return x + NOISE * torch.randn(x.shape, generator=generator), y.repeat(times)
+
+    chosen = torch.randperm(len(images), generator=generator)[:512]
+    return Data(
+        noisy(images, targets, 16), noisy(images[chosen], targets[chosen], 1), noisy(test_images, test_targets, 2)
+    )
+
+
+FASHION = Path("/usr/share/datasets/fashion-mnist")
+"""Where Debian's ``dataset-fashion-mnist`` puts the IDX files."""
+
+
+def fashion(generator: torch.Generator, folder: Path, *, learn: int = 12_000, judge: int = 2_000) -> Data:
+    """Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747) from its IDX files: some to learn, some of the test's."""
+
+    def read(name: str, header: int) -> Tensor:
+        packed = folder / f"{name}.gz"
+        content = gzip.decompress(packed.read_bytes()) if packed.exists() else (folder / name).read_bytes()
+        return torch.from_numpy(np.frombuffer(content, np.uint8, offset=header).copy())
+
+    def some(part: str, count: int) -> Examples:
+        images = read(f"{part}-images-idx3-ubyte", 16).reshape(-1, 1, 28, 28)
+        targets = read(f"{part}-labels-idx1-ubyte", 8).long()
+        chosen = torch.randperm(len(images), generator=generator)[:count]
+        return images[chosen].float() / 127.5 - 1, targets[chosen]
+
+    learned = some("train", learn)
+    return Data(learned, (learned[0][:512], learned[1][:512]), some("t10k", judge))
+
+
+TASKS = {
+    "digits": Task(
+        "residual network, noisy digits", lambda: Stages(Before, 16, 1, bare=True), noisy_digits, epochs=3, tune=50
+    ),
+    "resnet": Task(
+        "small ResNet, Fashion-MNIST", lambda: Stages(After, 16, 2, bare=False), fashion, epochs=5, tune=60
+    ),
+    "mobilenet": Task(
+        "MobileNet-like network, Fashion-MNIST", lambda: Stages(Inverted, 16, 2, bare=False), fashion, epochs=5, tune=60
+    ),
+}  # fmt: skip
