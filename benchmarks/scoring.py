@@ -30,7 +30,6 @@ from _torchvision import library
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-
 import taylorfx as tfx
 
 # Examples and, for images, their height and width.
