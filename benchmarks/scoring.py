@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _torchvision import library
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from zoo import torchvision_models
 
 import taylorfx as tfx
 
@@ -57,7 +57,7 @@ def model(name: str) -> tuple[nn.Module, Tensor, Tensor]:
     """The module in inference mode, with random weights, and a batch."""
     torch.manual_seed(0)
     count, size = MODELS[name]
-    models = torchvision_models()  # before transformers, which imports it, too
+    models = library()  # before transformers, which imports it, too
     if name == "bert":
         from transformers import BertConfig, BertForSequenceClassification
 

@@ -383,7 +383,7 @@ def contract(x: Tensor, y: Tensor, axis: int) -> Tensor:
         return x * y
     wide = torch.promote_types(x.dtype, torch.float32)
     rest = [k for k in range(1, x.ndim) if k != axis]
-    some = max(1, _CACHED * len(x) // x.numel()) if x.device.type == "cpu" else len(x)
+    some = max(1, _CACHED * len(x) // max(1, x.numel())) if x.device.type == "cpu" else len(x)
     parts = [(a.to(wide) * b).sum(rest) for a, b in zip(torch.split(x, some), torch.split(y, some), strict=True)]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
