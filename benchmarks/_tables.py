@@ -119,8 +119,11 @@ def tables(found: Mapping[str, Results], titles: Mapping[str, str], shares: Sequ
         whole = points([entries["whole"]["accuracy"] for entries in results.values()], len(results))
         count = f"{len(results)} seed{'s' * (len(results) > 1)}"
         parts.append(f"### {titles[task]}\n\nTest accuracy in percent, {count}; unpruned {whole}.")
-        parts += [f"{share:.0%} of the FLOPs:\n\n{table(results, share)}" for share in shares]
-        parts.append(duels(results, shares))
+        run = [
+            share for share in shares if any(key.endswith(f" @ {share}") for kept in results.values() for key in kept)
+        ]
+        parts += [f"{share:.0%} of the FLOPs:\n\n{table(results, share)}" for share in run]
+        parts.append(duels(results, run))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -129,14 +132,13 @@ def publish(
 ) -> None:
     """Write the tables between the markers of README.md, the numbers into quality.json, a plot of each task."""
     readme = HERE / "README.md"
-    (before, rest), (_, after) = readme.read_text().split(MARKERS[0]), readme.read_text().split(MARKERS[1])
-    del rest
+    old = readme.read_text()
+    before, after = old.split(MARKERS[0])[0], old.split(MARKERS[1])[1]
     readme.write_text(f"{before}{MARKERS[0]}\n\n{text}\n\n{MARKERS[1]}{after}")
     (HERE / "quality.json").write_text(json.dumps(found, indent=1) + "\n")
     for task, results in found.items():
-        for repair in ("as cut", "reconstructed"):
-            drawn = frontier(results, shares, repair)
-            if drawn:
+        for repair in ("as cut", "recalibrated"):
+            if drawn := frontier(results, shares, repair):
                 whole = mean(entries["whole"]["accuracy"] for entries in results.values())
                 figure = plot_frontier(drawn, x="share of the FLOPs", title=f"{titles[task]}, {repair}", whole=whole)
                 figure.savefig(docs / f"quality_{task}_{repair.replace(' ', '_')}.png")
