@@ -143,12 +143,12 @@ class _Folder:
         """The node's value is now that of the node it heard at ``slot``; nodes that nobody hears any more go."""
         writer = node.inputs[slot]
         self.moved[node.name] = writer
-        self.moved |= {old: writer for old, new in self.moved.items() if new == node.name}
         self.heard[writer] = self.heard[node.name]
-        for name in (node.name, *(x for x in node.inputs if x != writer)):
-            self.heard[name] -= name != node.name
-            if name == node.name or not self.heard[name]:
-                self.owners.subtract(self.nodes.pop(name).paths.values())
+        del self.nodes[node.name]
+        for name in node.inputs[:slot] + node.inputs[slot + 1 :]:
+            self.heard[name] -= 1
+            if not self.heard[name]:
+                del self.nodes[name]
 
 
 def _biased(node: Node) -> Node:

@@ -51,6 +51,14 @@ def heard_twice(conv: bool) -> Spec:
     ))  # fmt: skip
 
 
+def normed_twice() -> Spec:
+    """The convolution's norm is heard by another norm, and not by it alone."""
+    return Spec((
+        Node("x", Input()), Node("conv", SAME, ("x",)), Node("norm", NORM, ("conv",)), Node("again", NORM, ("norm",)),
+        Node("sum", tfx.Add(), ("norm", "again")),
+    ))  # fmt: skip
+
+
 def outputs(*names: str) -> Spec:
     nodes = Node("x", Input((2, 4, 4))), Node("conv", tfx.Conv2d(2, 4, 3), ("x",)), Node("norm", NORM, ("conv",))
     tail = Node("flat", tfx.Flatten(), ("norm",)), Node("head", tfx.Linear(16, 2), ("flat",))
@@ -84,6 +92,16 @@ FOLDED: dict[str, tuple[Spec, int]] = {
     "shared norms": (classifier(tied_norms(), channels=4), 2),
     "others hear the convolution": (classifier(heard_twice(True), channels=4), 0),
     "others hear the norm": (classifier(heard_twice(False), channels=4), 1),
+    "others hear the first norm": (classifier(normed_twice(), channels=4), 1),
+    "spread by its parameter": (
+        classifier(by_parameters(tfx.Conv2d(4, 1, 1), tfx.Multiply(), (4, 1, 1)), channels=4), 0,
+    ),
+    "the place of the bias is taken": (
+        classifier(Spec((
+            Node("x", Input()), Node("conv", tfx.Conv2d(4, 4, 1, bias=False), ("x",)), Node("norm", NORM, ("conv",)),
+            Node("two", tfx.Conv2d(4, 4, 1), ("norm",), (("bias", "conv.bias"),)),
+        )), channels=4), 0,
+    ),
     "linear": (serial(Input(3), tfx.Linear(3, 5), tfx.BatchNorm1d(5), tfx.ReLU(), tfx.Linear(5, 2)), 1),
     "linear, positions normed": (
         serial(Input((5, 3)), tfx.Linear(3, 5), tfx.BatchNorm1d(5), tfx.Flatten(), tfx.Linear(25, 2)), 0,
