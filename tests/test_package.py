@@ -28,7 +28,7 @@ STAGES = (
     {"gates", "cost"},
     {"plan"},
     {"criteria"},
-    {"oracle"},
+    {"oracle", "balance"},
     {"fidelity", "forecast"},
     {"selection"},
     {"joint"},
