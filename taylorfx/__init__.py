@@ -7,6 +7,18 @@ import typing
 
 from taylorfx import layers, schedule
 from taylorfx.balance import Order, balance, reorder
+from taylorfx.budget import (
+    Budget,
+    BudgetError,
+    Flops,
+    Latency,
+    Measured,
+    Memory,
+    Parameters,
+    Remove,
+    SelectionError,
+    Units,
+)
 from taylorfx.build import concat, inline, multihead_attention, residual, serial
 from taylorfx.cost import Cost, Timings, flops, memory, parameters
 from taylorfx.coupling import Coupling, Place, couple
@@ -41,19 +53,7 @@ from taylorfx.oracle import Oracle, oracle
 from taylorfx.plan import Plan, PlanError, compose, cut, expand
 from taylorfx.prune import iterate, prune
 from taylorfx.repair import LeastSquares, Means, Repair, compensate, means, recalibrate, reconstruct
-from taylorfx.selection import (
-    Budget,
-    BudgetError,
-    Flops,
-    Latency,
-    Measured,
-    Memory,
-    Parameters,
-    Remove,
-    SelectionError,
-    Units,
-    select,
-)
+from taylorfx.selection import select
 from taylorfx.spec import Node, Spec, SpecError, apply, check, combine, init, partition, train
 from taylorfx.statistics import Moments, Statistics
 from taylorfx.store import from_json, load, save, to_json
