@@ -5,7 +5,7 @@ params, spec = tfx.prune(params, spec, batch, budget=tfx.Flops(0.5))
 
 import typing
 
-from taylorfx import layers, schedule
+from taylorfx import distributed, layers, schedule
 from taylorfx.balance import Order, balance, reorder
 from taylorfx.budget import (
     Budget,
@@ -70,13 +70,13 @@ __all__ = [
     "Params", "Place", "Plan", "PlanError", "Remove", "Repair", "SelectionError", "Spec", "SpecError", "Statistics",
     "Timings", "Units", "Value", "activation_mean", "activation_std", "apoz", "apply", "balance", "batchnorm_scale",
     "check", "combine", "compat", "compensate", "compose", "concat", "couple", "cross_entropy", "curvature", "cut",
-    "derivatives", "exact_second_order", "expand", "expected_change", "fidelity", "fisher", "flatten", "flops",
-    "fold", "from_json", "from_torch", "gated_loss", "gates", "gradient", "init", "inline", "iterate", "joint",
-    "layers", "load", "means", "measure", "memory", "multihead_attention", "of_weights", "oracle", "parameters",
-    "partition", "path_integral", "per_layer_l2", "per_layer_max", "per_layer_mean", "plan_path_integral",
-    "plan_second_order", "prune", "random", "recalibrate", "reconstruct", "reorder", "residual", "rule", "save",
-    "schedule", "second_order", "select", "serial", "signed", "taylor", "taylor_squared", "to_json", "to_torch",
-    "train", "unflatten", "unnormalized", "weight_l1", "weight_l2",
+    "derivatives", "distributed", "exact_second_order", "expand", "expected_change", "fidelity", "fisher",
+    "flatten", "flops", "fold", "from_json", "from_torch", "gated_loss", "gates", "gradient", "init", "inline",
+    "iterate", "joint", "layers", "load", "means", "measure", "memory", "multihead_attention", "of_weights",
+    "oracle", "parameters", "partition", "path_integral", "per_layer_l2", "per_layer_max", "per_layer_mean",
+    "plan_path_integral", "plan_second_order", "prune", "random", "recalibrate", "reconstruct", "reorder",
+    "residual", "rule", "save", "schedule", "second_order", "select", "serial", "signed", "taylor",
+    "taylor_squared", "to_json", "to_torch", "train", "unflatten", "unnormalized", "weight_l1", "weight_l2",
 ]  # fmt: skip
 __all__ += layers.__all__
 

@@ -190,10 +190,15 @@ def _index(family: _Family, ranks: Labels, axes: Sequence[Labels], axis: int) ->
 
 def _families(coupling: Coupling) -> list[_Family]:
     """The scopes whose positions can be put into another order in every group."""
+    homes: dict[int, set[int]] = {}  # by scope, the axes that its units are on
+    for number, axis in enumerate(coupling.axes):
+        for scope in np.unique(coupling.scope[axis[axis >= 0]]).tolist():
+            homes.setdefault(scope, set()).add(number)
     families: list[_Family] = []
-    for number, scope in enumerate(coupling.scopes):
-        family = _grouped(coupling, scope, tuple(np.flatnonzero(coupling.scope == number).tolist()))
-        if family and all(_follows(coupling, node, family) for node in coupling.spec.nodes):
+    for scope, home in sorted(homes.items()):
+        family = _grouped(coupling, scope, [coupling.axes[number] for number in sorted(home)])
+        met = [node for node in coupling.spec if not home.isdisjoint(coupling.letters[node.name].values())]
+        if family and all(_follows(coupling, node, family) for node in met):
             try:
                 _ordered([*families, family])
             except CycleError:  # positions and groups of each other: the first to come are the positions
@@ -208,18 +213,19 @@ def _ordered(families: Sequence[_Family]) -> list[_Family]:
     return [*TopologicalSorter(before).static_order()]
 
 
-def _grouped(coupling: Coupling, scope: str, positions: tuple[int, ...]) -> _Family | None:
-    """The coarsest groups in which these positions lie, wherever they lie in groups; none if there are none."""
+def _grouped(coupling: Coupling, scope: int, axes: Sequence[Labels]) -> _Family | None:
+    """A scope's units as positions in the coarsest groups in which they lie, wherever they do; none if nowhere."""
+    positions = np.flatnonzero(coupling.scope == scope)
     marks: Group | None = None
-    seen: list[Labels] = []
-    for axis in coupling.axes:
+    groups: set[Group] = set()
+    for axis in axes:
         held = np.isin(axis, positions)
-        if held.any() and (beside := Group(axis[:, held.any(0)][~held[:, held.any(0)]].tolist()) - {-1}):
+        columns = axis[:, held.any(0)]
+        if beside := Group(columns[~held[:, held.any(0)]].tolist()) - {-1}:
             marks = beside if marks is None else marks & beside
-            seen.append(axis[:, held.any(0)])
-    groups = {Group(column) & marks for axis in seen[:1] for column in axis.T.tolist()} if marks else set()
+            groups = {Group(column) & marks for column in np.unique(columns, axis=1).T.tolist()}
     enough = len(groups) > 1 and all(groups)
-    return _Family(scope, positions, tuple(sorted(groups, key=sorted))) if enough else None
+    return _Family(coupling.scopes[scope], (*positions.tolist(),), (*sorted(groups, key=sorted),)) if enough else None
 
 
 def _follows(coupling: Coupling, node: Node, family: _Family) -> bool:
@@ -232,22 +238,11 @@ def _follows(coupling: Coupling, node: Node, family: _Family) -> bool:
             if not family.meets(axis, family.positions):
                 continue
             apart = letter not in telling  # the groups are on other axes, if anywhere
-            if apart and (
-                not telling <= tensor or telling & {*node.layer.inexact} or not _whole(family, letters, telling)
-            ):
+            if apart and (not telling <= tensor or telling & {*node.layer.inexact}):
                 return False
             if (family.alone if apart else family).table(axis) is None:
                 return False
     return True
-
-
-def _whole(family: _Family, letters: Mapping[str, Labels], telling: Iterable[str]) -> bool:
-    """These letters tell all groups apart, each group once more than the others."""
-    found = [{Group(column) & family.marks for column in letters[x].T.tolist()} for x in sorted(telling)]
-    products = {Group()}
-    for parts in found:
-        products = {one | part for one in products for part in parts}
-    return products == {*family.groups} and sum(len(part) for part in found) == len({u for p in found for u in p})
 
 
 def _tensors(coupling: Coupling, node: Node) -> list[set[str]]:

@@ -239,7 +239,14 @@ class LeastSquares:
         return weights, y - (x[:, None] @ weights)[:, 0]
 
 
-def reconstruct(params: Params, plan: Plan, batches: Batches, *, ridge: float = 1e-2) -> tuple[Params, Spec]:
+def reconstruct(
+    params: Params,
+    plan: Plan,
+    batches: Batches,
+    *,
+    ridge: float = 1e-2,
+    total: Callable[[LeastSquares], LeastSquares] | None = None,
+) -> tuple[Params, Spec]:
     """Cut, and choose the kept weights and biases so that every layer again computes what the original layer computed.
 
     Layer after layer: the targets are the original network's, the inputs those of the smaller network as repaired so
@@ -254,6 +261,7 @@ def reconstruct(params: Params, plan: Plan, batches: Batches, *, ridge: float = 
         params: the original parameters.
         batches: ``(inputs, targets)``, or an iterable of such; the targets are not looked at.
         ridge: how strongly weights are held where they were, in units of the mean variance of what is read; above 0.
+        total: adds up the sums of several processes that each have batches of their own (`distributed.total`).
 
     Returns:
         Parameters and spec of the smaller network.
@@ -272,6 +280,7 @@ def reconstruct(params: Params, plan: Plan, batches: Batches, *, ridge: float = 
         if not _joint(original, group) or not lost & _ancestors(original, names):
             continue
         sums = _sums(params, plan, small, spec, names, given)
+        sums = sums if total is None else total(sums)
         layer, path, leaves = spec[names[0]].layer, group[0].path("weight"), flatten(small)
         matrix, bias = sums.solve(_matrix(layer, leaves[path].detach()).double(), ridge)
         old = leaves[group[0].path("bias")].detach() if layer.bias else 0.0  # type: ignore[attr-defined]
