@@ -73,12 +73,15 @@ PINNED: dict[str, tuple[Spec, set[str]]] = {
     "normed in fewer groups": (grouped(tfx.GroupNorm(2, 8)), {"conv2.i", "conv2"}),
     "every group by itself": (contracted("btgp,btgp->btg", 3, 2), {"apart.x1"}),
     "every position by itself": (contracted("btgp->btp", 3, 4), {"apart.x2"}),
+    "grouped queries": (
+        CONSTRUCTS["grouped queries"], {"attn.1.attention.r", "attn.1.attention.k", "attn.1.attention.v"},
+    ),
     "groups with groups": (contracted("btgp,bthp->btgh", 3, 2, 2), set()),
     "positions with positions": (contracted("btgp,btgq->btpq", 3, 4, 4), set()),
     "sums of both": (both_sums(), set()),
     "channels and tokens": (MIXER, set()),
     "groups and positions summed": (contracted("btgp,btgp->bt", 3), {"apart.x2"}),
-}
+}  # fmt: skip
 
 
 def pinned(law):
