@@ -52,7 +52,8 @@ from taylorfx.loss import cross_entropy
 from taylorfx.oracle import Oracle, oracle
 from taylorfx.plan import Plan, PlanError, compose, cut, expand
 from taylorfx.prune import iterate, prune
-from taylorfx.repair import LeastSquares, Means, Repair, compensate, means, recalibrate, reconstruct
+from taylorfx.reconstruct import LeastSquares, reconstruct
+from taylorfx.repair import Means, Repair, compensate, means, recalibrate
 from taylorfx.selection import select
 from taylorfx.spec import Node, Spec, SpecError, apply, check, combine, init, partition, train
 from taylorfx.statistics import Moments, Statistics

@@ -224,8 +224,9 @@ def _grouped(coupling: Coupling, scope: int, axes: Sequence[Labels]) -> _Family 
         if beside := Group(columns[~held[:, held.any(0)]].tolist()) - {-1}:
             marks = beside if marks is None else marks & beside
             groups = {Group(column) & marks for column in np.unique(columns, axis=1).T.tolist()}
-    enough = len(groups) > 1 and all(groups)
-    return _Family(coupling.scopes[scope], (*positions.tolist(),), (*sorted(groups, key=sorted),)) if enough else None
+    if len(groups) < 2:
+        return None
+    return _Family(coupling.scopes[scope], (*positions.tolist(),), (*sorted(groups, key=sorted),))
 
 
 def _follows(coupling: Coupling, node: Node, family: _Family) -> bool:

@@ -33,7 +33,9 @@ STAGES = (
     {"budget"},
     {"selection"},
     {"joint"},
+    {"consumers"},
     {"repair", "schedule"},
+    {"reconstruct"},
     {"prune"},
     {"interop", "store", "distributed", "report"},  # leaves: what lies above them never needs them
     {"testing"},
