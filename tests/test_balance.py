@@ -22,7 +22,7 @@ CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 
 def grouped(norm: tfx.Layer) -> Spec:
     return serial(
-        Input((3, 6, 6)), conv1=tfx.Conv2d(3, 16, 3), act1=tfx.ReLU(), conv2=tfx.Conv2d(16, 8, 3, groups=4),
+        Input((3, 6, 6)), conv1=tfx.Conv2d(3, 16, 3), act1=tfx.SiLU(), conv2=tfx.Conv2d(16, 8, 3, groups=4),
         norm=norm, act2=tfx.SiLU(), flat=tfx.Flatten(), head=tfx.Linear(32, 5),
     )  # fmt: skip
 
@@ -60,6 +60,16 @@ def both_sums() -> Spec:
     return Spec((*nodes, *rest))
 
 
+def sliced() -> Spec:
+    """Some positions of every group, by number."""
+    nodes = contracted("btgp->btgp", 3, 2, 4).nodes[:3]
+    rest = [
+        Node("some", tfx.Slice(3, 1, 3), ("apart",)), Node("flat", tfx.Flatten(), ("some",)),
+        Node("head", tfx.Linear(12, 2), ("flat",)),
+    ]  # fmt: skip
+    return Spec((*nodes, *rest))
+
+
 MIXER = serial(
     Input((3, 4)), channels=tfx.Linear(4, 5), turn=tfx.Permute((0, 2, 1)), tokens=tfx.Linear(3, 6),
     flat=tfx.Flatten(), head=tfx.Linear(30, 2),
@@ -78,6 +88,7 @@ PINNED: dict[str, tuple[Spec, set[str]]] = {
     ),
     "groups with groups": (contracted("btgp,bthp->btgh", 3, 2, 2), set()),
     "positions with positions": (contracted("btgp,btgq->btpq", 3, 4, 4), set()),
+    "some positions of all groups": (sliced(), set()),
     "sums of both": (both_sums(), set()),
     "channels and tokens": (MIXER, set()),
     "groups and positions summed": (contracted("btgp,btgp->bt", 3), {"apart.x2"}),
@@ -145,7 +156,7 @@ def test_every_group_loses_its_own_least(seed: int, criterion):
         """Of four channels in each of four groups."""
         p = tfx.flatten(params)
         gates = torch.ones(len(targets), 16, 1, 1, dtype=torch.float64, requires_grad=True)
-        x = F.relu(F.conv2d(inputs["input"], p["conv1.weight"], p["conv1.bias"])) * gates
+        x = F.silu(F.conv2d(inputs["input"], p["conv1.weight"], p["conv1.bias"])) * gates
         x = F.silu(F.conv2d(x, p["conv2.weight"], p["conv2.bias"], groups=4)).flatten(1)
         loss = F.cross_entropy(F.linear(x, p["head.weight"], p["head.bias"]), targets, reduction="sum")
         (grad,) = torch.autograd.grad(loss, gates)

@@ -416,7 +416,7 @@ def test_errors_say_what_to_do():
 
 
 def test_both_networks_run_once_side_by_side(monkeypatch):
-    """Eight convolutions, three batches: every one of them runs once in each network, and once to unfold its windows."""
+    """Eight convolutions, three batches: each runs once in either network, and once to unfold its windows."""
     layers = [x for _ in range(8) for x in (tfx.Conv2d(4, 4, 3, padding=1), tfx.ReLU())]
     net = network(tfx.serial(tfx.Input((4, 4, 4)), *layers, tfx.Flatten(), tfx.Linear(64, 2)))
     plan, calls, apply = plan_for(net, 0), [], tfx.Conv2d.apply
@@ -433,8 +433,9 @@ def test_both_networks_run_once_side_by_side(monkeypatch):
 @pytest.mark.parametrize("method", REPAIRS)
 def test_outputs_keep_their_names_where_a_layer_gains_a_bias(method):
     nodes = (
-        tfx.Node("x", tfx.Input((3,))), tfx.Node("one", tfx.Linear(3, 4), ("x",)), tfx.Node("act", tfx.Tanh(), ("one",)),
-        tfx.Node("two", tfx.Linear(4, 2, bias=False), ("act",)), tfx.Node("half", tfx.Tanh(), ("two",)),
+        tfx.Node("x", tfx.Input((3,))), tfx.Node("one", tfx.Linear(3, 4), ("x",)),
+        tfx.Node("act", tfx.Tanh(), ("one",)), tfx.Node("two", tfx.Linear(4, 2, bias=False), ("act",)),
+        tfx.Node("half", tfx.Tanh(), ("two",)),
     )  # fmt: skip
     net = network(tfx.Spec(nodes, ("two", "half"), ("logits", "squashed")))
     small, spec = method(net.params, plan_for(net, 0), net.batch)
