@@ -60,14 +60,15 @@ def both_sums() -> Spec:
     return Spec((*nodes, *rest))
 
 
-def sliced() -> Spec:
-    """Some positions of every group, by number."""
+def sliced(*cuts: tuple[int, int]) -> Spec:
+    """Some positions of every group, by number, end to end."""
     nodes = contracted("btgp->btgp", 3, 2, 4).nodes[:3]
+    parts = [Node(f"part{k}", tfx.Slice(3, *cut), ("apart",)) for k, cut in enumerate(cuts)]
     rest = [
-        Node("some", tfx.Slice(3, 1, 3), ("apart",)), Node("flat", tfx.Flatten(), ("some",)),
-        Node("head", tfx.Linear(12, 2), ("flat",)),
+        Node("joined", tfx.Concat(2), tuple(part.name for part in parts)), Node("flat", tfx.Flatten(), ("joined",)),
+        Node("head", tfx.Linear(12 * len(cuts), 2), ("flat",)),
     ]  # fmt: skip
-    return Spec((*nodes, *rest))
+    return Spec((*nodes, *parts, *rest))
 
 
 MIXER = serial(
@@ -88,7 +89,8 @@ PINNED: dict[str, tuple[Spec, set[str]]] = {
     ),
     "groups with groups": (contracted("btgp,bthp->btgh", 3, 2, 2), set()),
     "positions with positions": (contracted("btgp,btgq->btpq", 3, 4, 4), set()),
-    "some positions of all groups": (sliced(), set()),
+    "the same positions of all groups": (sliced((1, 3)), {"apart.x1"}),
+    "one half of the positions, then the other": (sliced((0, 2), (2, 4)), set()),
     "sums of both": (both_sums(), set()),
     "channels and tokens": (MIXER, set()),
     "groups and positions summed": (contracted("btgp,btgp->bt", 3), {"apart.x2"}),
