@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from heapq import heappop, heappush
 from typing import Any
 
 import torch
@@ -61,10 +63,15 @@ class Node:
         base = self.params if isinstance(self.params, str) else self.name
         return base if self.layer.leaf else f"{base}.{leaf}"
 
-    @property
-    def paths(self) -> dict[str, str]:
+    @cached_property
+    def shapes(self) -> Mapping[str, Shape]:
+        """The shapes of all its parameters, by their names in the layer."""
+        return self.layer.shapes()
+
+    @cached_property
+    def paths(self) -> Mapping[str, str]:
         """The paths of all its parameters, by their names in the layer."""
-        return {leaf: self.path(leaf) for leaf in self.layer.shapes()}
+        return {leaf: self.path(leaf) for leaf in self.shapes}
 
 
 @dataclass(frozen=True)
@@ -110,10 +117,10 @@ class Spec:
         shapes: dict[str, Shape] = {}
         errors: list[str] = []
         for node in self.nodes:
-            for leaf, shape in node.layer.shapes().items():
-                known = shapes.setdefault(node.path(leaf), shape)
-                if known != shape:
-                    errors.append(f"{node.path(leaf)}: {node.name} expects {shape}, a node before it {known}")
+            for leaf, path in node.paths.items():
+                known = shapes.setdefault(path, node.shapes[leaf])
+                if known != node.shapes[leaf]:
+                    errors.append(f"{path}: {node.name} expects {node.shapes[leaf]}, a node before it {known}")
         if errors:
             raise SpecError("Nodes share parameters of one shape; received:\n  " + "\n  ".join(errors))
         return shapes
@@ -144,7 +151,7 @@ class Spec:
         bounds = propagate(spec, Ties(labeled=False)) if known else {}
         rows, seen, total, work = [("name", "layer", "output", "parameters", "FLOPs")], set[str](), 0, 0
         for node in spec.nodes:
-            trained = {x: shape for x, shape in node.layer.shapes().items() if x not in node.layer.buffers}
+            trained = {x: shape for x, shape in node.shapes.items() if x not in node.layer.buffers}
             sizes = {node.path(leaf): math.prod(shape) for leaf, shape in trained.items()}
             count = sum(n for path, n in sizes.items() if path not in seen)
             seen.update(sizes)
@@ -184,21 +191,25 @@ def _order(nodes: tuple[Node, ...], outputs: tuple[str, ...]) -> tuple[Node, ...
         seen.add(node.name)
         errors += [f"{node.name!r} hears {x!r}, which no node is named" for x in node.inputs if x not in names]
     errors += [f"the output {x!r} is no node" for x in outputs if x not in names]
-    ordered: dict[str, Node] = {}
-    waiting = list(nodes)
-    while waiting:
-        ready = waiting[:1]  # keep the given order as far as it goes
-        if not all(x in ordered or x not in names for x in ready[0].inputs):
-            ready = [node for node in waiting if all(x in ordered or x not in names for x in node.inputs)]
-        if not ready:
-            errors.append(f"the nodes {', '.join(repr(n.name) for n in waiting)} lie on or behind a cycle")
-            break
-        for node in ready:
-            ordered[node.name] = node
-            waiting.remove(node)
+    missing = [{*node.inputs} & names for node in nodes]
+    hearers: dict[str, list[int]] = {}
+    for k, heard in enumerate(missing):
+        for name in heard:
+            hearers.setdefault(name, []).append(k)
+    ready = [k for k, heard in enumerate(missing) if not heard]  # a heap: the first as given comes first
+    ordered: list[Node] = []
+    while ready:
+        node = nodes[heappop(ready)]
+        ordered.append(node)
+        for k in hearers.pop(node.name, ()):
+            missing[k].discard(node.name)
+            if not missing[k]:
+                heappush(ready, k)
+    if cyclic := [repr(node.name) for node, heard in zip(nodes, missing, strict=True) if heard]:
+        errors.append(f"the nodes {', '.join(cyclic)} lie on or behind a cycle")
     if errors:
         raise SpecError("A network is a graph of named nodes without cycles; received:\n  " + "\n  ".join(errors))
-    return tuple(ordered.values())
+    return tuple(ordered)
 
 
 def propagate(spec: Spec, ties: Ties) -> dict[str, Bound]:
