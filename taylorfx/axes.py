@@ -210,10 +210,15 @@ def solve(fields: Mapping[str, str], values: Mapping[str, int | Sequence[int]]) 
     Raises:
         SignatureError: if a product does not divide, or a size is less than one.
     """
+    numbers = tuple([value if isinstance(value, int) else tuple(value) for value in map(values.__getitem__, fields)])
+    return dict(_solve(tuple(fields.items()), numbers))
+
+
+@lru_cache(maxsize=4096)
+def _solve(fields: tuple[tuple[str, str], ...], values: tuple[int | tuple[int, ...], ...]) -> Mapping[str, int]:
     pending: list[tuple[str, Product, int]] = []
     sizes: dict[str, int] = {}
-    for field, text in fields.items():
-        value = values[field]
+    for (field, text), value in zip(fields, values, strict=True):
         for axis, number in zip(pattern(text), (value,) if isinstance(value, int) else value, strict=True):
             if number < 1:
                 raise SignatureError(f"needs {field} to be at least 1, not {number}")

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from taylorfx.labels import EXAMPLE, Bound, Labeled, Labels, Site, Ties, length, shape_of
+from taylorfx.labels import EXAMPLE, Bound, Labeled, Labels, Site, Ties, length
 from taylorfx.layers import Shape
 from taylorfx.spec import Spec, check, propagate
 from taylorfx.tree import Params
@@ -99,23 +99,30 @@ class Coupling:
 
     def alive(self, keep: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
         """For every axis, which of its indices stay when these units are kept."""
-        extended = np.append(keep, True)  # so that unit -1 is always kept
-        return [np.asarray(extended[axis].all(0), bool) for axis in self.axes]
+        stays, (_, starts, place) = self._stays(keep), self._flat
+        return [stays[starts[k] : starts[k + 1]] for k in place.tolist()]
 
     def counts(self, keep: NDArray[np.bool_]) -> Labels:
         """For every axis, how many of its indices stay when these units are kept."""
-        units, starts = self._flat
-        stays = np.append(keep, True)[units].all(0)
-        return np.add.reduceat(stays.astype(np.int64), starts)
+        _, starts, place = self._flat
+        found: Labels = np.add.reduceat(self._stays(keep), starts[:-1], dtype=np.int64)[place]
+        return found
+
+    def _stays(self, keep: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        first, *rest = self._flat[0]
+        extended = np.append(keep, True)  # so that unit -1 is always kept
+        stays = np.asarray(extended[first], bool)
+        for units in rest:
+            stays[: len(units)] &= extended[units]
+        return stays
 
     @cached_property
-    def _flat(self) -> tuple[Labels, Labels]:
-        """All axes end to end, ``(factors, total)``, and where each begins."""
-        starts = np.cumsum([0, *(axis.shape[1] for axis in self.axes)])
-        units = np.full((max(map(len, self.axes)), starts[-1]), -1)
-        for axis, start in zip(self.axes, starts.tolist(), strict=False):
-            units[: len(axis), start : start + axis.shape[1]] = axis
-        return units, starts[:-1]
+    def _flat(self) -> tuple[list[Labels], Labels, Labels]:
+        """All axes end to end, those of many factors first: by factor their units, the ends, and each axis' place."""
+        order = np.argsort([-len(axis) for axis in self.axes], kind="stable")
+        axes = [self.axes[k] for k in order]
+        units = [np.concatenate([axis[k] for axis in axes if len(axis) > k]) for k in range(len(axes[0]))]
+        return units, np.cumsum([0, *(axis.shape[1] for axis in axes)]), np.argsort(order)
 
     def unit_ids(self, path: str, axis: int) -> Labels:
         """The unit of every index of an axis of a parameter, ``(factors, size)``; -1 is immovable."""
@@ -215,7 +222,7 @@ class _Solver:
 
     def coupling(self) -> Coupling:
         ties, spec, bounds = self.ties, self.spec, self.bounds.values()
-        parameters = {path: tuple(map(self._number, axes)) for path, axes in ties.parameters.items()}
+        parameters = {path: [*map(self._number, axes)] for path, axes in ties.parameters.items()}
         letters = {
             name: {x: self._number(axis) for x, axis in bound.letters.items()} for name, bound in self.bounds.items()
         }
@@ -242,6 +249,9 @@ class _Solver:
         for f in present[np.argsort(first)].tolist():
             renumber[f] = names.setdefault(scopes[f], len(names))
         units_of = self._units(number)
+        different = {(len(found), found.tobytes()): found for found in units_of[:axes]}  # labels differed, units may not
+        places = dict(zip(different, range(len(different)), strict=True))
+        axis_of = [places[len(found), found.tobytes()] for found in units_of[:axes]]
         return Coupling(
             spec=spec,
             scopes=tuple(names),
@@ -249,9 +259,9 @@ class _Solver:
             index=origin[units] - starts[family],
             exact=~inexact[units],
             frozen=reasons,
-            axes=tuple(units_of[:axes]),
-            parameters=parameters,
-            letters=letters,
+            axes=tuple(different.values()),
+            parameters={path: tuple([axis_of[k] for k in numbers]) for path, numbers in parameters.items()},
+            letters={name: {x: axis_of[k] for x, k in numbers.items()} for name, numbers in letters.items()},
             bounds=self.bounds,
             reads=self._places(reads, units_of),
             writes=self._places(writes, units_of),
@@ -340,7 +350,7 @@ class _Solver:
         for site, number in sites:
             if (units[number] >= 0).any():
                 bound = self.bounds[site.node]
-                shape = bound.inputs[site.slot] if site.slot >= 0 else shape_of(bound.output)
+                shape = bound.inputs[site.slot] if site.slot >= 0 else bound.shape
                 places.append(Place(site.node, site.slot, site.axis, shape, units[number], site.example))
         return tuple(places)
 
@@ -349,8 +359,12 @@ def _compact(rows: Labels) -> Labels:
     """The different entries of every column, in their order, and then -1."""
     for k in range(1, len(rows)):
         rows[k, (rows[:k] == rows[k]).any(0)] = -1
-    rows = np.take_along_axis(rows, np.argsort(rows < 0, 0, kind="stable"), 0)
-    return rows[(rows >= 0).any(1)]
+    held = rows >= 0
+    place = held.cumsum(0) - 1
+    compact = np.full((int(place[-1:].max(initial=-1)) + 1, rows.shape[1]), -1)
+    _, columns = np.nonzero(held)
+    compact[place[held], columns] = rows[held]
+    return compact
 
 
 def _matched(a: Labels, b: Labels, batch: Labels, one: Labels, other: Labels) -> list[tuple[Labels, Labels]]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -103,6 +103,11 @@ class Bound:
     inputs: tuple[Shape, ...] = ()
     reads: list[Site] = field(default_factory=list)
     writes: list[Site] = field(default_factory=list)
+
+    @cached_property
+    def shape(self) -> Shape:
+        """The sizes of the output's axes."""
+        return shape_of(self.output)
 
 
 @dataclass
@@ -236,13 +241,13 @@ def _regroup(axis: Labeled, sizes: Sequence[int]) -> list[Labeled] | None:
     return None if factors else groups
 
 
-def bind(layer: Layer, name: str, paths: Mapping[str, str], inputs: Sequence[tuple[Labeled, ...]], ties: Ties) -> Bound:
-    """Bind a layer's signature to the axes of its inputs; what follows for the labels goes into ``ties``.
+def bind(layer: Layer, name: str, paths: Mapping[str, str], heard: Sequence[Bound], ties: Ties) -> Bound:
+    """Bind a layer's signature to the axes of what it hears; what follows for the labels goes into ``ties``.
 
     Raises:
         ShapeError: if the output's shape cannot be told (other errors are collected in ``ties.errors``).
     """
-    shapes = tuple(map(shape_of, inputs))
+    inputs, shapes = [node.output for node in heard], tuple([node.shape for node in heard])
     try:
         text = layer.signature(*shapes)
         if text is None:
@@ -299,13 +304,16 @@ class _Binder:
                 if _is_example(self.bound.get(letter, ())):
                     ties.mixing.append(f"{self.name}: {self.layer.title} sums over the examples of a batch")
             for k, pattern in enumerate(signature.inputs):
-                result.reads += self._sites(k, pattern, signature.reads[k], inputs[k])
+                if signature.reads[k]:
+                    result.reads += self._sites(k, pattern, signature.reads[k], inputs[k])
             result.writes = self._sites(-1, signature.output, signature.written, output)
         return result
 
     def _unify(self, pattern: language.Pattern, axes: Sequence[Labeled], tensor: Position) -> None:
         """The axes of a pattern are those of a tensor."""
         for position, (axis, given) in enumerate(zip(pattern, axes, strict=True)):
+            if len(axis) == 1 and len(axis[0]) == 1 and self.bound.get(axis[0][0]) is given:
+                continue  # nothing new: axes that pass through are the same objects
             place = *tensor, position
             if len(axis) == 1:
                 self._unify_product(axis[0], given, place)
@@ -348,8 +356,6 @@ class _Binder:
 
     def _assign(self, letter: str, given: Labeled, place: Position) -> None:
         known = self.bound.get(letter)
-        if known is given:
-            return
         if letter.isupper():
             if letter != "B" and _is_example(given):
                 self.ties.mixing.append(f"{self.name}: {self.layer.title} mixes the examples of a batch")
@@ -360,6 +366,8 @@ class _Binder:
 
     def _build(self, axis: language.Axis) -> Labeled:
         """The axis of a tensor that a pattern describes; letters that are new get fresh labels."""
+        if len(axis) == 1 and len(axis[0]) == 1 and len(known := self.bound.get(axis[0][0], ())) == 1:
+            return known if known[0].size > 1 or known[0].labels is EXAMPLE else rigid(1)
         products: list[Labeled] = []
         for product in axis:
             for letter in product:
@@ -369,8 +377,7 @@ class _Binder:
                     fresh: Callable[..., Labeled] = self.ties.fresh if letter.islower() else lambda n, _: rigid(n)
                     self.bound[letter] = fresh(self.sizes[letter], self._scope(letter))
             parts = tuple([f for x in product for f in self.bound[x] if f.size > 1 or f.labels is EXAMPLE])
-            same = len(product) == 1 and len(parts) == len(self.bound[product[0]])
-            products.append(self.bound[product[0]] if same else parts or rigid(1))  # the same object is tied already
+            products.append(parts or rigid(1))
         if len(products) == 1:
             return products[0]
         flats = [(length(p), self.ties.flat(p, self.name)) for p in products]
@@ -384,8 +391,6 @@ class _Binder:
     ) -> list[Site]:
         """Where these letters stand: their labels alone, laid out along the whole axis."""
         sites: list[Site] = []
-        if not letters:
-            return sites
         for position, axis in enumerate(pattern):
             if len(axis) == 1 and any(x in letters for x in axis[0]):
                 factors = tuple(

@@ -57,10 +57,10 @@ class Plan:
         object.__setattr__(self, "keep", keep)
         if keep.shape != (len(self.coupling),):
             raise PlanError(f"A plan decides on {len(self.coupling)} units; received a mask of shape {keep.shape}.")
-        empty = {k for k, count in enumerate(self.coupling.counts(keep)) if not count}
-        paths = [path for path, axes in self.coupling.parameters.items() if empty & {*axes}]
-        nodes = [name for name, letters in self.coupling.letters.items() if empty & {*letters.values()}]
+        empty = {*np.flatnonzero(self.coupling.counts(keep) == 0).tolist()}
         if empty:
+            paths = [path for path, axes in self.coupling.parameters.items() if empty & {*axes}]
+            nodes = [name for name, letters in self.coupling.letters.items() if empty & {*letters.values()}]
             raise PlanError(
                 f"Every layer keeps at least one channel; nothing would stay at {', '.join(paths or nodes)}."
             )
@@ -100,12 +100,18 @@ class Plan:
         """For every axis of the coupling, which of its indices stay."""
         return self.coupling.alive(self.keep)
 
+    @cached_property
+    def _lengths(self) -> list[int]:
+        """For every axis of the coupling, how many of its indices stay."""
+        lengths: list[int] = self.coupling.counts(self.keep).tolist()
+        return lengths
+
     def _resize(self, node: Node) -> Node:
-        bound = self.coupling.bounds[node.name]
-        letters = {x: self.alive[number] for x, number in self.coupling.letters[node.name].items()}
-        if all(mask.all() for mask in letters.values()):
+        bound, letters = self.coupling.bounds[node.name], self.coupling.letters[node.name]
+        axes, lengths = self.coupling.axes, self._lengths
+        if all([lengths[k] == axes[k].shape[1] for k in letters.values()]):
             return node
-        sizes = {**bound.sizes, **{x: int(mask.sum()) for x, mask in letters.items()}}
+        sizes = {**bound.sizes, **{x: lengths[k] for x, k in letters.items()}}
         return replace(node, layer=node.layer.resize(sizes, *bound.inputs))
 
     def __str__(self) -> str:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from taylorfx import axes as language
-from taylorfx.labels import EXAMPLE, Bound, Factor, Labeled, Ties, bind, rigid, shape_of
+from taylorfx.labels import EXAMPLE, Bound, Factor, Labeled, Ties, bind, rigid
 from taylorfx.layers import Input, Layer, Shape, ShapeError
 from taylorfx.text import columns
 from taylorfx.tree import Params, flatten, merge, unflatten
@@ -158,7 +158,7 @@ class Spec:
             bound = bounds.get(node.name)
             cost = flops(node.layer, bound.sizes) if bound else 0
             total, work = total + count, work + cost
-            shape = "x".join(map(str, shape_of(bound.output)[1:])) if bound else "-"
+            shape = "x".join(map(str, bound.shape[1:])) if bound else "-"
             shared = "shared" if sizes and not count else f"{count:,}" if count else ""
             rows.append((node.name, str(node.layer), shape, shared, f"{cost:,}" if cost else ""))
         rows.append(("", "", "total", f"{total:,}", f"{work:,}" if known else "-"))
@@ -234,8 +234,7 @@ def propagate(spec: Spec, ties: Ties) -> dict[str, Bound]:
                 bounds[node.name] = Bound((example, *map(rigid, sizes)))
         elif all(x in bounds for x in node.inputs):
             try:
-                given = [bounds[x].output for x in node.inputs]
-                bounds[node.name] = bind(node.layer, node.name, node.paths, given, ties)
+                bounds[node.name] = bind(node.layer, node.name, node.paths, [bounds[x] for x in node.inputs], ties)
             except ShapeError as error:
                 ties.errors.append(str(error))
     if ties.errors:
