@@ -249,7 +249,9 @@ class _Solver:
         for f in present[np.argsort(first)].tolist():
             renumber[f] = names.setdefault(scopes[f], len(names))
         units_of = self._units(number)
-        different = {(len(found), found.tobytes()): found for found in units_of[:axes]}  # labels differed, units may not
+        different = {
+            (len(found), found.tobytes()): found for found in units_of[:axes]
+        }  # labels differed, units may not
         places = dict(zip(different, range(len(different)), strict=True))
         axis_of = [places[len(found), found.tobytes()] for found in units_of[:axes]]
         return Coupling(

@@ -24,7 +24,7 @@ from taylorfx.text import columns
 from taylorfx.tree import Params, flatten, merge, unflatten
 
 __all__ = [
-    "Inputs", "Node", "Spec", "SpecError", "Tap", "apply", "check", "combine", "evaluate", "init", "partition",
+    "Inputs", "Node", "Spec", "SpecError", "Tap", "apply", "check", "evaluate", "init", "partition",
     "propagate", "train",
 ]  # fmt: skip
 
@@ -192,11 +192,10 @@ def _order(nodes: tuple[Node, ...], outputs: tuple[str, ...]) -> tuple[Node, ...
         errors += [f"{node.name!r} hears {x!r}, which no node is named" for x in node.inputs if x not in names]
     errors += [f"the output {x!r} is no node" for x in outputs if x not in names]
     missing = [{*node.inputs} & names for node in nodes]
-    hearers: dict[str, list[int]] = {}
-    for k, heard in enumerate(missing):
-        for name in heard:
-            hearers.setdefault(name, []).append(k)
-    ready = [k for k, heard in enumerate(missing) if not heard]  # a heap: the first as given comes first
+    hearers: dict[str, list[int]] = {name: [] for name in names}
+    for k, name in ((k, name) for k, heard in enumerate(missing) for name in heard):
+        hearers[name].append(k)
+    ready = [k for k, heard in enumerate(missing) if not heard]  # a heap: what was given first comes first
     ordered: list[Node] = []
     while ready:
         node = nodes[heappop(ready)]
@@ -449,8 +448,3 @@ def partition(params: Params, spec: Spec) -> tuple[dict[str, Any], dict[str, Any
         unflatten((path, leaf) for path, leaf in leaves.items() if path not in buffers),
         unflatten((path, leaf) for path, leaf in leaves.items() if path in buffers),
     )
-
-
-def combine(*trees: Params) -> dict[str, Any]:
-    """One tree from several with no leaf in common."""
-    return unflatten(item for tree in trees for item in flatten(tree).items())
