@@ -13,6 +13,8 @@ import argparse
 import copy
 import json
 import os
+import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -204,11 +206,12 @@ def scoring(examples: int) -> float:
 
 
 def child(*arguments: str, seconds: float) -> dict[str, Any]:
-    """What this script prints in a process of its own, or why there is nothing."""
-    command = [sys.executable, __file__, *arguments]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **FRESH, **PATIENT}, timeout=seconds)
-    except subprocess.TimeoutExpired:
+    """What this script prints in a process of its own, or why there is nothing within so many seconds of CPU."""
+    done = subprocess.run(
+        [sys.executable, __file__, *arguments], capture_output=True, text=True, env={**os.environ, **FRESH, **PATIENT},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, (int(seconds), int(seconds) + 5)),
+    )  # fmt: skip
+    if done.returncode == -signal.SIGXCPU:
         return {"nothing": f"no result in {seconds:.0f} s"}
     if done.returncode:
         print(done.stderr[-1500:], file=sys.stderr)
@@ -289,14 +292,13 @@ def publish(found: Mapping[str, Any]) -> None:
 def collect(options: argparse.Namespace, found: dict[str, Any]) -> None:
     """Run every part in a child process of its own; what is there already is kept."""
     shared = (f"--runs={options.runs}", f"--threads={options.threads}")
-    for name in options.names:
-        entry = found.setdefault("models", {}).setdefault(name, {})
-        if "ours" not in entry:
-            entry["ours"] = child(name, "--child=ours", *shared, seconds=1800)
-        if not options.no_peer and "peer" not in entry:
-            entry["peer"] = child(name, "--child=peer", *shared, seconds=options.limit)
-        print(f"| {' | '.join(row(name, entry))} |", file=sys.stderr, flush=True)
-        save(options, found)
+    for kind in ("ours",) if options.no_peer else ("ours", "peer"):
+        for name in options.names:
+            entry = found.setdefault("models", {}).setdefault(name, {})
+            if kind not in entry:
+                entry[kind] = child(name, f"--child={kind}", *shared, seconds=options.limit if kind == "peer" else 1800)
+                print(f"| {' | '.join(row(name, entry))} |", file=sys.stderr, flush=True)
+                save(options, found)
     if options.no_growth:
         return
     for kind in ("chain", "dense"):
@@ -322,7 +324,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="three models and small graphs, without the peer")
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--limit", type=float, default=120, help="seconds that the peer may take for a model")
+    parser.add_argument("--limit", type=float, default=120, help="seconds of CPU that the peer may take for a model")
     parser.add_argument("--no-peer", action="store_true", help="without Torch-Pruning")
     parser.add_argument("--no-growth", action="store_true")
     parser.add_argument(

@@ -249,11 +249,10 @@ class _Solver:
         for f in present[np.argsort(first)].tolist():
             renumber[f] = names.setdefault(scopes[f], len(names))
         units_of = self._units(number)
-        different = {
-            (len(found), found.tobytes()): found for found in units_of[:axes]
-        }  # labels differed, units may not
-        places = dict(zip(different, range(len(different)), strict=True))
-        axis_of = [places[len(found), found.tobytes()] for found in units_of[:axes]]
+        keys = [(len(found), found.tobytes()) for found in units_of[:axes]]  # other labels may be the same units
+        different = dict(zip(keys, units_of, strict=False))
+        place = {key: k for k, key in enumerate(different)}
+        axis_of = [place[key] for key in keys]
         return Coupling(
             spec=spec,
             scopes=tuple(names),

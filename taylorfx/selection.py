@@ -347,7 +347,8 @@ def _last_of_axis(values: NDArray[np.float64], coupling: Coupling) -> Mask:
     row = np.repeat(np.arange(len(rows)), [*map(len, rows)])
     # A run of units of one scope, one after the other or repeated, as long as the scope, is that whole scope.
     scope = np.append(coupling.scope, -1)[units]
-    apart = (np.diff(row) != 0) | (np.diff(scope) != 0) | ~np.isin(np.diff(units), (0, 1))
+    step = np.diff(units)
+    apart = (np.diff(row) != 0) | (np.diff(scope) != 0) | (step < 0) | (step > 1)
     first, last = np.flatnonzero(np.append(True, apart)), np.flatnonzero(np.append(apart, True))
     whole = (units[first] >= 0) & (units[last] - units[first] + 1 == np.append(coupling.sizes, 0)[scope[first]])
     done = np.zeros(len(rows), bool)
