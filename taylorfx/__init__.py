@@ -5,7 +5,20 @@ params, spec = tfx.prune(params, spec, batch, budget=tfx.Flops(0.5))
 
 import typing
 
-from taylorfx import layers, schedule
+from taylorfx import distributed, layers, schedule
+from taylorfx.balance import Order, balance, reorder
+from taylorfx.budget import (
+    Budget,
+    BudgetError,
+    Flops,
+    Latency,
+    Measured,
+    Memory,
+    Parameters,
+    Remove,
+    SelectionError,
+    Units,
+)
 from taylorfx.build import concat, inline, multihead_attention, residual, serial
 from taylorfx.cost import Cost, Timings, flops, memory, parameters
 from taylorfx.coupling import Coupling, Place, couple
@@ -39,20 +52,9 @@ from taylorfx.loss import cross_entropy
 from taylorfx.oracle import Oracle, oracle
 from taylorfx.plan import Plan, PlanError, compose, cut, expand
 from taylorfx.prune import iterate, prune
-from taylorfx.repair import LeastSquares, Means, Repair, compensate, means, recalibrate, reconstruct
-from taylorfx.selection import (
-    Budget,
-    BudgetError,
-    Flops,
-    Latency,
-    Measured,
-    Memory,
-    Parameters,
-    Remove,
-    SelectionError,
-    Units,
-    select,
-)
+from taylorfx.reconstruct import LeastSquares, reconstruct
+from taylorfx.repair import Means, Repair, compensate, means, recalibrate
+from taylorfx.selection import select
 from taylorfx.spec import Node, Spec, SpecError, apply, check, init, partition, train
 from taylorfx.statistics import Moments, Statistics
 from taylorfx.store import cut_file, from_json, load, save, to_json
@@ -65,17 +67,17 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Budget", "BudgetError", "CaptureError", "Cost", "Coupling", "Fidelity", "Flops", "Interval", "Latency",
-    "LeastSquares", "LikeError", "Means", "Measured", "Memory", "Moments", "Node", "Oracle", "Parameters", "Params",
-    "Place", "Plan", "PlanError", "Remove", "Repair", "SelectionError", "Spec", "SpecError", "Statistics",
-    "Timings", "Units", "Value", "activation_mean", "activation_std", "apoz", "apply", "batchnorm_scale", "check",
-    "combine", "compat", "compensate", "compose", "concat", "couple", "cross_entropy", "curvature", "cut",
-    "cut_file", "derivatives", "exact_second_order", "expand", "expected_change", "fidelity", "fisher", "flatten",
-    "flops", "fold", "from_json", "from_torch", "gated_loss", "gates", "gradient", "init", "inline", "iterate",
-    "joint", "layers", "load", "means", "measure", "memory", "multihead_attention", "of_weights", "oracle",
-    "parameters", "partition", "path_integral", "per_layer_l2", "per_layer_max", "per_layer_mean",
-    "plan_path_integral", "plan_second_order", "prune", "random", "recalibrate", "reconstruct", "residual", "rule",
-    "save", "schedule", "second_order", "select", "serial", "signed", "taylor", "taylor_squared", "to_json",
-    "to_torch", "train", "unflatten", "unnormalized", "weight_l1", "weight_l2",
+    "LeastSquares", "LikeError", "Means", "Measured", "Memory", "Moments", "Node", "Oracle", "Order", "Parameters",
+    "Params", "Place", "Plan", "PlanError", "Remove", "Repair", "SelectionError", "Spec", "SpecError", "Statistics",
+    "Timings", "Units", "Value", "activation_mean", "activation_std", "apoz", "apply", "balance", "batchnorm_scale",
+    "check", "combine", "compat", "compensate", "compose", "concat", "couple", "cross_entropy", "curvature", "cut",
+    "cut_file", "derivatives", "distributed", "exact_second_order", "expand", "expected_change", "fidelity",
+    "fisher", "flatten", "flops", "fold", "from_json", "from_torch", "gated_loss", "gates", "gradient", "init",
+    "inline", "iterate", "joint", "layers", "load", "means", "measure", "memory", "multihead_attention",
+    "of_weights", "oracle", "parameters", "partition", "path_integral", "per_layer_l2", "per_layer_max",
+    "per_layer_mean", "plan_path_integral", "plan_second_order", "prune", "random", "recalibrate", "reconstruct",
+    "reorder", "residual", "rule", "save", "schedule", "second_order", "select", "serial", "signed", "taylor",
+    "taylor_squared", "to_json", "to_torch", "train", "unflatten", "unnormalized", "weight_l1", "weight_l2",
 ]  # fmt: skip
 __all__ += layers.__all__
 

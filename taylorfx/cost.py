@@ -54,18 +54,21 @@ class Cost:
         A score divided by it is worth per cost: ``taylor(stats, coupling) / flops(coupling).marginal()``.
 
         Args:
-            keep: the units that the network still has, ``(units,)``; by default all. The others save nothing any more.
+            keep: the units that the network still has, ``(units,)``; by default all. Of the others it is what would
+                come back with them.
         """
         coupling = self.coupling
-        alive = coupling.alive(np.ones(len(coupling), bool) if keep is None else keep)
-        lengths = np.array([*(mask.sum() for mask in alive), 1], np.float64)
+        kept = np.append(np.ones(len(coupling), bool) if keep is None else keep, True)
+        lengths = np.append(coupling.counts(kept[:-1]), 1).astype(np.float64)
         slopes = np.zeros(len(lengths))  # how the cost grows with the length of each axis
         for column in range(self.axes.shape[1]):
             rest = np.delete(self.axes, column, 1)
             np.add.at(slopes, self.axes[:, column], self.factors * lengths[rest].prod(1))
         saved = np.zeros(len(coupling) + 1)
-        for axis, mask, slope in zip(coupling.axes, alive, slopes, strict=False):
-            saved += slope * np.bincount(axis[:, mask].ravel() % len(saved), minlength=len(saved))
+        for axis, slope in zip(coupling.axes, slopes, strict=False):
+            for k, row in enumerate(axis):
+                others = kept[np.delete(axis, k, 0)].all(0)  # an index of several factors is there if all of them are
+                saved += slope * np.bincount(row[others] % len(saved), minlength=len(saved))
         return torch.from_numpy(saved[:-1])
 
     @property

@@ -24,10 +24,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from taylorfx.budget import Budget, BudgetError, Budgets, SelectionError, Units, each_budget
 from taylorfx.cost import Cost
 from taylorfx.coupling import Coupling
 from taylorfx.plan import Plan
-from taylorfx.selection import Budget, BudgetError, Budgets, SelectionError, Units, each_budget, select
+from taylorfx.selection import select
 from taylorfx.statistics import Statistics
 
 __all__ = ["expected_change", "joint"]

@@ -140,7 +140,7 @@ def cut(tree: Params, plan: Plan) -> Params:
     Raises:
         PlanError: listing every leaf that is not one of the plan's parameters or not of its original shape.
     """
-    fits(tree, plan)
+    fits(tree, {path: tuple(_sizes(plan, path)) for path in plan.coupling.parameters}, "A plan cuts trees like")
     indices = plan.indices
     return map_paths(lambda path, leaf: take(leaf, indices[path]), tree)
 
@@ -208,7 +208,7 @@ def expand(tree: Params, plan: Plan) -> Params:
     for path, indices in plan.indices.items():
         sizes = _sizes(plan, path)
         shapes[path] = tuple(n if i is None else len(i) for n, i in zip(sizes, indices, strict=True))
-    _fits(tree, shapes, "expands what it has cut of")
+    fits(tree, shapes, "A plan expands what it has cut of")
 
     def fill(path: str, leaf: Tensor) -> Tensor:
         for axis, (size, index) in enumerate(zip(_sizes(plan, path), plan.indices[path], strict=True)):
@@ -255,12 +255,8 @@ def _sizes(plan: Plan, path: str) -> list[int]:
     return [plan.coupling.axes[number].shape[1] for number in plan.coupling.parameters[path]]
 
 
-def fits(tree: Params, plan: Plan) -> None:
-    """Refuse a tree that `cut` cannot take, with a `PlanError` that lists every leaf that is not the plan's."""
-    _fits(tree, {path: tuple(_sizes(plan, path)) for path in plan.coupling.parameters}, "cuts trees like")
-
-
-def _fits(tree: Params, shapes: Mapping[str, Shape], what: str) -> None:
+def fits(tree: Params, shapes: Mapping[str, Shape], what: str) -> None:
+    """Refuse a tree with leaves that are not of these shapes; ``what`` is done with it."""
     errors: list[str] = []
     for path, leaf in flatten(tree).items():
         found: Any = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
@@ -269,4 +265,4 @@ def _fits(tree: Params, shapes: Mapping[str, Shape], what: str) -> None:
         elif found != shapes[path]:
             errors.append(f"{path}: expected {shapes[path]}, received {found}")
     if errors:
-        raise PlanError(f"A plan {what} its own network's parameters; received:\n  " + "\n  ".join(errors))
+        raise PlanError(f"{what} its own network's parameters; received:\n  " + "\n  ".join(errors))

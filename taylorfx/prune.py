@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from taylorfx.budget import Budget, Budgets, Remove, each_budget
 from taylorfx.coupling import Coupling, couple
 from taylorfx.criteria import Criterion
 from taylorfx.gates import measure
@@ -16,7 +17,7 @@ from taylorfx.joint import joint
 from taylorfx.loss import Batch, Loss, cross_entropy
 from taylorfx.plan import Plan, cut
 from taylorfx.repair import Repair
-from taylorfx.selection import Budget, Budgets, Remove, each_budget, select
+from taylorfx.selection import select
 from taylorfx.spec import Spec
 from taylorfx.tree import Params
 
@@ -40,6 +41,7 @@ def prune(
     per_layer: bool = False,
     isomorphic: bool = False,
     exact_only: bool = False,
+    per_cost: bool = True,
     repair: Repair | None = None,
 ) -> tuple[Params, Spec]:
     """A smaller network that computes what the units it keeps computed: new parameters and a new spec.
@@ -50,6 +52,8 @@ def prune(
             or several of them.
         criterion: a function of ``(statistics, coupling)``, or of ``(params, coupling)`` if marked by `of_weights`.
             Without one, units are chosen together, by `joint`.
+        per_cost: weigh scores against the FLOPs or parameters that leave, where the (first) budget counts those; the
+            loss grows far less that way.
         repair: what makes up for the cut on the same batches: `reconstruct`, `compensate`.
 
     The other arguments are those of `measure` and `select`, and so are the errors. Nothing given is changed. To see
@@ -58,7 +62,7 @@ def prune(
     steps = iterate(
         params, spec, batch, budgets=[budget], criterion=criterion, loss=loss, moments=moments, protect=protect,
         floor=floor, most=most, multiple=multiple, uniform=uniform, per_layer=per_layer, isomorphic=isomorphic,
-        exact_only=exact_only, repair=repair,
+        exact_only=exact_only, per_cost=per_cost, repair=repair,
     )  # fmt: skip
     params, spec, _ = next(steps)
     return params, spec
@@ -73,6 +77,7 @@ def iterate(
     criterion: Criterion | None = None,
     loss: Loss = cross_entropy,
     moments: bool = False,
+    per_cost: bool = True,
     repair: Repair | None = None,
     **constraints: Any,
 ) -> Generator[tuple[Params, Spec, Plan], Params | None, None]:
@@ -102,13 +107,13 @@ def iterate(
         coupling = couple(params, spec)
         whole, asked = (coupling, each_budget(budget)) if whole is None else (whole, _fixed(budget, whole))
         if getattr(criterion, "of_weights", False):
-            plan = select(criterion(params, coupling), coupling, budget=asked, **constraints)  # type: ignore
+            plan = select(criterion(params, coupling), coupling, budget=asked, per_cost=per_cost, **constraints)  # type: ignore
         else:
             stats = measure(params, spec, batches, coupling, loss=loss, moments=moments, rows=criterion is None)
             if criterion is None:
-                plan = joint(stats, coupling, budget=asked, **constraints)
+                plan = joint(stats, coupling, budget=asked, per_cost=per_cost, **constraints)
             else:
-                plan = select(criterion(stats, coupling), coupling, budget=asked, **constraints)  # type: ignore
+                plan = select(criterion(stats, coupling), coupling, budget=asked, per_cost=per_cost, **constraints)  # type: ignore
         params, spec = (cut(params, plan), plan.spec) if repair is None else repair(params, plan, batches)
         trained = yield params, spec, plan
         if trained is not None:

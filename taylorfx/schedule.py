@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from taylorfx.selection import Budget
+from taylorfx.budget import Budget
 
 __all__ = ["cubic", "exponential", "linear"]
 

@@ -13,176 +13,25 @@ was seen to fit, one step after one that was seen not to; there may be a shorter
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from taylorfx.cost import Timings, flops, memory, parameters
+from taylorfx.budget import Budget, BudgetError, Budgets, SelectionError, Units, each_budget
+from taylorfx.cost import Cost
 from taylorfx.coupling import Coupling
 from taylorfx.labels import Labels
 from taylorfx.plan import Plan
-from taylorfx.spec import Spec
 
-__all__ = [
-    "Budget", "BudgetError", "Flops", "Latency", "Measured", "Memory", "Parameters", "Remove", "SelectionError",
-    "Units", "select",
-]  # fmt: skip
+__all__ = ["select"]
 
 Mask = NDArray[np.bool_]
 T = TypeVar("T", int, float)
-
-
-class SelectionError(ValueError):
-    """Scores or constraints that make no sense; the message lists every offender."""
-
-
-class BudgetError(SelectionError):
-    """A budget that cannot be met; the message names the nearest that can."""
-
-
-@dataclass(frozen=True)
-class Budget(ABC):
-    """What may remain: a share of the whole (a float up to 1) or an absolute number (an int).
-
-    A new kind is one subclass: ``cost`` says what to count; if it can grow when a unit leaves, see the module's text.
-    """
-
-    amount: float | int
-
-    def __post_init__(self) -> None:
-        number = isinstance(self.amount, (int, float, np.integer)) and not isinstance(self.amount, bool)
-        if not number or not 0 < self.amount <= (1.0 if isinstance(self.amount, float) else math.inf):
-            raise BudgetError(
-                "A budget says what may remain: a share, a float above 0 and up to 1.0, or a number, an int above 0; "
-                f"received {type(self).__name__}({self.amount!r})."
-            )
-
-    @abstractmethod
-    def cost(self, coupling: Coupling) -> Callable[[Mask], float]:
-        """The function that says what the network costs when these units are kept."""
-
-    def limit(self, total: float) -> float:
-        """The most that may remain, of a network that costs ``total``."""
-        return self.amount * total * (1 + 1e-12) if isinstance(self.amount, float) else self.amount
-
-    @property
-    def what(self) -> str:
-        """What is counted, in words."""
-        return type(self).__name__.lower()
-
-    def __str__(self) -> str:
-        share = isinstance(self.amount, float)
-        return f"at most {self.amount:.1%} of the {self.what}" if share else f"{self.amount:,} {self.what}"
-
-
-class Flops(Budget):
-    """At most this share or number of floating-point operations for one example."""
-
-    @property
-    def what(self) -> str:
-        return "FLOPs"
-
-    def cost(self, coupling: Coupling) -> Callable[[Mask], float]:
-        return flops(coupling)
-
-
-class Parameters(Budget):
-    """At most this share or number of trained parameters."""
-
-    def cost(self, coupling: Coupling) -> Callable[[Mask], float]:
-        return parameters(coupling)
-
-
-class Memory(Budget):
-    """At most this share or number of elements alive at the peak, while one example is evaluated (`memory`)."""
-
-    @property
-    def what(self) -> str:
-        return "elements at the peak"
-
-    def cost(self, coupling: Coupling) -> Callable[[Mask], float]:
-        return lambda keep: memory(Plan(coupling, keep).spec)
-
-
-@dataclass(frozen=True)
-class Latency(Budget):
-    """At most this share of the time, or number of microseconds, that the layers take on this machine.
-
-    It is interpolated from a few widths of every layer (`Timings.over`). Give budgets the same ``timings`` to measure
-    each layer once.
-    """
-
-    timings: Timings = field(default_factory=Timings)
-
-    @property
-    def what(self) -> str:
-        return "microseconds"
-
-    def cost(self, coupling: Coupling) -> Callable[[Mask], float]:
-        return self.timings.over(coupling)
-
-
-@dataclass(frozen=True)
-class Measured(Budget):
-    """At most this share or number of whatever a function of the cut network's spec says.
-
-    It is called for the whole network, for the smallest one that the constraints allow, and for about as many in
-    between as the logarithm of the number of units.
-    """
-
-    function: Callable[[Spec], float]
-
-    @property
-    def what(self) -> str:
-        return getattr(self.function, "__name__", type(self.function).__name__)
-
-    def cost(self, coupling: Coupling) -> Callable[[Mask], float]:
-        def cost(keep: Mask) -> float:
-            found = float(self.function(Plan(coupling, keep).spec))
-            if not math.isfinite(found):
-                raise BudgetError(f"A cost is a finite number; received {found} from {self.what}.")
-            return found
-
-        return cost
-
-
-class Units(Budget):
-    """Exactly this number of units, or this share of them (rounded down); at most, if it is one of several budgets."""
-
-    def cost(self, coupling: Coupling) -> Callable[[Mask], float]:
-        return lambda keep: float(keep.sum())
-
-    def limit(self, total: float) -> float:
-        return math.floor(super().limit(total))
-
-
-class Remove(Units):
-    """All but this number of units: ``Remove(1)`` takes one feature map, as Molchanov et al. 2016 did at each step."""
-
-    def limit(self, total: float) -> float:
-        return total - math.floor(self.amount * total if isinstance(self.amount, float) else self.amount)
-
-    def __str__(self) -> str:
-        if isinstance(self.amount, float):
-            return f"{self.amount:.1%} of the units less"
-        return f"{self.amount:,} unit{'s' * (self.amount != 1)} less"
-
-
-Budgets = Budget | float | int | Sequence[Budget | float | int]
-"""What `select` takes: one budget or several; a plain number means `Units`."""
-
-
-def each_budget(budget: Budgets) -> tuple[Budget, ...]:
-    """The budgets, of which there may be one."""
-    several: Sequence[Any] = budget if isinstance(budget, (tuple, list)) else [budget]
-    return tuple(one if isinstance(one, Budget) else Units(one) for one in several)
 
 
 def select(
@@ -198,6 +47,7 @@ def select(
     per_layer: bool = False,
     isomorphic: bool = False,
     exact_only: bool = False,
+    per_cost: bool = False,
 ) -> Plan:
     """Decide which units stay: remove the lowest scores until the budget is met.
 
@@ -216,33 +66,68 @@ def select(
             arXiv 2407.04616): scopes that run along the same axes of the same kinds of layers. Every such class loses
             about the same share, and its scopes compete. With ``per_layer`` each scope is alone.
         exact_only: keep the units whose removal changes a norm's statistics (``coupling.exact``).
+        per_cost: rank by score per FLOP or parameter that leaves with a unit, where the (first) budget counts those.
+            What a unit saves depends on what else is left; it is read off the plan itself, again and again (see
+            `_search`), and of the plans that are found the one that loses the least score is taken.
 
     Raises:
         BudgetError: if the budget cannot be met; the message names the nearest that can.
         SelectionError: for scores that are not finite or globs that match nothing.
     """
     budgets = each_budget(budget)
-    values = _finite(scores, coupling)
-    if per_layer or isomorphic:
-        values = _quantiles(values, coupling.scope if per_layer else _classes(coupling)[coupling.scope])
-    held = _protected(coupling, protect) | _last_of_axis(values, coupling)
-    if exact_only:
-        held |= ~coupling.exact
     rules = (
         _together(coupling, uniform),
         _by_scope(coupling, floor, "floor", 1),
         _by_scope(coupling, most, "most", 1.0),
         _by_scope(coupling, multiple, "multiple", 1),
     )
-    while True:
-        step, count = _steps(values, coupling, held, *rules)
-        empty = np.flatnonzero(coupling.counts(step >= count) == 0)
-        if not len(empty):
+    protected = _protected(coupling, protect)
+    if exact_only:
+        protected |= ~coupling.exact
+    classes = coupling.scope if per_layer else _classes(coupling)[coupling.scope] if isomorphic else None
+
+    def rank(values: NDArray[np.float64]) -> Plan:
+        values = values if classes is None else _quantiles(values, classes)
+        held = protected | _last_of_axis(values, coupling)
+        while True:
+            step, count = _steps(values, coupling, held, *rules)
+            empty = np.flatnonzero(coupling.counts(step >= count) == 0)
+            if not len(empty):
+                return Plan(
+                    coupling, step >= _shortest(step, count, budgets, coupling), " and ".join(map(str, budgets))
+                )
+            for axis in (coupling.axes[k] for k in empty):  # products and slices may need more than a floor per scope
+                worth = np.where(axis >= 0, values[axis], np.inf).min(0)
+                held[axis[:, worth.argmax()]] = True
+
+    values, cost = _finite(scores, coupling), budgets[0].cost(coupling)
+    return _search(values, cost, rank) if per_cost and isinstance(cost, Cost) else rank(values)
+
+
+PRICES = 16
+"""How often `_search` reads prices at most."""
+
+
+def _search(values: NDArray[np.float64], cost: Cost, rank: Callable[[NDArray[np.float64]], Plan]) -> Plan:
+    """The plan of the least score lost, by Lagrange multipliers (Everett 1963, doi 10.1287/opre.11.3.399).
+
+    Where nothing can be gained by exchanging units, those leave whose score is less than some factor times what they
+    save, at the plan itself. So the units are ranked by their score per price, the price is what a unit saves (or would
+    cost again) at the plan that follows, and so on; a geometric mean keeps prices from swinging.
+    """
+    prices = cost.marginal().numpy()
+    best: tuple[float, Plan] | None = None
+    for _ in range(PRICES):
+        plan = rank(values / prices.clip(1e-9 * max(1.0, prices.max(initial=0.0))))
+        lost = float(values[~plan.keep].sum())
+        if best is None or lost < best[0]:
+            best = lost, plan
+        new = np.sqrt(prices * cost.marginal(plan.keep).numpy())
+        if np.allclose(new, prices, rtol=1e-3):
             break
-        for axis in (coupling.axes[k] for k in empty):  # products and slices may need more than a floor per scope
-            worth = np.where(axis >= 0, values[axis], np.inf).min(0)
-            held[axis[:, worth.argmax()]] = True
-    return Plan(coupling, step >= _shortest(step, count, budgets, coupling), " and ".join(map(str, budgets)))
+        prices = new
+    assert best is not None
+    return best[1]
 
 
 def _finite(scores: torch.Tensor, coupling: Coupling) -> NDArray[np.float64]:

@@ -113,10 +113,11 @@ def cut_file(source: str | PathLike[str], target: str | PathLike[str], plan: Pla
         if _KEY in metadata and from_json(metadata[_KEY]) != plan.coupling.spec:
             raise PlanError(f"A plan cuts files of its own network; {source} holds another one.")
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, the file is no mapping
-        fits(unflatten((name, torch.empty(found.get_shape(), device="meta")) for name, found in slices.items()), plan)
-        kept = {name: _kept(found.get_shape(), plan.indices[name]) for name, found in slices.items()}
-        empty = {name: found[:0] if found.get_shape() else found[...] for name, found in slices.items()}
-        sizes = {name: found.itemsize for name, found in empty.items()}
+        found = {name: torch.empty(part.get_shape(), device="meta") for name, part in slices.items()}
+        fits(unflatten(found), plan.coupling.spec.shapes, "A plan cuts files of")
+        kept = {name: _kept(part.get_shape(), plan.indices[name]) for name, part in slices.items()}
+        empty = {name: part[:0] if part.get_shape() else part[...] for name, part in slices.items()}
+        sizes = {name: part.itemsize for name, part in empty.items()}
         names = sorted(slices, key=lambda name: (-sizes[name], name))  # every tensor at a multiple of its element
         header: dict[str, Any] = {"__metadata__": {**metadata, _KEY: to_json(plan.spec)}}
         end = 0

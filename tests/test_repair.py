@@ -12,7 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import taylorfx as tfx
-from taylorfx import repair
+from taylorfx import consumers
 from taylorfx.gates import derivatives
 from taylorfx.spec import evaluate
 from taylorfx.testing import assert_trees_equal, batch_for, network, networks, random_params, random_plan, token_specs
@@ -59,7 +59,7 @@ def values(params, spec, inputs):
 def repaired_alone(net, plan, small, spec):
     """Layers with weights of their own: their output before, and after on what is kept of the same input."""
     seen = values(net.params, net.spec, net.batch[0])
-    for (node,) in (group for group in repair._groups(net.spec, "weight") if len(group) == 1):
+    for (node,) in (group for group in consumers.sharing(net.spec, "weight") if len(group) == 1):
         axis = -1 if isinstance(node.layer, tfx.Linear) else 1
         letters = net.coupling.letters[node.name]
         groups = plan.alive[letters["g"]] if "g" in letters else np.ones(1, bool)
@@ -213,7 +213,7 @@ def test_no_other_weights_reconstruct_a_layer_better(net, seed):
     tfx.check(small, spec)
     old, new = values(net.params, net.spec, net.batch[0]), values(small, spec, net.batch[0])
     generator = torch.Generator().manual_seed(seed)
-    for group in repair._groups(net.spec, "weight"):
+    for group in consumers.sharing(net.spec, "weight"):
         node = spec[group[0].name]
         if len(group) > 1 or not net.spec[node.name].layer.bias:
             continue
@@ -221,7 +221,7 @@ def test_no_other_weights_reconstruct_a_layer_better(net, seed):
         x = new[node.name, 0].movedim(axis, 0).flatten(1)
         if x.var(1).mean() < 1e-6 * x.square().mean():
             continue  # as good as constant, for which weights are held where they were
-        writes = repair._kept(plan, net.spec[node.name])[1]
+        writes = consumers.kept_channels(plan, net.spec[node.name])[1]
         target = old[node.name, -1].movedim(axis, 0)[writes].movedim(0, axis)
         leaves = {leaf: tfx.flatten(small)[path] for leaf, path in node.paths.items()}
         best = (node.layer.apply(leaves, new[node.name, 0]) - target).square().sum()
@@ -269,11 +269,11 @@ def test_every_layer_is_its_windows_times_its_matrix(layer, shape):
     generator = torch.Generator().manual_seed(0)
     params = {name: leaf.double() for name, leaf in layer.init(generator).items()}
     x = torch.randn(3, *shape, generator=generator, dtype=torch.float64)
-    matrix = repair._matrix(layer, params["weight"])
-    product = torch.einsum("rgk,gko->rgo", repair._windows(layer, x), matrix)
-    expected = repair._rows(layer, layer.apply(params, x))
+    matrix = consumers.as_matrix(layer, params["weight"])
+    product = torch.einsum("rgk,gko->rgo", consumers.as_windows(layer, x), matrix)
+    expected = consumers.as_rows(layer, layer.apply(params, x))
     assert_close(product.flatten(1) + params["bias"], expected.flatten(1), **CLOSE)
-    assert torch.equal(repair._weight(layer, matrix, params["weight"]), params["weight"])
+    assert torch.equal(consumers.as_weight(layer, matrix, params["weight"]), params["weight"])
 
 
 @pinned
@@ -413,3 +413,30 @@ def test_errors_say_what_to_do():
         tfx.compensate(net.params, plan, found[1])
     with pytest.raises(ValueError, match="same network"):
         found[0] + found[1]
+
+
+def test_both_networks_run_once_side_by_side(monkeypatch):
+    """Eight convolutions, three batches: every one of them runs once in each network, and once to unfold its windows."""
+    layers = [x for _ in range(8) for x in (tfx.Conv2d(4, 4, 3, padding=1), tfx.ReLU())]
+    net = network(tfx.serial(tfx.Input((4, 4, 4)), *layers, tfx.Flatten(), tfx.Linear(64, 2)))
+    plan, calls, apply = plan_for(net, 0), [], tfx.Conv2d.apply
+
+    def count(self, params, *inputs):
+        calls.append(self)
+        return apply(self, params, *inputs)
+
+    monkeypatch.setattr(tfx.Conv2d, "apply", count)
+    tfx.reconstruct(net.params, plan, [net.batch] * 3)
+    assert 0 < len(calls) <= 3 * (8 + 8 + 7), "one pass for each layer and batch would make 300"
+
+
+@pytest.mark.parametrize("method", REPAIRS)
+def test_outputs_keep_their_names_where_a_layer_gains_a_bias(method):
+    nodes = (
+        tfx.Node("x", tfx.Input((3,))), tfx.Node("one", tfx.Linear(3, 4), ("x",)), tfx.Node("act", tfx.Tanh(), ("one",)),
+        tfx.Node("two", tfx.Linear(4, 2, bias=False), ("act",)), tfx.Node("half", tfx.Tanh(), ("two",)),
+    )  # fmt: skip
+    net = network(tfx.Spec(nodes, ("two", "half"), ("logits", "squashed")))
+    small, spec = method(net.params, plan_for(net, 0), net.batch)
+    assert spec["two"].layer.bias
+    assert [*tfx.apply(small, spec, net.batch[0])] == ["logits", "squashed"]

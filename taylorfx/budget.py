@@ -1,0 +1,170 @@
+"""Budgets: what may remain of a network, in units, parameters, FLOPs, memory, time, or whatever a function counts."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from taylorfx.cost import Timings, flops, memory, parameters
+from taylorfx.coupling import Coupling
+from taylorfx.plan import Plan
+from taylorfx.spec import Spec
+
+__all__ = [
+    "Budget", "BudgetError", "Budgets", "Flops", "Latency", "Measured", "Memory", "Parameters", "Remove",
+    "SelectionError", "Units", "each_budget",
+]  # fmt: skip
+
+Mask = NDArray[np.bool_]
+
+
+class SelectionError(ValueError):
+    """Scores or constraints that make no sense; the message lists every offender."""
+
+
+class BudgetError(SelectionError):
+    """A budget that cannot be met; the message names the nearest that can."""
+
+
+@dataclass(frozen=True)
+class Budget(ABC):
+    """What may remain: a share of the whole (a float up to 1) or an absolute number (an int).
+
+    A new kind is one subclass: ``cost`` says what to count; if it can grow when a unit leaves, see the module's text.
+    """
+
+    amount: float | int
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.amount, (int, float, np.integer)) and not isinstance(self.amount, bool)
+        if not number or not 0 < self.amount <= (1.0 if isinstance(self.amount, float) else math.inf):
+            raise BudgetError(
+                "A budget says what may remain: a share, a float above 0 and up to 1.0, or a number, an int above 0; "
+                f"received {type(self).__name__}({self.amount!r})."
+            )
+
+    @abstractmethod
+    def cost(self, coupling: Coupling) -> Callable[[Mask], float]:
+        """The function that says what the network costs when these units are kept."""
+
+    def limit(self, total: float) -> float:
+        """The most that may remain, of a network that costs ``total``."""
+        return self.amount * total * (1 + 1e-12) if isinstance(self.amount, float) else self.amount
+
+    @property
+    def what(self) -> str:
+        """What is counted, in words."""
+        return type(self).__name__.lower()
+
+    def __str__(self) -> str:
+        share = isinstance(self.amount, float)
+        return f"at most {self.amount:.1%} of the {self.what}" if share else f"{self.amount:,} {self.what}"
+
+
+class Flops(Budget):
+    """At most this share or number of floating-point operations for one example."""
+
+    @property
+    def what(self) -> str:
+        return "FLOPs"
+
+    def cost(self, coupling: Coupling) -> Callable[[Mask], float]:
+        return flops(coupling)
+
+
+class Parameters(Budget):
+    """At most this share or number of trained parameters."""
+
+    def cost(self, coupling: Coupling) -> Callable[[Mask], float]:
+        return parameters(coupling)
+
+
+class Memory(Budget):
+    """At most this share or number of elements alive at the peak, while one example is evaluated (`memory`)."""
+
+    @property
+    def what(self) -> str:
+        return "elements at the peak"
+
+    def cost(self, coupling: Coupling) -> Callable[[Mask], float]:
+        return lambda keep: memory(Plan(coupling, keep).spec)
+
+
+@dataclass(frozen=True)
+class Latency(Budget):
+    """At most this share of the time, or number of microseconds, that the layers take on this machine.
+
+    It is interpolated from a few widths of every layer (`Timings.over`). Give budgets the same ``timings`` to measure
+    each layer once.
+    """
+
+    timings: Timings = field(default_factory=Timings)
+
+    @property
+    def what(self) -> str:
+        return "microseconds"
+
+    def cost(self, coupling: Coupling) -> Callable[[Mask], float]:
+        return self.timings.over(coupling)
+
+
+@dataclass(frozen=True)
+class Measured(Budget):
+    """At most this share or number of whatever a function of the cut network's spec says.
+
+    It is called for the whole network, for the smallest one that the constraints allow, and for about as many in
+    between as the logarithm of the number of units.
+    """
+
+    function: Callable[[Spec], float]
+
+    @property
+    def what(self) -> str:
+        return getattr(self.function, "__name__", type(self.function).__name__)
+
+    def cost(self, coupling: Coupling) -> Callable[[Mask], float]:
+        def cost(keep: Mask) -> float:
+            found = float(self.function(Plan(coupling, keep).spec))
+            if not math.isfinite(found):
+                raise BudgetError(f"A cost is a finite number; received {found} from {self.what}.")
+            return found
+
+        return cost
+
+
+class Units(Budget):
+    """Exactly this number of units, or this share of them (rounded down); at most, if it is one of several budgets."""
+
+    def cost(self, coupling: Coupling) -> Callable[[Mask], float]:
+        return lambda keep: float(keep.sum())
+
+    def limit(self, total: float) -> float:
+        return math.floor(super().limit(total))
+
+
+class Remove(Units):
+    """All but this number of units: ``Remove(1)`` takes one feature map, as Molchanov et al. 2016 did at each step."""
+
+    def limit(self, total: float) -> float:
+        return total - math.floor(self.amount * total if isinstance(self.amount, float) else self.amount)
+
+    def __str__(self) -> str:
+        if isinstance(self.amount, float):
+            return f"{self.amount:.1%} of the units less"
+        return f"{self.amount:,} unit{'s' * (self.amount != 1)} less"
+
+
+Budgets = Budget | float | int | Sequence[Budget | float | int]
+"""What `select` takes: one budget or several; a plain number means `Units`."""
+
+
+def each_budget(budget: Budgets) -> tuple[Budget, ...]:
+    """The budgets, of which there may be one."""
+    several: Sequence[Any] = budget if isinstance(budget, (tuple, list)) else [budget]
+    return tuple(one if isinstance(one, Budget) else Units(one) for one in several)
