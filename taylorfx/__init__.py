@@ -55,10 +55,10 @@ from taylorfx.prune import iterate, prune
 from taylorfx.reconstruct import LeastSquares, reconstruct
 from taylorfx.repair import Means, Repair, compensate, means, recalibrate
 from taylorfx.selection import select
-from taylorfx.spec import Node, Spec, SpecError, apply, check, combine, init, partition, train
+from taylorfx.spec import Node, Spec, SpecError, apply, check, init, partition, train
 from taylorfx.statistics import Moments, Statistics
-from taylorfx.store import from_json, load, save, to_json
-from taylorfx.tree import Params, flatten, unflatten
+from taylorfx.store import cut_file, from_json, load, save, to_json
+from taylorfx.tree import Params, combine, flatten, unflatten
 
 if typing.TYPE_CHECKING:
     from taylorfx.interop import CaptureError, LikeError, Value, from_torch, rule, to_torch
@@ -71,12 +71,12 @@ __all__ = [
     "Params", "Place", "Plan", "PlanError", "Remove", "Repair", "SelectionError", "Spec", "SpecError", "Statistics",
     "Timings", "Units", "Value", "activation_mean", "activation_std", "apoz", "apply", "balance", "batchnorm_scale",
     "check", "combine", "compat", "compensate", "compose", "concat", "couple", "cross_entropy", "curvature", "cut",
-    "derivatives", "distributed", "exact_second_order", "expand", "expected_change", "fidelity", "fisher",
-    "flatten", "flops", "fold", "from_json", "from_torch", "gated_loss", "gates", "gradient", "init", "inline",
-    "iterate", "joint", "layers", "load", "means", "measure", "memory", "multihead_attention", "of_weights",
-    "oracle", "parameters", "partition", "path_integral", "per_layer_l2", "per_layer_max", "per_layer_mean",
-    "plan_path_integral", "plan_second_order", "prune", "random", "recalibrate", "reconstruct", "reorder",
-    "residual", "rule", "save", "schedule", "second_order", "select", "serial", "signed", "taylor",
+    "cut_file", "derivatives", "distributed", "exact_second_order", "expand", "expected_change", "fidelity",
+    "fisher", "flatten", "flops", "fold", "from_json", "from_torch", "gated_loss", "gates", "gradient", "init",
+    "inline", "iterate", "joint", "layers", "load", "means", "measure", "memory", "multihead_attention",
+    "of_weights", "oracle", "parameters", "partition", "path_integral", "per_layer_l2", "per_layer_max",
+    "per_layer_mean", "plan_path_integral", "plan_second_order", "prune", "random", "recalibrate", "reconstruct",
+    "reorder", "residual", "rule", "save", "schedule", "second_order", "select", "serial", "signed", "taylor",
     "taylor_squared", "to_json", "to_torch", "train", "unflatten", "unnormalized", "weight_l1", "weight_l2",
 ]  # fmt: skip
 __all__ += layers.__all__

@@ -21,7 +21,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 __all__ = ["Axis", "Pattern", "Signature", "SignatureError", "expand", "letters", "parse", "size", "solve"]
 
@@ -51,15 +51,19 @@ class Signature:
     parameters: Mapping[str, Pattern]
     output: Pattern
 
-    def contracted(self, index: int) -> tuple[str, ...]:
-        """The letters along which input ``index`` is read: in no output, and in no earlier input."""
-        written = set(letters(self.output))
-        for earlier in self.inputs[:index]:
-            written.update(letters(earlier))
-        # A piece of a joined axis that the output lacks is dropped, not mixed.
-        whole = tuple(axis for axis in self.inputs[index] if len(axis) == 1)
-        return tuple(dict.fromkeys(x for x in letters(whole) if x.islower() and x not in written))
+    @cached_property
+    def reads(self) -> tuple[tuple[str, ...], ...]:
+        """For every input the letters along which it is read: in no output, and in no earlier input."""
+        heard = {*letters(self.output)}
+        found: list[tuple[str, ...]] = []
+        for pattern in self.inputs:
+            # A piece of a joined axis that the output lacks is dropped, not mixed.
+            whole = tuple(axis for axis in pattern if len(axis) == 1)
+            found.append(tuple(dict.fromkeys(x for x in letters(whole) if x.islower() and x not in heard)))
+            heard.update(letters(pattern))
+        return tuple(found)
 
+    @cached_property
     def written(self) -> tuple[str, ...]:
         """The letters of the output that come from no input: what this layer creates."""
         given = {letter for pattern in self.inputs for letter in letters(pattern)}
@@ -70,8 +74,8 @@ class Signature:
 def parse(text: str) -> Signature:
     """Read a signature.
 
-    >>> parse("B ... i, weight: o i -> B ... o").contracted(0)
-    ('i',)
+    >>> parse("B ... i, weight: o i -> B ... o").reads
+    (('i',),)
     >>> parse("B (g c) H W -> B (c g) H W").output[1]
     (('c', 'g'),)
 
@@ -206,14 +210,20 @@ def solve(fields: Mapping[str, str], values: Mapping[str, int | Sequence[int]]) 
     Raises:
         SignatureError: if a product does not divide, or a size is less than one.
     """
+    numbers = tuple([value if isinstance(value, int) else tuple(value) for value in map(values.__getitem__, fields)])
+    return dict(_solve(tuple(fields.items()), numbers))
+
+
+@lru_cache(maxsize=4096)
+def _solve(fields: tuple[tuple[str, str], ...], values: tuple[int | tuple[int, ...], ...]) -> Mapping[str, int]:
     pending: list[tuple[str, Product, int]] = []
-    for field, text in fields.items():
-        value = values[field]
+    sizes: dict[str, int] = {}
+    for (field, text), value in zip(fields, values, strict=True):
         for axis, number in zip(pattern(text), (value,) if isinstance(value, int) else value, strict=True):
             if number < 1:
                 raise SignatureError(f"needs {field} to be at least 1, not {number}")
-            pending.append((field, axis[0], number))
-    sizes: dict[str, int] = {}
+            if len(axis[0]) != 1 or sizes.setdefault(axis[0][0], number) != number:
+                pending.append((field, axis[0], number))
     pending.sort(key=lambda item: len(item[1]))
     for field, product, number in pending:
         unknown = [name for name in product if name not in sizes]

@@ -121,7 +121,7 @@ def memory(spec: Spec) -> int:
         ShapeError: if the shape of an input is not declared (``spec.at(shape)``).
     """
     bounds = propagate(spec, Ties(labeled=False))
-    sizes = {node.name: 0 if node.layer.leaf else math.prod(shape_of(bounds[node.name].output)) for node in spec}
+    sizes = {node.name: 0 if node.layer.leaf else math.prod(bounds[node.name].shape) for node in spec}
     peak = live = sum(sizes[node.name] for node in spec.inputs)
     for node, _, done in spec._steps:  # type: ignore[attr-defined]
         live += 0 if isinstance(node.layer, Input) else sizes[node.name]

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from taylorfx.labels import EXAMPLE, Bound, Labeled, Labels, Site, Ties, shape_of
+from taylorfx.labels import EXAMPLE, Bound, Labeled, Labels, Site, Ties, length
 from taylorfx.layers import Shape
 from taylorfx.spec import Spec, check, propagate
 from taylorfx.tree import Params
@@ -99,22 +99,30 @@ class Coupling:
 
     def alive(self, keep: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
         """For every axis, which of its indices stay when these units are kept."""
-        extended = np.append(keep, True)  # so that unit -1 is always kept
-        return [np.asarray(extended[axis].all(0), bool) for axis in self.axes]
+        stays, (_, starts, place) = self._stays(keep), self._flat
+        return [stays[starts[k] : starts[k + 1]] for k in place.tolist()]
 
     def counts(self, keep: NDArray[np.bool_]) -> Labels:
         """For every axis, how many of its indices stay when these units are kept."""
-        units, starts = self._flat
-        stays = np.append(keep, True)[units].all(0)
-        return np.add.reduceat(stays.astype(np.int64), starts)
+        _, starts, place = self._flat
+        found: Labels = np.add.reduceat(self._stays(keep), starts[:-1], dtype=np.int64)[place]
+        return found
+
+    def _stays(self, keep: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        first, *rest = self._flat[0]
+        extended = np.append(keep, True)  # so that unit -1 is always kept
+        stays = np.asarray(extended[first], bool)
+        for units in rest:
+            stays[: len(units)] &= extended[units]
+        return stays
 
     @cached_property
-    def _flat(self) -> tuple[Labels, Labels]:
-        """All axes end to end, ``(factors, total)``, and where each begins."""
-        depth = max(len(axis) for axis in self.axes)
-        rows = [np.pad(axis, ((0, depth - len(axis)), (0, 0)), constant_values=-1) for axis in self.axes]
-        lengths = [axis.shape[1] for axis in self.axes]
-        return np.concatenate(rows, 1), np.cumsum([0, *lengths[:-1]])
+    def _flat(self) -> tuple[list[Labels], Labels, Labels]:
+        """All axes end to end, those of many factors first: by factor their units, the ends, and each axis' place."""
+        order = np.argsort([-len(axis) for axis in self.axes], kind="stable")
+        axes = [self.axes[k] for k in order]
+        units = [np.concatenate([axis[k] for axis in axes if len(axis) > k]) for k in range(len(axes[0]))]
+        return units, np.cumsum([0, *(axis.shape[1] for axis in axes)]), np.argsort(order)
 
     def unit_ids(self, path: str, axis: int) -> Labels:
         """The unit of every index of an axis of a parameter, ``(factors, size)``; -1 is immovable."""
@@ -155,6 +163,7 @@ class _Solver:
     def __init__(self, spec: Spec, bounds: dict[str, Bound], ties: Ties) -> None:
         self.spec, self.bounds, self.ties = spec, bounds, ties
         self.table: dict[tuple[int, ...], int] = {}
+        self.seen: dict[int, int] = {}
         self.columns: list[Labeled] = []
         self._components()
         self._expand()
@@ -212,52 +221,64 @@ class _Solver:
         self.label_class = np.append(self.classes, count)
 
     def coupling(self) -> Coupling:
-        ties, spec = self.ties, self.spec
-        parameters = {path: tuple(map(self._number, axes)) for path, axes in ties.parameters.items()}
+        ties, spec, bounds = self.ties, self.spec, self.bounds.values()
+        parameters = {path: [*map(self._number, axes)] for path, axes in ties.parameters.items()}
         letters = {
             name: {x: self._number(axis) for x, axis in bound.letters.items()} for name, bound in self.bounds.items()
         }
+        axes = len(self.columns)
+        reads = [(site, self._number(site.labels)) for bound in bounds for site in bound.reads]
+        writes = [(site, self._number(site.labels)) for bound in bounds for site in bound.writes]
+        self._spread()
         count = self.factors.shape[1]
         origin, scopes = self._origins(count)
-        held, reasons = self._frozen(count, origin, scopes)
+        held, reasons = self._frozen(count, origin, scopes, axes)
         plain = self.factors[0, :-1] == np.arange(count - 1)
         units = np.flatnonzero(plain & ~held[:-1] & (origin[:-1] >= 0))
         units = units[np.argsort(origin[units], kind="stable")]
         number = np.full(count, -1)
         number[units] = np.arange(len(units))
-        self.number = number
         inexact = np.zeros(count, bool)
         for labels in ties.inexact:
             inexact[self._classes_of(labels)] = True
         starts = np.array([start for start, _ in ties.origins] or [0])
         family = np.searchsorted(starts, origin[units], "right") - 1
         present, first = np.unique(family, return_index=True)
-        present = present[np.argsort(first)]
         names: dict[str, int] = {}
-        renumber = {int(f): names.setdefault(scopes[int(f)], len(names)) for f in present}
+        renumber = np.zeros(len(starts), np.int64)
+        for f in present[np.argsort(first)].tolist():
+            renumber[f] = names.setdefault(scopes[f], len(names))
+        units_of = self._units(number)
+        keys = [(len(found), found.tobytes()) for found in units_of[:axes]]  # other labels may be the same units
+        different = dict(zip(keys, units_of, strict=False))
+        place = {key: k for k, key in enumerate(different)}
+        axis_of = [place[key] for key in keys]
         return Coupling(
             spec=spec,
             scopes=tuple(names),
-            scope=np.array([renumber[int(f)] for f in family], np.int64),
-            index=origin[units] - starts[family] if len(units) else np.zeros(0, np.int64),
+            scope=renumber[family],
+            index=origin[units] - starts[family],
             exact=~inexact[units],
             frozen=reasons,
-            axes=tuple(self._units(axis) for axis in self.columns),
-            parameters=parameters,
-            letters=letters,
+            axes=tuple(different.values()),
+            parameters={path: tuple([axis_of[k] for k in numbers]) for path, numbers in parameters.items()},
+            letters={name: {x: axis_of[k] for x, k in numbers.items()} for name, numbers in letters.items()},
             bounds=self.bounds,
-            reads=self._places([site for bound in self.bounds.values() for site in bound.reads]),
-            writes=self._places([site for bound in self.bounds.values() for site in bound.writes]),
+            reads=self._places(reads, units_of),
+            writes=self._places(writes, units_of),
             mixing=tuple(ties.mixing),
         )
 
     def _number(self, axis: Labeled) -> int:
         """The number of this axis among the different ones."""
-        key = tuple(value for f in axis for value in (f.size, id(f.labels)))
-        if key not in self.table:
-            self.table[key] = len(self.columns)
-            self.columns.append(axis)
-        return self.table[key]
+        known = self.seen.get(id(axis))
+        if known is None:
+            key = tuple([value for f in axis for value in (f.size, id(f.labels))])
+            known = self.table.setdefault(key, len(self.columns))
+            if known == len(self.columns):
+                self.columns.append(axis)
+            self.seen[id(axis)] = known
+        return known
 
     def _classes_of(self, labels: Labels) -> Labels:
         """All classes that stand behind some labels: their own, their factors, and theirs."""
@@ -270,7 +291,9 @@ class _Solver:
         origin[self.classes[::-1]] = np.arange(len(self.classes))[::-1]
         return origin, [scope for _, scope in self.ties.origins]
 
-    def _frozen(self, count: int, origin: Labels, scopes: list[str]) -> tuple[NDArray[np.bool_], dict[str, str]]:
+    def _frozen(
+        self, count: int, origin: Labels, scopes: list[str], axes: int
+    ) -> tuple[NDArray[np.bool_], dict[str, str]]:
         held = np.zeros(count + 1, bool)
         held[-1] = True
         reasons: dict[str, str] = {}
@@ -285,36 +308,51 @@ class _Solver:
 
         for labels, reason in self.ties.frozen:
             hold(self._classes_of(labels), reason)
-        for axis in self.columns:
-            for row in self._spread(axis):
-                if row[0] >= 0 and (row == row[0]).all() and not held[row[0]]:
-                    hold(row[:1], "the whole axis would leave at once")
+        lowest, highest = (end.reduceat(self.spread, self.starts, 1) for end in (np.minimum, np.maximum))
+        alone = (lowest == highest) & (lowest >= 0) & (self.owners < axes)
+        for one in np.unique(lowest[alone]):
+            if not held[one]:
+                hold(one[None], "the whole axis would leave at once")
         return held[:-1], reasons
 
-    def _spread(self, axis: Labeled) -> Labels:
-        """The classes of every index of an axis, one row per factor."""
-        size, rows = shape_of([axis])[0], []
-        inner = size
-        for factor in axis:
-            inner //= factor.size
-            if factor.labels is not None and factor.labels is not EXAMPLE:
-                one = self.factors[:, self.label_class[factor.labels]]
-                rows.append(np.tile(np.repeat(one, inner, 1), (1, size // (factor.size * inner))))
-        return np.concatenate(rows) if rows else np.full((1, size), -1)
+    def _spread(self) -> None:
+        """Lay every factor out along its axis, all end to end, and look up the classes of every index."""
+        rows: list[Labels] = [np.zeros(0, np.int64)]
+        owners: list[int] = []
+        for column, axis in enumerate(self.columns):
+            size = inner = length(axis)
+            for factor in axis:
+                inner //= factor.size
+                if factor.labels is not None and factor.labels is not EXAMPLE:
+                    labels = factor.labels if inner == 1 else np.repeat(factor.labels, inner)
+                    rows.append(labels if len(labels) == size else np.tile(labels, size // len(labels)))
+                    owners.append(column)
+        self.spread = self.factors[:, self.label_class[np.concatenate(rows)]]  # (factors, all positions)
+        self.starts = np.cumsum([0, *map(len, rows[1:])], dtype=np.int64)[:-1]
+        self.owners = np.array(owners, np.int64)
 
-    def _units(self, axis: Labeled) -> Labels:
-        units = self.number[self._spread(axis)]
-        used = (units >= 0).any(1)
-        return units[used] if used.any() else units[:1]
+    def _units(self, number: Labels) -> list[Labels]:
+        """The units of every axis, one row per factor, those without any left out."""
+        units = number[self.spread]
+        bounds = np.searchsorted(self.owners, np.arange(len(self.columns) + 1))
+        starts = np.append(self.starts, units.shape[1])[bounds].tolist()
+        found: list[Labels] = []
+        for axis, start, stop in zip(self.columns, starts, starts[1:], strict=False):
+            size = length(axis)
+            rows = units[:, start:stop].reshape(len(units), -1, size).swapaxes(0, 1).reshape(-1, size)
+            if len(rows) > 1:
+                used = (rows >= 0).any(1)
+                rows = rows[used] if used.any() else rows[:1]
+            found.append(rows if len(rows) else np.full((1, size), -1))
+        return found
 
-    def _places(self, sites: Sequence[Site]) -> tuple[Place, ...]:
+    def _places(self, sites: Sequence[tuple[Site, int]], units: Sequence[Labels]) -> tuple[Place, ...]:
         places: list[Place] = []
-        for site in sites:
-            units = self._units(site.labels)
-            if (units >= 0).any():
+        for site, number in sites:
+            if (units[number] >= 0).any():
                 bound = self.bounds[site.node]
-                shape = bound.inputs[site.slot] if site.slot >= 0 else shape_of(bound.output)
-                places.append(Place(site.node, site.slot, site.axis, shape, units, site.example))
+                shape = bound.inputs[site.slot] if site.slot >= 0 else bound.shape
+                places.append(Place(site.node, site.slot, site.axis, shape, units[number], site.example))
         return tuple(places)
 
 
@@ -322,8 +360,12 @@ def _compact(rows: Labels) -> Labels:
     """The different entries of every column, in their order, and then -1."""
     for k in range(1, len(rows)):
         rows[k, (rows[:k] == rows[k]).any(0)] = -1
-    rows = np.take_along_axis(rows, np.argsort(rows < 0, 0, kind="stable"), 0)
-    return rows[(rows >= 0).any(1)]
+    held = rows >= 0
+    place = held.cumsum(0) - 1
+    compact = np.full((int(place[-1:].max(initial=-1)) + 1, rows.shape[1]), -1)
+    _, columns = np.nonzero(held)
+    compact[place[held], columns] = rows[held]
+    return compact
 
 
 def _matched(a: Labels, b: Labels, batch: Labels, one: Labels, other: Labels) -> list[tuple[Labels, Labels]]:

@@ -190,7 +190,7 @@ def _weights(params: Params, coupling: Coupling, power: int) -> Tensor:
         for leaf, pattern in signature.parameters.items():
             path = node.path(leaf)
             for axis, named in enumerate(pattern):
-                if len(pattern) > 1 and path not in seen and {*named[0]} & {*signature.written()}:
+                if len(pattern) > 1 and path not in seen and {*named[0]} & {*signature.written}:
                     weight = leaves[path].detach().to(torch.float64).abs().pow(power).movedim(axis, 0).flatten(1).sum(1)
                     for row in coupling.unit_ids(path, axis):
                         total.index_add_(0, torch.as_tensor(row % len(total), device=total.device), weight)

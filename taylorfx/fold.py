@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from taylorfx import layers as L
-from taylorfx.labels import Ties, shape_of
+from taylorfx.labels import Ties
 from taylorfx.layers import Shape
 from taylorfx.spec import Node, Spec, check, propagate
 from taylorfx.tree import Params, flatten, unflatten
@@ -68,7 +68,7 @@ class _Folder:
         self.owners = Counter(path for node in spec.nodes for path in node.paths.values())
         known = all(node.layer.shape is not None for node in spec.inputs if isinstance(node.layer, L.Input))
         bounds = propagate(spec, Ties(labeled=False)) if known else {}
-        self.shapes: Mapping[str, Shape] = {name: shape_of(bound.output) for name, bound in bounds.items()}
+        self.shapes: Mapping[str, Shape] = {name: bound.shape for name, bound in bounds.items()}
 
     def visit(self, name: str) -> None:
         """Fold this node into the one that it hears, if it can be."""

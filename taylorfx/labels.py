@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from taylorfx import axes as language
 from taylorfx.layers import Layer, Shape, ShapeError
 
-__all__ = ["EXAMPLE", "Bound", "Factor", "Labeled", "Labels", "Site", "Ties", "bind", "rigid", "shape_of"]
+__all__ = ["EXAMPLE", "Bound", "Factor", "Labeled", "Labels", "Site", "Ties", "bind", "length", "rigid", "shape_of"]
 
 Labels = NDArray[np.int64]
 
@@ -42,6 +43,7 @@ Labeled = tuple[Factor, ...]
 """One axis: its factors, slowest first."""
 
 
+@lru_cache(maxsize=4096)
 def rigid(size: int) -> Labeled:
     """An axis of which nothing may leave."""
     return (Factor(size),)
@@ -54,11 +56,15 @@ def length(axis: Labeled) -> int:
 
 def shape_of(axes: Sequence[Labeled]) -> Shape:
     """The sizes of a tensor's axes."""
-    return tuple(map(length, axes))
+    return tuple([length(axis) for axis in axes])
 
 
 def _is_example(axis: Labeled) -> bool:
-    return any(factor.labels is EXAMPLE for factor in axis)
+    return any([factor.labels is EXAMPLE for factor in axis])  # noqa: C419, for every axis of every tensor: lists are fast
+
+
+def _is_labeled(axis: Labeled) -> bool:
+    return any([factor.labels is not None and factor.labels is not EXAMPLE for factor in axis])  # noqa: C419
 
 
 def _examples(axes: Sequence[Labeled]) -> tuple[int, int] | None:
@@ -92,6 +98,11 @@ class Bound:
     reads: list[Site] = field(default_factory=list)
     writes: list[Site] = field(default_factory=list)
 
+    @cached_property
+    def shape(self) -> Shape:
+        """The sizes of the output's axes."""
+        return shape_of(self.output)
+
 
 @dataclass
 class Ties:
@@ -118,6 +129,8 @@ class Ties:
 
     def freeze(self, axis: Labeled, reason: str) -> Labeled:
         """Nothing of this axis may leave; returns the axis without labels."""
+        if not _is_labeled(axis):
+            return axis
         for factor in axis:
             if factor.labels is not None and factor.labels is not EXAMPLE:
                 self.frozen.append((factor.labels, reason))
@@ -141,7 +154,7 @@ class Ties:
         """Two axes of the same length leave together, position by position."""
         if one is other:
             return one
-        if any(factor.labels is EXAMPLE for factor in other):
+        if _is_example(other):
             one, other = other, one
         if [f.size for f in one] == [f.size for f in other]:
             pairs = [(a.labels, b.labels) for a, b in zip(one, other, strict=True) if a.labels is not EXAMPLE]
@@ -222,23 +235,34 @@ def _regroup(axis: Labeled, sizes: Sequence[int]) -> list[Labeled] | None:
     return None if factors else groups
 
 
-def bind(layer: Layer, name: str, paths: Mapping[str, str], inputs: Sequence[tuple[Labeled, ...]], ties: Ties) -> Bound:
-    """Bind a layer's signature to the axes of its inputs; what follows for the labels goes into ``ties``.
+def bind(layer: Layer, name: str, paths: Mapping[str, str], heard: Sequence[Bound], ties: Ties) -> Bound:
+    """Bind a layer's signature to the axes of what it hears; what follows for the labels goes into ``ties``.
 
     Raises:
         ShapeError: if the output's shape cannot be told (other errors are collected in ``ties.errors``).
     """
-    shapes = tuple(map(shape_of, inputs))
+    inputs, shapes = [node.output for node in heard], tuple([node.shape for node in heard])
     try:
         text = layer.signature(*shapes)
         if text is None:
             return _unknown(layer, name, paths, inputs, ties)
         signature = language.expand(text, tuple(map(len, inputs)))
-        return _Binder(layer, name, signature, dict(layer.letters(*shapes)), ties).run(paths, inputs)
+        bound = _Binder(layer, name, signature, dict(layer.letters(*shapes)), ties).run(paths, inputs)
+        bound.inputs = shapes
+        return bound
     except language.SignatureError as error:
         raise ShapeError(f"{name}: {layer.title} {error}.") from None
     except ShapeError as error:
         raise ShapeError(f"{name}: {error}") from None
+
+
+Position = tuple[str | int, ...]
+"""An axis of a tensor in words and numbers, put together where an error or a reason tells it."""
+
+
+def _said(place: Position) -> str:
+    *tensor, axis = map(str, place)
+    return f"{' '.join(tensor)}, axis {axis}"
 
 
 class _Binder:
@@ -249,14 +273,13 @@ class _Binder:
     ) -> None:
         self.layer, self.name, self.signature, self.sizes, self.ties = layer, name, signature, sizes, ties
         self.bound: dict[str, Labeled] = {}
-        created = [x for x in signature.written() if sizes.get(x, 2) > 1]
+        created = [x for x in signature.written if sizes.get(x, 2) > 1]
         self.main = created[-1] if created else None
 
     def run(self, paths: Mapping[str, str], inputs: Sequence[tuple[Labeled, ...]]) -> Bound:
         signature, ties = self.signature, self.ties
         for k, (pattern, axes) in enumerate(zip(signature.inputs, inputs, strict=True)):
-            for position, (axis, given) in enumerate(zip(pattern, axes, strict=True)):
-                self._unify(axis, given, f"input {k}, axis {position}")
+            self._unify(pattern, axes, ("input", k))
         self.sizes.update(self.layer.sizes(self.sizes))
         for leaf, pattern in signature.parameters.items():
             known = ties.parameters.get(paths[leaf])
@@ -265,49 +288,56 @@ class _Binder:
             elif len(known) != len(pattern):
                 ties.errors.append(f"{self.name}: shares {paths[leaf]}, which has {len(known)} axes elsewhere")
             else:
-                for position, (axis, given) in enumerate(zip(pattern, known, strict=True)):
-                    self._unify(axis, given, f"{paths[leaf]}, axis {position}")
+                self._unify(pattern, known, (paths[leaf],))
         output = tuple(self._build(axis) for axis in signature.output)
         for letter in self.layer.inexact:
             ties.inexact.extend(f.labels for f in self.bound.get(letter, ()) if f.labels is not None)
-        result = Bound(output, self.bound, self.sizes, tuple(map(shape_of, inputs)))
+        result = Bound(output, self.bound, self.sizes)
         if ties.labeled:
-            for letter in {x for k in range(len(inputs)) for x in signature.contracted(k)}:
+            for letter in {x for letters in signature.reads for x in letters}:
                 if _is_example(self.bound.get(letter, ())):
                     ties.mixing.append(f"{self.name}: {self.layer.title} sums over the examples of a batch")
             for k, pattern in enumerate(signature.inputs):
-                result.reads += self._sites(k, pattern, signature.contracted(k), inputs[k])
-            result.writes = self._sites(-1, signature.output, signature.written(), output)
+                if signature.reads[k]:
+                    result.reads += self._sites(k, pattern, signature.reads[k], inputs[k])
+            result.writes = self._sites(-1, signature.output, signature.written, output)
         return result
 
-    def _unify(self, axis: language.Axis, given: Labeled, place: str) -> None:
-        """The axis of a pattern is this axis of a tensor."""
-        if len(axis) == 1:
-            return self._unify_product(axis[0], given, place)
-        flat, start = self.ties.flat(given, self.name), 0
-        for product in axis:
-            size = math.prod(self.sizes[x] for x in product)
-            piece = Factor(size, None if flat is None else flat[start : start + size])
-            self._unify_product(product, (piece,), place)
-            start += size
-        return None
+    def _unify(self, pattern: language.Pattern, axes: Sequence[Labeled], tensor: Position) -> None:
+        """The axes of a pattern are those of a tensor."""
+        for position, (axis, given) in enumerate(zip(pattern, axes, strict=True)):
+            if len(axis) == 1 and len(axis[0]) == 1 and self.bound.get(axis[0][0]) is given:
+                continue  # nothing new: axes that pass through are the same objects
+            place = *tensor, position
+            if len(axis) == 1:
+                self._unify_product(axis[0], given, place)
+                continue
+            flat, start = self.ties.flat(given, self.name), 0
+            for product in axis:
+                size = math.prod(self.sizes[x] for x in product)
+                piece = Factor(size, None if flat is None else flat[start : start + size])
+                self._unify_product(product, (piece,), place)
+                start += size
 
-    def _unify_product(self, product: language.Product, given: Labeled, place: str) -> None:
+    def _unify_product(self, product: language.Product, given: Labeled, place: Position) -> None:
         size = length(given)
+        if len(product) == 1 and self.sizes.setdefault(product[0], size) == size:
+            self._assign(product[0], given, place)
+            return
         unknown = [x for x in product if x not in self.sizes]
         known = math.prod(self.sizes[x] for x in product if x in self.sizes)
         if len(unknown) > 1 or (size % known if unknown else size != known):
             rule = f"a multiple of {known}" if unknown else str(known)
-            self.ties.errors.append(f"{self.name}: {self.layer.title} takes {rule} at {place}; received {size}")
+            self.ties.errors.append(f"{self.name}: {self.layer.title} takes {rule} at {_said(place)}; received {size}")
             return
         for letter in unknown:
             self.sizes[letter] = size // known
         wide = [x for x in product if self.sizes[x] > 1 or (x == "B" and _is_example(given))]
         for letter in product:
-            if letter not in wide and len(product) > 1:
+            if letter not in wide:
                 self.bound.setdefault(letter, rigid(1))
-        if len(product) == 1 or len(wide) == 1:
-            self._assign(wide[0] if wide else product[0], given, place)
+        if len(wide) == 1:
+            self._assign(wide[0], given, place)
         elif wide:
             parts = [(self.sizes[x], x.islower()) for x in wide]
             scopes = [self._scope(x) for x in wide]
@@ -318,18 +348,20 @@ class _Binder:
                 self.ties.mixing.append(f"{self.name} broadcasts the examples against another axis")
             self.ties.freeze(given, f"broadcast at {self.name}")
 
-    def _assign(self, letter: str, given: Labeled, place: str) -> None:
+    def _assign(self, letter: str, given: Labeled, place: Position) -> None:
+        known = self.bound.get(letter)
         if letter.isupper():
             if letter != "B" and _is_example(given):
                 self.ties.mixing.append(f"{self.name}: {self.layer.title} mixes the examples of a batch")
-            what = f"{self.name}: {self.layer.title} holds {place} rigid"
-            given = self.ties.freeze(given, what)
-        if letter in self.bound:
-            given = self.ties.tie(self.bound[letter], given, self.name)
-        self.bound[letter] = given
+            if _is_labeled(given):
+                what = f"{self.name}: {self.layer.title} holds {_said(place)} rigid"
+                given = self.ties.freeze(given, what)
+        self.bound[letter] = given if known is None else self.ties.tie(known, given, self.name)
 
     def _build(self, axis: language.Axis) -> Labeled:
         """The axis of a tensor that a pattern describes; letters that are new get fresh labels."""
+        if len(axis) == 1 and len(axis[0]) == 1 and len(known := self.bound.get(axis[0][0], ())) == 1:
+            return known if known[0].size > 1 or known[0].labels is EXAMPLE else rigid(1)
         products: list[Labeled] = []
         for product in axis:
             for letter in product:
@@ -338,7 +370,7 @@ class _Binder:
                         raise ShapeError(f"the size of axis {letter!r} cannot be told")
                     fresh: Callable[..., Labeled] = self.ties.fresh if letter.islower() else lambda n, _: rigid(n)
                     self.bound[letter] = fresh(self.sizes[letter], self._scope(letter))
-            parts = tuple(f for x in product for f in self.bound[x] if f.size > 1 or f.labels is EXAMPLE)
+            parts = tuple([f for x in product for f in self.bound[x] if f.size > 1 or f.labels is EXAMPLE])
             products.append(parts or rigid(1))
         if len(products) == 1:
             return products[0]

@@ -227,14 +227,22 @@ def _last_of_axis(values: NDArray[np.float64], coupling: Coupling) -> Mask:
     Axes with whole scopes on them are held by the floor.
     """
     held = np.zeros(len(coupling), bool)
-    for axis in coupling.axes:
-        for row in axis:
-            if (row < 0).any():
-                continue
-            units = np.unique(row)
-            present = np.bincount(coupling.scope[units], minlength=len(coupling.scopes))
-            if not ((present == coupling.sizes) & (present > 0)).any():
-                held[units[_order(values[units])[-1]]] = True
+    rows = [row for axis in coupling.axes for row in axis]
+    units = np.concatenate(rows)
+    row = np.repeat(np.arange(len(rows)), [*map(len, rows)])
+    # A run of units of one scope, one after the other or repeated, as long as the scope, is that whole scope.
+    scope = np.append(coupling.scope, -1)[units]
+    step = np.diff(units)
+    apart = (np.diff(row) != 0) | (np.diff(scope) != 0) | (step < 0) | (step > 1)
+    first, last = np.flatnonzero(np.append(True, apart)), np.flatnonzero(np.append(apart, True))
+    whole = (units[first] >= 0) & (units[last] - units[first] + 1 == np.append(coupling.sizes, 0)[scope[first]])
+    done = np.zeros(len(rows), bool)
+    done[row[first[whole]]] = done[row[units < 0]] = True
+    for k in np.flatnonzero(~done):
+        units = np.unique(rows[k])
+        present, counts = np.unique(coupling.scope[units], return_counts=True)
+        if not (counts == coupling.sizes[present]).any():
+            held[units[_order(values[units])[-1]]] = True
     return held
 
 
@@ -250,15 +258,18 @@ def _steps(
     """The step at which each unit leaves, and the number of steps, which stands for never."""
     step = np.full(len(coupling), -1)
     keys, firsts, count = [np.zeros(0)], [np.zeros(0, np.int64)], 0
+    loose = np.flatnonzero(~held)
+    loose = loose[np.lexsort((-loose, values[loose], coupling.scope[loose]))]  # scope by scope, in the order to leave
+    ends = np.cumsum(np.bincount(coupling.scope[loose], minlength=len(coupling.scopes))).tolist()
     for group in groups:
         size = int(coupling.sizes[group[0]])
-        free = [np.flatnonzero((coupling.scope == k) & ~held) for k in group]
+        free = [loose[ends[k - 1] if k else 0 : ends[k]] for k in group]
         least = max(size - min(map(len, free)), *(floors[k] for k in group), 1)
         least = max(least, math.ceil((1 - min(most[k] for k in group)) * size - 1e-9))
         bundle = math.lcm(*(multiples[k] for k in group))
         least = -(-least // bundle) * bundle
-        cuts = np.array([0, *range(size % bundle or bundle, size - least + 1, bundle)])  # how many have left
-        gone = np.stack([members[_order(values[members])][: cuts[-1]] for members in free])  # (scopes, leaving)
+        cuts = np.append(0, np.arange(size % bundle or bundle, size - least + 1, bundle))  # how many have left
+        gone = np.stack([members[: cuts[-1]] for members in free])  # (scopes, leaving)
         widths = np.diff(cuts)
         step[gone] = count + np.repeat(np.arange(len(widths)), widths)
         if len(widths):

@@ -10,19 +10,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from heapq import heappop, heappush
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from taylorfx import axes as language
-from taylorfx.labels import EXAMPLE, Bound, Factor, Labeled, Ties, bind, rigid, shape_of
+from taylorfx.labels import EXAMPLE, Bound, Factor, Labeled, Ties, bind, rigid
 from taylorfx.layers import Input, Layer, Shape, ShapeError
 from taylorfx.text import columns
 from taylorfx.tree import Params, flatten, merge, unflatten
 
 __all__ = [
-    "Inputs", "Node", "Spec", "SpecError", "Tap", "apply", "check", "combine", "evaluate", "init", "partition",
+    "Inputs", "Node", "Spec", "SpecError", "Tap", "apply", "check", "evaluate", "init", "partition",
     "propagate", "train",
 ]  # fmt: skip
 
@@ -61,10 +63,15 @@ class Node:
         base = self.params if isinstance(self.params, str) else self.name
         return base if self.layer.leaf else f"{base}.{leaf}"
 
-    @property
-    def paths(self) -> dict[str, str]:
+    @cached_property
+    def shapes(self) -> Mapping[str, Shape]:
+        """The shapes of all its parameters, by their names in the layer."""
+        return self.layer.shapes()
+
+    @cached_property
+    def paths(self) -> Mapping[str, str]:
         """The paths of all its parameters, by their names in the layer."""
-        return {leaf: self.path(leaf) for leaf in self.layer.shapes()}
+        return {leaf: self.path(leaf) for leaf in self.shapes}
 
 
 @dataclass(frozen=True)
@@ -110,10 +117,10 @@ class Spec:
         shapes: dict[str, Shape] = {}
         errors: list[str] = []
         for node in self.nodes:
-            for leaf, shape in node.layer.shapes().items():
-                known = shapes.setdefault(node.path(leaf), shape)
-                if known != shape:
-                    errors.append(f"{node.path(leaf)}: {node.name} expects {shape}, a node before it {known}")
+            for leaf, path in node.paths.items():
+                known = shapes.setdefault(path, node.shapes[leaf])
+                if known != node.shapes[leaf]:
+                    errors.append(f"{path}: {node.name} expects {node.shapes[leaf]}, a node before it {known}")
         if errors:
             raise SpecError("Nodes share parameters of one shape; received:\n  " + "\n  ".join(errors))
         return shapes
@@ -144,14 +151,14 @@ class Spec:
         bounds = propagate(spec, Ties(labeled=False)) if known else {}
         rows, seen, total, work = [("name", "layer", "output", "parameters", "FLOPs")], set[str](), 0, 0
         for node in spec.nodes:
-            trained = {x: shape for x, shape in node.layer.shapes().items() if x not in node.layer.buffers}
+            trained = {x: shape for x, shape in node.shapes.items() if x not in node.layer.buffers}
             sizes = {node.path(leaf): math.prod(shape) for leaf, shape in trained.items()}
             count = sum(n for path, n in sizes.items() if path not in seen)
             seen.update(sizes)
             bound = bounds.get(node.name)
             cost = flops(node.layer, bound.sizes) if bound else 0
             total, work = total + count, work + cost
-            shape = "x".join(map(str, shape_of(bound.output)[1:])) if bound else "-"
+            shape = "x".join(map(str, bound.shape[1:])) if bound else "-"
             shared = "shared" if sizes and not count else f"{count:,}" if count else ""
             rows.append((node.name, str(node.layer), shape, shared, f"{cost:,}" if cost else ""))
         rows.append(("", "", "total", f"{total:,}", f"{work:,}" if known else "-"))
@@ -184,21 +191,24 @@ def _order(nodes: tuple[Node, ...], outputs: tuple[str, ...]) -> tuple[Node, ...
         seen.add(node.name)
         errors += [f"{node.name!r} hears {x!r}, which no node is named" for x in node.inputs if x not in names]
     errors += [f"the output {x!r} is no node" for x in outputs if x not in names]
-    ordered: dict[str, Node] = {}
-    waiting = list(nodes)
-    while waiting:
-        ready = waiting[:1]  # keep the given order as far as it goes
-        if not all(x in ordered or x not in names for x in ready[0].inputs):
-            ready = [node for node in waiting if all(x in ordered or x not in names for x in node.inputs)]
-        if not ready:
-            errors.append(f"the nodes {', '.join(repr(n.name) for n in waiting)} lie on or behind a cycle")
-            break
-        for node in ready:
-            ordered[node.name] = node
-            waiting.remove(node)
+    missing = [{*node.inputs} & names for node in nodes]
+    hearers: dict[str, list[int]] = {name: [] for name in names}
+    for k, name in ((k, name) for k, heard in enumerate(missing) for name in heard):
+        hearers[name].append(k)
+    ready = [k for k, heard in enumerate(missing) if not heard]  # a heap: what was given first comes first
+    ordered: list[Node] = []
+    while ready:
+        node = nodes[heappop(ready)]
+        ordered.append(node)
+        for k in hearers.pop(node.name, ()):
+            missing[k].discard(node.name)
+            if not missing[k]:
+                heappush(ready, k)
+    if cyclic := [repr(node.name) for node, heard in zip(nodes, missing, strict=True) if heard]:
+        errors.append(f"the nodes {', '.join(cyclic)} lie on or behind a cycle")
     if errors:
         raise SpecError("A network is a graph of named nodes without cycles; received:\n  " + "\n  ".join(errors))
-    return tuple(ordered.values())
+    return tuple(ordered)
 
 
 def propagate(spec: Spec, ties: Ties) -> dict[str, Bound]:
@@ -223,8 +233,7 @@ def propagate(spec: Spec, ties: Ties) -> dict[str, Bound]:
                 bounds[node.name] = Bound((example, *map(rigid, sizes)))
         elif all(x in bounds for x in node.inputs):
             try:
-                given = [bounds[x].output for x in node.inputs]
-                bounds[node.name] = bind(node.layer, node.name, node.paths, given, ties)
+                bounds[node.name] = bind(node.layer, node.name, node.paths, [bounds[x] for x in node.inputs], ties)
             except ShapeError as error:
                 ties.errors.append(str(error))
     if ties.errors:
@@ -439,8 +448,3 @@ def partition(params: Params, spec: Spec) -> tuple[dict[str, Any], dict[str, Any
         unflatten((path, leaf) for path, leaf in leaves.items() if path not in buffers),
         unflatten((path, leaf) for path, leaf in leaves.items() if path in buffers),
     )
-
-
-def combine(*trees: Params) -> dict[str, Any]:
-    """One tree from several with no leaf in common."""
-    return unflatten(item for tree in trees for item in flatten(tree).items())

@@ -1,23 +1,34 @@
-"""Networks on disk: a spec as JSON, parameters as safetensors with the spec in the file's header."""
+"""Networks on disk: a spec as JSON, parameters as safetensors with the spec in the file's header.
+
+A safetensors file is the length of its header (eight bytes, little-endian), the header (JSON: type, shape and place of
+every tensor), and the tensors' bytes: https://github.com/huggingface/safetensors#format. So it can be written as it is
+read, a few rows at a time.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterator
 from dataclasses import fields
-from os import PathLike
+from os import PathLike, fspath
+from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
 
-from taylorfx.layers import LAYERS, kind
+from taylorfx.layers import LAYERS, Shape, kind
+from taylorfx.plan import Indices, Plan, PlanError, fits, take
 from taylorfx.spec import Node, Spec, SpecError, check
 from taylorfx.tree import Params, flatten, unflatten
 
-__all__ = ["from_json", "load", "save", "to_json"]
+__all__ = ["cut_file", "from_json", "load", "save", "to_json"]
 
 _KEY = "taylorfx.spec"
+_ROWS = 2**23
+"""Bytes that are read at once where a file is cut."""
 
 
 def to_json(spec: Spec) -> str:
@@ -81,3 +92,67 @@ def load(path: str | PathLike[str], *, device: torch.device | str = "cpu") -> tu
     params = unflatten((name, leaves[name]) for name in [*order, *sorted(leaves.keys() - set(order))])
     check(params, spec)
     return params, spec
+
+
+def cut_file(source: str | PathLike[str], target: str | PathLike[str], plan: Plan) -> None:
+    """Cut a checkpoint that may be larger than memory: what `save` would write of what `cut` leaves of it.
+
+    A few rows of one tensor are in memory at a time (8 MB, or one row where that is more). The target appears when it
+    is complete; it may be the source.
+
+    Args:
+        source: a safetensors file of the plan's parameters by their paths, or of some of them (one of several shards,
+            momentum). It need not be one of ours; if it names its network, that has to be the plan's.
+        target: the file to write. It has the source's metadata, and ``plan.spec`` for `load`.
+
+    Raises:
+        PlanError: if the file is of another network, listing every tensor that is not the plan's.
+    """
+    with safetensors.safe_open(source, "pt") as file:
+        metadata = file.metadata() or {}
+        if _KEY in metadata and from_json(metadata[_KEY]) != plan.coupling.spec:
+            raise PlanError(f"A plan cuts files of its own network; {source} holds another one.")
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, the file is no mapping
+        found = {name: torch.empty(part.get_shape(), device="meta") for name, part in slices.items()}
+        fits(unflatten(found), plan.coupling.spec.shapes, "A plan cuts files of")
+        kept = {name: _kept(part.get_shape(), plan.indices[name]) for name, part in slices.items()}
+        empty = {name: part[:0] if part.get_shape() else part[...] for name, part in slices.items()}
+        sizes = {name: part.itemsize for name, part in empty.items()}
+        names = sorted(slices, key=lambda name: (-sizes[name], name))  # every tensor at a multiple of its element
+        header: dict[str, Any] = {"__metadata__": {**metadata, _KEY: to_json(plan.spec)}}
+        end = 0
+        for name in names:
+            start, end = end, end + sizes[name] * math.prod(kept[name])
+            header[name] = {"dtype": slices[name].get_dtype(), "shape": kept[name], "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        partial = Path(f"{fspath(target)}.partial")
+        try:
+            with partial.open("wb") as out:
+                out.write(len(text).to_bytes(8, "little") + text)
+                for name in names:
+                    for rows in _rows(slices[name], sizes[name], plan.indices[name]):
+                        out.write(rows.reshape(-1).view(torch.uint8).numpy().data)
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _kept(shape: list[int], indices: Indices) -> Shape:
+    return tuple(n if index is None else len(index) for n, index in zip(shape, indices, strict=True))
+
+
+def _rows(found: Any, itemsize: int, indices: Indices) -> Iterator[torch.Tensor]:
+    """What stays of one tensor in a file, some rows at a time."""
+    shape = found.get_shape()
+    if not shape:
+        yield found[...]
+        return
+    outer = torch.arange(shape[0]) if indices[0] is None else indices[0]
+    step = max(1, _ROWS // max(1, itemsize * math.prod(shape[1:])))
+    for start in range(0, shape[0], step):
+        low, high = torch.searchsorted(outer, torch.tensor([start, start + step])).tolist()
+        if low < high:
+            rows = found[start : start + step]
+            local = outer[low:high] - start
+            yield take(rows, (None if high - low == len(rows) else local, *indices[1:]))

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-__all__ = ["Params", "flatten", "map_paths", "merge", "unflatten"]
+__all__ = ["Params", "combine", "flatten", "map_paths", "merge", "unflatten"]
 
 Params: TypeAlias = Mapping[str, Any]
 """Nested mappings whose leaves are tensors: ``{"conv1": {"weight": ..., "bias": ...}, "bn1": {...}}``."""
@@ -50,6 +50,11 @@ def unflatten(leaves: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> dict[str
             raise ValueError(f"A leaf lies where no other does; {path!r} is there already.")
         node[last] = leaf
     return tree
+
+
+def combine(*trees: Params) -> dict[str, Any]:
+    """One tree from several with no leaf in common."""
+    return unflatten(item for tree in trees for item in flatten(tree).items())
 
 
 def merge(tree: Params, leaves: Mapping[str, Tensor], prefix: str = "") -> Params:
