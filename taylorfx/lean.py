@@ -95,7 +95,8 @@ class _Over(Layer):
         return self.layer.signature(*shapes)
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
-        return _OVER[type(self.layer)](*inputs)
+        value: Tensor = _OVER[type(self.layer)](*inputs)
+        return value
 
 
 def _sum(x: Tensor, *others: Tensor) -> Tensor:
