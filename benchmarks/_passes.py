@@ -155,16 +155,17 @@ def ours(name: str, module: nn.Module, x: Tensor, y: Tensor, kinds: tuple[str, .
     params, spec = tfx.from_torch(module, (x,))
     coupling = tfx.couple(params, spec)
     reads = {place.node for place in coupling.reads}
-    copy = lean(params, spec, reads)
-    again = tfx.couple(*copy)  # which has the same reads
+    copies = {last: lean(params, spec, reads, channels_last=last) for last in (False, True)}
+    again = tfx.couple(*copies[True])  # which has the same reads
 
     def plain() -> object:
         return tfx.derivatives(params, spec, x, y, coupling, fold=False, channels_last=False)
 
     def scored(channels_last: bool) -> Callable[[], object]:
-        return lambda: tfx.derivatives(*copy, x, y, again, fold=False, channels_last=channels_last)
+        return lambda: tfx.derivatives(*copies[channels_last], x, y, again, fold=False, channels_last=channels_last)
 
-    found = {"plain": plain, "same": scored(False), "measure": scored(True), "copy": lambda: lean(params, spec, reads)}
+    found = {"plain": plain, "same": scored(False), "measure": scored(True)}
+    found["copy"] = lambda: lean(params, spec, reads, channels_last=True)
     if name in TOKENS:
         del found["same"]
     if "limit" in kinds:

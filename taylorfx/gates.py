@@ -97,8 +97,8 @@ def measure(
         fold: score a private copy of which batch norms are folded (`taylorfx.fold`) and activations written over each
             other: the reads and so the derivatives are the same up to rounding, with less time and memory. Not where
             activations are made, nor in training.
-        channels_last: run images that convolutions read in ``torch.channels_last`` memory; by default on a CPU, where
-            it is faster.
+        channels_last: run images that convolutions read in ``torch.channels_last`` memory; by default the private copy
+            does so on a CPU, where it is faster.
         micro_batch: run at most so many examples at a time, which bounds the memory; the statistics are the same.
 
     A network whose layers mix examples (``coupling.mixing``) is measured one example at a time.
@@ -107,7 +107,7 @@ def measure(
         ValueError: for no or empty batches, targets that do not match, losses that are not finite, or micro-batches
             in training, where examples hear each other.
     """
-    networks = _scored(params, spec, coupling, fold, at_writes, training)
+    networks, channels_last = _scored(params, spec, coupling, fold and not (at_writes or training), channels_last)
     total: Statistics | None = None
     finite: list[Tensor] = []
     for batch in each_batch(batches):
@@ -162,7 +162,7 @@ def derivatives(
 
     This is `measure` before it sums over the examples; the arguments are the same.
     """
-    networks = _scored(params, spec, coupling, fold, at_writes, training)
+    networks, channels_last = _scored(params, spec, coupling, fold and not (at_writes or training), channels_last)
     return _derivatives(  # type: ignore[no-any-return]
         networks, inputs, targets, coupling, loss=loss, moments=moments, at_writes=at_writes, training=training,
         around=around or {}, generator=generator, channels_last=channels_last, micro_batch=micro_batch,
@@ -170,13 +170,16 @@ def derivatives(
 
 
 def _scored(
-    params: Params, spec: Spec, coupling: Coupling, fold: bool, at_writes: bool, training: bool
-) -> list[tuple[Params, Spec]]:
-    """The network to run: a lean copy, which has the same reads, and then the coupling's own."""
+    params: Params, spec: Spec, coupling: Coupling, fold: bool, channels_last: bool | None
+) -> tuple[list[tuple[Params, Spec]], bool]:
+    """The network to run, a lean copy, which has the same reads, and then the coupling's own; and its memory format."""
     own(params, spec, coupling)
-    if not fold or at_writes or training:
-        return [(params, spec)]
-    return [lean(params, spec, {place.node for place in coupling.reads}), (params, spec)]
+    if not fold:
+        return [(params, spec)], bool(channels_last)
+    if channels_last is None:
+        channels_last = all(leaf.device.type == "cpu" for leaf in flatten(params).values())
+    reads = {place.node for place in coupling.reads}
+    return [lean(params, spec, reads, channels_last=channels_last), (params, spec)], channels_last
 
 
 def _derivatives(networks: Sequence[tuple[Params, Spec]], *batch: Any, **options: Any) -> Any:
@@ -197,12 +200,17 @@ def _of_batch(
     moments: bool,
     at_writes: bool,
     training: bool,
-    channels_last: bool | None,
+    channels_last: bool,
     micro_batch: int | None,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Moments | None]:
     count = examples(inputs, targets, spec)
-    inputs = _laid_out(spec, inputs, channels_last)
+    if channels_last:
+        images = {x for node in spec.nodes if isinstance(node.layer, Conv2d) for x in node.inputs}
+        inputs = {
+            name: x.to(memory_format=torch.channels_last) if name in images and x.ndim == 4 else x
+            for name, x in bind_inputs(spec, (inputs,)).items()
+        }
     if micro_batch is not None and (micro_batch < 1 or training):
         raise ValueError(
             f"Micro-batches have one or more examples, and are not for training; received micro_batch={micro_batch}, "
@@ -220,17 +228,6 @@ def _of_batch(
     *rows, tallies = zip(*parts, strict=True)
     each, summed, mean = (torch.cat(column) for column in rows)
     return each, summed, mean, Moments(*sum(tallies)) if moments else None
-
-
-def _laid_out(spec: Spec, inputs: Inputs, channels_last: bool | None) -> Inputs:
-    """The inputs by name, images that convolutions read in channels-last memory."""
-    values = bind_inputs(spec, (inputs,))
-    images = {x for node in spec.nodes if isinstance(node.layer, Conv2d) for x in node.inputs}
-    for name, x in values.items():
-        on = x.device.type == "cpu" if channels_last is None else channels_last
-        if on and name in images and x.ndim == 4:
-            values[name] = x.to(memory_format=torch.channels_last)
-    return values
 
 
 def _apart_by_vmap(

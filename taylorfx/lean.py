@@ -27,11 +27,13 @@ from taylorfx.tree import Params, flatten, unflatten
 __all__ = ["lean"]
 
 
-def lean(params: Params, spec: Spec, reads: set[str]) -> tuple[Params, Spec]:
+def lean(params: Params, spec: Spec, reads: set[str], *, channels_last: bool = False) -> tuple[Params, Spec]:
     """A network with the same reads and the same derivatives by their gates, up to rounding; for nothing else.
 
     Args:
         reads: the nodes whose inputs are gated.
+        channels_last: lay the weights of convolutions out for images in that memory format, where every pass would
+            otherwise copy them.
     """
     params, spec = fold(params, spec)
     leaves = flatten(params)
@@ -49,6 +51,9 @@ def lean(params: Params, spec: Spec, reads: set[str]) -> tuple[Params, Spec]:
                 inputs = (own[0], *(x for x in node.inputs if x != own[0]))
                 node = replace(node, layer=_Over(node.layer), inputs=inputs)
         nodes[node.name] = node
+        if channels_last and isinstance(node.layer, L.Conv2d):
+            path = node.path("weight")
+            leaves[path] = leaves[path].contiguous(memory_format=torch.channels_last)
     spec = replace(spec, nodes=tuple(nodes.values()))
     return unflatten((path, leaves[path]) for path in spec.shapes), spec
 
