@@ -212,7 +212,7 @@ def main() -> None:
         row = rows.setdefault(name, {} if name == "growth" else {"size": sizes[name]})
         if not options.no_time and "seconds" not in row:
             task = ("growth", runs) if name == "growth" else ("timed", name, sizes[name], runs)
-            row["seconds"] = child(task, options)
+            row["seconds"] = child(task, options)  # none where it fails; the others go on
             keep()
         if not options.no_memory and "megabytes" not in row and name != "growth":
             kinds = [kind for kind in HELD if name not in TOKENS or kind not in ("hooks", "same")]
