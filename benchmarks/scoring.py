@@ -1,14 +1,13 @@
 """Scoring one batch against one full forward and backward pass of the same model and batch.
 
-    python benchmarks/scoring.py                   # seven models
+    python benchmarks/scoring.py                   # seven models, an hour of one core
+    python benchmarks/scoring.py --quick           # three small ones, some minutes
     python benchmarks/scoring.py resnet50 --runs 9
+    python benchmarks/scoring.py --out scoring.json --write   # goes on where it was stopped; the tables of README.md
 
-CPU time of all threads, in runs that take turns; each is divided by the full pass of its turn. "plain" is
-`taylorfx.derivatives` of the network as it is, "folded" of the copy that `taylorfx.measure` makes once per call, and
-"last" of that copy on images in `torch.channels_last`. "fold" is the making of the copy. "peer" is Torch-Pruning's
-Taylor where it is installed: its backward pass and its importance of every group, which is found beforehand.
-
-Peak memory is taken in a child process for each, above what is held before the pass: where Linux can reset the peak.
+CPU time of all threads, and wall time, in runs that take turns; each is divided by the full pass of its turn. Every
+model is timed in a process of its own, in which threads that wait for each other sleep. Peak memory is taken in one
+more for each kind, above what is held before the pass: where Linux can reset the peak. `_passes.py` says what runs.
 """
 
 from __future__ import annotations
@@ -21,114 +20,55 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from _torchvision import library
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from _passes import KINDS, MODELS, QUICK, TOKENS, passes
 
 import taylorfx as tfx
 
-# Examples and, for images, their height and width.
-MODELS = {
-    "resnet50": (8, 160), "mobilenet_v2": (8, 160), "vgg16_bn": (4, 128), "densenet121": (8, 160),
-    "convnext_tiny": (8, 160), "bert": (4, 128), "vit_b_16": (4, 224),
+HERE = Path(__file__).parent
+MARKERS = "<!-- scoring: begin -->", "<!-- scoring: end -->"
+SHOWN = [kind for kind in KINDS if kind != "full"]
+HELD = [kind for kind in KINDS if kind not in ("limit", "copy")]
+TARGETS = {
+    "resnet50": (0.68, 0.50), "mobilenet_v2": (0.55, 0.45), "densenet121": (0.75, 0.65), "vgg16_bn": (0.58, 0.50),
+    "convnext_tiny": (0.65, 0.60), "bert": (0.62, 0.62), "vit_b_16": (0.62, 0.62),
 }  # fmt: skip
-TOKENS = ("bert", "vit_b_16")  # where no image goes through convolutions
-MODULES: dict[str, nn.Module] = {}
-KINDS = ("full", "plain", "folded", "last", "peer", "fold")
+"""What ``same`` and ``measure`` are to cost at most, as shares of the full pass."""
+
+Rows = dict[str, Any]
 
 
-class Logits(nn.Module):
-    """A classifier of transformers that gives out a tensor."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.module(input_ids=tokens).logits
-
-
-def model(name: str) -> tuple[nn.Module, Tensor, Tensor]:
-    """The module in inference mode, with random weights, and a batch."""
-    torch.manual_seed(0)
-    count, size = MODELS[name]
-    models = library()  # before transformers, which imports it, too
-    if name == "bert":
-        from transformers import BertConfig, BertForSequenceClassification
-
-        config = BertConfig(attn_implementation="eager", num_labels=10)
-        return (
-            Logits(BertForSequenceClassification(config)).eval(),
-            torch.randint(999, (count, size)),
-            torch.arange(count),
-        )
-    module = models.get_model(name, weights=None).eval()
-    return module, torch.randn(count, 3, size, size), torch.arange(count)
-
-
-def peer(module: nn.Module, x: Tensor, full: Callable[[], object]) -> Callable[[], object]:
-    """Torch-Pruning's Taylor importance of every group of the model, after a full pass."""
-    import torch_pruning
-
-    with torch.enable_grad():
-        graph = torch_pruning.DependencyGraph().build_dependency(module, x[:1])
-    groups = list(graph.get_all_groups(ignored_layers=[list(module.modules())[-1]]))
-    importance = torch_pruning.importance.GroupTaylorImportance()
-
-    def run() -> None:
-        full()
-        for group in groups:
-            importance(group)
-
-    return run
-
-
-def passes(name: str, kinds: tuple[str, ...]) -> dict[str, Callable[[], object]]:
-    """What is timed, by its kind; what a model has no kind of is left out."""
-    module, x, y = model(name)
-    MODULES[name] = module
-
-    def full() -> None:
-        module.zero_grad(set_to_none=True)
-        cross_entropy(module(x), y).backward()
-
-    found: dict[str, Callable[[], object]] = {"full": full}
-    if "peer" in kinds:
-        try:
-            found["peer"] = peer(module, x, full)
-        except Exception as error:  # the table shows what fails, and goes on
-            print(f"{name}: no peer, {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
-    if not {*kinds} - {"full", "peer"}:
-        return found
-    params, spec = tfx.from_torch(module, (x,))
-    coupling = tfx.couple(params, spec)
-    # Folded beforehand, so that a pass is one of many of the same call; its reads are those of the original.
-    copy = tfx.fold(params, spec)
-    folded = (*copy, tfx.couple(*copy))
-    found["fold"] = lambda: tfx.fold(params, spec)
-    found["plain"] = lambda: tfx.derivatives(params, spec, x, y, coupling, fold=False)
-    found["folded"] = lambda: tfx.derivatives(*folded[:2], x, y, folded[2], fold=False)
-    if name not in TOKENS:
-        last = x.to(memory_format=torch.channels_last)
-        found["last"] = lambda: tfx.derivatives(*folded[:2], last, y, folded[2], fold=False)
-    return {kind: found[kind] for kind in kinds if kind in found}
-
-
-def timed(name: str, runs: int) -> dict[str, list[float]]:
-    """CPU seconds of every kind, one number per turn."""
-    found = passes(name, KINDS)
-    times: dict[str, list[float]] = {kind: [] for kind in found}
+def timed(name: str, size: tuple[int, int], runs: int) -> dict[str, list[tuple[float, float]]]:
+    """Seconds of CPU and of wall time of every kind, one pair per turn."""
+    found = passes(name, size, tuple(KINDS))
+    times: dict[str, list[tuple[float, float]]] = {kind: [] for kind in found}
     for turn in range(runs + 1):
         for kind, run in found.items():
-            start = time.process_time()
+            start = time.process_time(), time.perf_counter()
             run()
             if turn:  # the first one warms up
-                times[kind].append(time.process_time() - start)
+                times[kind].append((time.process_time() - start[0], time.perf_counter() - start[1]))
+    return times
+
+
+def growth(runs: int) -> dict[int, list[float]]:
+    """CPU seconds of `taylorfx.measure` for so many examples, in batches of 16, of MobileNetV2 on small images."""
+    from _passes import model
+
+    module, x, y = model("mobilenet_v2", (16, 64))
+    params, spec = tfx.from_torch(module, (x,))
+    coupling = tfx.couple(params, spec)
+    times: dict[int, list[float]] = {16 * 4**k: [] for k in range(4)}
+    for turn in range(runs + 1):
+        for count, found in times.items():
+            start = time.process_time()
+            tfx.measure(params, spec, [(x, y)] * (count // 16), coupling)
+            if turn:
+                found.append(time.process_time() - start)
     return times
 
 
@@ -140,66 +80,147 @@ def status(key: str) -> int:
 
 def highest() -> int:
     """The most memory that this process has held, in kB."""
-    return (
-        status("VmHWM:") if Path("/proc/self/status").exists() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    )
+    if Path("/proc/self/status").exists():
+        return status("VmHWM:")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def peak(name: str, kind: str) -> float:
-    """Megabytes that one pass holds at most, above what is held before it (the gradients are the full pass's own)."""
-    found = passes(name, (kind,))
-    found[kind]()
-    MODULES[name].zero_grad(set_to_none=True)
+def peak(name: str, size: tuple[int, int], kind: str) -> float:
+    """Megabytes that one pass holds at most, above what is held before it (the full pass's gradients are its own)."""
+    run = passes(name, size, (kind,))[kind]
+    run()
     if Path("/proc/self/clear_refs").exists():
         Path("/proc/self/clear_refs").write_text("5")  # the highest is the present from here on
     before = highest()
-    found[kind]()
+    run()
     return (highest() - before) / 1024
 
 
-def child(name: str, kind: str) -> float | None:
-    """`peak` in a process of its own, which gives memory back at once."""
-    freeing = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    command = [sys.executable, __file__, name, "--peak", kind]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **freeing})
-    return float(done.stdout.split()[-1]) if done.returncode == 0 else None
+def child(task: Sequence[Any], options: argparse.Namespace) -> Any:
+    """What a process of its own says; none where it fails. It gives memory back at once."""
+    settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"} if task[0] == "peak" else {}
+    command = [sys.executable, __file__, "--threads", str(options.threads), "--task", json.dumps(task)]
+    environment = {**os.environ, **settings, "OMP_WAIT_POLICY": "passive"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
+    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
 
 
-def quartiles(values: list[float]) -> str:
+def quartiles(values: Sequence[float]) -> str:
+    if len(values) < 2:
+        return f"{values[0]:.2f}" if values else "-"
     low, middle, high = statistics.quantiles(values, n=4)
-    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+    return f"{middle:.2f} ({low:.2f}-{high:.2f})"
+
+
+def shares(times: Mapping[str, Sequence[Sequence[float]]], kind: str, clock: int) -> list[float]:
+    """What a kind took, as a share of the full pass of its turn."""
+    return [a[clock] / b[clock] for a, b in zip(times.get(kind, ()), times["full"], strict=False)]
+
+
+def tables(rows: Rows) -> str:
+    """All of it as Markdown."""
+    parts = []
+    for clock, title in enumerate(("CPU time", "Wall time")):
+        lines = [f"{title} / that of the full pass, median and quartiles:\n"]
+        targets = ["target, same layout", "target"] if clock == 0 else []
+        lines += [line(["model", "full, s", *SHOWN, *targets]), line(["---"] * (2 + len(SHOWN) + len(targets)))]
+        for name, row in rows.items():
+            if times := row.get("seconds"):
+                middle = statistics.median(pair[clock] for pair in times["full"])
+                goal = [f"{x:.2f}" for x in TARGETS.get(name, ())][: len(targets)]
+                cells = [quartiles(shares(times, kind, clock)) for kind in SHOWN]
+                size = " x ".join(map(str, row["size"]))
+                lines.append(line([f"{name}, {size}", f"{middle:.2f}", *cells, *(goal or [""] * len(targets))]))
+        parts.append("\n".join(lines))
+    lines = ["Peak memory / that of the full pass:\n", line(["model", "full, MB", *HELD[1:]])]
+    lines.append(line(["---"] * (1 + len(HELD))))
+    for name, row in rows.items():
+        if (held := row.get("megabytes")) and held.get("full"):
+            cells = [f"{held[kind] / held['full']:.2f}" if held.get(kind) else "-" for kind in HELD[1:]]
+            lines.append(line([name, f"{held['full']:.0f}", *cells]))
+    parts.append("\n".join(lines))
+    if found := rows.get("growth", {}).get("seconds"):
+        cells = [
+            f"{int(count)}: {1000 * statistics.median(values) / int(count):.1f}" for count, values in found.items()
+        ]
+        parts.append(f"CPU milliseconds of `measure` for an example, by the number of examples: {', '.join(cells)}.")
+    return "\n\n".join(parts)
+
+
+def line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def draw(rows: Rows, path: Path) -> None:
+    """A bar for every kind and model: CPU time as a share of the full pass."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    names = [name for name in rows if rows[name].get("seconds") and name != "growth"]
+    kinds = [kind for kind in SHOWN if kind != "copy"]
+    figure, axes = plt.subplots(figsize=(9, 3.6), layout="constrained")
+    for k, kind in enumerate(kinds):
+        found = [shares(rows[name]["seconds"], kind, 0) for name in names]
+        at = [j + (k - (len(kinds) - 1) / 2) * 0.8 / len(kinds) for j in range(len(names))]
+        middles = [statistics.median(values) if values else 0.0 for values in found]
+        axes.bar(at, middles, 0.8 / len(kinds), label=f"{kind}: {KINDS[kind]}", color=f"C{k}")
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(names)), names)
+    axes.set_ylabel("CPU time / full pass")
+    axes.legend(fontsize=7, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+
+
+def publish(rows: Rows) -> None:
+    """Write the tables between the markers of README.md, and the plot."""
+    readme = HERE / "README.md"
+    old = readme.read_text()
+    before, after = old.split(MARKERS[0])[0], old.split(MARKERS[1])[1]
+    readme.write_text(f"{before}{MARKERS[0]}\n\n{tables(rows)}\n\n{MARKERS[1]}{after}")
+    draw(rows, HERE.parent / "docs" / "scoring.png")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=list(MODELS))
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--quick", action="store_true", help="three small models and images, fewer runs")
+    parser.add_argument("--runs", type=int, default=None, help="turns; 7, or 3 if quick")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--peak", choices=KINDS, help="only the peak memory of one kind, in MB")
-    parser.add_argument("--out", type=Path, help="where to write the numbers as JSON")
+    parser.add_argument("--no-time", action="store_true")
+    parser.add_argument("--task", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help="the numbers as JSON; what it has is not taken again")
+    parser.add_argument("--write", action="store_true", help="the tables of README.md and docs/scoring.png")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.peak:
-        print(peak(options.names[0], options.peak))
+    if options.task:
+        task, *arguments = options.task
+        print(json.dumps({"timed": timed, "peak": peak, "growth": growth}[task](*arguments)))
         return
-    rows: dict[str, Any] = {}
-    print("| model | " + " | ".join(KINDS[1:]) + " |")
-    for name in options.names:
-        times = timed(name, options.runs)
-        ratios = {kind: [a / b for a, b in zip(values, times["full"], strict=True)] for kind, values in times.items()}
-        cells = [quartiles(ratios[kind]) if kind in ratios else "-" for kind in KINDS[1:]]
-        print(f"| {name} | {' | '.join(cells)} |", flush=True)
-        rows[name] = {"seconds": times}
-    if not options.no_memory:
-        print("\npeak memory\n| model | full, MB | " + " | ".join(KINDS[1:-1]) + " |")
-        for name in options.names:
-            peaks = {kind: child(name, kind) for kind in KINDS[:-1] if kind in rows[name]["seconds"]}
-            cells = [f"{peaks[kind] / peaks['full']:.2f}" if peaks.get(kind) else "-" for kind in KINDS[1:-1]]
-            print(f"| {name} | {peaks['full']:.0f} | {' | '.join(cells)} |", flush=True)
-            rows[name]["megabytes"] = peaks
-    if options.out:
-        options.out.write_text(json.dumps(rows, indent=1))
+    sizes = QUICK if options.quick else MODELS
+    runs = options.runs or (3 if options.quick else 7)
+    rows: Rows = json.loads(options.out.read_text()) if options.out and options.out.exists() else {}
+
+    def keep() -> None:
+        if options.out:
+            options.out.write_text(json.dumps(rows, indent=1) + "\n")
+
+    for name in options.names or [*sizes, "growth"]:
+        row = rows.setdefault(name, {} if name == "growth" else {"size": sizes[name]})
+        if not options.no_time and "seconds" not in row:
+            task = ("growth", runs) if name == "growth" else ("timed", name, sizes[name], runs)
+            row["seconds"] = child(task, options)  # none where it fails; the others go on
+            keep()
+        if not options.no_memory and "megabytes" not in row and name != "growth":
+            kinds = [kind for kind in HELD if name not in TOKENS or kind not in ("hooks", "same")]
+            row["megabytes"] = {kind: child(("peak", name, sizes[name], kind), options) for kind in kinds}
+            keep()
+    print(tables(rows))
+    if options.write:
+        publish(rows)
 
 
 if __name__ == "__main__":

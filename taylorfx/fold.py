@@ -23,7 +23,7 @@ from taylorfx.tree import Params, flatten, unflatten
 
 __all__ = ["fold"]
 
-_NORMS = (L.BatchNorm1d, L.BatchNorm2d, L.BatchNorm3d, L.InstanceNorm2d)
+NORMS = (L.BatchNorm1d, L.BatchNorm2d, L.BatchNorm3d, L.InstanceNorm2d)
 _TRANSPOSED = (L.ConvTranspose1d, L.ConvTranspose2d)
 _WRITERS = (L.Linear, L.Conv1d, L.Conv2d, L.Conv3d, *_TRANSPOSED)
 
@@ -50,11 +50,21 @@ def fold(params: Params, spec: Spec) -> tuple[Params, Spec]:
 
 
 @dataclass(frozen=True)
-class _Affine:
+class Affine:
     """``scale * x + shift``, each a number per channel or one for all; none where it does nothing."""
 
     scale: Tensor | None = None
     shift: Tensor | None = None
+
+
+def norm(node: Node, params: Mapping[str, Tensor]) -> Affine:
+    """What a norm by running statistics does to each channel."""
+    leaves = {leaf: params[path] for leaf, path in node.paths.items()}
+    kind = torch.promote_types(leaves["running_var"].dtype, torch.float32)
+    scale = (leaves["running_var"].to(kind) + node.layer.eps).rsqrt()  # type: ignore[attr-defined]
+    scale = scale * leaves["weight"] if "weight" in leaves else scale
+    shift = -leaves["running_mean"] * scale
+    return Affine(scale, shift + leaves["bias"] if "bias" in leaves else shift)
 
 
 class _Folder:
@@ -94,12 +104,12 @@ class _Folder:
         own = set(writer.paths.values())
         return all(self.owners[path] == (path in own) for path in {*own, _biased(writer).path("bias")})
 
-    def _affine(self, node: Node, slot: int, writer: Node) -> _Affine | None:
+    def _affine(self, node: Node, slot: int, writer: Node) -> Affine | None:
         """What a node does to each channel of its input ``slot``, if that is all that it does."""
         axis = 1 if type(writer.layer) is not L.Linear else len(self.shapes.get(writer.name, ())) - 1
         layer = node.layer
-        if type(layer) in _NORMS and layer.track_running_stats and axis == 1:  # type: ignore[attr-defined]
-            return self._norm(node)
+        if type(layer) in NORMS and layer.track_running_stats and axis == 1:  # type: ignore[attr-defined]
+            return norm(node, self.leaves)
         if type(layer) not in (L.Add, L.Multiply) or len(node.inputs) != 2 or not self.shapes:
             return None
         other, shape = self.nodes[node.inputs[1 - slot]], self.shapes[writer.name]
@@ -109,17 +119,9 @@ class _Folder:
         padded = (1,) * (len(shape) - value.ndim) + value.shape
         if self.shapes[node.name] != shape or any(n != 1 for k, n in enumerate(padded) if k != axis):
             return None
-        return _Affine(shift=value.flatten()) if type(layer) is L.Add else _Affine(scale=value.flatten())
+        return Affine(shift=value.flatten()) if type(layer) is L.Add else Affine(scale=value.flatten())
 
-    def _norm(self, node: Node) -> _Affine:
-        leaves = {leaf: self.leaves[path] for leaf, path in node.paths.items()}
-        kind = torch.promote_types(leaves["running_var"].dtype, torch.float32)
-        scale = (leaves["running_var"].to(kind) + node.layer.eps).rsqrt()  # type: ignore[attr-defined]
-        scale = scale * leaves["weight"] if "weight" in leaves else scale
-        shift = -leaves["running_mean"] * scale
-        return _Affine(scale, shift + leaves["bias"] if "bias" in leaves else shift)
-
-    def _absorb(self, writer: Node, affine: _Affine) -> None:
+    def _absorb(self, writer: Node, affine: Affine) -> None:
         layer, path = writer.layer, writer.path("weight")
         weight = self.leaves[path]
         biased = self.nodes[writer.name] = _biased(writer)

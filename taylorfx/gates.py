@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from taylorfx.coupling import Coupling, Place
-from taylorfx.fold import fold as folded
-from taylorfx.layers import ShapeError
+from taylorfx.layers import Conv2d, ShapeError
+from taylorfx.lean import lean
 from taylorfx.loss import Batch, Loss, cross_entropy, each_batch, examples, one_by_one, own, per_example
 from taylorfx.spec import Inputs, Spec, apply, bind_inputs, evaluate
 from taylorfx.statistics import Moments, Statistics
@@ -77,6 +77,7 @@ def measure(
     around: Gates | None = None,
     generator: torch.Generator | None = None,
     fold: bool = True,
+    channels_last: bool | None = None,
     micro_batch: int | None = None,
 ) -> Statistics:
     """Sum the gate derivatives of all examples: one forward and one backward pass per batch, no weight gradients.
@@ -93,24 +94,26 @@ def measure(
         around: gate the deviation from these values at the reads instead of the activation itself, from
             `Means.centers`: ``m_u = 0`` then leaves the mean in the unit's place, and the derivative is ``(a - mean) *
             dL/da``. Reads that are not named are gated as ever.
-        fold: score a private copy of which batch norms are folded (`taylorfx.fold`): the reads and so the derivatives
-            are the same up to rounding, with less time and memory. Not where activations are made, nor in training.
+        fold: score a private copy of which batch norms are folded (`taylorfx.fold`) and activations written over each
+            other: the reads and so the derivatives are the same up to rounding, with less time and memory. Not where
+            activations are made, nor in training.
+        channels_last: run images that convolutions read in ``torch.channels_last`` memory; by default the private copy
+            does so on a CPU, where it is faster.
         micro_batch: run at most so many examples at a time, which bounds the memory; the statistics are the same.
 
-    A network whose layers mix examples (``coupling.mixing``) is measured one example at a time. Derivatives follow
-    the memory format of the inputs: images in ``torch.channels_last`` are often faster.
+    A network whose layers mix examples (``coupling.mixing``) is measured one example at a time.
 
     Raises:
         ValueError: for no or empty batches, targets that do not match, losses that are not finite, or micro-batches
             in training, where examples hear each other.
     """
-    networks = _scored(params, spec, coupling, fold and not (at_writes or training))
+    networks, channels_last = _scored(params, spec, coupling, fold and not (at_writes or training), channels_last)
     total: Statistics | None = None
     finite: list[Tensor] = []
     for batch in each_batch(batches):
         losses, summed, mean, found = _derivatives(
             networks, *batch, coupling, loss=loss, moments=moments, at_writes=at_writes, training=training,
-            around=around or {}, generator=generator, micro_batch=micro_batch,
+            around=around or {}, generator=generator, channels_last=channels_last, micro_batch=micro_batch,
         )  # fmt: skip
         finite.append(losses.isfinite().all())
         one = Statistics(
@@ -152,23 +155,31 @@ def derivatives(
     around: Gates | None = None,
     generator: torch.Generator | None = None,
     fold: bool = True,
+    channels_last: bool | None = None,
     micro_batch: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Moments | None]:
     """The losses ``(N,)`` and gate derivatives ``(N, units)`` of one batch, summed and averaged over positions.
 
     This is `measure` before it sums over the examples; the arguments are the same.
     """
-    networks = _scored(params, spec, coupling, fold and not (at_writes or training))
+    networks, channels_last = _scored(params, spec, coupling, fold and not (at_writes or training), channels_last)
     return _derivatives(  # type: ignore[no-any-return]
         networks, inputs, targets, coupling, loss=loss, moments=moments, at_writes=at_writes, training=training,
-        around=around or {}, generator=generator, micro_batch=micro_batch,
+        around=around or {}, generator=generator, channels_last=channels_last, micro_batch=micro_batch,
     )  # fmt: skip
 
 
-def _scored(params: Params, spec: Spec, coupling: Coupling, fold: bool) -> list[tuple[Params, Spec]]:
-    """The network to run: a folded copy, which has the same reads, and then the coupling's own."""
+def _scored(
+    params: Params, spec: Spec, coupling: Coupling, fold: bool, channels_last: bool | None
+) -> tuple[list[tuple[Params, Spec]], bool]:
+    """The network to run, a lean copy, which has the same reads, and then the coupling's own; and its memory format."""
     own(params, spec, coupling)
-    return [folded(params, spec), (params, spec)] if fold else [(params, spec)]
+    if not fold:
+        return [(params, spec)], bool(channels_last)
+    if channels_last is None:
+        channels_last = all(leaf.device.type == "cpu" for leaf in flatten(params).values())
+    reads = {place.node for place in coupling.reads}
+    return [lean(params, spec, reads, channels_last=channels_last), (params, spec)], channels_last
 
 
 def _derivatives(networks: Sequence[tuple[Params, Spec]], *batch: Any, **options: Any) -> Any:
@@ -189,10 +200,17 @@ def _of_batch(
     moments: bool,
     at_writes: bool,
     training: bool,
+    channels_last: bool,
     micro_batch: int | None,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Moments | None]:
     count = examples(inputs, targets, spec)
+    if channels_last:
+        images = {x for node in spec.nodes if isinstance(node.layer, Conv2d) for x in node.inputs}
+        inputs = {
+            name: x.to(memory_format=torch.channels_last) if name in images and x.ndim == 4 else x
+            for name, x in bind_inputs(spec, (inputs,)).items()
+        }
     if micro_batch is not None and (micro_batch < 1 or training):
         raise ValueError(
             f"Micro-batches have one or more examples, and are not for training; received micro_batch={micro_batch}, "
@@ -250,6 +268,7 @@ def _one_pass(
     flat = [place for found in places.values() for place in found]
     zeros = {str(place.key): torch.zeros(count, place.units.shape[1], **kind) for place in flat}
     spread: dict[str, int] = {}  # how many positions of an example each index of a read stands for
+    tapped: list[tuple[Tensor, Place, Tensor]] = []
 
     def losses(taps: Mapping[str, Tensor]) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
         seen: dict[str, Tensor] = {}
@@ -262,8 +281,18 @@ def _one_pass(
                 if moments:
                     alone = x.detach()[None] if example is None else _apart(x.detach(), count, *example)
                     seen[key] = _activation(alone, axis + 1)
-                x = _Tap.apply(x, taps[key], axis, example, around.get(place.key))  # type: ignore[no-untyped-call]
+                x = once(x, place, taps[key])
             return x
+
+        def once(x: Tensor, place: Place, gate: Tensor) -> Tensor:
+            """A tensor that several layers read the same way (queries, keys and values) is tapped once for all."""
+            center = around.get(place.key)
+            for given, other, made in tapped if center is None else ():
+                if given is x and other.axis == place.axis and np.array_equal(other.units, place.units):
+                    return made
+            fresh: Tensor = _Tap.apply(x, gate, place, center)  # type: ignore[no-untyped-call]
+            tapped.extend([(x, place, fresh)] if center is None else [])
+            return fresh
 
         outputs, _ = evaluate(params, spec, (inputs,), tap=tap, training=training, generator=generator)
         each = per_example(loss, outputs, targets)
@@ -337,26 +366,26 @@ class _Tap(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, gate: Tensor, axis: int, example: tuple[int, int] | None, center: Tensor | None) -> Tensor:
+    def forward(x: Tensor, gate: Tensor, place: Place, center: Tensor | None) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        x, gate, *ctx.where = inputs
+        x, gate, ctx.place, ctx.center = inputs
         ctx.save_for_backward(x)
         ctx.count, ctx.dtype = len(gate), gate.dtype
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        (x,), (grad,), (axis, example, center) = ctx.saved_tensors, grads, ctx.where
-        x = x if center is None else x - center.to(x)
+        (x,), (grad,), axis, example = ctx.saved_tensors, grads, ctx.place.axis, ctx.place.example
+        x = x if ctx.center is None else x - ctx.center.to(x)
         if example is None:
             gate = contract(x[None], grad[None], axis + 1)
         elif example == (0, 1) and len(x) == ctx.count:
             gate = contract(x, grad, axis)
         else:
             gate = contract(_apart(x, ctx.count, *example), _apart(grad, ctx.count, *example), axis + 1)
-        return grad, gate.to(ctx.dtype), None, None, None
+        return grad, gate.to(ctx.dtype), None, None
 
 
 def _apart(x: Tensor, count: int, axis: int, before: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 import taylorfx as tfx
 from taylorfx import Input, Node, Spec, concat, residual, serial
-from taylorfx.testing import assert_trees_equal, network, networks, random_params, specs
+from taylorfx.testing import assert_trees_equal, network, networks, random_params
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 NORM = tfx.BatchNorm2d(4)
@@ -261,11 +261,3 @@ def test_micro_batches_that_would_mean_something_else_are_refused(options):
     net = network(CONSTRUCTS["chain"])
     with pytest.raises(ValueError, match="Micro-batches have one or more examples, and are not for training"):
         tfx.measure(net.params, net.spec, net.batch, net.coupling, **options)
-
-
-@given(networks(specs()))
-@example(network(CONSTRUCTS["chain"]))
-def test_derivatives_are_the_same_in_channels_last(net):
-    inputs = {name: x.to(memory_format=torch.channels_last) for name, x in net.batch[0].items()}
-    found = tfx.derivatives(net.params, net.spec, inputs, net.batch[1], net.coupling)
-    assert_close(found[:3], tfx.derivatives(net.params, net.spec, *net.batch, net.coupling)[:3], **CLOSE)

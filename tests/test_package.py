@@ -23,6 +23,7 @@ STAGES = (
     {"labels"},
     {"spec"},
     {"build", "fold"},
+    {"lean"},
     {"coupling"},
     {"loss"},
     {"gates", "cost"},

@@ -37,7 +37,10 @@ class Linear(Layer):
         return {name: uniform(shape, bound, generator) for name, shape in self.shapes().items()}
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
-        return F.linear(inputs[0], params["weight"], params["bias"] if self.bias else None)
+        # One product for all positions: of axes that cannot be joined torch makes a batch of them, and a copy of the
+        # weight for each of the batch.
+        x = inputs[0] if inputs[0].ndim < 3 else inputs[0].contiguous()
+        return F.linear(x, params["weight"], params["bias"] if self.bias else None)
 
 
 @dataclass(frozen=True)
