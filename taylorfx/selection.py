@@ -28,7 +28,7 @@ from taylorfx.coupling import Coupling
 from taylorfx.labels import Labels
 from taylorfx.plan import Plan
 
-__all__ = ["select"]
+__all__ = ["by_scope", "select"]
 
 Mask = NDArray[np.bool_]
 T = TypeVar("T", int, float)
@@ -77,9 +77,9 @@ def select(
     budgets = each_budget(budget)
     rules = (
         _together(coupling, uniform),
-        _by_scope(coupling, floor, "floor", 1),
-        _by_scope(coupling, most, "most", 1.0),
-        _by_scope(coupling, multiple, "multiple", 1),
+        by_scope(coupling, floor, "floor", 1),
+        by_scope(coupling, most, "most", 1.0),
+        by_scope(coupling, multiple, "multiple", 1),
     )
     protected = _protected(coupling, protect)
     if exact_only:
@@ -206,7 +206,7 @@ def _all_match(coupling: Coupling, globs: Sequence[str], what: str) -> None:
         )
 
 
-def _by_scope(coupling: Coupling, value: T | Mapping[str, T], what: str, default: T) -> list[T]:
+def by_scope(coupling: Coupling, value: T | Mapping[str, T], what: str, default: T) -> list[T]:
     """One number per scope, from a number for all or a mapping from globs."""
     if not isinstance(value, Mapping):
         value = {"*": value}

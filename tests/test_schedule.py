@@ -114,3 +114,47 @@ def test_one_budget_is_pruning_at_once():
     assert spec == expected[1]
     assert_trees_equal(params, expected[0])
     assert plan.asked == "at most 50.0% of the FLOPs"
+
+
+@given(networks())
+@example(network(CONSTRUCTS["residual stream"]))
+def test_most_is_of_the_whole_however_many_steps(net):
+    sizes = dict(zip(net.coupling.scopes, net.coupling.sizes.tolist(), strict=True))
+    budgets = [0.8, 0.6, 0.4]
+    try:
+        for *_, plan in tfx.iterate(net.params, net.spec, net.batch, budgets=budgets, most=0.5):
+            kept = plan.coupling.scope[plan.keep]
+            for number, name in enumerate(plan.coupling.scopes):
+                # Where one head is left, its dimensions go by another name than those of two.
+                assert (kept == number).sum() * 2 >= sizes.get(name, 0)
+    except tfx.BudgetError:
+        pass  # as far as such a small network goes
+
+
+def test_a_layer_that_can_lose_no_more_needs_no_constraint():
+    net = network(CONSTRUCTS["chain"])
+    steps = tfx.iterate(
+        net.params, net.spec, net.batch, budgets=[6, 4, 2], floor={"0": 1, "3": 1}, most={"0": 1.0}, multiple={"0": 1}
+    )
+    assert len([*steps]) == 3
+    with pytest.raises(tfx.SelectionError, match="match nothing"):
+        next(tfx.iterate(net.params, net.spec, net.batch, budgets=[6], most={"other": 0.5}))
+    with pytest.raises(tfx.SelectionError, match="match nothing"):
+        next(tfx.iterate(net.params, net.spec, net.batch, budgets=[6], protect="other"))
+
+
+def test_pruning_in_steps_is_iterating():
+    net = network(CONSTRUCTS["dense"])
+    *_, (params, spec, _) = tfx.iterate(
+        net.params, net.spec, net.batch, budgets=tfx.schedule.exponential(tfx.Flops(0.4), 3), criterion=tfx.fisher
+    )
+    small, smaller = tfx.prune(net.params, net.spec, net.batch, budget=tfx.Flops(0.4), steps=3, criterion=tfx.fisher)
+    assert smaller == spec
+    assert_trees_equal(small, params)
+    total = tfx.flops(net.coupling).total
+    several = tfx.prune(net.params, net.spec, net.batch, budget=(tfx.Flops(total // 2), tfx.Parameters(0.7)), steps=2)
+    assert tfx.flops(tfx.couple(*several)).total <= total // 2
+    with pytest.raises(tfx.BudgetError, match="what leaves"):
+        tfx.prune(net.params, net.spec, net.batch, budget=tfx.Remove(2), steps=2)
+    with pytest.raises(ValueError, match="one or more steps"):
+        tfx.prune(net.params, net.spec, net.batch, budget=0.5, steps=0)
