@@ -1,17 +1,18 @@
-"""The sentence in one word: couple, measure, select, cut; at once by `prune`, in steps by `iterate`."""
+"""The sentence in one word: couple, measure, select, cut; by `prune`, and by `iterate` with training in between."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from glob import escape
 from typing import Any
 
 import numpy as np
+import torch
 
-from taylorfx.budget import Budget, BudgetError, Budgets, Remove, each_budget
+from taylorfx.budget import Budget, BudgetError, Budgets, Remove, Units, each_budget
 from taylorfx.coupling import Coupling, couple
 from taylorfx.criteria import Criterion
 from taylorfx.gates import measure
@@ -45,7 +46,7 @@ def prune(
     isomorphic: bool = False,
     exact_only: bool = False,
     per_cost: bool = True,
-    steps: int = 1,
+    steps: int | None = None,
     repair: Repair | None = None,
 ) -> tuple[Params, Spec]:
     """A smaller network that computes what the units it keeps computed: new parameters and a new spec.
@@ -58,8 +59,9 @@ def prune(
             Without one, units are chosen together, by `joint`.
         per_cost: weigh scores against the FLOPs or parameters that leave, where the (first) budget counts those; the
             loss grows far less that way.
-        steps: in how many cuts of equal ratio the budget is reached, each measured on what the one before left. Where
-            much is to go, ten choose far better than one, for ten times the measurement.
+        steps: in how many cuts of equal ratio the budget is reached, each chosen by what is measured on what the one
+            before has left: scores are of small changes. By default five; one where an exact number of units is asked
+            for (`Units`, `Remove`).
         repair: what makes up for every cut on the same batches: `reconstruct`, `compensate`. None by default, as
             `reconstruct`, which is best where nothing is trained afterwards, takes double precision and memory for the
             square of what a layer reads (5 GB for the first linear layer of VGG16).
@@ -67,18 +69,28 @@ def prune(
     The other arguments are those of `measure` and `select`, and so are the errors. Nothing given is changed. To see
     what is going to happen, or to cut momentum along, write the sentence out.
     """
-    budgets = [each_budget(budget)] if steps == 1 else _ways(params, spec, budget, steps)
+    constraints: dict[str, Any] = {
+        "protect": protect, "floor": floor, "most": most, "multiple": multiple, "uniform": uniform,
+        "per_layer": per_layer, "isomorphic": isomorphic, "exact_only": exact_only,
+    }  # fmt: skip
+    budgets = each_budget(budget)
+    if steps is None:
+        steps = 1 if any(isinstance(one, Units) for one in budgets) else 5
+    ways: Iterable[Budgets] = [budgets]
+    if steps != 1:
+        batch = list(batch) if isinstance(batch, Iterator) else batch  # every step measures it
+        coupling = couple(params, spec)
+        select(torch.zeros(len(coupling)), coupling, budget=budgets, **constraints)  # an error names what was asked for
+        ways = _ways(budgets, steps, coupling)
     *_, (small, smaller, _) = iterate(
-        params, spec, batch, budgets=budgets, criterion=criterion, loss=loss, moments=moments, protect=protect,
-        floor=floor, most=most, multiple=multiple, uniform=uniform, per_layer=per_layer, isomorphic=isomorphic,
-        exact_only=exact_only, per_cost=per_cost, repair=repair,
+        params, spec, batch, budgets=ways, criterion=criterion, loss=loss, moments=moments, per_cost=per_cost,
+        repair=repair, **constraints,
     )  # fmt: skip
     return small, smaller
 
 
-def _ways(params: Params, spec: Spec, budget: Budgets, steps: int) -> Iterable[tuple[Budget, ...]]:
+def _ways(budgets: Sequence[Budget], steps: int, coupling: Coupling) -> Iterable[tuple[Budget, ...]]:
     """The budgets of every step, in equal ratios down to these."""
-    budgets, coupling = each_budget(budget), couple(params, spec)
     if any(isinstance(one, Remove) for one in budgets):
         raise BudgetError("Steps lead down to what may remain; received a budget of what leaves, Remove.")
     totals = (one.cost(coupling)(np.ones(len(coupling), bool)) for one in budgets)

@@ -1,5 +1,6 @@
 """Schedules fall from the start to the end, and `iterate` prunes by them with training in between."""
 
+import importlib
 from functools import reduce
 from itertools import pairwise
 
@@ -110,7 +111,7 @@ def test_what_is_not_sent_back_goes_on_as_it_was():
 def test_one_budget_is_pruning_at_once():
     net = network(CONSTRUCTS["flatten"])
     ((params, spec, plan),) = tfx.iterate(net.params, net.spec, net.batch, budgets=[tfx.Flops(0.5)])
-    expected = tfx.prune(net.params, net.spec, net.batch, budget=tfx.Flops(0.5))
+    expected = tfx.prune(net.params, net.spec, net.batch, budget=tfx.Flops(0.5), steps=1)
     assert spec == expected[1]
     assert_trees_equal(params, expected[0])
     assert plan.asked == "at most 50.0% of the FLOPs"
@@ -158,3 +159,26 @@ def test_pruning_in_steps_is_iterating():
         tfx.prune(net.params, net.spec, net.batch, budget=tfx.Remove(2), steps=2)
     with pytest.raises(ValueError, match="one or more steps"):
         tfx.prune(net.params, net.spec, net.batch, budget=0.5, steps=0)
+
+
+def test_pruning_takes_five_steps_and_counts_of_units_one(monkeypatch):
+    net, measured = network(CONSTRUCTS["dense"]), []
+
+    def measure(*args, **options):
+        measured.append(args)
+        return tfx.measure(*args, **options)
+
+    monkeypatch.setattr(importlib.import_module("taylorfx.prune"), "measure", measure)
+    steps = tfx.iterate(net.params, net.spec, net.batch, budgets=tfx.schedule.exponential(tfx.Flops(0.4), 5))
+    *_, (_, spec, _) = steps
+    measured.clear()
+    assert tfx.prune(net.params, net.spec, iter([net.batch]), budget=tfx.Flops(0.4))[1] == spec
+    assert len(measured) == 5
+    for budget in (tfx.Units(0.5), tfx.Remove(1)):
+        measured.clear()
+        tfx.prune(net.params, net.spec, net.batch, budget=budget)
+        assert len(measured) == 1
+    measured.clear()
+    with pytest.raises(tfx.BudgetError, match=r"at most 0\.1% of the FLOPs"):
+        tfx.prune(net.params, net.spec, net.batch, budget=tfx.Flops(0.001))
+    assert not measured, "what cannot be met is said before anything is measured"
