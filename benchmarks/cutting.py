@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import json
 import os
 import resource
@@ -344,7 +345,7 @@ def main() -> None:
         print(json.dumps(works.get(options.child, lambda: growth(name, int(options.child)))()))
         return
     options.names = options.names or list(QUICK if options.quick else MODELS)
-    options.no_peer |= options.quick
+    options.no_peer |= options.quick or importlib.util.find_spec("torch_pruning") is None
     found = json.loads(options.out.read_text()) if options.out and options.out.exists() else {}
     collect(options, found)
     print(tables(found))

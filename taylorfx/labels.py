@@ -284,12 +284,12 @@ class _Binder:
         for leaf, pattern in signature.parameters.items():
             known = ties.parameters.get(paths[leaf])
             if known is None:
-                ties.parameters[paths[leaf]] = tuple(self._build(axis) for axis in pattern)
+                ties.parameters[paths[leaf]] = tuple([self._build(axis) for axis in pattern])
             elif len(known) != len(pattern):
                 ties.errors.append(f"{self.name}: shares {paths[leaf]}, which has {len(known)} axes elsewhere")
             else:
                 self._unify(pattern, known, (paths[leaf],))
-        output = tuple(self._build(axis) for axis in signature.output)
+        output = tuple([self._build(axis) for axis in signature.output])
         for letter in self.layer.inexact:
             ties.inexact.extend(f.labels for f in self.bound.get(letter, ()) if f.labels is not None)
         result = Bound(output, self.bound, self.sizes)
@@ -385,11 +385,13 @@ class _Binder:
     ) -> list[Site]:
         """Where these letters stand: their labels alone, laid out along the whole axis."""
         sites: list[Site] = []
+        wanted = {*letters}
         for position, axis in enumerate(pattern):
-            if len(axis) == 1 and any(x in letters for x in axis[0]):
-                factors = tuple(
-                    f if x in letters else Factor(f.size) for x in axis[0] for f in self.bound.get(x, rigid(1))
-                )
+            if len(axis) == 1 and not wanted.isdisjoint(axis[0]):
+                bound = [(x, self.bound.get(x, rigid(1))) for x in axis[0]]
+                factors = bound[0][1]
+                if len(bound) > 1:
+                    factors = tuple([f if x in wanted else Factor(f.size) for x, part in bound for f in part])
                 if any(f.labels is not None for f in factors):
                     sites.append(Site(self.name, slot, position, factors, _examples(axes)))
         return sites

@@ -231,7 +231,7 @@ def propagate(spec: Spec, ties: Ties) -> dict[str, Bound]:
                     ties.mixing.append(f"{node.name}: the network takes one example at a time")
                 sizes = node.layer.shape if isinstance(node.layer.shape, tuple) else (node.layer.shape,)
                 bounds[node.name] = Bound((example, *map(rigid, sizes)))
-        elif all(x in bounds for x in node.inputs):
+        elif bounds.keys() >= {*node.inputs}:
             try:
                 bounds[node.name] = bind(node.layer, node.name, node.paths, [bounds[x] for x in node.inputs], ties)
             except ShapeError as error:

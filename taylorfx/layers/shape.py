@@ -66,18 +66,20 @@ class Concat(Layer):
     dim: int = 1
 
     def signature(self, *shapes: Shape) -> str:
-        rank = len(shapes[0])
-        patterns: list[list[str]] = []
-        for k in range(len(shapes)):
-            letters = names(rank)
-            letters[self.dim] = f"y{k}"
-            patterns.append(letters)
-        output = names(rank)
-        output[self.dim] = " + ".join(f"y{k}" for k in range(len(shapes)))
-        return f"{', '.join(map(' '.join, patterns))} -> {' '.join(output)}"
+        return _joined(self.dim, len(shapes[0]), len(shapes))
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         return torch.cat(inputs, self.dim)
+
+
+@lru_cache(maxsize=4096)
+def _joined(dim: int, rank: int, count: int) -> str:
+    letters = [f"y{k}" for k in range(count)]
+    patterns = [names(rank) for _ in range(count + 1)]
+    for pattern, letter in zip(patterns, [*letters, " + ".join(letters)], strict=True):
+        pattern[dim] = letter
+    *inputs, output = map(" ".join, patterns)
+    return f"{', '.join(inputs)} -> {output}"
 
 
 @dataclass(frozen=True)
