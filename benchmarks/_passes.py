@@ -30,6 +30,7 @@ KINDS = {
     "plain": "the network as it is",
     "same": "the lean copy, images as they are",
     "measure": "the lean copy, images in channels-last memory",
+    "micro": "the same, an example at a time (micro_batch=1)",
     "limit": "its convolutions and matrix products alone",
     "copy": "the making of the lean copy, once per call",
 }
@@ -161,10 +162,11 @@ def ours(name: str, module: nn.Module, x: Tensor, y: Tensor, kinds: tuple[str, .
     def plain() -> object:
         return tfx.derivatives(params, spec, x, y, coupling, fold=False, channels_last=False)
 
-    def scored(channels_last: bool) -> Callable[[], object]:
-        return lambda: tfx.derivatives(*copies[channels_last], x, y, again, fold=False, channels_last=channels_last)
+    def scored(last: bool, size: int | None = None) -> Callable[[], object]:
+        options = {"fold": False, "channels_last": last, "micro_batch": size}
+        return lambda: tfx.derivatives(*copies[last], x, y, again, **options)
 
-    found = {"plain": plain, "same": scored(False), "measure": scored(True)}
+    found = {"plain": plain, "same": scored(False), "measure": scored(True), "micro": scored(True, 1)}
     found["copy"] = lambda: lean(params, spec, reads, channels_last=True)
     if name in TOKENS:
         del found["same"]

@@ -4,7 +4,8 @@ Once differentiated by the gates and thrown away, a network need not keep what o
 
 - a norm by running statistics that cannot be folded is a product and a sum per channel, which keep nothing of the
   activations, where torch's keeps its input and goes over it once more for derivatives of weights that nobody wants;
-- activations that need only their own result, and sums, are written over an input that is theirs alone.
+- activations that need only their own result, and sums, are written over an input that is theirs alone;
+- attention without a mask is torch's fused one, which keeps no scores and cannot be differentiated twice.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ def lean(params: Params, spec: Spec, reads: set[str], *, channels_last: bool = F
             if own:
                 inputs = (own[0], *(x for x in node.inputs if x != own[0]))
                 node = replace(node, layer=_Over(node.layer), inputs=inputs)
+        elif type(node.layer) is L.ScaledDotProduct and len(node.inputs) == 3 and not node.layer.grouped:
+            node = replace(node, layer=_Fused(node.layer))
         nodes[node.name] = node
         if channels_last and isinstance(node.layer, L.Conv2d):
             path = node.path("weight")
@@ -102,6 +105,23 @@ class _Over(Layer):
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         value: Tensor = _OVER[type(self.layer)](*inputs)
         return value
+
+
+@dataclass(frozen=True)
+class _Fused(Layer):
+    """Scaled dot-product attention, whose scores are not kept."""
+
+    layer: L.ScaledDotProduct
+
+    def signature(self, *shapes: Shape) -> str | None:
+        return self.layer.signature(*shapes)
+
+    def letters(self, *shapes: Shape) -> dict[str, int]:
+        return self.layer.letters(*shapes)
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        q, k, v = inputs
+        return F.scaled_dot_product_attention(q, k, v, is_causal=self.layer.causal, scale=self.layer.scale)
 
 
 def _sum(x: Tensor, *others: Tensor) -> Tensor:

@@ -24,7 +24,23 @@ def after_conv(*nodes: Node) -> Spec:
     return classifier(Spec((Node("x", Input()), Node("conv", SAME, ("x",)), *nodes)), channels=4)
 
 
-# A network, and what is written over its input or is no norm any more.
+def attention(causal: bool = False, masked: bool = False) -> Spec:
+    """Two heads of four, over three tokens; the mask is the same for all examples."""
+    nodes = [Node("x", Input((3, 4))), Node("embed", tfx.Linear(4, 4), ("x",))]
+    for name in "qkv":
+        nodes.append(Node(name, tfx.Linear(4, 8), ("embed",)))
+        nodes.append(Node(f"{name}_split", tfx.Reshape((3, 2, 4)), (name,)))
+        nodes.append(Node(f"{name}_heads", tfx.Permute((0, 2, 1, 3)), (f"{name}_split",)))
+    heads = [f"{name}_heads" for name in "qkv"]
+    if masked:
+        nodes.append(Node("mask", tfx.Parameter((3, 3), std=1.0)))
+        heads.append("mask")
+    nodes.append(Node("attention", tfx.ScaledDotProduct(0.5, causal=causal), tuple(heads)))
+    nodes += [Node("flat", tfx.Flatten(), ("attention",)), Node("head", tfx.Linear(24, 2), ("flat",))]
+    return Spec(tuple(nodes))
+
+
+# A network, and what is written over its input, fused, or no norm any more.
 LEAN: dict[str, tuple[Spec, list[str]]] = {
     "norm before": (classifier(SAME, tfx.MaxPool2d(1), NORM, tfx.ReLU(), SAME, channels=4), ["BatchNorm2d", "ReLU"]),
     "tracked instance norm": (
@@ -65,6 +81,9 @@ LEAN: dict[str, tuple[Spec, list[str]]] = {
     "a view between": (
         classifier(SAME, tfx.Identity(), tfx.ReLU(), channels=4), [],
     ),
+    "attention": (attention(), ["ScaledDotProduct"]),
+    "causal attention": (attention(causal=True), ["ScaledDotProduct"]),
+    "masked attention": (attention(masked=True), []),
     "depthwise": (
         classifier(tfx.Conv2d(4, 8, 3, padding=1, groups=4), tfx.ReLU6(), tfx.Conv2d(8, 3, 1), channels=3), [],
     ),
@@ -88,7 +107,7 @@ def test_what_can_be_lean_is(name):
     net = network(spec)
     _, small, _ = copied(net)
     was = {node.name: type(node.layer).__name__ for node in spec}
-    found = Counter(was[node.name] for node in small if type(node.layer).__name__ in ("_Over", "_Scale"))
+    found = Counter(was[node.name] for node in small if type(node.layer).__name__ in ("_Over", "_Scale", "_Fused"))
     assert found == Counter(changed)
 
 
