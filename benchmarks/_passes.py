@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from _torchvision import library
+from _transformers import Logits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -40,17 +41,6 @@ PRODUCTS = {
     _ATEN.convolution, _ATEN.convolution_backward, _ATEN.mm, _ATEN.bmm, _ATEN.addmm, _ATEN.baddbmm,
     _ATEN._scaled_dot_product_flash_attention_for_cpu, _ATEN._scaled_dot_product_flash_attention_for_cpu_backward,
 }  # fmt: skip
-
-
-class Logits(nn.Module):
-    """A classifier of transformers that gives out a tensor."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.module(input_ids=tokens).logits
 
 
 class Products(TorchDispatchMode):

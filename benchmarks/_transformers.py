@@ -9,6 +9,18 @@ from typing import Any
 import torch
 from _proof import Case
 from _torchvision import library
+from torch import Tensor, nn
+
+
+class Logits(nn.Module):
+    """A model of transformers that gives out a tensor."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.module(input_ids=tokens).logits
 
 
 def cases() -> dict[str, Callable[[], Case]]:

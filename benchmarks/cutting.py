@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 
 import torch
 from _torchvision import library
+from _transformers import Logits
 from torch import Tensor, nn
 
 import taylorfx as tfx
@@ -48,17 +49,6 @@ FRESH = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "
 # Threads that wait for each other on a busy machine would spend the CPU time that is measured here.
 PATIENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 T = TypeVar("T")
-
-
-class Logits(nn.Module):
-    """A model of transformers that gives out a tensor."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.module(input_ids=tokens).logits
 
 
 def model(name: str) -> tuple[nn.Module, Tensor]:
