@@ -57,7 +57,7 @@ def kind(key: str) -> str:
 
 def names(results: Results) -> list[str]:
     """The contestants, in the order in which they ran."""
-    return list(dict.fromkeys(kind(key) for entries in results.values() for key in entries if key != "whole"))
+    return list(dict.fromkeys(kind(key) for entries in results.values() for key in entries if " @ " in key))
 
 
 def points(values: Sequence[float], seeds: int) -> str:
@@ -71,7 +71,7 @@ def points(values: Sequence[float], seeds: int) -> str:
 
 def done(results: Results) -> list[str]:
     """The repairs that there are numbers of."""
-    entries = [entry for kept in results.values() for key, entry in kept.items() if key != "whole"]
+    entries = [entry for kept in results.values() for key, entry in kept.items() if " @ " in key]
     return [repair for repair in REPAIRS if any(repair in entry["accuracy"] for entry in entries)]
 
 

@@ -21,20 +21,27 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
-from _contestants import contestants, torch_pruning
+from _contestants import BUDGETS, Case, Contestant, Plans, Ranked, contestants, torch_pruning
 from _networks import FASHION, TASKS, Data, Task
 from _tables import REPAIRS, publish, tables
 
 import taylorfx as tfx
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from training import accuracy
+from training import latency
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "taylorfx" / "quality"
+
+ROUNDS = 15
+"""Of timing all networks in turn."""
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -49,40 +56,55 @@ def trained(task: Task, file: Path, data: Data, generator: torch.Generator) -> t
 
 
 def left(
-    repair: str, task: Task, params: tfx.Params, plan: tfx.Plan, data: Data, batches: Batches, seed: int
-) -> tuple[tfx.Params, tfx.Spec]:
-    """The network that a plan leaves, after what is done about it."""
-    small = tfx.cut(params, plan), plan.spec
-    if repair == "recalibrated":
-        return tfx.recalibrate(*small, batches), plan.spec
-    if repair == "compensated":
-        return tfx.compensate(params, plan, batches)
-    if repair.startswith("reconstructed"):
-        small = tfx.reconstruct(params, plan, batches)
-    return (task.tuned(*small, data, seed), small[1]) if repair.endswith("fine-tuned") else small
+    repairs: Sequence[str], task: Task, params: tfx.Params, plan: tfx.Plan, data: Data, batches: Batches, seed: int
+) -> Iterator[tuple[str, tuple[tfx.Params, tfx.Spec]]]:
+    """The networks that a plan leaves, after what is done about it."""
+    rebuilt = cache(lambda: tfx.reconstruct(params, plan, batches))
+    for repair in repairs:
+        small = tfx.cut(params, plan), plan.spec
+        if repair == "recalibrated":
+            small = tfx.recalibrate(*small, batches), plan.spec
+        if repair == "compensated":
+            small = tfx.compensate(params, plan, batches)
+        if repair.startswith("reconstructed"):
+            small = rebuilt()
+        if repair.endswith("fine-tuned"):
+            small = task.tuned(*small, data, seed), small[1]
+        yield repair, small
+
+
+def latencies(networks: Mapping[str, tuple[tfx.Params, tfx.Spec]], x: torch.Tensor) -> dict[str, float]:
+    """The median seconds of each, all in turn, so that whatever else the machine does slows all of them alike."""
+    rounds = [[latency(*network, x, repeats=1) for network in networks.values()] for _ in range(ROUNDS)]
+    return {name: median(times) for name, times in zip(networks, zip(*rounds, strict=True), strict=True)}
 
 
 def run(name: str, seed: int, options: argparse.Namespace) -> None:
     """All that is asked for and not yet known of one network; results are written as they come."""
     task, stem = TASKS[name], options.cache / f"{name}-{seed}"
-    results = stem.with_suffix(".json")
+    results = options.cache / f"{name}{options.variant}-{seed}.json"
     found: dict = json.loads(results.read_text()) if results.exists() else {}
     generator = torch.Generator().manual_seed(seed)
     data = task.data(generator, options.fashion)
     params, spec = trained(task, stem.with_suffix(".safetensors"), data, generator)
-    batches = list(zip(*(part.split(64) for part in data.scored), strict=True))
-    coupling = tfx.couple(params, spec)
-    flops, sizes = tfx.flops(coupling), tfx.parameters(coupling)
-    found.setdefault("whole", {"accuracy": accuracy(params, spec, *data.judged), "units": len(coupling)})
+    batches = list(zip(*(part[: options.examples].split(64) for part in data.scored), strict=True))
+    case = Case(params, spec, task.module(params), batches, task.loss, task.protect, options.by)
+    coupling, flops, sizes = case.coupling, tfx.flops(case.coupling), tfx.parameters(case.coupling)
+    found.setdefault("whole", {"accuracy": task.quality(params, spec, *data.judged), "units": len(coupling)})
 
     def keep_results() -> None:
         temporary = results.with_suffix(f".{os.getpid()}")
         temporary.write_text(json.dumps(found, indent=1))
         temporary.replace(results)
 
-    for contestant, choose in contestants(params, spec, batches, task.module(params), seed).items():
+    def plan_of(key: str) -> tfx.Plan:
+        bits = np.frombuffer(bytes.fromhex(found[key]["keep"]), np.uint8)
+        return tfx.Plan(coupling, np.unpackbits(bits, count=len(coupling)).astype(bool))
+
+    chosen = {name: x for name, x in contestants(case, seed).items() if fits(name, options.contestants)}
+    for contestant, choose in chosen.items():
         start, missing = time.process_time(), [s for s in options.shares if f"{contestant} @ {s}" not in found]
-        for share, plan in (choose(missing) if missing else {}).items():
+        for share, plan in (answers(contestant, choose, missing) if missing else {}).items():
             found[f"{contestant} @ {share}"] = {
                 "FLOPs": flops(plan.keep) / flops.total,
                 "parameters": sizes(plan.keep) / sizes.total,
@@ -91,20 +113,42 @@ def run(name: str, seed: int, options: argparse.Namespace) -> None:
                 "accuracy": {},
             }
     keep_results()
-    for repair, key in ((repair, key) for repair in options.repairs for key in found if " @ " in key):
-        asked = float(key.split(" @ ")[1]) in options.shares and (not tuning(repair) or not another_draw(key))
-        if asked and repair not in found[key]["accuracy"]:
-            bits = np.frombuffer(bytes.fromhex(found[key]["keep"]), np.uint8)
-            plan = tfx.Plan(coupling, np.unpackbits(bits, count=len(coupling)).astype(bool))
-            network = left(repair, task, params, plan, data, batches, seed)
-            found[key]["accuracy"][repair] = accuracy(*network, *data.judged)
+    keys = [f"{name} @ {share}" for name in chosen for share in options.shares if f"{name} @ {share}" in found]
+    for key in keys:
+        known, some = found[key]["accuracy"], ["as cut"] if another_draw(key) else options.repairs
+        repairs = [x for x in some if x not in known and (task.tune or not x.endswith("tuned"))]
+        for repair, network in left(repairs, task, params, plan_of(key), data, batches, seed):
+            known[repair] = task.quality(*network, *data.judged)
             keep_results()
-    print(f"{stem.name}: {time.process_time():.0f} s of CPU time so far", flush=True)
+    if options.latency:
+        networks = {"": (params, spec)}
+        for key in (key for key in keys if not another_draw(key)):
+            networks[key] = tfx.cut(params, plan_of(key)), plan_of(key).spec
+        times = latencies(networks, data.judged[0][:256])
+        for key in networks.keys() - {""}:
+            found[key]["latency"] = times[key] / times[""]
+    if options.fidelity and "fidelity" not in found:
+        truth = tfx.oracle(params, spec, batches, coupling, loss=task.loss)
+        scores = {name: x.scores for name, x in chosen.items() if isinstance(x, Ranked) and not another_draw(name)}
+        compared = tfx.fidelity(scores, truth, coupling, resamples=1)
+        found["fidelity"] = {name: x.value for name, x in compared.spearman.items()}
+    keep_results()
+    print(f"{results.stem}: {time.process_time():.0f} s of CPU time so far", flush=True)
 
 
-def tuning(repair: str) -> bool:
-    """Costs more than a moment."""
-    return "tuned" in repair or "reconstructed" in repair
+def answers(contestant: str, choose: Contestant, shares: list[float]) -> Plans:
+    """What a contestant answers; that Torch-Pruning does not cope with a network is said, and no reason to stop."""
+    try:
+        return choose(shares)
+    except Exception as error:
+        if not contestant.startswith("Torch-Pruning"):
+            raise
+        print(f"{contestant} gives no answer: {type(error).__name__}: {str(error).strip().splitlines()[0]}", flush=True)
+        return {}
+
+
+def fits(contestant: str, globs: Sequence[str]) -> bool:
+    return any(fnmatchcase(contestant, glob) for glob in globs)
 
 
 def another_draw(key: str) -> bool:
@@ -126,7 +170,7 @@ def main() -> None:
                 print(f"{name} is left out: there is no folder {options.fashion} with Fashion-MNIST's IDX files.")
     found = {
         name: {seed: json.loads(file.read_text()) for seed in options.seeds
-               if (file := options.cache / f"{name}-{seed}.json").exists()}
+               if (file := options.cache / f"{name}{options.variant}-{seed}.json").exists()}
         for name in options.tasks
     }  # fmt: skip
     titles = {name: TASKS[name].title for name in found}
@@ -144,11 +188,18 @@ def arguments() -> argparse.Namespace:
         "--shares", nargs="+", type=float, help="of the FLOPs; default: .5 .3; with --full .85 .7 .5 .3"
     )
     parser.add_argument("--repairs", nargs="+", choices=REPAIRS, default=list(REPAIRS))
+    parser.add_argument("--contestants", nargs="+", default=["*"], help="globs of their names (default: all)")
+    parser.add_argument("--by", choices=BUDGETS, default="FLOPs", help="what the shares are of")
+    parser.add_argument("--examples", type=int, default=512, help="to score and repair with (default: 512)")
+    parser.add_argument("--latency", action="store_true", help="also time every network that is left")
+    parser.add_argument("--fidelity", action="store_true", help="also ask the oracle")
     parser.add_argument("--full", action="store_true", help="five seeds, four budgets")
     parser.add_argument("--cache", type=Path, default=CACHE, help=f"networks and results (default: {CACHE})")
     parser.add_argument("--fashion", type=Path, default=FASHION, help="folder of Fashion-MNIST's IDX files")
     parser.add_argument("--publish", action="store_true", help="write benchmarks/README.md, quality.json, docs/")
     options = parser.parse_args()
+    options.variant = "" if options.by == "FLOPs" else f"-{options.by}"
+    options.variant += "" if options.examples == 512 else f"-{options.examples}"
     options.seeds = options.seeds or list(range(5 if options.full else 2))
     options.shares = options.shares or ([0.85, 0.7, 0.5, 0.3] if options.full else [0.5, 0.3])
     return options
