@@ -7,11 +7,13 @@ with a plan, Torch-Pruning too, so that cost, repair and fine-tuning are the sam
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property, partial
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import taylorfx as tfx
+from taylorfx.criteria import Criterion
 from taylorfx.loss import Loss
 
 try:
@@ -32,6 +35,7 @@ except ImportError:
 
 MOST = 0.9
 DRAWS = 10
+STEPS = 10
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 Plans = Mapping[float, tfx.Plan]
@@ -104,10 +108,36 @@ class Joint:
         return {s: tfx.joint(self.stats, coupling, swaps=self.swaps, **self.case.asked(s)) for s in shares}
 
 
+@dataclass(frozen=True)
+class Stepwise:
+    """Units leave in steps of equal ratio, each measured on what the one before has left; together, or by a score."""
+
+    case: Case
+    criterion: Criterion | None = None
+
+    def __call__(self, shares: Sequence[float]) -> Plans:
+        case, last = self.case, min(shares)
+        ways = sorted({*shares, *(last ** (k / STEPS) for k in range(1, STEPS))}, reverse=True)
+        sizes = zip(case.coupling.scopes, case.coupling.sizes.tolist(), strict=True)
+        floor = {name: max(2, math.ceil((1 - MOST) * size)) for name, size in sizes}  # a single unit is no scope
+        steps = tfx.iterate(
+            case.params, case.spec, case.batches, budgets=map(BUDGETS[case.by][0], ways), loss=case.loss,
+            criterion=self.criterion, protect=case.protect,
+            floor=floor,
+        )  # fmt: skip
+        plans = accumulate((plan for *_, plan in steps), tfx.compose)
+        return {share: plan for share, plan in zip(ways, plans, strict=True) if share in shares}
+
+
+def fisher_per_cost(by: str, stats: tfx.Statistics, coupling: tfx.Coupling) -> Tensor:
+    return tfx.fisher(stats, coupling) / BUDGETS[by][1](coupling).marginal()
+
+
 def contestants(case: Case, seed: int) -> dict[str, Contestant]:
     """All of them by name, in the order of the tables; what they measure is measured once."""
     coupling = case.coupling
-    stats, raw = case.measure(rows=True), case.measure(at_writes=True, training=True)
+    normed = bool(tfx.flatten(tfx.partition(case.params, case.spec)[1]))
+    stats, raw = case.measure(rows=True), case.measure(at_writes=True, training=normed)
     centers = tfx.means(case.params, case.spec, case.batches, coupling).centers(coupling)
     around = case.measure(rows=True, around=centers)
     cost, per = case.cost.marginal(), f"per {case.by.removesuffix('s')}"
@@ -124,6 +154,8 @@ def contestants(case: Case, seed: int) -> dict[str, Contestant]:
         "joint": Joint(case, stats),
         "joint without swaps": Joint(case, stats, swaps=False),
         "joint around the mean": Joint(case, around),
+        "joint, measured at every step": Stepwise(case),
+        f"fisher {per}, measured at every step": Stepwise(case, partial(fisher_per_cost, case.by)),
         **{name: Ranked(case, values) for name, values in scores.items()},
         **(torch_prunings(case) if torch_pruning else {}),
     }

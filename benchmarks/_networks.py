@@ -249,7 +249,7 @@ def fashion(generator: torch.Generator, folder: Path, *, learn: int = 12_000, ju
     return Data(learned, (learned[0][:512], learned[1][:512]), some("t10k", judge))
 
 
-TASKS = {
+TRAINED = {
     "digits": Task(
         "residual network, noisy digits", lambda: Stages(Before, 16, 1, bare=True), noisy_digits, epochs=3, tune=50
     ),

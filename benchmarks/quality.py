@@ -17,6 +17,7 @@ files are found.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -29,9 +30,10 @@ from statistics import median
 
 import numpy as np
 import torch
+from _borrowed import BORROWED
 from _contestants import BUDGETS, Case, Contestant, Plans, Ranked, contestants, torch_pruning
-from _networks import FASHION, TASKS, Data, Task
-from _tables import REPAIRS, publish, tables
+from _networks import FASHION, TRAINED, Data, Task, fashion
+from _tables import REPAIRS, publish, summary, tables
 
 import taylorfx as tfx
 
@@ -39,6 +41,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from training import latency
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "taylorfx" / "quality"
+
+TASKS = TRAINED | BORROWED
+VARIANTS = {"parameters": ", equal parameters", "64": ", scored and repaired with 64 examples"}
 
 ROUNDS = 15
 """Of timing all networks in turn."""
@@ -127,9 +132,9 @@ def run(name: str, seed: int, options: argparse.Namespace) -> None:
         times = latencies(networks, data.judged[0][:256])
         for key in networks.keys() - {""}:
             found[key]["latency"] = times[key] / times[""]
-    if options.fidelity and "fidelity" not in found:
+    scores = {name: x.scores for name, x in chosen.items() if isinstance(x, Ranked) and not another_draw(name)}
+    if options.fidelity and scores and "fidelity" not in found:
         truth = tfx.oracle(params, spec, batches, coupling, loss=task.loss)
-        scores = {name: x.scores for name, x in chosen.items() if isinstance(x, Ranked) and not another_draw(name)}
         compared = tfx.fidelity(scores, truth, coupling, resamples=1)
         found["fidelity"] = {name: x.value for name, x in compared.spearman.items()}
     keep_results()
@@ -162,22 +167,29 @@ def main() -> None:
     options.cache.mkdir(parents=True, exist_ok=True)
     if torch_pruning is None:
         print("Torch-Pruning is not installed and takes no part: pip install --no-deps torch-pruning==1.6.1")
-    for seed in options.seeds:
-        for name in options.tasks:
-            if name == "digits" or options.fashion.is_dir():
-                run(name, seed, options)
-            else:
-                print(f"{name} is left out: there is no folder {options.fashion} with Fashion-MNIST's IDX files.")
+    for name in () if options.tables else options.tasks:
+        missing = [x for x in TASKS[name].needs if importlib.util.find_spec(x) is None]
+        if TASKS[name].data is fashion and not options.fashion.is_dir():
+            missing = [f"a folder {options.fashion} with Fashion-MNIST's IDX files"]
+        if missing:
+            print(f"{name} is left out: there is no {' and no '.join(missing)}.")
+        for seed in () if missing else options.seeds:
+            run(name, seed, options)
     found = {
-        name: {seed: json.loads(file.read_text()) for seed in options.seeds
-               if (file := options.cache / f"{name}{options.variant}-{seed}.json").exists()}
+        f"{name}{variant}": results
         for name in options.tasks
-    }  # fmt: skip
-    titles = {name: TASKS[name].title for name in found}
-    text = tables(found, titles, options.shares)
-    print(text)
+        for variant in ("", "-parameters", "-64")
+        if (results := kept_results(options, f"{name}{variant}"))
+    }
+    titles = {name: TASKS[name.split("-")[0]].title + VARIANTS.get(name.split("-")[-1], "") for name in found}
+    print(f"{tables(found, titles, options.shares)}\n\n{summary(found, titles, options.shares)}")
     if options.publish:
-        publish(text, found, titles, options.shares, Path(__file__).parents[1] / "docs")
+        publish(found, titles, options.shares, Path(__file__).parents[1] / "docs")
+
+
+def kept_results(options: argparse.Namespace, name: str) -> dict[int, dict]:
+    files = {seed: options.cache / f"{name}-{seed}.json" for seed in options.seeds}
+    return {seed: json.loads(file.read_text()) for seed, file in files.items() if file.exists()}
 
 
 def arguments() -> argparse.Namespace:
@@ -196,6 +208,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--full", action="store_true", help="five seeds, four budgets")
     parser.add_argument("--cache", type=Path, default=CACHE, help=f"networks and results (default: {CACHE})")
     parser.add_argument("--fashion", type=Path, default=FASHION, help="folder of Fashion-MNIST's IDX files")
+    parser.add_argument("--tables", action="store_true", help="run nothing, print what there is")
     parser.add_argument("--publish", action="store_true", help="write benchmarks/README.md, quality.json, docs/")
     options = parser.parse_args()
     options.variant = "" if options.by == "FLOPs" else f"-{options.by}"
