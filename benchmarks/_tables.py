@@ -16,12 +16,13 @@ from taylorfx.report import plot_frontier
 
 REPAIRS = ("as cut", "compensated", "recalibrated", "reconstructed", "fine-tuned", "reconstructed, fine-tuned")
 RIVAL = "Torch-Pruning"
+STEPS = "joint, measured at every step"
 OURS = (
-    "joint", "joint around the mean", "joint, measured at every step", "taylor", "taylor per FLOP", "fisher",
-    "fisher per FLOP", "fisher per FLOP, measured at every step", "taylor around the mean, per FLOP", "second_order",
-    "second_order per FLOP",
+    "joint", STEPS, "joint without swaps", "joint around the mean",
+    "fisher per FLOP", "fisher per FLOP, measured at every step", "fisher",
+    "taylor per FLOP", "taylor", "taylor around the mean, per FLOP", "second_order per FLOP", "second_order",
 )  # fmt: skip
-DRAWN = ("joint", "taylor per FLOP", "random", f"{RIVAL} GroupMagnitude", f"{RIVAL} GroupTaylor, scored at every step")
+DRAWN = ("joint", STEPS, "random", f"{RIVAL} GroupMagnitude", f"{RIVAL} GroupTaylor, scored at every step")
 """Who is in the plots: with all of them nothing can be seen."""
 
 MARKERS = "<!-- quality: begin -->", "<!-- quality: end -->"
@@ -57,8 +58,10 @@ def kind(key: str) -> str:
 
 
 def names(results: Results) -> list[str]:
-    """The contestants, in the order in which they ran."""
-    return list(dict.fromkeys(kind(key) for entries in results.values() for key in entries if " @ " in key))
+    """The contestants: ours, what to compare them with, Torch-Pruning."""
+    found = dict.fromkeys(kind(key) for entries in results.values() for key in entries if " @ " in key)
+    place = {name: k for k, name in enumerate((*OURS, *found))}
+    return sorted(found, key=lambda name: (name.startswith(RIVAL), place[name.replace("per parameter", "per FLOP")]))
 
 
 def points(values: Sequence[float], seeds: int) -> str:
@@ -121,7 +124,7 @@ def duels(results: Results, shares: Sequence[float]) -> str:
         return ""
     shown = done(results)
     rows = []
-    for ours in (name for name in OURS if name in names(results)):
+    for ours in (name for name in OURS[:7] if name in names(results)):
         for share in shares:
             cells = [
                 ahead(per_seed(results, ours, share, repair), best(results, rivals, share, repair), len(results))
@@ -139,17 +142,19 @@ def summary(found: Mapping[str, Results], titles: Mapping[str, str], shares: Seq
     rows = []
     for task, results in found.items():
         rivals = [name for name in names(results) if name.startswith(RIVAL)]
-        ours = [name for name in names(results) if name in OURS]
+        ours = [name for name in names(results) if name.replace("per parameter", "per FLOP") in OURS]
         title = f"{titles[task]} ({whole(results)})"
         for share in shares:
             cells = []
             for repair in shown:
-                mine, their = per_seed(results, "joint", share, repair), best(results, rivals, share, repair)
-                three = [mine, best(results, ours, share, repair), their]
-                means = [f"{100 * mean(x.values()):.1f}" if x else "-" for x in three]
+                once, steps = (per_seed(results, name, share, repair) for name in ("joint", STEPS))
+                their = best(results, rivals, share, repair)
+                four = (once, steps, best(results, ours, share, repair), their)
+                means = " / ".join(f"{100 * mean(x.values()):.1f}" if x else "-" for x in four)
+                mine = steps or once
                 gap = ahead(mine, their, len(mine))
-                count = f" ({len(mine)})" if len(mine) < len(results) else ""
-                cells.append(f"{' / '.join(means)}{f', **{signed(gap)}**' if gap else ''}{count}" if mine else "")
+                count = f" ({len(mine)})" if 0 < len(mine) < len(results) else ""
+                cells.append(means + (f", **{signed(gap)}**" if gap else "") + count if mine else "")
             if any(cells):
                 rows.append([title, f"{share:.0%}", *cells])
                 title = ""

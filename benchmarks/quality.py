@@ -5,13 +5,13 @@ examples and says what stays at 85, 70, 50 and 30 % of the FLOPs, all at once, f
 tested as cut, repaired and after a short fine-tuning, on test examples that nothing else has seen. From the root of the
 repository:
 
-    python benchmarks/quality.py                     # two seeds, half and 30 % of the FLOPs
-    python benchmarks/quality.py --full              # five seeds, all budgets
+    python benchmarks/quality.py                     # a quarter of an hour: one seed, half and 30 % of the FLOPs
+    python benchmarks/quality.py --full              # a day: all tasks, five seeds, all budgets and repairs
 
 Results are kept as they come: a run that was stopped goes on where it was, and several processes may share the work by
-seeds. ``--publish`` writes tables into benchmarks/README.md, numbers into benchmarks/quality.json and plots into docs/.
-Torch-Pruning takes part if it is installed (``pip install --no-deps torch-pruning==1.6.1``), Fashion-MNIST if its IDX
-files are found.
+tasks and seeds. ``--publish`` writes a summary into benchmarks/README.md, all tables into benchmarks/QUALITY.md, numbers
+into benchmarks/quality.json and plots into docs/. Torch-Pruning takes part if it is installed (``pip install --no-deps
+torch-pruning==1.6.1``), Fashion-MNIST if its IDX files are found, pretrained networks if their packages are.
 """
 
 from __future__ import annotations
@@ -194,18 +194,20 @@ def kept_results(options: argparse.Namespace, name: str) -> dict[int, dict]:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--seeds", nargs="+", type=int, help="default: 0 1; with --full 0 1 2 3 4")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, help=f"default: {' '.join(TRAINED)}; with --full all")
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: 0; with --full 0 1 2 3 4")
     parser.add_argument(
         "--shares", nargs="+", type=float, help="of the FLOPs; default: .5 .3; with --full .85 .7 .5 .3"
     )
-    parser.add_argument("--repairs", nargs="+", choices=REPAIRS, default=list(REPAIRS))
+    parser.add_argument(
+        "--repairs", nargs="+", choices=REPAIRS, help="default: as cut and recalibrated; with --full all"
+    )
     parser.add_argument("--contestants", nargs="+", default=["*"], help="globs of their names (default: all)")
     parser.add_argument("--by", choices=BUDGETS, default="FLOPs", help="what the shares are of")
     parser.add_argument("--examples", type=int, default=512, help="to score and repair with (default: 512)")
     parser.add_argument("--latency", action="store_true", help="also time every network that is left")
     parser.add_argument("--fidelity", action="store_true", help="also ask the oracle")
-    parser.add_argument("--full", action="store_true", help="five seeds, four budgets")
+    parser.add_argument("--full", action="store_true", help="all tasks, five seeds, four budgets, all repairs")
     parser.add_argument("--cache", type=Path, default=CACHE, help=f"networks and results (default: {CACHE})")
     parser.add_argument("--fashion", type=Path, default=FASHION, help="folder of Fashion-MNIST's IDX files")
     parser.add_argument("--tables", action="store_true", help="run nothing, print what there is")
@@ -213,7 +215,9 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     options.variant = "" if options.by == "FLOPs" else f"-{options.by}"
     options.variant += "" if options.examples == 512 else f"-{options.examples}"
-    options.seeds = options.seeds or list(range(5 if options.full else 2))
+    options.tasks = options.tasks or list(TASKS if options.full else TRAINED)
+    options.repairs = options.repairs or list(REPAIRS if options.full else ("as cut", "recalibrated"))
+    options.seeds = options.seeds or list(range(5 if options.full else 1))
     options.shares = options.shares or ([0.85, 0.7, 0.5, 0.3] if options.full else [0.5, 0.3])
     return options
 
