@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -25,8 +26,14 @@ CLASSES, SIZE = 60, 32
 
 def as_module(spec: tfx.Spec) -> nn.Module:
     """A chain of layers as torch's own modules: names and fields are torch's."""
+
+    def module(layer: tfx.Layer) -> nn.Module:
+        kind = getattr(nn, type(layer).__name__)
+        known = signature(kind).parameters
+        return kind(**{name: value for name, value in vars(layer).items() if name in known})
+
     layers = [(node.name, node.layer) for node in spec if not isinstance(node.layer, tfx.Input)]
-    return nn.Sequential(OrderedDict((name, getattr(nn, type(x).__name__)(**vars(x))) for name, x in layers))
+    return nn.Sequential(OrderedDict((name, module(layer)) for name, layer in layers))
 
 
 def japanese(generator: torch.Generator, _: Path) -> Data:
