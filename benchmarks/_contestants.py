@@ -10,7 +10,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property, partial
 from itertools import accumulate
@@ -129,6 +129,23 @@ class Stepwise:
         return {share: plan for share, plan in zip(ways, plans, strict=True) if share in shares}
 
 
+def of_outputs(case: Case, generator: torch.Generator) -> Case:
+    """The same with outputs for the loss: each example's are projected at random (on a normal vector).
+
+    The mean square of the projected change is that of the outputs themselves, so `joint` removes what changes these
+    least. Targets are not needed, and derivatives do not vanish where the loss does.
+    """
+    with torch.no_grad():
+        outputs = [tfx.apply(case.params, case.spec, x) for x, _ in case.batches]
+    drawn = [torch.randn(y.shape, generator=generator) for y in outputs]
+    batches = [(x, projection) for (x, _), projection in zip(case.batches, drawn, strict=True)]
+    return replace(case, batches=batches, loss=projected)
+
+
+def projected(outputs: Tensor, projections: Tensor) -> Tensor:
+    return (outputs * projections).flatten(1).sum(1).mean()
+
+
 def fisher_per_cost(by: str, stats: tfx.Statistics, coupling: tfx.Coupling) -> Tensor:
     return tfx.fisher(stats, coupling) / BUDGETS[by][1](coupling).marginal()
 
@@ -150,11 +167,14 @@ def contestants(case: Case, seed: int) -> dict[str, Contestant]:
     scores["compat"] = tfx.compat(raw, coupling)
     generator = torch.Generator().manual_seed(seed)
     scores |= {f"random {k}": tfx.random(coupling, generator) for k in range(DRAWS)}
+    outputs = of_outputs(case, generator)
     return {
         "joint": Joint(case, stats),
         "joint without swaps": Joint(case, stats, swaps=False),
         "joint around the mean": Joint(case, around),
         "joint, measured at every step": Stepwise(case),
+        "joint on outputs": Joint(case, outputs.measure(rows=True)),
+        "joint on outputs, measured at every step": Stepwise(outputs),
         f"fisher {per}, measured at every step": Stepwise(case, partial(fisher_per_cost, case.by)),
         **{name: Ranked(case, values) for name, values in scores.items()},
         **(torch_prunings(case) if torch_pruning else {}),

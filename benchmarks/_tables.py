@@ -18,7 +18,8 @@ REPAIRS = ("as cut", "compensated", "recalibrated", "reconstructed", "fine-tuned
 RIVAL = "Torch-Pruning"
 STEPS = "joint, measured at every step"
 OURS = (
-    "joint", STEPS, "joint without swaps", "joint around the mean",
+    "joint", STEPS, "joint on outputs", "joint on outputs, measured at every step",
+    "joint without swaps", "joint around the mean",
     "fisher per FLOP", "fisher per FLOP, measured at every step", "fisher",
     "taylor per FLOP", "taylor", "taylor around the mean, per FLOP", "second_order per FLOP", "second_order",
 )  # fmt: skip
@@ -124,7 +125,7 @@ def duels(results: Results, shares: Sequence[float]) -> str:
         return ""
     shown = done(results)
     rows = []
-    for ours in (name for name in OURS[:7] if name in names(results)):
+    for ours in (name for name in OURS[:9] if name in names(results)):
         for share in shares:
             cells = [
                 ahead(per_seed(results, ours, share, repair), best(results, rivals, share, repair), len(results))
@@ -225,5 +226,10 @@ def frontier(results: Results, shares: Sequence[float], repair: str) -> dict[str
     for name in names(results):
         if name in DRAWN:
             values = {share: per_seed(results, name, share, repair) for share in shares}
-            lines[name] = [(share, interval([*x.values()])) for share, x in values.items() if x]
+            lines[name] = [(share, within(interval([*x.values()]))) for share, x in values.items() if x]
     return {name: line for name, line in lines.items() if line}
+
+
+def within(found: Interval) -> Interval:
+    """What of an interval can be an accuracy."""
+    return Interval(found.value, max(0.0, found.low), min(1.0, found.high))
