@@ -16,14 +16,14 @@ from taylorfx.report import plot_frontier
 
 REPAIRS = ("as cut", "compensated", "recalibrated", "reconstructed", "fine-tuned", "reconstructed, fine-tuned")
 RIVAL = "Torch-Pruning"
-STEPS = "joint, measured at every step"
+STEPS, ON_OUTPUTS = "joint, measured at every step", "joint on outputs, measured at every step"
 OURS = (
-    "joint", STEPS, "joint on outputs", "joint on outputs, measured at every step",
+    "joint", STEPS, "joint on outputs", ON_OUTPUTS,
     "joint without swaps", "joint around the mean",
     "fisher per FLOP", "fisher per FLOP, measured at every step", "fisher",
     "taylor per FLOP", "taylor", "taylor around the mean, per FLOP", "second_order per FLOP", "second_order",
 )  # fmt: skip
-DRAWN = ("joint", STEPS, "random", f"{RIVAL} GroupMagnitude", f"{RIVAL} GroupTaylor, scored at every step")
+DRAWN = ("joint", STEPS, ON_OUTPUTS, "random", f"{RIVAL} GroupMagnitude", f"{RIVAL} GroupHessian")
 """Who is in the plots: with all of them nothing can be seen."""
 
 MARKERS = "<!-- quality: begin -->", "<!-- quality: end -->"
@@ -148,11 +148,9 @@ def summary(found: Mapping[str, Results], titles: Mapping[str, str], shares: Seq
         for share in shares:
             cells = []
             for repair in shown:
-                once, steps = (per_seed(results, name, share, repair) for name in ("joint", STEPS))
-                their = best(results, rivals, share, repair)
-                four = (once, steps, best(results, ours, share, repair), their)
-                means = " / ".join(f"{100 * mean(x.values()):.1f}" if x else "-" for x in four)
-                mine = steps or once
+                named = [per_seed(results, name, share, repair) for name in ("joint", STEPS, ON_OUTPUTS)]
+                mine, their = best(results, ours, share, repair), best(results, rivals, share, repair)
+                means = " / ".join(f"{100 * mean(x.values()):.1f}" if x else "-" for x in (*named, mine, their))
                 gap = ahead(mine, their, len(mine))
                 count = f" ({len(mine)})" if 0 < len(mine) < len(results) else ""
                 cells.append(means + (f", **{signed(gap)}**" if gap else "") + count if mine else "")

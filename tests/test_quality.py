@@ -89,7 +89,7 @@ def test_an_interval_is_students_and_its_table_marks_the_best():
 
     assert "joint, measured" not in duels(results, [0.5])
     line = summary({"task": results}, {"task": "a task"}, [0.5]).splitlines()[2]
-    assert line.startswith("| a task (90.0 ± 0.0) | 50% | 80.5 / - / 80.5 / 71.0, **+9.5 ± 6.4** |")
+    assert line.startswith("| a task (90.0 ± 0.0) | 50% | 80.5 / - / - / 80.5 / 71.0, **+9.5 ± 6.4** |")
 
 
 def test_fidelity_is_the_mean_over_the_seeds_that_have_it():
