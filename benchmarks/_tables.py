@@ -60,9 +60,13 @@ def kind(key: str) -> str:
 
 def names(results: Results) -> list[str]:
     """The contestants: ours, what to compare them with, Torch-Pruning."""
-    found = dict.fromkeys(kind(key) for entries in results.values() for key in entries if " @ " in key)
-    place = {name: k for k, name in enumerate((*OURS, *found))}
-    return sorted(found, key=lambda name: (name.startswith(RIVAL), place[name.replace("per parameter", "per FLOP")]))
+    found = list(dict.fromkeys(kind(key) for entries in results.values() for key in entries if " @ " in key))
+    place = {name: k for k, name in enumerate(OURS)}
+
+    def rank(name: str) -> tuple[bool, int]:
+        return name.startswith(RIVAL), place.get(name.replace("per parameter", "per FLOP"), len(OURS))
+
+    return sorted(found, key=rank)
 
 
 def points(values: Sequence[float], seeds: int) -> str:
