@@ -23,10 +23,12 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,61 +86,78 @@ def latencies(networks: Mapping[str, tuple[tfx.Params, tfx.Spec]], x: torch.Tens
     return {name: median(times) for name, times in zip(networks, zip(*rounds, strict=True), strict=True)}
 
 
+@dataclass
+class Kept:
+    """What is known of one network, by ``"contestant @ share"``; written as it comes."""
+
+    file: Path
+    coupling: tfx.Coupling
+    found: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.file.exists():
+            self.found = json.loads(self.file.read_text())
+
+    def save(self) -> None:
+        temporary = self.file.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(self.found, indent=1))
+        temporary.replace(self.file)
+
+    def plan(self, key: str) -> tfx.Plan:
+        bits = np.frombuffer(bytes.fromhex(self.found[key]["keep"]), np.uint8)
+        return tfx.Plan(self.coupling, np.unpackbits(bits, count=len(self.coupling)).astype(bool))
+
+
 def run(name: str, seed: int, options: argparse.Namespace) -> None:
-    """All that is asked for and not yet known of one network; results are written as they come."""
-    task, stem = TASKS[name], options.cache / f"{name}-{seed}"
-    results = options.cache / f"{name}{options.variant}-{seed}.json"
-    found: dict = json.loads(results.read_text()) if results.exists() else {}
+    """All that is asked for and not yet known of one network."""
+    task = TASKS[name]
     generator = torch.Generator().manual_seed(seed)
     data = task.data(generator, options.fashion)
-    params, spec = trained(task, stem.with_suffix(".safetensors"), data, generator)
+    params, spec = trained(task, options.cache / f"{name}-{seed}.safetensors", data, generator)
     batches = list(zip(*(part[: options.examples].split(64) for part in data.scored), strict=True))
     case = Case(params, spec, task.module(params), batches, task.loss, task.protect, options.by)
-    coupling, flops, sizes = case.coupling, tfx.flops(case.coupling), tfx.parameters(case.coupling)
-    found.setdefault("whole", {"accuracy": task.quality(params, spec, *data.judged), "units": len(coupling)})
-
-    def keep_results() -> None:
-        temporary = results.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(found, indent=1))
-        temporary.replace(results)
-
-    def plan_of(key: str) -> tfx.Plan:
-        bits = np.frombuffer(bytes.fromhex(found[key]["keep"]), np.uint8)
-        return tfx.Plan(coupling, np.unpackbits(bits, count=len(coupling)).astype(bool))
-
+    kept = Kept(options.cache / f"{name}{options.variant}-{seed}.json", case.coupling)
+    found = kept.found
+    if "whole" not in found:
+        found["whole"] = {"accuracy": task.quality(params, spec, *data.judged), "units": len(case.coupling)}
     chosen = {name: x for name, x in contestants(case, seed).items() if fits(name, options.contestants)}
-    for contestant, choose in chosen.items():
-        start, missing = time.process_time(), [s for s in options.shares if f"{contestant} @ {s}" not in found]
-        for share, plan in (answers(contestant, choose, missing) if missing else {}).items():
-            found[f"{contestant} @ {share}"] = {
+    decide(chosen, options.shares, kept)
+    keys = [f"{name} @ {share}" for name in chosen for share in options.shares if f"{name} @ {share}" in found]
+    for key in keys:
+        known, some = found[key]["accuracy"], ["as cut"] if another_draw(key) else options.repairs
+        repairs = [x for x in some if x not in known and (task.tune or not x.endswith("tuned"))]
+        for repair, network in left(repairs, task, params, kept.plan(key), data, batches, seed):
+            known[repair] = task.quality(*network, *data.judged)
+            kept.save()
+    if options.latency:
+        plans = {key: kept.plan(key) for key in keys if not another_draw(key)}
+        networks = {key: (tfx.cut(params, plan), plan.spec) for key, plan in plans.items()}
+        times = latencies({"": (params, spec), **networks}, data.judged[0][:256])
+        for key in networks:
+            found[key]["latency"] = times[key] / times[""]
+    scores = {name: x.scores for name, x in chosen.items() if isinstance(x, Ranked) and not another_draw(name)}
+    if options.fidelity and scores:
+        truth = tfx.oracle(params, spec, batches, case.coupling, loss=task.loss)
+        compared = tfx.fidelity(scores, truth, case.coupling, resamples=1)
+        found["fidelity"] = {name: x.value for name, x in compared.spearman.items()}
+    kept.save()
+    print(f"{kept.file.stem}: {time.process_time():.0f} s of CPU time so far", flush=True)
+
+
+def decide(chosen: Mapping[str, Contestant], shares: Sequence[float], kept: Kept) -> None:
+    """Ask the contestants for the plans that are missing."""
+    flops, sizes = tfx.flops(kept.coupling), tfx.parameters(kept.coupling)
+    for name, choose in chosen.items():
+        start, missing = time.process_time(), [s for s in shares if f"{name} @ {s}" not in kept.found]
+        for share, plan in (answers(name, choose, missing) if missing else {}).items():
+            kept.found[f"{name} @ {share}"] = {
                 "FLOPs": flops(plan.keep) / flops.total,
                 "parameters": sizes(plan.keep) / sizes.total,
                 "seconds": (time.process_time() - start) / len(missing),
                 "keep": np.packbits(plan.keep).tobytes().hex(),
                 "accuracy": {},
             }
-    keep_results()
-    keys = [f"{name} @ {share}" for name in chosen for share in options.shares if f"{name} @ {share}" in found]
-    for key in keys:
-        known, some = found[key]["accuracy"], ["as cut"] if another_draw(key) else options.repairs
-        repairs = [x for x in some if x not in known and (task.tune or not x.endswith("tuned"))]
-        for repair, network in left(repairs, task, params, plan_of(key), data, batches, seed):
-            known[repair] = task.quality(*network, *data.judged)
-            keep_results()
-    if options.latency:
-        networks = {"": (params, spec)}
-        for key in (key for key in keys if not another_draw(key)):
-            networks[key] = tfx.cut(params, plan_of(key)), plan_of(key).spec
-        times = latencies(networks, data.judged[0][:256])
-        for key in networks.keys() - {""}:
-            found[key]["latency"] = times[key] / times[""]
-    scores = {name: x.scores for name, x in chosen.items() if isinstance(x, Ranked) and not another_draw(name)}
-    if options.fidelity and scores and "fidelity" not in found:
-        truth = tfx.oracle(params, spec, batches, coupling, loss=task.loss)
-        compared = tfx.fidelity(scores, truth, coupling, resamples=1)
-        found["fidelity"] = {name: x.value for name, x in compared.spearman.items()}
-    keep_results()
-    print(f"{results.stem}: {time.process_time():.0f} s of CPU time so far", flush=True)
+    kept.save()
 
 
 def answers(contestant: str, choose: Contestant, shares: list[float]) -> Plans:
