@@ -70,11 +70,11 @@ def names(results: Results) -> list[str]:
 
 
 def points(values: Sequence[float], seeds: int) -> str:
-    """In percent, with half the width of the interval; in brackets how many seeds there are, if some are missing."""
+    """In percent, of three or more with half the width of the interval; in brackets how many, if some are missing."""
     if not values:
         return ""
     found = interval(values)
-    spread = f" ± {100 * (found.high - found.value):.1f}" if len(values) > 1 else ""
+    spread = f" ± {100 * (found.high - found.value):.1f}" if len(values) > 2 else ""
     return f"{100 * found.value:.1f}{spread}" + (f" ({len(values)})" if len(values) < seeds else "")
 
 
