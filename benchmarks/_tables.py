@@ -23,7 +23,7 @@ OURS = (
     "fisher per FLOP", "fisher per FLOP, measured at every step", "fisher",
     "taylor per FLOP", "taylor", "taylor around the mean, per FLOP", "second_order per FLOP", "second_order",
 )  # fmt: skip
-DRAWN = ("joint", STEPS, ON_OUTPUTS, "random", f"{RIVAL} GroupMagnitude", f"{RIVAL} GroupHessian")
+DRAWN = ("joint", STEPS, ON_OUTPUTS, "random", f"{RIVAL} GroupTaylor, scored at every step", f"{RIVAL} GroupHessian")
 """Who is in the plots: with all of them nothing can be seen."""
 
 MARKERS = "<!-- quality: begin -->", "<!-- quality: end -->"
