@@ -7,9 +7,14 @@ with a plan, Torch-Pruning too, so that cost, repair and fine-tuning are the sam
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from functools import cached_property, partial
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import taylorfx as tfx
+from taylorfx.criteria import Criterion
+from taylorfx.loss import Loss
 
 try:
     with warnings.catch_warnings():
@@ -28,54 +35,153 @@ except ImportError:
 
 MOST = 0.9
 DRAWS = 10
+STEPS = 10
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 Plans = Mapping[float, tfx.Plan]
-"""By the share of the FLOPs that may remain."""
+"""By the share of the FLOPs, or of the parameters, that may remain."""
 
 Contestant = Callable[[Sequence[float]], Plans]
 
-Collect = Callable[[nn.Module, Batches], None]
+Collect = Callable[[nn.Module, Loss, Batches], None]
 """Gives every parameter the ``.grad`` that an importance of Torch-Pruning looks at."""
 
+BUDGETS = {"FLOPs": (tfx.Flops, tfx.flops), "parameters": (tfx.Parameters, tfx.parameters)}
 
-def contestants(
-    params: tfx.Params, spec: tfx.Spec, batches: Batches, module: nn.Module, seed: int
-) -> dict[str, Contestant]:
+
+@dataclass(frozen=True)
+class Case:
+    """What all contestants look at.
+
+    Attributes:
+        module: the same network for Torch-Pruning.
+        protect: globs of the scopes that stay whole.
+        by: what the shares are of: ``"FLOPs"`` or ``"parameters"``.
+    """
+
+    params: tfx.Params
+    spec: tfx.Spec
+    module: nn.Module
+    batches: Batches
+    loss: Loss = F.cross_entropy
+    protect: tuple[str, ...] = ()
+    by: str = "FLOPs"
+
+    @cached_property
+    def coupling(self) -> tfx.Coupling:
+        return tfx.couple(self.params, self.spec)
+
+    @cached_property
+    def cost(self) -> Any:
+        """What a set of units costs; ``total`` and ``marginal`` are those of `taylorfx.cost`."""
+        return BUDGETS[self.by][1](self.coupling)
+
+    def measure(self, **options: Any) -> tfx.Statistics:
+        return tfx.measure(self.params, self.spec, self.batches, self.coupling, loss=self.loss, **options)
+
+    def asked(self, share: float) -> dict[str, Any]:
+        """Budget and constraints, as `select` and `joint` take them."""
+        return {"budget": BUDGETS[self.by][0](share), "most": MOST, "protect": self.protect}
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """The units with the lowest scores leave."""
+
+    case: Case
+    scores: Tensor
+
+    def __call__(self, shares: Sequence[float]) -> Plans:
+        return {s: tfx.select(self.scores, self.case.coupling, **self.case.asked(s)) for s in shares}
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Units leave together."""
+
+    case: Case
+    stats: tfx.Statistics
+    swaps: bool = True
+
+    def __call__(self, shares: Sequence[float]) -> Plans:
+        coupling = self.case.coupling
+        return {s: tfx.joint(self.stats, coupling, swaps=self.swaps, **self.case.asked(s)) for s in shares}
+
+
+@dataclass(frozen=True)
+class Stepwise:
+    """Units leave in steps of equal ratio, each measured on what the one before has left; together, or by a score."""
+
+    case: Case
+    criterion: Criterion | None = None
+
+    def __call__(self, shares: Sequence[float]) -> Plans:
+        case, last = self.case, min(shares)
+        ways = sorted({*shares, *(last ** (k / STEPS) for k in range(1, STEPS))}, reverse=True)
+        sizes = zip(case.coupling.scopes, case.coupling.sizes.tolist(), strict=True)
+        floor = {name: max(2, math.ceil((1 - MOST) * size)) for name, size in sizes}  # a single unit is no scope
+        steps = tfx.iterate(
+            case.params, case.spec, case.batches, budgets=map(BUDGETS[case.by][0], ways), loss=case.loss,
+            criterion=self.criterion, protect=case.protect,
+            floor=floor,
+        )  # fmt: skip
+        plans = accumulate((plan for *_, plan in steps), tfx.compose)
+        return {share: plan for share, plan in zip(ways, plans, strict=True) if share in shares}
+
+
+def of_outputs(case: Case, generator: torch.Generator) -> Case:
+    """The same with outputs for the loss: each example's are projected at random (on a normal vector).
+
+    The mean square of the projected change is that of the outputs themselves, so `joint` removes what changes these
+    least. Targets are not needed, and derivatives do not vanish where the loss does.
+    """
+    with torch.no_grad():
+        outputs = [tfx.apply(case.params, case.spec, x) for x, _ in case.batches]
+    drawn = [torch.randn(y.shape, generator=generator) for y in outputs]
+    batches = [(x, projection) for (x, _), projection in zip(case.batches, drawn, strict=True)]
+    return replace(case, batches=batches, loss=projected)
+
+
+def projected(outputs: Tensor, projections: Tensor) -> Tensor:
+    return (outputs * projections).flatten(1).sum(1).mean()
+
+
+def fisher_per_cost(by: str, stats: tfx.Statistics, coupling: tfx.Coupling) -> Tensor:
+    return tfx.fisher(stats, coupling) / BUDGETS[by][1](coupling).marginal()
+
+
+def contestants(case: Case, seed: int) -> dict[str, Contestant]:
     """All of them by name, in the order of the tables; what they measure is measured once."""
-    coupling = tfx.couple(params, spec)
-    stats = tfx.measure(params, spec, batches, coupling, rows=True)
-    raw = tfx.measure(params, spec, batches, coupling, at_writes=True, training=True)
-    means = tfx.means(params, spec, batches, coupling)
-    around = tfx.measure(params, spec, batches, coupling, rows=True, around=means.centers(coupling))
-    cost = tfx.flops(coupling).marginal()
+    coupling = case.coupling
+    normed = bool(tfx.flatten(tfx.partition(case.params, case.spec)[1]))
+    stats, raw = case.measure(rows=True), case.measure(at_writes=True, training=normed)
+    centers = tfx.means(case.params, case.spec, case.batches, coupling).centers(coupling)
+    around = case.measure(rows=True, around=centers)
+    cost, per = case.cost.marginal(), f"per {case.by.removesuffix('s')}"
     scores: dict[str, Tensor] = {}
     for criterion in (tfx.taylor, tfx.fisher, tfx.second_order):
         scores[criterion.__name__] = criterion(stats, coupling)
-        scores[f"{criterion.__name__} per FLOP"] = criterion(stats, coupling) / cost
-    scores["taylor around the mean, per FLOP"] = tfx.taylor(around, coupling) / cost
-    scores["weight_l2, per_layer_l2"] = tfx.weight_l2(params, coupling, normalizer=tfx.per_layer_l2)
+        scores[f"{criterion.__name__} {per}"] = criterion(stats, coupling) / cost
+    scores[f"taylor around the mean, {per}"] = tfx.taylor(around, coupling) / cost
+    scores["weight_l2, per_layer_l2"] = tfx.weight_l2(case.params, coupling, normalizer=tfx.per_layer_l2)
     scores["compat"] = tfx.compat(raw, coupling)
     generator = torch.Generator().manual_seed(seed)
     scores |= {f"random {k}": tfx.random(coupling, generator) for k in range(DRAWS)}
-
-    def jointly(stats: tfx.Statistics, shares: Sequence[float]) -> Plans:
-        return {s: tfx.joint(stats, coupling, budget=tfx.Flops(s), most=MOST) for s in shares}
-
-    def ranked(scores: Tensor, shares: Sequence[float]) -> Plans:
-        return {s: tfx.select(scores, coupling, budget=tfx.Flops(s), most=MOST) for s in shares}
-
+    outputs = of_outputs(case, generator)
     return {
-        "joint": partial(jointly, stats),
-        "joint around the mean": partial(jointly, around),
-        **{name: partial(ranked, values) for name, values in scores.items()},
-        **(torch_prunings(params, coupling, module, batches) if torch_pruning else {}),
+        "joint": Joint(case, stats),
+        "joint without swaps": Joint(case, stats, swaps=False),
+        "joint around the mean": Joint(case, around),
+        "joint, measured at every step": Stepwise(case),
+        "joint on outputs": Joint(case, outputs.measure(rows=True)),
+        "joint on outputs, measured at every step": Stepwise(outputs),
+        f"fisher {per}, measured at every step": Stepwise(case, partial(fisher_per_cost, case.by)),
+        **{name: Ranked(case, values) for name, values in scores.items()},
+        **(torch_prunings(case) if torch_pruning else {}),
     }
 
 
-def torch_prunings(
-    params: tfx.Params, coupling: tfx.Coupling, module: nn.Module, batches: Batches
-) -> dict[str, Contestant]:
+def torch_prunings(case: Case) -> dict[str, Contestant]:
     """Torch-Pruning's criteria, global: scored once as ours are, and for Taylor also anew at each of its steps."""
     kinds = {
         "GroupMagnitude": ("GroupMagnitude", None, False),
@@ -83,20 +189,17 @@ def torch_prunings(
         "GroupTaylor, scored at every step": ("GroupTaylor", slopes, True),
         "GroupHessian": ("GroupHessian", squares, False),
     }
-    return {
-        f"Torch-Pruning {name}": partial(iterated, params, coupling, module, batches, *kind)
-        for name, kind in kinds.items()
-    }
+    return {f"Torch-Pruning {name}": partial(iterated, case, *kind) for name, kind in kinds.items()}
 
 
-def slopes(module: nn.Module, batches: Batches) -> None:
+def slopes(module: nn.Module, loss: Loss, batches: Batches) -> None:
     """Gradients of the mean loss, as its scripts collect them for `GroupTaylorImportance`."""
     module.zero_grad()
     for x, y in batches:
-        (F.cross_entropy(module(x), y) / len(batches)).backward()
+        (loss(module(x), y) / len(batches)).backward()
 
 
-def squares(module: nn.Module, batches: Batches) -> None:
+def squares(module: nn.Module, loss: Loss, batches: Batches) -> None:
     """The mean of the examples' squared gradients, which `GroupHessianImportance` is about.
 
     Its ``accumulate_grad`` (1.6.1) looks for a parameter by its name among keys that are parameters, finds none and
@@ -105,10 +208,10 @@ def squares(module: nn.Module, batches: Batches) -> None:
     leaves = {name: leaf.detach() for name, leaf in module.named_parameters()}
     rest = dict(module.named_buffers())
 
-    def loss(leaves: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(torch.func.functional_call(module, (leaves, rest), (x[None],)), y[None])
+    def alone(leaves: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return loss(torch.func.functional_call(module, (leaves, rest), (x[None],)), y[None])
 
-    each = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))
+    each = torch.func.vmap(torch.func.grad(alone), (None, 0, 0))
     total = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
     count = sum(len(y) for _, y in batches)
     for x, y in ((x, y) for batch in batches for x, y in zip(*(part.split(32) for part in batch), strict=True)):
@@ -118,64 +221,55 @@ def squares(module: nn.Module, batches: Batches) -> None:
         leaf.grad = total[name]
 
 
-def iterated(
-    params: tfx.Params,
-    coupling: tfx.Coupling,
-    module: nn.Module,
-    batches: Batches,
-    importance: str,
-    collect: Collect | None,
-    again: bool,
-    shares: Sequence[float],
-) -> Plans:
+def iterated(case: Case, importance: str, collect: Collect | None, again: bool, shares: Sequence[float]) -> Plans:
     """Torch-Pruning in small steps; for each share the nearest of its networks, be it above or below.
 
     Raises:
         AssertionError: if a plan of ours for the same units does not compute what its module computes.
     """
-    cost, x = tfx.flops(coupling), batches[0][0]
+    x = case.batches[0][0]
     near: dict[float, tuple[float, tfx.Plan]] = {}
-    for keep, pruned in stepped(coupling, module, batches, importance, collect, 100 if again else 200, again):
-        plan, left = tfx.Plan(coupling, keep), cost(keep) / cost.total
+    for keep, pruned in stepped(case, importance, collect, 100 if again else 200, again):
+        plan, left = tfx.Plan(case.coupling, keep), case.cost(keep) / case.cost.total
         for share in shares:
             if share not in near or abs(left - share) < near[share][0]:
                 near[share] = abs(left - share), plan
         if left <= min(shares):
-            ours = tfx.apply(tfx.cut(params, plan), plan.spec, x)
+            ours = tfx.apply(tfx.cut(case.params, plan), plan.spec, x)
             torch.testing.assert_close(ours, pruned(x).detach(), rtol=1e-3, atol=1e-3)
             break
     return {share: plan for share, (_, plan) in near.items()}
 
 
 def stepped(
-    coupling: tfx.Coupling,
-    original: nn.Module,
-    batches: Batches,
-    importance: str,
-    collect: Collect | None,
-    steps: int,
-    again: bool,
+    case: Case, importance: str, collect: Collect | None, steps: int, again: bool
 ) -> Iterator[tuple[NDArray[np.bool_], nn.Module]]:
     """The units that its pruner keeps after each step, and its module."""
-    module = copy.deepcopy(original)
+    module, coupling = copy.deepcopy(case.module), case.coupling
     names = {m: name for name, m in module.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
-    last = next(reversed(names))
+    units = {layer: coupling.unit_ids(f"{name}.weight", 0) for layer, name in names.items()}  # factors, positions
+    held = [k for k, scope in enumerate(coupling.scopes) if any(fnmatchcase(scope, glob) for glob in case.protect)]
+    free = np.append(~np.isin(coupling.scope, held), False)  # what unit -1 is
+    heads = {layer: len(np.unique(ids[0])) for layer, ids in units.items() if len(ids) > 1}
+    if heads:  # its pruner breaks off at a step in which no head leaves; queries, keys and values share theirs
+        steps = min(steps, sum(heads.values()) // 3)
     pruner = torch_pruning.pruner.BasePruner(
-        module, batches[0][0][:2], getattr(torch_pruning.importance, f"{importance}Importance")(),
-        ignored_layers=[last], global_pruning=True, pruning_ratio=1.0, max_pruning_ratio=MOST, iterative_steps=steps,
+        module, case.batches[0][0][:2], getattr(torch_pruning.importance, f"{importance}Importance")(),
+        ignored_layers=[layer for layer, ids in units.items() if not free[ids].any()],
+        global_pruning=True, pruning_ratio=1.0, max_pruning_ratio=MOST, iterative_steps=steps,
+        num_heads=heads, prune_num_heads=True, prune_head_dims=False, head_pruning_ratio=1.0 if heads else 0.0,
     )  # fmt: skip
     outputs = (torch_pruning.prune_conv_out_channels, torch_pruning.prune_linear_out_channels)
     alive = {layer: np.arange(len(layer.weight)) for layer in names}
     for step in range(steps - 1):
         if collect and (again or not step):
-            collect(module, batches)
+            collect(module, case.loss, case.batches)
         for group in pruner.step(interactive=True):
             for dep, gone in group:
                 if dep.handler in outputs and dep.target.module in alive:
                     alive[dep.target.module] = np.delete(alive[dep.target.module], gone)
             group.prune()
-        keep = np.ones(len(coupling), bool)
-        for layer, name in names.items():
-            units = coupling.unit_ids(f"{name}.weight", 0)
-            keep[units[:, np.setdiff1d(np.arange(units.shape[1]), alive[layer])].ravel()] = False
-        yield keep, module
+        keep = np.ones(len(coupling) + 1, bool)
+        for layer, ids in units.items():
+            keep[np.setdiff1d(ids, ids[:, alive[layer]])] = False  # nothing of theirs is left
+        yield keep[:-1], module

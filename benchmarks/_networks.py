@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import taylorfx as tfx
+from taylorfx.loss import Loss
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from quickstart import digits
-from training import at_rest, cosine, fit
+from training import accuracy, at_rest, cosine, fit
 
 Examples = tuple[Tensor, Tensor]
 
@@ -38,25 +39,36 @@ class Data:
 
 @dataclass(frozen=True)
 class Task:
-    """A network and its data: what differs between the rows of the benchmark.
+    """A network and its data: what differs between the tables of the benchmark.
 
     Attributes:
-        epochs, lr: of the training.
+        data: draws the examples; it is given the folder of Fashion-MNIST.
+        epochs, lr: of the training; a network without epochs is trained already.
         tune: steps of the fine-tuning after a cut, with a tenth of the training's learning rate.
+        protect: globs of the scopes that no contestant may touch.
+        loss: of outputs and targets, the mean of the batch.
+        quality: of a network on test examples: a share, higher is better.
+        needs: packages without which there is nothing to run.
     """
 
     title: str
     network: Callable[[], nn.Module]
     data: Callable[[torch.Generator, Path], Data]
-    epochs: int
+    epochs: int = 0
     lr: float = 0.1
     tune: int = 60
+    protect: tuple[str, ...] = ()
+    loss: Loss = F.cross_entropy
+    quality: Callable[[tfx.Params, tfx.Spec, Tensor, Tensor], float] = accuracy
+    needs: tuple[str, ...] = ()
 
     def train(self, data: Data, generator: torch.Generator) -> tuple[tfx.Params, tfx.Spec]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
             module = self.network().eval()
         params, spec = tfx.from_torch(module, data.learned[0][:2])
+        if not self.epochs:
+            return params, spec
         params, _ = fit(
             params, at_rest(params, spec), spec, *data.learned, epochs=self.epochs, batch_size=64,
             lr=cosine(self.lr, warmup=0.1), weight_decay=5e-4, generator=generator, label=self.title,
@@ -155,6 +167,48 @@ class Stages(nn.Sequential):
         )
 
 
+class Attention(nn.Module):
+    """Self-attention by heads of a given width; as many as the layers leave."""
+
+    def __init__(self, width: int, head: int) -> None:
+        super().__init__()
+        self.head = head
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (-1, self.head)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Encoder(nn.Module):
+    """A transformer block, norms first."""
+
+    def __init__(self, width: int, head: int, hidden: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = Attention(width, head)
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+class VisionTransformer(nn.Module):
+    """Patches, their places, four blocks, the mean over the patches (Dosovitskiy et al. 2020, arXiv 2010.11929)."""
+
+    def __init__(self, width: int = 64, head: int = 8, hidden: int = 128, patch: int = 7) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(1, width, patch, patch)
+        self.place = nn.Parameter(0.02 * torch.randn(1, (28 // patch) ** 2, width))
+        self.blocks = nn.Sequential(*(Encoder(width, head, hidden) for _ in range(4)))
+        self.norm, self.linear = nn.LayerNorm(width), nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2) + self.place
+        return self.linear(self.norm(self.blocks(x)).mean(1))
+
+
 NOISE = 1.0
 """Of the digits, which go from -1 to 1: as much as makes the network err in about every fifth."""
 
@@ -195,7 +249,7 @@ def fashion(generator: torch.Generator, folder: Path, *, learn: int = 12_000, ju
     return Data(learned, (learned[0][:512], learned[1][:512]), some("t10k", judge))
 
 
-TASKS = {
+TRAINED = {
     "digits": Task(
         "residual network, noisy digits", lambda: Stages(Before, 16, 1, bare=True), noisy_digits, epochs=3, tune=50
     ),
@@ -204,5 +258,9 @@ TASKS = {
     ),
     "mobilenet": Task(
         "MobileNet-like network, Fashion-MNIST", lambda: Stages(Inverted, 16, 2, bare=False), fashion, epochs=5, tune=60
+    ),
+    "vit": Task(
+        "small vision transformer, Fashion-MNIST", VisionTransformer, fashion, epochs=7, tune=60,
+        protect=("patch", "view*.x1"),  # the stream, and the dimensions of the heads
     ),
 }  # fmt: skip

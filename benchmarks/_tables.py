@@ -16,14 +16,21 @@ from taylorfx.report import plot_frontier
 
 REPAIRS = ("as cut", "compensated", "recalibrated", "reconstructed", "fine-tuned", "reconstructed, fine-tuned")
 RIVAL = "Torch-Pruning"
-DRAWN = ("joint", "taylor per FLOP", "random", f"{RIVAL} GroupMagnitude", f"{RIVAL} GroupTaylor, scored at every step")
+STEPS, ON_OUTPUTS = "joint, measured at every step", "joint on outputs, measured at every step"
+OURS = (
+    "joint", STEPS, "joint on outputs", ON_OUTPUTS,
+    "joint without swaps", "joint around the mean",
+    "fisher per FLOP", "fisher per FLOP, measured at every step", "fisher",
+    "taylor per FLOP", "taylor", "taylor around the mean, per FLOP", "second_order per FLOP", "second_order",
+)  # fmt: skip
+DRAWN = ("joint", STEPS, ON_OUTPUTS, "random", f"{RIVAL} GroupTaylor, scored at every step", f"{RIVAL} GroupHessian")
 """Who is in the plots: with all of them nothing can be seen."""
 
 MARKERS = "<!-- quality: begin -->", "<!-- quality: end -->"
 HERE = Path(__file__).parent
 
 Results = Mapping[int, Mapping[str, Any]]
-"""By the seed, what `quality.py` keeps of a network: by ``"contestant @ share"``, and ``whole``."""
+"""By the seed, what `quality.py` keeps of a network: by ``"contestant @ share"``; ``whole``, and ``fidelity``."""
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -38,13 +45,9 @@ def interval(values: Sequence[float]) -> Interval:
 def per_seed(results: Results, contestant: str, share: float, repair: str) -> dict[int, float]:
     """One accuracy for each seed that has it; ``random`` is the mean of its draws."""
     found = {}
-    for seed, entries in results.items():
-        draws = [
-            entry["accuracy"][repair]
-            for key, entry in entries.items()
-            if key.endswith(f" @ {share}") and kind(key) == contestant and repair in entry["accuracy"]
-        ]
-        if draws:
+    for seed, kept in results.items():
+        keys = [key for key in kept if key.endswith(f" @ {share}") and kind(key) == contestant]
+        if draws := [kept[key]["accuracy"][repair] for key in keys if repair in kept[key]["accuracy"]]:
             found[seed] = mean(draws)
     return found
 
@@ -56,28 +59,35 @@ def kind(key: str) -> str:
 
 
 def names(results: Results) -> list[str]:
-    """The contestants, in the order in which they ran."""
-    return list(dict.fromkeys(kind(key) for entries in results.values() for key in entries if key != "whole"))
+    """The contestants: ours, what to compare them with, Torch-Pruning."""
+    found = list(dict.fromkeys(kind(key) for entries in results.values() for key in entries if " @ " in key))
+    place = {name: k for k, name in enumerate(OURS)}
+
+    def rank(name: str) -> tuple[bool, int]:
+        return name.startswith(RIVAL), place.get(name.replace("per parameter", "per FLOP"), len(OURS))
+
+    return sorted(found, key=rank)
 
 
 def points(values: Sequence[float], seeds: int) -> str:
-    """In percent, with half the width of the interval; in brackets how many seeds there are, if some are missing."""
+    """In percent, of three or more with half the width of the interval; in brackets how many, if some are missing."""
     if not values:
         return ""
     found = interval(values)
-    spread = f" ± {100 * (found.high - found.value):.1f}" if len(values) > 1 else ""
+    spread = f" ± {100 * (found.high - found.value):.1f}" if len(values) > 2 else ""
     return f"{100 * found.value:.1f}{spread}" + (f" ({len(values)})" if len(values) < seeds else "")
 
 
-def done(results: Results) -> list[str]:
-    """The repairs that there are numbers of."""
-    entries = [entry for kept in results.values() for key, entry in kept.items() if key != "whole"]
+def done(results: Results, share: float | None = None) -> list[str]:
+    """The repairs that there are numbers of (at this share)."""
+    end = "" if share is None else f"{share}"
+    entries = [x for kept in results.values() for key, x in kept.items() if " @ " in key and key.endswith(end)]
     return [repair for repair in REPAIRS if any(repair in entry["accuracy"] for entry in entries)]
 
 
 def table(results: Results, share: float) -> str:
     """Contestants down, repairs across; bold is a column's best mean, among those with most seeds."""
-    shown = done(results)
+    shown = done(results, share)
     rows = [[name] for name in names(results)]
     for repair in shown:
         column = [[*per_seed(results, name, share, repair).values()] for name in names(results)]
@@ -86,8 +96,30 @@ def table(results: Results, share: float) -> str:
         for row, values in zip(rows, column, strict=True):
             first = len(values) == most and values and mean(values) == best
             row.append(f"**{points(values, len(results))}**" if first else points(values, len(results)))
-    head = [["contestant", *shown], ["---"] * (1 + len(shown))]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (*head, *rows))
+    timed = [
+        [kept[key]["latency"] for kept in results.values() if "latency" in kept.get(key, {})]
+        for key in (f"{name} @ {share}" for name in names(results))
+    ]
+    if any(timed):
+        shown.append("latency")
+        for row, values in zip(rows, timed, strict=True):
+            row.append(points(values, len(results)))
+    return markdown(["contestant", *shown], [row for row in rows if any(row[1:])])
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+
+
+def best(results: Results, among: Sequence[str], share: float, repair: str) -> dict[int, float]:
+    """The accuracies of the best of these contestants: of those with most seeds the one with the highest mean."""
+    found = (per_seed(results, name, share, repair) for name in among)
+    return max((x for x in found if x), key=lambda x: (len(x), mean(x.values())), default={})
+
+
+def ahead(mine: Mapping[int, float], their: Mapping[int, float], seeds: int) -> str:
+    """The difference seed by seed, on the same networks."""
+    return points([mine[seed] - their[seed] for seed in mine if seed in their], seeds)
 
 
 def duels(results: Results, shares: Sequence[float]) -> str:
@@ -96,18 +128,62 @@ def duels(results: Results, shares: Sequence[float]) -> str:
     if not rivals:
         return ""
     shown = done(results)
-    rows = [["", "FLOPs", *shown], ["---"] * (2 + len(shown))]
-    for ours in ("joint", "joint around the mean", "taylor per FLOP", "fisher per FLOP"):
+    rows = []
+    for ours in (name for name in OURS[:9] if name in names(results)):
+        for share in shares:
+            cells = [
+                ahead(per_seed(results, ours, share, repair), best(results, rivals, share, repair), len(results))
+                for repair in shown
+            ]
+            rows.append([ours, f"{share:.0%}", *cells])
+    return f"Points ahead of {RIVAL}'s best criterion in that column, seed by seed:\n\n" + markdown(
+        ["", "stays", *shown], rows
+    )
+
+
+def summary(found: Mapping[str, Results], titles: Mapping[str, str], shares: Sequence[float]) -> str:
+    """A row for each task and share, a column for each repair: ours, the best of ours, theirs, the difference."""
+    shown = ("as cut", "recalibrated", "reconstructed", "fine-tuned", "reconstructed, fine-tuned")
+    rows = []
+    for task, results in found.items():
+        rivals = [name for name in names(results) if name.startswith(RIVAL)]
+        ours = [name for name in names(results) if name.replace("per parameter", "per FLOP") in OURS]
+        title = f"{titles[task]} ({whole(results)})"
         for share in shares:
             cells = []
             for repair in shown:
-                mine = per_seed(results, ours, share, repair)
-                others = [per_seed(results, name, share, repair) for name in rivals]
-                their = max((x for x in others if x), key=lambda x: (len(x), mean(x.values())), default={})
-                cells.append(points([mine[seed] - their[seed] for seed in mine if seed in their], len(results)))
-            rows.append([ours, f"{share:.0%}", *cells])
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return f"Points ahead of {RIVAL}'s best criterion in that column, seed by seed:\n\n" + "\n".join(lines)
+                named = [per_seed(results, name, share, repair) for name in ("joint", STEPS, ON_OUTPUTS)]
+                mine, their = best(results, ours, share, repair), best(results, rivals, share, repair)
+                means = " / ".join(f"{100 * mean(x.values()):.1f}" if x else "-" for x in (*named, mine, their))
+                gap = ahead(mine, their, len(mine))
+                count = f" ({len(mine)})" if 0 < len(mine) < len(results) else ""
+                cells.append(means + (f", **{signed(gap)}**" if gap else "") + count if mine else "")
+            if any(cells):
+                rows.append([title, f"{share:.0%}", *cells])
+                title = ""
+    return markdown(["task (unpruned)", "stays", *shown], rows)
+
+
+def signed(number: str) -> str:
+    return number if number.startswith("-") else f"+{number}"
+
+
+def whole(results: Results) -> str:
+    """The unpruned network's accuracy."""
+    return points([kept["whole"]["accuracy"] for kept in results.values()], len(results))
+
+
+def fidelities(found: Mapping[str, Results]) -> str:
+    """Criteria down, tasks across: Spearman's correlation with the oracle, the mean over the seeds that have it."""
+    asked = {}
+    for task, results in found.items():
+        if each := [kept["fidelity"] for kept in results.values() if "fidelity" in kept]:
+            asked[f"{task} ({len(each)})"] = each
+    rows = []
+    for name in dict.fromkeys(name for each in asked.values() for one in each for name in one):
+        values = ([one[name] for one in each if name in one] for each in asked.values())
+        rows.append([name, *(f"{mean(some):.2f}" if some else "" for some in values)])
+    return markdown(["criterion", *asked], rows) if rows else ""
 
 
 def tables(found: Mapping[str, Results], titles: Mapping[str, str], shares: Sequence[float]) -> str:
@@ -116,31 +192,33 @@ def tables(found: Mapping[str, Results], titles: Mapping[str, str], shares: Sequ
     for task, results in found.items():
         if not results:
             continue
-        whole = points([entries["whole"]["accuracy"] for entries in results.values()], len(results))
         count = f"{len(results)} seed{'s' * (len(results) > 1)}"
-        parts.append(f"### {titles[task]}\n\nTest accuracy in percent, {count}; unpruned {whole}.")
-        run = [
-            share for share in shares if any(key.endswith(f" @ {share}") for kept in results.values() for key in kept)
-        ]
-        parts += [f"{share:.0%} of the FLOPs:\n\n{table(results, share)}" for share in run]
+        parts.append(f"## {titles[task]}\n\nTest accuracy in percent, {count}; unpruned {whole(results)}.")
+        run = [s for s in shares if any(key.endswith(f" @ {s}") for kept in results.values() for key in kept)]
+        counted = "parameters" if "parameters" in task else "FLOPs"
+        parts += [f"{share:.0%} of the {counted}:\n\n{table(results, share)}" for share in run]
         parts.append(duels(results, run))
+    if fidelity := fidelities(found):
+        parts.append(f"## Fidelity\n\nSpearman's correlation with the oracle over all units (seeds):\n\n{fidelity}")
     return "\n\n".join(part for part in parts if part)
 
 
-def publish(
-    text: str, found: Mapping[str, Results], titles: Mapping[str, str], shares: Sequence[float], docs: Path
-) -> None:
-    """Write the tables between the markers of README.md, the numbers into quality.json, a plot of each task."""
-    readme = HERE / "README.md"
-    old = readme.read_text()
-    before, after = old.split(MARKERS[0])[0], old.split(MARKERS[1])[1]
-    readme.write_text(f"{before}{MARKERS[0]}\n\n{text}\n\n{MARKERS[1]}{after}")
-    (HERE / "quality.json").write_text(json.dumps(found, indent=1) + "\n")
+def publish(found: Mapping[str, Results], titles: Mapping[str, str], shares: Sequence[float], docs: Path) -> None:
+    """The summary into README.md, all tables into QUALITY.md, numbers into quality.json, a plot of each task."""
+    for file, text in (("README.md", summary(found, titles, shares)), ("QUALITY.md", tables(found, titles, shares))):
+        old = (HERE / file).read_text()
+        before, after = old.split(MARKERS[0])[0], old.split(MARKERS[1])[1]
+        (HERE / file).write_text(f"{before}{MARKERS[0]}\n\n{text}\n\n{MARKERS[1]}{after}")
+    lines = (
+        f"{json.dumps(f'{task}-{seed} {key}')}: {json.dumps({x: y for x, y in entry.items() if x != 'keep'})}"
+        for task, results in found.items() for seed, kept in results.items() for key, entry in kept.items()
+    )  # fmt: skip
+    (HERE / "quality.json").write_text("{" + ",\n".join(lines) + "}\n")
     for task, results in found.items():
         for repair in ("as cut", "recalibrated"):
-            if drawn := frontier(results, shares, repair):
-                whole = mean(entries["whole"]["accuracy"] for entries in results.values())
-                figure = plot_frontier(drawn, x="share of the FLOPs", title=f"{titles[task]}, {repair}", whole=whole)
+            if "-" not in task and (drawn := frontier(results, shares, repair)):
+                accuracy = mean(kept["whole"]["accuracy"] for kept in results.values())
+                figure = plot_frontier(drawn, x="share of the FLOPs", title=f"{titles[task]}, {repair}", whole=accuracy)
                 figure.savefig(docs / f"quality_{task}_{repair.replace(' ', '_')}.png")
 
 
@@ -150,5 +228,10 @@ def frontier(results: Results, shares: Sequence[float], repair: str) -> dict[str
     for name in names(results):
         if name in DRAWN:
             values = {share: per_seed(results, name, share, repair) for share in shares}
-            lines[name] = [(share, interval([*x.values()])) for share, x in values.items() if x]
+            lines[name] = [(share, within(interval([*x.values()]))) for share, x in values.items() if x]
     return {name: line for name, line in lines.items() if line}
+
+
+def within(found: Interval) -> Interval:
+    """What of an interval can be an accuracy."""
+    return Interval(found.value, max(0.0, found.low), min(1.0, found.high))

@@ -1,40 +1,54 @@
 """What is left of the accuracy at a given cost? Criteria, selections and repairs, and Torch-Pruning, on real data.
 
 For each seed and task a network is trained (and kept in the cache), every contestant scores it on the same 512 training
-examples and says what stays at 85, 70, 50 and 30 % of the FLOPs, all at once, from the whole network. What comes out is
+examples and says what stays at 85, 70, 50 and 30 % of the FLOPs, without any training in between. What comes out is
 tested as cut, repaired and after a short fine-tuning, on test examples that nothing else has seen. From the root of the
 repository:
 
-    python benchmarks/quality.py                     # two seeds, half and 30 % of the FLOPs
-    python benchmarks/quality.py --full              # five seeds, all budgets
+    python benchmarks/quality.py                     # a quarter of an hour: one seed, half and 30 % of the FLOPs
+    python benchmarks/quality.py --full              # a day: all tasks, five seeds, all budgets and repairs
 
 Results are kept as they come: a run that was stopped goes on where it was, and several processes may share the work by
-seeds. ``--publish`` writes tables into benchmarks/README.md, numbers into benchmarks/quality.json and plots into docs/.
-Torch-Pruning takes part if it is installed (``pip install --no-deps torch-pruning==1.6.1``), Fashion-MNIST if its IDX
-files are found.
+tasks and seeds. ``--publish`` writes a summary into benchmarks/README.md, all tables into benchmarks/QUALITY.md, the
+numbers into benchmarks/quality.json and plots into docs/. Torch-Pruning takes part if it is installed (``pip install
+--no-deps torch-pruning==1.6.1``), Fashion-MNIST if its IDX files are found, pretrained networks if their packages are.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
 import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
-from _contestants import contestants, torch_pruning
-from _networks import FASHION, TASKS, Data, Task
-from _tables import REPAIRS, publish, tables
+from _borrowed import BORROWED
+from _contestants import BUDGETS, Case, Contestant, Plans, Ranked, contestants, torch_pruning
+from _networks import FASHION, TRAINED, Data, Task, fashion
+from _tables import REPAIRS, publish, summary, tables
 
 import taylorfx as tfx
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from training import accuracy
+from training import latency
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "taylorfx" / "quality"
+
+TASKS = TRAINED | BORROWED
+VARIANTS = {"parameters": ", equal parameters", "64": ", scored and repaired with 64 examples"}
+
+ROUNDS = 15
+"""Of timing all networks in turn."""
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -49,62 +63,116 @@ def trained(task: Task, file: Path, data: Data, generator: torch.Generator) -> t
 
 
 def left(
-    repair: str, task: Task, params: tfx.Params, plan: tfx.Plan, data: Data, batches: Batches, seed: int
-) -> tuple[tfx.Params, tfx.Spec]:
-    """The network that a plan leaves, after what is done about it."""
-    small = tfx.cut(params, plan), plan.spec
-    if repair == "recalibrated":
-        return tfx.recalibrate(*small, batches), plan.spec
-    if repair == "compensated":
-        return tfx.compensate(params, plan, batches)
-    if repair.startswith("reconstructed"):
-        small = tfx.reconstruct(params, plan, batches)
-    return (task.tuned(*small, data, seed), small[1]) if repair.endswith("fine-tuned") else small
+    repairs: Sequence[str], task: Task, params: tfx.Params, plan: tfx.Plan, data: Data, batches: Batches, seed: int
+) -> Iterator[tuple[str, tuple[tfx.Params, tfx.Spec]]]:
+    """The networks that a plan leaves, after what is done about it."""
+    rebuilt = cache(lambda: tfx.reconstruct(params, plan, batches))
+    for repair in repairs:
+        small = tfx.cut(params, plan), plan.spec
+        if repair == "recalibrated":
+            small = tfx.recalibrate(*small, batches), plan.spec
+        if repair == "compensated":
+            small = tfx.compensate(params, plan, batches)
+        if repair.startswith("reconstructed"):
+            small = rebuilt()
+        if repair.endswith("fine-tuned"):
+            small = task.tuned(*small, data, seed), small[1]
+        yield repair, small
+
+
+def latencies(networks: Mapping[str, tuple[tfx.Params, tfx.Spec]], x: torch.Tensor) -> dict[str, float]:
+    """The median seconds of each, all in turn, so that whatever else the machine does slows all of them alike."""
+    rounds = [[latency(*network, x, repeats=1) for network in networks.values()] for _ in range(ROUNDS)]
+    return {name: median(times) for name, times in zip(networks, zip(*rounds, strict=True), strict=True)}
+
+
+@dataclass
+class Kept:
+    """What is known of one network, by ``"contestant @ share"``; written as it comes."""
+
+    file: Path
+    coupling: tfx.Coupling
+    found: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.file.exists():
+            self.found = json.loads(self.file.read_text())
+
+    def save(self) -> None:
+        temporary = self.file.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(self.found, indent=1))
+        temporary.replace(self.file)
+
+    def plan(self, key: str) -> tfx.Plan:
+        bits = np.frombuffer(bytes.fromhex(self.found[key]["keep"]), np.uint8)
+        return tfx.Plan(self.coupling, np.unpackbits(bits, count=len(self.coupling)).astype(bool))
 
 
 def run(name: str, seed: int, options: argparse.Namespace) -> None:
-    """All that is asked for and not yet known of one network; results are written as they come."""
-    task, stem = TASKS[name], options.cache / f"{name}-{seed}"
-    results = stem.with_suffix(".json")
-    found: dict = json.loads(results.read_text()) if results.exists() else {}
+    """All that is asked for and not yet known of one network."""
+    task = TASKS[name]
     generator = torch.Generator().manual_seed(seed)
     data = task.data(generator, options.fashion)
-    params, spec = trained(task, stem.with_suffix(".safetensors"), data, generator)
-    batches = list(zip(*(part.split(64) for part in data.scored), strict=True))
-    coupling = tfx.couple(params, spec)
-    flops, sizes = tfx.flops(coupling), tfx.parameters(coupling)
-    found.setdefault("whole", {"accuracy": accuracy(params, spec, *data.judged), "units": len(coupling)})
+    params, spec = trained(task, options.cache / f"{name}-{seed}.safetensors", data, generator)
+    batches = list(zip(*(part[: options.examples].split(64) for part in data.scored), strict=True))
+    case = Case(params, spec, task.module(params), batches, task.loss, task.protect, options.by)
+    kept = Kept(options.cache / f"{name}{options.variant}-{seed}.json", case.coupling)
+    found = kept.found
+    if "whole" not in found:
+        found["whole"] = {"accuracy": task.quality(params, spec, *data.judged), "units": len(case.coupling)}
+    chosen = {name: x for name, x in contestants(case, seed).items() if fits(name, options.contestants)}
+    decide(chosen, options.shares, kept)
+    keys = [f"{name} @ {share}" for name in chosen for share in options.shares if f"{name} @ {share}" in found]
+    for key in keys:
+        known, some = found[key]["accuracy"], ["as cut"] if another_draw(key) else options.repairs
+        repairs = [x for x in some if x not in known and (task.tune or not x.endswith("tuned"))]
+        for repair, network in left(repairs, task, params, kept.plan(key), data, batches, seed):
+            known[repair] = task.quality(*network, *data.judged)
+            kept.save()
+    if options.latency:
+        plans = {key: kept.plan(key) for key in keys if not another_draw(key)}
+        networks = {key: (tfx.cut(params, plan), plan.spec) for key, plan in plans.items()}
+        times = latencies({"": (params, spec), **networks}, data.judged[0][:256])
+        for key in networks:
+            found[key]["latency"] = times[key] / times[""]
+    scores = {name: x.scores for name, x in chosen.items() if isinstance(x, Ranked) and not another_draw(name)}
+    if options.fidelity and scores:
+        truth = tfx.oracle(params, spec, batches, case.coupling, loss=task.loss)
+        compared = tfx.fidelity(scores, truth, case.coupling, resamples=1)
+        found["fidelity"] = {name: x.value for name, x in compared.spearman.items()}
+    kept.save()
+    print(f"{kept.file.stem}: {time.process_time():.0f} s of CPU time so far", flush=True)
 
-    def keep_results() -> None:
-        temporary = results.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(found, indent=1))
-        temporary.replace(results)
 
-    for contestant, choose in contestants(params, spec, batches, task.module(params), seed).items():
-        start, missing = time.process_time(), [s for s in options.shares if f"{contestant} @ {s}" not in found]
-        for share, plan in (choose(missing) if missing else {}).items():
-            found[f"{contestant} @ {share}"] = {
+def decide(chosen: Mapping[str, Contestant], shares: Sequence[float], kept: Kept) -> None:
+    """Ask the contestants for the plans that are missing."""
+    flops, sizes = tfx.flops(kept.coupling), tfx.parameters(kept.coupling)
+    for name, choose in chosen.items():
+        start, missing = time.process_time(), [s for s in shares if f"{name} @ {s}" not in kept.found]
+        for share, plan in (answers(name, choose, missing) if missing else {}).items():
+            kept.found[f"{name} @ {share}"] = {
                 "FLOPs": flops(plan.keep) / flops.total,
                 "parameters": sizes(plan.keep) / sizes.total,
                 "seconds": (time.process_time() - start) / len(missing),
                 "keep": np.packbits(plan.keep).tobytes().hex(),
                 "accuracy": {},
             }
-    keep_results()
-    for repair, key in ((repair, key) for repair in options.repairs for key in found if " @ " in key):
-        asked = float(key.split(" @ ")[1]) in options.shares and (not tuning(repair) or not another_draw(key))
-        if asked and repair not in found[key]["accuracy"]:
-            bits = np.frombuffer(bytes.fromhex(found[key]["keep"]), np.uint8)
-            plan = tfx.Plan(coupling, np.unpackbits(bits, count=len(coupling)).astype(bool))
-            network = left(repair, task, params, plan, data, batches, seed)
-            found[key]["accuracy"][repair] = accuracy(*network, *data.judged)
-            keep_results()
-    print(f"{stem.name}: {time.process_time():.0f} s of CPU time so far", flush=True)
+    kept.save()
 
 
-def tuning(repair: str) -> bool:
-    """Costs more than a moment."""
-    return "tuned" in repair or "reconstructed" in repair
+def answers(contestant: str, choose: Contestant, shares: list[float]) -> Plans:
+    """What a contestant answers; that Torch-Pruning does not cope with a network is said, and no reason to stop."""
+    try:
+        return choose(shares)
+    except Exception as error:
+        if not contestant.startswith("Torch-Pruning"):
+            raise
+        print(f"{contestant} gives no answer: {type(error).__name__}: {str(error).strip().splitlines()[0]}", flush=True)
+        return {}
+
+
+def fits(contestant: str, globs: Sequence[str]) -> bool:
+    return any(fnmatchcase(contestant, glob) for glob in globs)
 
 
 def another_draw(key: str) -> bool:
@@ -118,38 +186,57 @@ def main() -> None:
     options.cache.mkdir(parents=True, exist_ok=True)
     if torch_pruning is None:
         print("Torch-Pruning is not installed and takes no part: pip install --no-deps torch-pruning==1.6.1")
-    for seed in options.seeds:
-        for name in options.tasks:
-            if name == "digits" or options.fashion.is_dir():
-                run(name, seed, options)
-            else:
-                print(f"{name} is left out: there is no folder {options.fashion} with Fashion-MNIST's IDX files.")
+    for name in () if options.tables else options.tasks:
+        missing = [x for x in TASKS[name].needs if importlib.util.find_spec(x) is None]
+        if TASKS[name].data is fashion and not options.fashion.is_dir():
+            missing = [f"a folder {options.fashion} with Fashion-MNIST's IDX files"]
+        if missing:
+            print(f"{name} is left out: there is no {' and no '.join(missing)}.")
+        for seed in () if missing else options.seeds:
+            run(name, seed, options)
     found = {
-        name: {seed: json.loads(file.read_text()) for seed in options.seeds
-               if (file := options.cache / f"{name}-{seed}.json").exists()}
+        f"{name}{variant}": results
         for name in options.tasks
-    }  # fmt: skip
-    titles = {name: TASKS[name].title for name in found}
-    text = tables(found, titles, options.shares)
-    print(text)
+        for variant in ("", "-parameters", "-64")
+        if (results := kept_results(options, f"{name}{variant}"))
+    }
+    titles = {name: TASKS[name.split("-")[0]].title + VARIANTS.get(name.split("-")[-1], "") for name in found}
+    print(f"{tables(found, titles, options.shares)}\n\n{summary(found, titles, options.shares)}")
     if options.publish:
-        publish(text, found, titles, options.shares, Path(__file__).parents[1] / "docs")
+        publish(found, titles, options.shares, Path(__file__).parents[1] / "docs")
+
+
+def kept_results(options: argparse.Namespace, name: str) -> dict[int, dict]:
+    files = {seed: options.cache / f"{name}-{seed}.json" for seed in options.seeds}
+    return {seed: json.loads(file.read_text()) for seed, file in files.items() if file.exists()}
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--seeds", nargs="+", type=int, help="default: 0 1; with --full 0 1 2 3 4")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, help=f"default: {' '.join(TRAINED)}; with --full all")
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: 0; with --full 0 1 2 3 4")
     parser.add_argument(
         "--shares", nargs="+", type=float, help="of the FLOPs; default: .5 .3; with --full .85 .7 .5 .3"
     )
-    parser.add_argument("--repairs", nargs="+", choices=REPAIRS, default=list(REPAIRS))
-    parser.add_argument("--full", action="store_true", help="five seeds, four budgets")
+    parser.add_argument(
+        "--repairs", nargs="+", choices=REPAIRS, help="default: as cut and recalibrated; with --full all"
+    )
+    parser.add_argument("--contestants", nargs="+", default=["*"], help="globs of their names (default: all)")
+    parser.add_argument("--by", choices=BUDGETS, default="FLOPs", help="what the shares are of")
+    parser.add_argument("--examples", type=int, default=512, help="to score and repair with (default: 512)")
+    parser.add_argument("--latency", action="store_true", help="also time every network that is left")
+    parser.add_argument("--fidelity", action="store_true", help="also ask the oracle")
+    parser.add_argument("--full", action="store_true", help="all tasks, five seeds, four budgets, all repairs")
     parser.add_argument("--cache", type=Path, default=CACHE, help=f"networks and results (default: {CACHE})")
     parser.add_argument("--fashion", type=Path, default=FASHION, help="folder of Fashion-MNIST's IDX files")
+    parser.add_argument("--tables", action="store_true", help="run nothing, print what there is")
     parser.add_argument("--publish", action="store_true", help="write benchmarks/README.md, quality.json, docs/")
     options = parser.parse_args()
-    options.seeds = options.seeds or list(range(5 if options.full else 2))
+    options.variant = "" if options.by == "FLOPs" else f"-{options.by}"
+    options.variant += "" if options.examples == 512 else f"-{options.examples}"
+    options.tasks = options.tasks or list(TASKS if options.full else TRAINED)
+    options.repairs = options.repairs or list(REPAIRS if options.full else ("as cut", "recalibrated"))
+    options.seeds = options.seeds or list(range(5 if options.full else 1))
     options.shares = options.shares or ([0.85, 0.7, 0.5, 0.3] if options.full else [0.5, 0.3])
     return options
 

@@ -1,38 +1,58 @@
 """The quality benchmark judges fairly: the same network, the same budget, nothing judged that was learned from."""
 
 import math
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
 import torch
-from _contestants import MOST, contestants, torch_pruning
-from _networks import After, Before, Inverted, Stages, noisy_digits
-from _tables import MARKERS, Interval, duels, interval, table
+from _contestants import MOST, Case, contestants, torch_pruning
+from _networks import TRAINED, After, Before, Inverted, Stages, VisionTransformer, noisy_digits
+from _tables import MARKERS, Interval, duels, fidelities, interval, summary, table
 
 import taylorfx as tfx
 
-BLOCKS = {"before": (Before, True), "after": (After, False), "inverted": (Inverted, False)}
+NETWORKS = {
+    "before": (lambda: Stages(Before, 8, 1, bare=True), 8, ()),
+    "after": (lambda: Stages(After, 8, 1, bare=False), 8, ()),
+    "inverted": (lambda: Stages(Inverted, 8, 1, bare=False), 8, ()),
+    "transformer": (lambda: VisionTransformer(32, 4, 48), 28, TRAINED["vit"].protect),
+}
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-def test_every_contestant_answers_with_a_plan_within_the_budget(block):
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_contestant_answers_with_a_plan_within_the_budget(name):
     torch.manual_seed(0)
-    kind, bare = BLOCKS[block]
-    module = Stages(kind, 8, 1, bare=bare).eval()
+    network, size, protect = NETWORKS[name]
+    module = network().eval()
     generator = torch.Generator().manual_seed(0)
-    batches = [(torch.randn(8, 1, 8, 8, generator=generator), torch.randint(10, (8,), generator=generator))] * 2
+    batches = [(torch.randn(8, 1, size, size, generator=generator), torch.randint(10, (8,), generator=generator))] * 2
     params, spec = tfx.from_torch(module, batches[0][0][:2])
-    cost = tfx.flops(tfx.couple(params, spec))
-    found = contestants(params, spec, batches, module, seed=0)
+    case = Case(params, spec, module, batches, protect=protect, by="parameters" if name == "after" else "FLOPs")
+    found = contestants(case, seed=0)
     assert (torch_pruning is None) == (not any(name.startswith("Torch-Pruning") for name in found))
-    for name, choose in found.items():
+    for contestant, choose in found.items():
         plans = choose([0.8, 0.6])
         assert plans.keys() == {0.8, 0.6}
         for share, plan in plans.items():
-            near = 0.05 if name.startswith("Torch-Pruning") else 0.0  # its steps are coarse
-            assert cost(plan.keep) <= (share + near) * cost.total, name
+            near = 0.05 if contestant.startswith("Torch-Pruning") else 0.0  # its steps are coarse
+            assert case.cost(plan.keep) <= (share + near) * case.cost.total, contestant
             for scope, size in enumerate(plan.coupling.sizes):
-                assert plan.keep[plan.coupling.scope == scope].sum() >= math.floor((1 - MOST) * size), name
+                kept = plan.keep[plan.coupling.scope == scope].sum()
+                assert kept >= math.floor((1 - MOST) * size), contestant
+                if any(fnmatchcase(plan.coupling.scopes[scope], glob) for glob in protect):
+                    assert kept == size, contestant
+
+
+def test_the_transformers_protected_scopes_leave_heads_and_hidden_units():
+    module = VisionTransformer(32, 4, 48).eval()
+    coupling = tfx.couple(*tfx.from_torch(module, torch.randn(2, 1, 28, 28)))
+    free = [
+        int(size)
+        for scope, size in zip(coupling.scopes, coupling.sizes, strict=True)
+        if not any(fnmatchcase(scope, glob) for glob in TRAINED["vit"].protect)
+    ]
+    assert sorted(free) == [8] * 4 + [48] * 4  # eight heads of four dimensions
 
 
 def test_no_test_image_is_learned_or_scored():
@@ -54,20 +74,33 @@ def test_an_interval_is_students_and_its_table_marks_the_best():
     results = {
         seed: {
             "whole": {"accuracy": 0.9},
+            "weight_l2 @ 0.5": entry(0.2),
             "joint @ 0.5": entry(0.8 + 0.01 * seed),
             "Torch-Pruning A @ 0.5": entry(0.6),
             "Torch-Pruning B @ 0.5": entry(0.7 + 0.02 * seed),
             "random 0 @ 0.5": entry(0.1),
             "random 1 @ 0.5": entry(0.2),
         }
-        for seed in (0, 1)
+        for seed in (0, 1, 2)
     }
     rows = table(results, 0.5).splitlines()
-    assert rows[2].startswith("| joint | **80.5")
-    assert rows[-1].startswith("| random | 15.0 ± 0.0 |")
-    assert "| joint | 50% | 9.5 ± 6.4 |" in duels(results, [0.5])  # against B, seed by seed: 10 and 9 points
+    assert rows[2].startswith("| joint | **81.0 ± 2.5**")
+    assert rows[3].startswith("| weight_l2 | 20.0 ± 0.0 |")  # ours first, and Torch-Pruning last, whoever ran first
+    assert rows[4].startswith("| random | 15.0 ± 0.0 |")
+    assert "| joint | 50% | 9.0 ± 2.5 |" in duels(results, [0.5])  # against B, seed by seed: 10, 9 and 8 points
+
+    assert "joint, measured" not in duels(results, [0.5])
+    line = summary({"task": results}, {"task": "a task"}, [0.5]).splitlines()[2]
+    assert line.startswith("| a task (90.0 ± 0.0) | 50% | 81.0 / - / - / 81.0 / 72.0, **+9.0 ± 2.5** |")
 
 
-def test_the_readme_has_the_place_for_the_tables():
-    text = (Path(__file__).parents[1] / "benchmarks" / "README.md").read_text()
+def test_fidelity_is_the_mean_over_the_seeds_that_have_it():
+    found = {"a": {0: {"fidelity": {"taylor": 0.5}}, 1: {"fidelity": {"taylor": 0.6}}, 2: {}}, "b": {0: {}}}
+    assert fidelities(found).splitlines() == ["| criterion | a (2) |", "| --- | --- |", "| taylor | 0.55 |"]
+    assert fidelities({"b": {0: {}}}) == ""
+
+
+@pytest.mark.parametrize("file", ["README.md", "QUALITY.md"])
+def test_there_is_a_place_for_the_tables(file):
+    text = (Path(__file__).parents[1] / "benchmarks" / file).read_text()
     assert [text.count(marker) for marker in MARKERS] == [1, 1]
