@@ -114,6 +114,7 @@ class Stepwise:
 
     case: Case
     criterion: Criterion | None = None
+    cautious: bool = False
 
     def __call__(self, shares: Sequence[float]) -> Plans:
         case, last = self.case, min(shares)
@@ -122,8 +123,8 @@ class Stepwise:
         floor = {name: max(2, math.ceil((1 - MOST) * size)) for name, size in sizes}  # a single unit is no scope
         steps = tfx.iterate(
             case.params, case.spec, case.batches, budgets=map(BUDGETS[case.by][0], ways), loss=case.loss,
-            criterion=self.criterion, protect=case.protect,
-            floor=floor,
+            criterion=self.criterion, cautious=self.cautious, per_cost=not self.criterion,
+            protect=case.protect, floor=floor,
         )  # fmt: skip
         plans = accumulate((plan for *_, plan in steps), tfx.compose)
         return {share: plan for share, plan in zip(ways, plans, strict=True) if share in shares}
@@ -173,6 +174,7 @@ def contestants(case: Case, seed: int) -> dict[str, Contestant]:
         "joint without swaps": Joint(case, stats, swaps=False),
         "joint around the mean": Joint(case, around),
         "joint, measured at every step": Stepwise(case),
+        "joint, cautious, measured at every step": Stepwise(case, cautious=True),
         "joint on outputs": Joint(case, outputs.measure(rows=True)),
         "joint on outputs, measured at every step": Stepwise(outputs),
         f"fisher {per}, measured at every step": Stepwise(case, partial(fisher_per_cost, case.by)),

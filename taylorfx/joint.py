@@ -44,6 +44,7 @@ def joint(
     rounds: int = 64,
     per_cost: bool = True,
     swaps: bool = True,
+    cautious: bool = False,
     **constraints: Any,
 ) -> Plan:
     """Decide which units stay by what their removal costs together.
@@ -57,6 +58,10 @@ def joint(
             budget counts those.
         swaps: at the end, let a unit that left and one of its scope that stayed change places, as long as that lowers
             the forecast (of the best few on either side, and a few hundred times for each scope).
+        cautious: do not believe a forecast that the loss falls. Far from the network, units do not cancel each other
+            as the expansion says (where the loss does not hear of the scale of a layer, all of it could leave for
+            nothing), nor do those help that promise to. So ``-E[g_u]`` counts only where it is a loss, and ``E[s g_u]``
+            takes back at most half of ``E[g_u^2] / 2``; no exchanges.
         constraints: those of `select`.
 
     Raises:
@@ -70,9 +75,11 @@ def joint(
     keep = np.ones(len(coupling), bool)
     totals = [cost(keep) for cost in costs]
     mean, half = rows.mean(0, dtype=torch.float64), 0.5 * rows.square().mean(0, dtype=torch.float64)
+    mean = mean.clamp(max=0) if cautious else mean
     plan = select(half - mean, coupling, budget=budgets, **constraints)  # an error names the budget that was asked for
     for step in range(1, rounds + 1) if len(coupling) else ():
-        scores = _cross(rows, ~keep) + half - mean
+        cross = _cross(rows, ~keep)
+        scores = (torch.maximum(cross, -0.5 * half) if cautious else cross) + half - mean
         if per_cost and isinstance(costs[0], Cost):
             saving = costs[0].marginal(keep)
             scores = scores / saving.clamp(min=1e-9 * float(saving.max().clamp(min=1)))
@@ -87,7 +94,7 @@ def joint(
                 raise
             continue
         keep = plan.keep
-    if swaps:
+    if swaps and not cautious:
         free = coupling.exact if constraints.get("exact_only") else np.ones(len(coupling), bool)
         better = _swap(rows, coupling, plan.keep.copy(), mean, half, free)
         limits = [max(one.limit(n), cost(plan.keep)) for one, n, cost in zip(budgets, totals, costs, strict=True)]

@@ -56,7 +56,7 @@ def prune(
         budget: what may remain: ``Flops(0.5)``, ``Parameters(...)``, ``Units(...)``, ``Remove(1)``;
             or several of them.
         criterion: a function of ``(statistics, coupling)``, or of ``(params, coupling)`` if marked by `of_weights`.
-            Without one, units are chosen together, by `joint`.
+            Without one, units are chosen together, by `joint`, cautiously.
         per_cost: weigh scores against the FLOPs or parameters that leave, where the (first) budget counts those; the
             loss grows far less that way.
         steps: in how many cuts of equal ratio the budget is reached, each chosen by what is measured on what the one
@@ -108,6 +108,7 @@ def iterate(
     loss: Loss = cross_entropy,
     moments: bool = False,
     per_cost: bool = True,
+    cautious: bool = True,
     repair: Repair | None = None,
     **constraints: Any,
 ) -> Generator[tuple[Params, Spec, Plan], Params | None, None]:
@@ -127,6 +128,7 @@ def iterate(
         batches: measured again at every step; a list or a loader rather than an iterator, which one step would use up.
         budgets: what may remain after each step; shares are of the network given here, but for `Remove`, which counts
             from step to step.
+        cautious: how `joint` chooses where there is no criterion.
         constraints: those of `select`; ``most`` is the largest share of the network given here that a scope loses, and
             what has become too small to lose anything needs no constraint any more.
 
@@ -146,7 +148,7 @@ def iterate(
         else:
             stats = measure(params, spec, batches, coupling, loss=loss, moments=moments, rows=criterion is None)
             if criterion is None:
-                plan = joint(stats, coupling, budget=asked, per_cost=per_cost, **rules)
+                plan = joint(stats, coupling, budget=asked, per_cost=per_cost, cautious=cautious, **rules)
             else:
                 plan = select(criterion(stats, coupling), coupling, budget=asked, per_cost=per_cost, **rules)  # type: ignore
         params, spec = (cut(params, plan), plan.spec) if repair is None else repair(params, plan, batches)

@@ -145,10 +145,37 @@ def test_what_makes_no_sense_is_refused(change, message):
 PLAIN = (*wide()[:2], (torch.randn(3, 4, dtype=torch.float64), torch.tensor([0, 1, 0])), wide()[2])
 
 
+@given(seeds, st.integers(1, 9))
+def test_a_cautious_choice_where_no_unit_hears_of_another_is_by_fisher_and_what_is_lost(seed, leave):
+    _, _, coupling = wide()
+    rows = torch.diag(torch.randn(len(coupling), generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
+    stats = statistics(coupling, rows)
+    scores = tfx.fisher(stats, coupling) + (-rows.mean(0)).clamp(min=0)
+    plan = tfx.joint(stats, coupling, budget=tfx.Remove(leave), cautious=True)
+    assert plan == tfx.select(scores, coupling, budget=tfx.Remove(leave))
+
+
+def test_caution_leaves_more_of_a_layer_whose_scale_the_loss_does_not_hear():
+    """Derivatives of the first layer's units add up to nothing, as they do before a norm: all could leave for free."""
+    _, _, coupling = wide((12, 8))
+    first, kept = coupling.scope == 0, []
+    for seed in range(12):
+        rows = torch.randn(64, len(coupling), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        rows[:, first] -= rows[:, first].mean(1, keepdim=True)
+        rows[:, ~first] *= 0.8  # a little less by themselves
+        stats = statistics(coupling, rows)
+        plans = [tfx.joint(stats, coupling, budget=tfx.Units(8), cautious=cautious) for cautious in (False, True)]
+        kept.append([plan.keep[first].sum() for plan in plans])
+    bold, cautious = np.array(kept).T
+    assert (cautious >= bold).all()
+    assert cautious.sum() >= bold.sum() + 12, "one unit more in each network"
+
+
 def test_pruning_without_a_criterion_chooses_jointly():
     params, spec, coupling = wide((12, 8))
     batch = torch.randn(16, 4, dtype=torch.float64), torch.randint(2, (16,))
-    plan = tfx.joint(tfx.measure(params, spec, batch, coupling, rows=True), coupling, budget=tfx.Flops(0.5), floor=2)
+    stats = tfx.measure(params, spec, batch, coupling, rows=True)
+    plan = tfx.joint(stats, coupling, budget=tfx.Flops(0.5), floor=2, cautious=True)
     assert tfx.prune(params, spec, batch, budget=tfx.Flops(0.5), floor=2, steps=1)[1] == plan.spec
 
 
