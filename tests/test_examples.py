@@ -193,3 +193,13 @@ def test_a_pretrained_network_keeps_what_its_derivatives_say(example: str) -> No
 def test_a_package_that_is_missing_is_named_with_the_command_that_installs_it() -> None:
     with pytest.raises(SystemExit, match=r"pip install --no-deps some-package==1\.0$"):
         module("pretrained").folder("a_package_that_is_missing", "some-package==1.0")
+
+
+def test_without_training_repairs_what_it_cuts_and_writes_it() -> None:
+    printed = run("without_training.py", "--smoke")
+    rows = re.findall(r"(magnitude|at once|as prune does)\s+\S\s+([\d.]+)%\s+\S\s+([\d.]+)%", printed)
+    assert len(rows) == 3, printed
+    for name, cut, repaired in rows:
+        assert float(repaired) > float(cut) - 5, name
+    assert float(rows[2][2]) > 60, "of the three, the choice in steps is repaired to something useful"
+    assert printed.rstrip().endswith("the same network")

@@ -1,0 +1,95 @@
+"""Prune once, and train never again: what the choice and the repair each bring.
+
+The network of the quickstart learns scikit-learn's digits and is cut to a share of its FLOPs by magnitude, by one joint
+choice, and in five steps that measure again, as `prune` does; every result is tested as cut and reconstructed. The last
+one is folded, timed, and cut from file to file. About two minutes of one core:
+
+    python examples/without_training.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from functools import reduce
+from pathlib import Path
+
+import torch
+from quickstart import digits, network
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from training import accuracy, at_rest, cosine, fit
+
+import taylorfx as tfx
+
+Batches = list[tuple[Tensor, Tensor]]
+
+
+def main() -> None:
+    options = arguments()
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(options.seed)
+    images, targets, *test = digits()
+    spec = network(options.width)
+    params = tfx.init(spec, generator)
+    params, _ = fit(
+        params, at_rest(params, spec), spec, images, targets, epochs=options.epochs, batch_size=64,
+        lr=cosine(0.1, warmup=0.1), weight_decay=5e-4, generator=generator, label="train",
+    )  # fmt: skip
+    chosen = torch.randperm(len(images), generator=generator)[:512]
+    batches = list(zip(images[chosen].split(64), targets[chosen].split(64), strict=True))
+
+    coupling, budget = tfx.couple(params, spec), tfx.Flops(options.flops)
+    stats = tfx.measure(params, spec, batches, coupling, rows=True)
+    magnitude = tfx.weight_l2(params, coupling, normalizer=tfx.per_layer_mean)
+    steps = tfx.iterate(params, spec, batches, budgets=tfx.schedule.exponential(budget, 5), floor=2)
+    stepwise = reduce(tfx.compose, [plan for *_, plan in steps])  # all steps as one plan of the whole network
+    plans = {
+        "magnitude": tfx.select(magnitude, coupling, budget=budget, floor=2),
+        "jointly, at once": tfx.joint(stats, coupling, budget=budget, floor=2),
+        "in five steps, as prune does": stepwise,
+    }
+    table = Table("chosen", "as cut", "reconstructed", title=f"{options.flops:.0%} of the FLOPs")
+    for name, plan in plans.items():
+        cut = accuracy(tfx.cut(params, plan), plan.spec, *test)
+        repaired = accuracy(*tfx.reconstruct(params, plan, batches), *test)
+        table.add_row(name, f"{cut:.1%}", f"{repaired:.1%}")
+    Console().print(table)
+    deploy(params, spec, stepwise, batches, tfx.Timings(batch=len(test[0])), test)
+
+
+def deploy(
+    params: tfx.Params, spec: tfx.Spec, plan: tfx.Plan, batches: Batches, timings: tfx.Timings, test: Sequence[Tensor]
+) -> None:
+    """Repair, fold batch norms away, and write files: the cut checkpoint is cut from the whole one, row by row."""
+    small, smaller = tfx.fold(*tfx.reconstruct(params, plan, batches))
+    with tempfile.TemporaryDirectory() as folder:
+        whole, part = Path(folder) / "whole.safetensors", Path(folder) / "part.safetensors"
+        tfx.save(whole, params, spec)
+        tfx.cut_file(whole, part, plan)
+        sizes = [file.stat().st_size for file in (whole, part)]
+        same = accuracy(*tfx.load(part), *test) == accuracy(tfx.cut(params, plan), plan.spec, *test)
+    print(
+        f"folded: {len(spec)} layers -> {len(smaller)}, {timings(spec):.0f} -> {timings(smaller):.0f} microseconds of "
+        f"layers, accuracy {accuracy(small, smaller, *test):.1%}; "
+        f"file: {sizes[0]:,} -> {sizes[1]:,} bytes, {'the same' if same else 'another'} network"
+    )
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--flops", type=float, default=0.3, help="share of the FLOPs that may remain (default: 0.3)")
+    parser.add_argument("--epochs", type=int, default=20, help="epochs of training, before (default: 20)")
+    parser.add_argument("--width", type=int, default=24, help="channels of the first stage (default: 24)")
+    parser.add_argument("--smoke", action="store_true", help="seconds: few epochs, a narrow network")
+    options = parser.parse_args()
+    if options.smoke:
+        options.epochs, options.width = 3, 8
+    return options
+
+
+if __name__ == "__main__":
+    main()
