@@ -14,30 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from taylorfx.layers import (
-    BatchNorm1d,
-    BatchNorm2d,
-    BatchNorm3d,
-    Conv1d,
-    Conv2d,
-    Conv3d,
-    ConvTranspose1d,
-    ConvTranspose2d,
-    Layer,
-    Linear,
-)
+from taylorfx.fold import TRANSPOSED
+from taylorfx.fold import WRITERS as CONSUMERS
+from taylorfx.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, Layer, Linear
 from taylorfx.plan import Plan
 from taylorfx.spec import Node, Spec
 from taylorfx.tree import Params, flatten, merge, unflatten
 
 __all__ = [
-    "CONSUMERS", "CONVOLUTIONS", "NORMS", "as_matrix", "as_rows", "as_weight", "as_windows", "consumers",
+    "CONSUMERS", "NORMS", "as_matrix", "as_rows", "as_weight", "as_windows", "consumers",
     "kept_channels", "lost", "sharing", "shifted",
 ]  # fmt: skip
 
-_TRANSPOSED = (ConvTranspose1d, ConvTranspose2d)
-CONVOLUTIONS = (Conv1d, Conv2d, Conv3d, *_TRANSPOSED)
-CONSUMERS = (Linear, *CONVOLUTIONS)
 NORMS = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
 
 
@@ -92,7 +80,7 @@ def _norm(spec: Spec, node: Node) -> str | None:
     if len(hearers) != 1 or node.name in spec.outputs:
         return None
     layer, path = hearers[0].layer, hearers[0].path("running_mean")
-    channels = isinstance(node.layer, CONVOLUTIONS)  # a norm takes the last axis of a linear layer for positions
+    channels = not isinstance(node.layer, Linear)  # a norm takes the last axis of a linear layer for positions
     tracked = channels and isinstance(layer, NORMS) and layer.track_running_stats
     return path if tracked and sum(path in map(other.path, other.layer.buffers) for other in spec) == 1 else None
 
@@ -115,7 +103,7 @@ def as_windows(layer: Layer, x: Tensor) -> Tensor:
     kernel: tuple[int, ...] = layer.kernel_size  # type: ignore[attr-defined]
     channels, size = x.shape[1], math.prod(kernel)
     ones = torch.eye(size, dtype=x.dtype, device=x.device).reshape(1, size, 1, *kernel)
-    ones = ones.transpose(1, 2) if isinstance(layer, _TRANSPOSED) else ones
+    ones = ones.transpose(1, 2) if isinstance(layer, TRANSPOSED) else ones
     weight = ones.expand(channels, *ones.shape[1:]).flatten(0, 1)
     alone: Any = replace(layer, in_channels=channels, out_channels=channels * size, groups=channels, bias=False)  # type: ignore[call-arg]
     return as_rows(layer, alone.apply({"weight": weight}, x))
@@ -126,14 +114,14 @@ def as_matrix(layer: Layer, weight: Tensor) -> Tensor:
     if isinstance(layer, Linear):
         return weight.T[None]
     apart: Tensor = weight.unflatten(0, (layer.groups, -1))  # type: ignore[attr-defined, no-untyped-call]
-    if isinstance(layer, _TRANSPOSED):  # g i o K
+    if isinstance(layer, TRANSPOSED):  # g i o K
         return apart.flatten(3).transpose(2, 3).flatten(1, 2)
     return apart.flatten(2).mT  # g o (i K)
 
 
 def as_weight(layer: Layer, matrix: Tensor, like: Tensor) -> Tensor:
     """The reverse of `as_matrix`, in the shape and dtype of ``like``."""
-    if isinstance(layer, _TRANSPOSED):
+    if isinstance(layer, TRANSPOSED):
         window: int = math.prod(like.shape[2:])
         matrix = matrix.unflatten(1, (-1, window)).transpose(2, 3)  # type: ignore[no-untyped-call]
     else:

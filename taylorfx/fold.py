@@ -24,8 +24,8 @@ from taylorfx.tree import Params, flatten, unflatten
 __all__ = ["fold"]
 
 NORMS = (L.BatchNorm1d, L.BatchNorm2d, L.BatchNorm3d, L.InstanceNorm2d)
-_TRANSPOSED = (L.ConvTranspose1d, L.ConvTranspose2d)
-_WRITERS = (L.Linear, L.Conv1d, L.Conv2d, L.Conv3d, *_TRANSPOSED)
+TRANSPOSED = (L.ConvTranspose1d, L.ConvTranspose2d)
+WRITERS = (L.Linear, L.Conv1d, L.Conv2d, L.Conv3d, *TRANSPOSED)
 
 
 def fold(params: Params, spec: Spec) -> tuple[Params, Spec]:
@@ -86,7 +86,7 @@ class _Folder:
         node = self.nodes[name] = replace(node, inputs=tuple(self.moved.get(x, x) for x in node.inputs))
         for slot, heard in enumerate(node.inputs):
             writer = self.nodes[heard]
-            if type(writer.layer) in _WRITERS and self.heard[heard] == 1 and self._alone(writer):
+            if type(writer.layer) in WRITERS and self.heard[heard] == 1 and self._alone(writer):
                 affine = self._affine(node, slot, writer)
                 if affine is not None:
                     self._absorb(writer, affine)
@@ -129,7 +129,7 @@ class _Folder:
         bias = self.leaves[writer.path("bias")] if "bias" in writer.paths else weight.new_zeros(channels)
         if affine.scale is not None:
             scale = affine.scale.expand(channels)
-            if type(layer) in _TRANSPOSED:  # (g i) o K ...: the outputs of a group lie along the second axis
+            if type(layer) in TRANSPOSED:  # (g i) o K ...: the outputs of a group lie along the second axis
                 groups = layer.groups  # type: ignore[attr-defined]
                 spread = scale.reshape(groups, -1).repeat_interleave(len(weight) // groups, 0)
             else:
