@@ -7,9 +7,8 @@ with a plan, Torch-Pruning too, so that cost, repair and fine-tuning are the sam
 from __future__ import annotations
 
 import copy
-import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property, partial
@@ -86,13 +85,15 @@ class Case:
 
 @dataclass(frozen=True)
 class Ranked:
-    """The units with the lowest scores leave."""
+    """The units with the lowest scores leave, or those with the lowest for what they cost."""
 
     case: Case
     scores: Tensor
+    per_cost: bool = False
 
     def __call__(self, shares: Sequence[float]) -> Plans:
-        return {s: tfx.select(self.scores, self.case.coupling, **self.case.asked(s)) for s in shares}
+        case = self.case
+        return {s: tfx.select(self.scores, case.coupling, per_cost=self.per_cost, **case.asked(s)) for s in shares}
 
 
 @dataclass(frozen=True)
@@ -102,10 +103,12 @@ class Joint:
     case: Case
     stats: tfx.Statistics
     swaps: bool = True
+    cautious: bool = False
 
     def __call__(self, shares: Sequence[float]) -> Plans:
         coupling = self.case.coupling
-        return {s: tfx.joint(self.stats, coupling, swaps=self.swaps, **self.case.asked(s)) for s in shares}
+        how = {"swaps": self.swaps, "cautious": self.cautious}
+        return {s: tfx.joint(self.stats, coupling, **how, **self.case.asked(s)) for s in shares}
 
 
 @dataclass(frozen=True)
@@ -114,20 +117,33 @@ class Stepwise:
 
     case: Case
     criterion: Criterion | None = None
-    cautious: bool = False
+    cautious: bool = True
 
     def __call__(self, shares: Sequence[float]) -> Plans:
-        case, last = self.case, min(shares)
+        last = min(shares)
         ways = sorted({*shares, *(last ** (k / STEPS) for k in range(1, STEPS))}, reverse=True)
-        sizes = zip(case.coupling.scopes, case.coupling.sizes.tolist(), strict=True)
-        floor = {name: max(2, math.ceil((1 - MOST) * size)) for name, size in sizes}  # a single unit is no scope
-        steps = tfx.iterate(
-            case.params, case.spec, case.batches, budgets=map(BUDGETS[case.by][0], ways), loss=case.loss,
-            criterion=self.criterion, cautious=self.cautious, per_cost=not self.criterion,
-            protect=case.protect, floor=floor,
-        )  # fmt: skip
-        plans = accumulate((plan for *_, plan in steps), tfx.compose)
+        plans = self.along(map(BUDGETS[self.case.by][0], ways))
         return {share: plan for share, plan in zip(ways, plans, strict=True) if share in shares}
+
+    def along(self, ways: Iterable[tfx.Budget]) -> Iterator[tfx.Plan]:
+        """What stays of the whole network after each step."""
+        case = self.case
+        steps = tfx.iterate(
+            case.params, case.spec, case.batches, budgets=ways, loss=case.loss, criterion=self.criterion,
+            cautious=self.cautious, protect=case.protect, most=MOST,
+        )  # fmt: skip
+        return accumulate((plan for *_, plan in steps), tfx.compose)
+
+
+@dataclass(frozen=True)
+class Prune:
+    """What `tfx.prune` does by default: five steps for each share, written out as the plans are wanted."""
+
+    case: Case
+
+    def __call__(self, shares: Sequence[float]) -> Plans:
+        budget = BUDGETS[self.case.by][0]
+        return {s: [*Stepwise(self.case).along(tfx.schedule.exponential(budget(s), 5))][-1] for s in shares}
 
 
 def of_outputs(case: Case, generator: torch.Generator) -> Case:
@@ -147,10 +163,6 @@ def projected(outputs: Tensor, projections: Tensor) -> Tensor:
     return (outputs * projections).flatten(1).sum(1).mean()
 
 
-def fisher_per_cost(by: str, stats: tfx.Statistics, coupling: tfx.Coupling) -> Tensor:
-    return tfx.fisher(stats, coupling) / BUDGETS[by][1](coupling).marginal()
-
-
 def contestants(case: Case, seed: int) -> dict[str, Contestant]:
     """All of them by name, in the order of the tables; what they measure is measured once."""
     coupling = case.coupling
@@ -158,26 +170,30 @@ def contestants(case: Case, seed: int) -> dict[str, Contestant]:
     stats, raw = case.measure(rows=True), case.measure(at_writes=True, training=normed)
     centers = tfx.means(case.params, case.spec, case.batches, coupling).centers(coupling)
     around = case.measure(rows=True, around=centers)
-    cost, per = case.cost.marginal(), f"per {case.by.removesuffix('s')}"
-    scores: dict[str, Tensor] = {}
-    for criterion in (tfx.taylor, tfx.fisher, tfx.second_order):
-        scores[criterion.__name__] = criterion(stats, coupling)
-        scores[f"{criterion.__name__} {per}"] = criterion(stats, coupling) / cost
-    scores[f"taylor around the mean, {per}"] = tfx.taylor(around, coupling) / cost
+    per = f"per {case.by.removesuffix('s')}"
+    scores = {
+        criterion.__name__: criterion(stats, coupling) for criterion in (tfx.taylor, tfx.fisher, tfx.second_order)
+    }
+    priced = {f"{name} {per}": values for name, values in scores.items()}
+    priced[f"taylor around the mean, {per}"] = tfx.taylor(around, coupling)
     scores["weight_l2, per_layer_l2"] = tfx.weight_l2(case.params, coupling, normalizer=tfx.per_layer_l2)
     scores["compat"] = tfx.compat(raw, coupling)
     generator = torch.Generator().manual_seed(seed)
     scores |= {f"random {k}": tfx.random(coupling, generator) for k in range(DRAWS)}
     outputs = of_outputs(case, generator)
     return {
+        "prune": Prune(case),
         "joint": Joint(case, stats),
+        "joint, cautious": Joint(case, stats, cautious=True),
         "joint without swaps": Joint(case, stats, swaps=False),
         "joint around the mean": Joint(case, around),
-        "joint, measured at every step": Stepwise(case),
-        "joint, cautious, measured at every step": Stepwise(case, cautious=True),
+        "joint, measured at every step": Stepwise(case, cautious=False),
+        "joint, cautious, measured at every step": Stepwise(case),
         "joint on outputs": Joint(case, outputs.measure(rows=True)),
-        "joint on outputs, measured at every step": Stepwise(outputs),
-        f"fisher {per}, measured at every step": Stepwise(case, partial(fisher_per_cost, case.by)),
+        "joint on outputs, measured at every step": Stepwise(outputs, cautious=False),
+        "joint on outputs, cautious, measured at every step": Stepwise(outputs),
+        f"fisher {per}, measured at every step": Stepwise(case, tfx.fisher),
+        **{name: Ranked(case, values, per_cost=True) for name, values in priced.items()},
         **{name: Ranked(case, values) for name, values in scores.items()},
         **(torch_prunings(case) if torch_pruning else {}),
     }

@@ -135,9 +135,10 @@ def run(name: str, seed: int, options: argparse.Namespace) -> None:
         times = latencies({"": (params, spec), **networks}, data.judged[0][:256])
         for key in networks:
             found[key]["latency"] = times[key] / times[""]
-    scores = {name: x.scores for name, x in chosen.items() if isinstance(x, Ranked) and not another_draw(name)}
-    if options.fidelity and scores:
+    ranked = {name: x for name, x in chosen.items() if isinstance(x, Ranked) and not (x.per_cost or another_draw(name))}
+    if options.fidelity and ranked:
         truth = tfx.oracle(params, spec, batches, case.coupling, loss=task.loss)
+        scores = {name: x.scores for name, x in ranked.items()}
         compared = tfx.fidelity(scores, truth, case.coupling, resamples=1)
         found["fidelity"] = {name: x.value for name, x in compared.spearman.items()}
     kept.save()
