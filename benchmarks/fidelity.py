@@ -25,7 +25,7 @@ from taylorfx.report import plot_fidelity
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # the network and the training of the quickstart
 from quickstart import digits, network
-from training import accuracy, at_rest, cosine, fit
+from training import accuracy, learn, some
 
 TARGETS = (tfx.Oracle.signed, tfx.Oracle.absolute, tfx.Oracle.mean_absolute)
 
@@ -54,21 +54,12 @@ def one(seed: int, options: argparse.Namespace) -> list[tfx.Fidelity]:
     images, targets, test_images, test_targets = digits()
     images, test_images = (x + options.noise * torch.randn(x.shape, generator=generator) for x in (images, test_images))
     spec = network(options.width)
-    params = tfx.init(spec, generator)
-    params, _ = fit(
-        params, at_rest(params, spec), spec, images, targets, epochs=options.epochs, batch_size=64,
-        lr=cosine(0.1, warmup=0.1), weight_decay=5e-4, generator=generator, label=f"seed {seed}",
-    )  # fmt: skip
+    params = learn(spec, images, targets, epochs=options.epochs, generator=generator, label=f"seed {seed}")
     coupling = tfx.couple(params, spec)
-
-    def some(x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
-        chosen = torch.randperm(len(x), generator=generator)[: options.examples].split(64)
-        return [(x[index], y[index]) for index in chosen]
-
     scored, rest = (images, targets), (test_images, test_targets)
     if options.held_out:
         scored, rest = ((test_images[half::2], test_targets[half::2]) for half in (0, 1))
-    seen, unseen = some(*scored), some(*rest)
+    seen, unseen = (some(*part, options.examples, generator) for part in (scored, rest))
     start = time.process_time()
     same, other = (
         tfx.oracle(params, spec, batches, coupling, progress=sys.stdout.isatty()) for batches in (seen, unseen)

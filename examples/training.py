@@ -102,6 +102,33 @@ def fit(
     return params, momentum
 
 
+def learn(
+    spec: tfx.Spec,
+    images: Tensor,
+    targets: Tensor,
+    *,
+    epochs: int,
+    generator: torch.Generator,
+    peak: float = 0.1,
+    label: str = "train",
+) -> tfx.Params:
+    """A network from the start: as the quickstart trains its own."""
+    params = tfx.init(spec, generator)
+    params, _ = fit(
+        params, at_rest(params, spec), spec, images, targets, epochs=epochs, batch_size=64,
+        lr=cosine(peak, warmup=0.1), weight_decay=5e-4, generator=generator, label=label,
+    )  # fmt: skip
+    return params
+
+
+def some(
+    images: Tensor, targets: Tensor, count: int, generator: torch.Generator, batch_size: int = 64
+) -> list[tuple[Tensor, Tensor]]:
+    """Some of the examples, drawn without repetition, in batches."""
+    chosen = torch.randperm(len(images), generator=generator)[:count].split(batch_size)
+    return [(images[index], targets[index]) for index in chosen]
+
+
 @torch.inference_mode()
 def accuracy(params: tfx.Params, spec: tfx.Spec, images: Tensor, targets: Tensor, *, batch_size: int = 500) -> float:
     """The share of the images that the network, in inference mode, puts into their class."""

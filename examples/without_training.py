@@ -20,7 +20,7 @@ from quickstart import digits, network
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from training import accuracy, at_rest, cosine, fit
+from training import accuracy, learn, some
 
 import taylorfx as tfx
 
@@ -33,13 +33,8 @@ def main() -> None:
     generator = torch.Generator().manual_seed(options.seed)
     images, targets, *test = digits()
     spec = network(options.width)
-    params = tfx.init(spec, generator)
-    params, _ = fit(
-        params, at_rest(params, spec), spec, images, targets, epochs=options.epochs, batch_size=64,
-        lr=cosine(0.1, warmup=0.1), weight_decay=5e-4, generator=generator, label="train",
-    )  # fmt: skip
-    chosen = torch.randperm(len(images), generator=generator)[:512]
-    batches = list(zip(images[chosen].split(64), targets[chosen].split(64), strict=True))
+    params = learn(spec, images, targets, epochs=options.epochs, generator=generator)
+    batches = some(images, targets, 512, generator)
 
     coupling, budget = tfx.couple(params, spec), tfx.Flops(options.flops)
     stats = tfx.measure(params, spec, batches, coupling, rows=True)

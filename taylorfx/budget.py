@@ -36,7 +36,7 @@ class BudgetError(SelectionError):
 class Budget(ABC):
     """What may remain: a share of the whole (a float up to 1) or an absolute number (an int).
 
-    A new kind is one subclass: ``cost`` says what to count; if it can grow when a unit leaves, see the module's text.
+    A new kind is one subclass: ``cost`` says what to count; a `Cost` has prices, too (`select(per_cost=True)`).
     """
 
     amount: float | int
@@ -93,7 +93,7 @@ class Memory(Budget):
         return "elements at the peak"
 
     def cost(self, coupling: Coupling) -> Callable[[Mask], float]:
-        return lambda keep: memory(Plan(coupling, keep).spec)
+        return memory(coupling)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -31,22 +32,22 @@ __all__ = ["Cost", "Timings", "flops", "memory", "parameters"]
 Mask = NDArray[np.bool_]
 
 
-@dataclass(frozen=True)
-class Cost:
-    """A sum of monomials in the lengths of a coupling's axes.
+@dataclass(frozen=True, eq=False)
+class Cost(ABC):
+    """What a network costs, by the lengths of its coupling's axes.
 
-    Call it with the mask of kept units, ``(units,)``; it never grows when a unit leaves.
+    Call it with the mask of kept units, ``(units,)``.
     """
 
     coupling: Coupling
-    factors: Labels
-    """``(terms,)``: what does not change."""
-    axes: Labels
-    """``(terms, degree)``: the axes whose lengths multiply, by number; the number of axes stands for the length 1."""
 
-    def __call__(self, keep: Mask) -> int:
-        lengths = np.append(self.coupling.counts(keep), 1)
-        return int((self.factors * lengths[self.axes].prod(1)).sum())
+    def __call__(self, keep: Mask) -> float:
+        return self.of(self.coupling.counts(keep))
+
+    @property
+    def total(self) -> float:
+        """The cost of the whole network."""
+        return self(np.ones(len(self.coupling), bool))
 
     def marginal(self, keep: Mask | None = None) -> Tensor:
         """What leaves with each unit, to first order: ``(units,)``, in float64.
@@ -59,22 +60,106 @@ class Cost:
         """
         coupling = self.coupling
         kept = np.append(np.ones(len(coupling), bool) if keep is None else keep, True)
-        lengths = np.append(coupling.counts(kept[:-1]), 1).astype(np.float64)
-        slopes = np.zeros(len(lengths))  # how the cost grows with the length of each axis
-        for column in range(self.axes.shape[1]):
-            rest = np.delete(self.axes, column, 1)
-            np.add.at(slopes, self.axes[:, column], self.factors * lengths[rest].prod(1))
         saved = np.zeros(len(coupling) + 1)
-        for axis, slope in zip(coupling.axes, slopes, strict=False):
+        for axis, slope in zip(coupling.axes, self.slopes(coupling.counts(kept[:-1])), strict=False):
             for k, row in enumerate(axis):
                 others = kept[np.delete(axis, k, 0)].all(0)  # an index of several factors is there if all of them are
                 saved += slope * np.bincount(row[others] % len(saved), minlength=len(saved))
         return torch.from_numpy(saved[:-1])
 
-    @property
-    def total(self) -> int:
-        """The cost of the whole network."""
-        return self(np.ones(len(self.coupling), bool))
+    @abstractmethod
+    def of(self, lengths: Labels) -> float:
+        """The cost at these lengths of the coupling's axes, ``(axes,)``."""
+
+    @abstractmethod
+    def slopes(self, lengths: Labels) -> NDArray[np.float64]:
+        """How it grows with each of them, ``(axes,)`` or one more."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Sum(Cost):
+    """A sum of monomials; it never grows when a unit leaves.
+
+    Attributes:
+        factors: ``(terms,)``: what does not change.
+        axes: ``(terms, degree)``: the axes whose lengths multiply, by number; the number of axes stands for length 1.
+    """
+
+    factors: Labels
+    axes: Labels
+
+    def of(self, lengths: Labels) -> int:
+        return int(self.terms(lengths).sum())
+
+    def terms(self, lengths: Labels) -> Labels:
+        """What each of them is, ``(terms,)``."""
+        value: Labels = self.factors * np.append(lengths, 1)[self.axes].prod(1)
+        return value
+
+    def slopes(self, lengths: Labels, weights: NDArray[np.float64] | float = 1.0) -> NDArray[np.float64]:
+        lengths = np.append(lengths, 1).astype(np.float64)
+        slopes = np.zeros(len(lengths))
+        for column in range(self.axes.shape[1]):
+            rest = np.delete(self.axes, column, 1)
+            np.add.at(slopes, self.axes[:, column], weights * self.factors * lengths[rest].prod(1))
+        return slopes
+
+
+@dataclass(frozen=True, eq=False)
+class _Peak(Cost):
+    """The most elements that are alive at once.
+
+    Its slopes are those of a norm of high order over the moments instead of the largest one: what leaves at one moment
+    alone saves nothing as long as another is as full, but both have to get emptier.
+
+    Attributes:
+        sizes: terms that add up to the elements of each value.
+        values: ``(terms,)``, the value that each is of.
+        spans: ``(2, values)``, the first moment of each and the first without it.
+    """
+
+    sizes: _Sum
+    values: Labels
+    spans: Labels
+
+    def of(self, lengths: Labels) -> int:
+        return int(self.alive(lengths).max(initial=0))
+
+    def alive(self, lengths: Labels) -> NDArray[np.float64]:
+        """How many elements are alive at every moment."""
+        sizes = np.bincount(self.values, self.sizes.terms(lengths), self.spans.shape[1])
+        born, died = (np.bincount(moments, sizes, len(sizes) + 2) for moments in self.spans)
+        alive: NDArray[np.float64] = np.cumsum(born - died)
+        return alive
+
+    def slopes(self, lengths: Labels) -> NDArray[np.float64]:
+        full = (self.alive(lengths) / max(1, self.of(lengths))) ** ORDER
+        until = np.append(0, np.cumsum(full / full.sum()))
+        weights: NDArray[np.float64] = np.subtract(*until[self.spans[::-1]])
+        return self.sizes.slopes(lengths, weights[self.values])
+
+
+ORDER = 16
+"""Of the norm that stands for the largest in the slopes of peak memory."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Time(Cost):
+    """The sum of what the nodes take, each as a function of the lengths of some axes."""
+
+    nodes: Sequence[tuple[Sequence[int], Callable[[Labels], float]]]
+
+    def of(self, lengths: Labels) -> float:
+        return sum(takes(lengths) for _, takes in self.nodes)
+
+    def slopes(self, lengths: Labels) -> NDArray[np.float64]:
+        slopes = np.zeros(len(lengths))
+        for axes, takes in self.nodes:
+            for axis in axes:
+                shorter = lengths.copy()
+                shorter[axis] = max(1, lengths[axis] - 1)
+                slopes[axis] += max(0.0, takes(lengths) - takes(shorter))
+        return slopes
 
 
 def parameters(coupling: Coupling) -> Cost:
@@ -100,34 +185,55 @@ def flops(coupling: Coupling) -> Cost:
     return _cost(coupling, terms)
 
 
-def _cost(coupling: Coupling, terms: Sequence[tuple[int, Sequence[int]]]) -> Cost:
+def _cost(coupling: Coupling, terms: Sequence[tuple[int, Sequence[int]]]) -> _Sum:
     degree, one = max((len(axes) for _, axes in terms), default=0), len(coupling.axes)
     table = [[*axes, *[one] * (degree - len(axes))] for _, axes in terms]
-    return Cost(
+    return _Sum(
         coupling,
         np.array([factor for factor, _ in terms], np.int64),
         np.array(table, np.int64).reshape(len(terms), degree),
     )
 
 
-def memory(spec: Spec) -> int:
+def memory(coupling: Coupling) -> Cost:
     """The peak of the activations: the most elements that are alive at once while one example is evaluated.
 
     A value lives from the node that makes it until the last one that hears it; inputs live from the start, and what the
     network gives out until the end. Each counts by its size, views like copies; free-standing parameters are not
     activations. What a layer needs within itself (the scores of an attention) is not seen.
-
-    Raises:
-        ShapeError: if the shape of an input is not declared (``spec.at(shape)``).
     """
-    bounds = propagate(spec, Ties(labeled=False))
-    sizes = {node.name: 0 if node.layer.leaf else math.prod(bounds[node.name].shape) for node in spec}
-    peak = live = sum(sizes[node.name] for node in spec.inputs)
-    for node, _, done in spec._steps:  # type: ignore[attr-defined]
-        live += 0 if isinstance(node.layer, Input) else sizes[node.name]
-        peak = max(peak, live)
-        live -= sum(sizes[name] for name in done)
-    return peak
+    terms: list[tuple[int, Sequence[int]]] = []
+    values: list[int] = []
+    for k, node in enumerate(coupling.spec):
+        found = [] if node.layer.leaf else _size(coupling, node)
+        terms += found
+        values += [k] * len(found)
+    return _Peak(coupling, _cost(coupling, terms), np.array(values, np.int64), _spans(coupling.spec))
+
+
+def _size(coupling: Coupling, node: Node) -> list[tuple[int, Sequence[int]]]:
+    """The terms of the size of what a node gives out."""
+    bound, numbers = coupling.bounds[node.name], coupling.letters[node.name]
+    text = node.layer.signature(*bound.inputs)
+    if text is None or isinstance(node.layer, Input):
+        return [(math.prod(bound.shape), ())]
+    output = language.expand(text, tuple(map(len, bound.inputs))).output
+    products = [[x for product in each for x in product] for each in itertools.product(*output)]
+    return [
+        (math.prod(bound.sizes[x] for x in names if x not in numbers), [numbers[x] for x in names if x in numbers])
+        for names in products
+    ]
+
+
+def _spans(spec: Spec) -> Labels:
+    """The first moment of every node's value and the first without it, ``(2, nodes)``; the inputs are there at 0."""
+    place = {node.name: k for k, node in enumerate(spec.nodes)}
+    first = [0 if isinstance(node.layer, Input) else k + 1 for k, node in enumerate(spec.nodes)]
+    after = [len(first) + 1] * len(first)
+    for k, (_, _, done) in enumerate(spec._steps):  # type: ignore[attr-defined]
+        for name in done:
+            after[place[name]] = k + 2
+    return np.array([first, after], np.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,7 +292,7 @@ class Timings:
                 seconds.append(time.perf_counter() - start)
         return 1e6 * float(np.median(seconds))
 
-    def over(self, coupling: Coupling) -> Callable[[Mask], float]:
+    def over(self, coupling: Coupling) -> Cost:
         """The latency of what a mask of units keeps, interpolated over the widths of every layer.
 
         It is ``timings(plan.spec)`` wherever all widths are on the grid. In between it is linear on the simplices of
@@ -194,15 +300,10 @@ class Timings:
         measurements do not.
         """
         nodes = [self._node(coupling, node) for node in coupling.spec if not isinstance(node.layer, Input)]
+        return _Time(coupling, nodes)
 
-        def cost(keep: Mask) -> float:
-            lengths = coupling.counts(keep)
-            return sum(node(lengths) for node in nodes)
-
-        return cost
-
-    def _node(self, coupling: Coupling, node: Node) -> Callable[[Labels], float]:
-        """One node's latency as a function of the lengths of the coupling's axes."""
+    def _node(self, coupling: Coupling, node: Node) -> tuple[list[int], Callable[[Labels], float]]:
+        """The axes that a node's latency depends on, and it as a function of the lengths of all."""
         bound = coupling.bounds[node.name]
         moving = {x: k for x, k in coupling.letters[node.name].items() if (coupling.axes[k] >= 0).any()}
         numbers = sorted(set(moving.values()))
@@ -225,7 +326,7 @@ class Timings:
             ]
             return self.look_up(node.layer.resize(sizes, *bound.inputs), shapes)
 
-        return lambda lengths: _interpolate(at, grids, lengths[numbers])
+        return numbers, lambda lengths: _interpolate(at, grids, lengths[numbers])
 
     def grid(self, axis: Labels) -> Labels:
         """The widths at which an axis of a coupling, ``(factors, size)``, is measured."""

@@ -54,8 +54,7 @@ def joint(
         budget: what may remain, one or several; a plain number means `Units`.
         rounds: in how many steps the budget is reached, each with the losses that the units removed so far make; more
             are better and slower. Time is ``rounds * N * units``.
-        per_cost: rank by the change of the loss per FLOP or parameter that leaves with a unit, where the (first)
-            budget counts those.
+        per_cost: rank by the change of the loss for what leaves with a unit, as in `select`.
         swaps: at the end, let a unit that left and one of its scope that stayed change places, as long as that lowers
             the forecast (of the best few on either side, and a few hundred times for each scope).
         cautious: do not believe a forecast that the loss falls. Far from the network, units do not cancel each other

@@ -128,8 +128,8 @@ class Plan:
         return (f"asked for {self.asked}\n" if self.asked else "") + columns(rows, right=3)
 
 
-def _row(name: str, before: int, after: int) -> tuple[str, str, str, str]:
-    return name, f"{before:,}", f"{after:,}", f"{after / before:.1%}" if before else "-"
+def _row(name: str, before: float, after: float) -> tuple[str, str, str, str]:
+    return name, f"{before:,.0f}", f"{after:,.0f}", f"{after / before:.1%}" if before else "-"
 
 
 def cut(tree: Params, plan: Plan) -> Params:

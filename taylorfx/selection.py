@@ -66,9 +66,10 @@ def select(
             arXiv 2407.04616): scopes that run along the same axes of the same kinds of layers. Every such class loses
             about the same share, and its scopes compete. With ``per_layer`` each scope is alone.
         exact_only: keep the units whose removal changes a norm's statistics (``coupling.exact``).
-        per_cost: rank by score per FLOP or parameter that leaves with a unit, where the (first) budget counts those.
-            What a unit saves depends on what else is left; it is read off the plan itself, again and again (see
-            `_search`), and of the plans that are found the one that loses the least score is taken.
+        per_cost: rank by score per FLOP, parameter, element at the peak or microsecond that leaves with a unit,
+            whichever the (first) budget counts; `Units` and `Measured` have no prices. What a unit saves depends on
+            what else is left; it is read off the plan itself, again and again (see `_search`), and of the plans that
+            are found the one that loses the least score is taken.
 
     Raises:
         BudgetError: if the budget cannot be met; the message names the nearest that can.
@@ -116,18 +117,14 @@ def _search(values: NDArray[np.float64], cost: Cost, rank: Callable[[NDArray[np.
     cost again) at the plan that follows, and so on; a geometric mean keeps prices from swinging.
     """
     prices = cost.marginal().numpy()
-    best: tuple[float, Plan] | None = None
+    plans = [rank(values)]
     for _ in range(PRICES):
-        plan = rank(values / prices.clip(1e-9 * max(1.0, prices.max(initial=0.0))))
-        lost = float(values[~plan.keep].sum())
-        if best is None or lost < best[0]:
-            best = lost, plan
-        new = np.sqrt(prices * cost.marginal(plan.keep).numpy())
+        plans.append(rank(values / prices.clip(1e-9 * max(1.0, prices.max(initial=0.0)))))
+        new = np.sqrt(prices * cost.marginal(plans[-1].keep).numpy())
         if np.allclose(new, prices, rtol=1e-3):
             break
         prices = new
-    assert best is not None
-    return best[1]
+    return min(plans, key=lambda plan: float(values[~plan.keep].sum()))
 
 
 def _finite(scores: torch.Tensor, coupling: Coupling) -> NDArray[np.float64]:

@@ -146,7 +146,7 @@ def test_peak_memory_is_that_of_the_tensors_alive(net, seed):
         return x
 
     evaluate(params, spec, (inputs,), tap=tap)
-    assert tfx.memory(spec) == peak
+    assert tfx.memory(net.coupling)(plan.keep) == tfx.memory(tfx.couple(params, spec)).total == peak
 
 
 @pinned
@@ -168,46 +168,91 @@ def test_the_marginal_cost_in_what_a_plan_leaves_is_what_leaves_next_or_comes_ba
 
 
 @pinned
-def test_no_less_score_is_lost_at_the_prices_of_the_whole(net, seed):
+def test_the_price_of_time_is_the_time_that_leaves(net, seed):
+    """Where the grid is fine and only one axis is a unit's, so that the latency is linear in its length."""
+    coupling, keep = net.coupling, plan_for(net, seed).keep
+    cost = Weighed(points=1000).over(coupling)
+    marginal = cost.marginal(keep)
+    for unit in np.flatnonzero(keep):
+        without = keep & (np.arange(len(keep)) != unit)
+        numbers = [k for k, axis in enumerate(coupling.axes) if (axis == unit).any()]
+        lonely = coupling.counts(without)[numbers].min() > 0
+        if lonely and len(numbers) == 1 and (coupling.axes[numbers[0]] == unit).sum() == 1:
+            assert marginal[unit].item() == pytest.approx(cost(keep) - cost(without))
+
+
+@given(st.integers(1, 5), st.integers(1, 5), SEEDS)
+def test_the_price_of_memory_is_paid_where_it_is_full(narrow, wide, seed):
+    """Two blocks, one after the other; units of the one that is far narrower cost next to nothing."""
+    spec = serial(
+        tfx.Input((1, 4, 4)), a=tfx.Conv2d(1, 8 * wide + 8 * narrow, 1), b=tfx.Conv2d(8 * wide + 8 * narrow, 2, 1),
+        c=tfx.Conv2d(2, narrow, 1), d=tfx.Conv2d(narrow, 1, 1), flatten=tfx.Flatten(), head=tfx.Linear(16, 2),
+    )  # fmt: skip
+    coupling = network(spec).coupling
+    price = tfx.memory(coupling).marginal().numpy()
+    scope = np.array(coupling.scopes)[coupling.scope]
+    assert price[scope == "a"] == pytest.approx(16, rel=0.05)
+    assert (price[scope == "c"] < 0.1).all()
+    plan = tfx.select(scores_for(network(spec), seed), coupling, budget=tfx.Memory(0.7), per_cost=True)
+    assert plan.keep[scope == "c"].all()
+
+
+@pinned
+def test_no_less_score_is_lost_without_prices_or_at_those_of_the_whole(net, seed):
     coupling, scores = net.coupling, scores_for(net, seed).double()
-    for budget, cost in ((tfx.Flops, tfx.flops), (tfx.Parameters, tfx.parameters)):
+    for budget in (KINDS[kind](0.5) for kind in PRICED):
+        cost = budget.cost(coupling)
+        static = scores / cost.marginal().clamp(min=1e-9)
         try:
-            static = tfx.select(scores / cost(coupling).marginal().clamp(min=1e-9), coupling, budget=budget(0.5))
+            others = [tfx.select(values, coupling, budget=budget) for values in (static, scores)]
         except tfx.BudgetError:
             continue
-        plan = tfx.select(scores, coupling, budget=budget(0.5), per_cost=True)
-        assert cost(coupling)(plan.keep) <= 0.5 * cost(coupling).total * (1 + 1e-9)
-        lost, before = (scores[torch.from_numpy(~p.keep)].sum() for p in (plan, static))
-        assert lost <= before + 1e-9
+        plan = tfx.select(scores, coupling, budget=budget, per_cost=True)
+        assert cost(plan.keep) <= 0.5 * cost.total * (1 + 1e-9)
+        lost, *before = (scores[torch.from_numpy(~p.keep)].sum() for p in (plan, *others))
+        assert lost <= min(before) + 1e-9
 
 
-def test_prices_follow_what_is_left():
+PRICED = {  # share; of ten networks how many plans are better than by plain scores, and the best of all
+    "FLOPs": (0.4, 5, 4),
+    "parameters": (0.25, 5, 7),
+    "memory": (0.6, 7, 9),
+    "latency": (0.3, 1, 3),
+}
+
+
+@pytest.mark.parametrize("kind", PRICED)
+def test_prices_follow_what_is_left(kind):
     """Three convolutions: what a unit of the first two saves depends on how many of the other stay."""
     spec = serial(
         tfx.Input((1, 4, 4)), tfx.Conv2d(1, 3, 1), tfx.ReLU(), tfx.Conv2d(3, 8, 3, padding=1), tfx.ReLU(),
         tfx.Flatten(), tfx.Linear(128, 2),
     )  # fmt: skip
     net, better, regret = network(spec), 0, []
-    cost = tfx.flops(net.coupling)
+    share, least_better, least_best = PRICED[kind]
+    budget = tfx.Latency(share, Weighed(points=1000)) if kind == "latency" else KINDS[kind](share)
+    cost = budget.cost(net.coupling)
     masks = [np.array(bits, bool) for bits in itertools.product([False, True], repeat=len(net.coupling))]
-    masks = [m for m in masks if net.coupling.counts(m).all() and cost(m) <= 0.4 * cost.total]
+    masks = [m for m in masks if net.coupling.counts(m).all() and cost(m) <= share * cost.total]
     for seed in range(10):
         scores = scores_for(net, seed).double()
         lost = [float(scores[torch.from_numpy(~m)].sum()) for m in masks]
-        plan = tfx.select(scores, net.coupling, budget=tfx.Flops(0.4), per_cost=True)
-        static = tfx.select(scores / cost.marginal(), net.coupling, budget=tfx.Flops(0.4))
-        found, before = (float(scores[torch.from_numpy(~p.keep)].sum()) for p in (plan, static))
+        plan = tfx.select(scores, net.coupling, budget=budget, per_cost=True)
+        plain = tfx.select(scores, net.coupling, budget=budget)
+        found, before = (float(scores[torch.from_numpy(~p.keep)].sum()) for p in (plan, plain))
+        assert cost(plan.keep) <= share * cost.total
+        assert found <= before + 1e-9
         better += found < before - 1e-9
         regret.append(found / min(lost) - 1)
-    assert better >= 5, "the prices of the whole are wrong at half of the networks"
-    assert regret.count(0) >= 4, "the best plan of all"
-    assert np.mean(regret) < 0.1, "or nearly as good"
+    assert better >= least_better
+    assert regret.count(0) >= least_best
+    assert np.mean(regret) < 0.12, "or nearly as good"
 
 
 def test_prices_are_for_budgets_that_are_counted():
     net = network(CONSTRUCTS["chain"])
     scores = scores_for(net, 0)
-    for budget in (tfx.Units(3), tfx.Memory(0.9)):
+    for budget in (tfx.Units(3), tfx.Measured(0.9, size)):
         assert tfx.select(scores, net.coupling, budget=budget, per_cost=True) == tfx.select(
             scores, net.coupling, budget=budget
         )
@@ -284,8 +329,6 @@ def test_budgets_of_every_kind_are_met_and_monotone(net, seed, kind, shares):
             assert cost(plan.keep) <= share * total * (1 + 1e-9)
     if small is not None:
         assert (small.keep <= large.keep).all()
-    if small is not None and kind == "memory":
-        assert tfx.memory(small.spec) <= low * tfx.memory(net.spec) * (1 + 1e-9)
 
 
 @given(networks(), SEEDS, st.dictionaries(st.sampled_from([*KINDS]), st.floats(0.3, 1.0), min_size=1))
@@ -302,7 +345,7 @@ def test_several_budgets_at_once_leave_what_each_of_them_leaves(net, seed, share
 @given(networks(), SEEDS, SEEDS, st.floats(0.3, 1.0))
 def test_a_measure_that_goes_up_and_down_is_never_over_the_budget(net, seed, noise, share):
     def rough(spec):
-        return 1.0 + tfx.memory(spec) * (0.5 + np.random.default_rng([noise, abs(hash(spec))]).random())
+        return 1.0 + size(spec) * (0.5 + np.random.default_rng([noise, abs(hash(spec))]).random())
 
     plan = planned(net, scores_for(net, seed), tfx.Measured(share, rough))
     assert plan is None or rough(plan.spec) <= share * rough(net.spec) * (1 + 1e-9)

@@ -21,12 +21,12 @@ import taylorfx as tfx
 ROOT = Path(__file__).parent.parent
 
 
-def run(example: str, *options: str) -> str:
+def run(example: str, *options: str, launcher: tuple[str, ...] = ()) -> str:
     """What an example prints, run as a user would run it."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / example), *options],
+        [sys.executable, *launcher, str(ROOT / "examples" / example), *options],
         env=environment, capture_output=True, text=True, encoding="utf-8", timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -203,3 +203,42 @@ def test_without_training_repairs_what_it_cuts_and_writes_it() -> None:
         assert float(repaired) > float(cut) - 5, name
     assert float(rows[2][2]) > 60, "of the three, the choice in steps is repaired to something useful"
     assert printed.rstrip().endswith("the same network")
+
+
+def cells(printed: str) -> list[list[str]]:
+    """The cells of all rows of the tables; what went on in a line of its own has no second cell."""
+    rows = ([cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if line.startswith("│"))
+    return [row for row in rows if row[1]]
+
+
+def test_forecasts_agree_with_the_truth_as_far_as_they_reach() -> None:
+    printed = run("forecasts.py", "--smoke")
+    ranks = {name: float(rank) for name, rank in re.findall(r"^([a-z ,]+?)  +(-?[\d.]+) \[", printed, re.MULTILINE)}
+    assert ranks["path integral"] > 0.97
+    assert ranks["second order, exact"] > 0.9
+    assert abs(ranks["random"]) < 0.4
+    rows = cells(printed)
+    assert len(rows) == 2 * 9, printed
+    for name, *_, along_the_path, truth in rows:
+        assert abs(float(along_the_path) - float(truth)) < 0.02 + 0.05 * abs(float(truth)), name
+
+
+def test_a_network_fits_the_device() -> None:
+    printed = run("to_fit_a_device.py", "--smoke")
+    rows = {name: shares for name, *shares in cells(printed)}
+    refused = re.findall(r"^(time\S*|both).*: The budget is at most 90.0% of the microseconds", printed, re.MULTILINE)
+    assert len(rows) + len(refused) == 5, "a machine that does something else may find that no width helps"
+    assert all(float(rows[name][2].rstrip("%")) <= 90 for name in {"memory", "both"} & rows.keys()), printed
+    assert all(flops != "100%" for _, _, _, flops, *_ in rows.values())
+    assert len(re.findall(r"positions in 4 groups", printed)) == 8
+
+
+def test_two_processes_prune_as_one() -> None:
+    alone = run("several_processes.py", "--smoke")
+    two = run("several_processes.py", "--smoke", launcher=("-m", "torch.distributed.run", "--nproc-per-node", "2"))
+    assert "1 process, 512 examples, 8 batches" in alone
+    assert "2 processes, 512 examples, 4 batches" in two
+    (plan,), (other,) = (re.findall(r"one plan: (\w+), \d+ of \d+ units", printed) for printed in (alone, two))
+    assert plan == other
+    before, after = map(float, re.findall(r"0\.\d{4}", two))
+    assert after > before - 0.1

@@ -1,0 +1,73 @@
+"""Several processes, each with examples of its own, prune one network as one: sums are added up, plans are the same.
+
+Started by itself it is one process; torchrun starts as many as there are cores, machines or devices:
+
+    torchrun --nproc-per-node 2 examples/several_processes.py
+
+The network of the quickstart learns scikit-learn's digits. Every process measures its share of the examples. The
+statistics, and later what layers read and gave out, are added up, so that all decide and repair alike. The first one
+prints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+
+import torch
+from quickstart import digits, network
+from training import accuracy, learn, some
+
+import taylorfx as tfx
+
+
+def main() -> None:
+    options = arguments()
+    torch.set_num_threads(1)
+    if torch.distributed.is_torchelastic_launched():
+        torch.distributed.init_process_group("gloo")  # "nccl" where every process has a device
+    together = torch.distributed.is_initialized()
+    rank, size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if together else (0, 1)
+
+    generator = torch.Generator().manual_seed(options.seed)  # the same network and examples everywhere
+    images, targets, *test = digits()
+    spec = network(options.width)
+    params = learn(spec, images, targets, epochs=options.epochs, generator=generator)
+    coupling = tfx.couple(params, spec)
+    batches = some(images, targets, 512, generator)
+    mine = batches[rank * len(batches) // size : (rank + 1) * len(batches) // size]
+
+    stats = tfx.distributed.total(tfx.measure(params, spec, mine, coupling, rows=True))
+    plan = tfx.joint(stats, coupling, budget=tfx.Flops(options.flops), floor=2, cautious=True)
+    small, smaller = tfx.reconstruct(params, plan, mine, total=tfx.distributed.total)
+
+    digest = hashlib.sha256(plan.keep.tobytes()).hexdigest()[:12]
+    digests = [digest] * size
+    if together:
+        torch.distributed.all_gather_object(digests, digest)
+    if rank == 0:
+        print(
+            f"{size} process{'es' * (size > 1)}, {stats.n} examples, {len(mine)} batches in the first; "
+            f"{'one plan' if len({*digests}) == 1 else 'plans differ'}: {digest}, {int(plan.keep.sum())} of "
+            f"{len(coupling)} units; accuracy {accuracy(params, spec, *test):.4f} -> "
+            f"{accuracy(small, smaller, *test):.4f} at {options.flops:.0%} of the FLOPs"
+        )
+    if together:
+        torch.distributed.destroy_process_group()
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--flops", type=float, default=0.4, help="share of the FLOPs that may remain (default: 0.4)")
+    parser.add_argument("--epochs", type=int, default=12, help="epochs of training (default: 12)")
+    parser.add_argument("--width", type=int, default=16, help="channels of the first stage (default: 16)")
+    parser.add_argument("--smoke", action="store_true", help="seconds: few epochs, a narrow network")
+    options = parser.parse_args()
+    if options.smoke:
+        options.epochs, options.width = 3, 8
+    return options
+
+
+if __name__ == "__main__":
+    main()
