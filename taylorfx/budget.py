@@ -9,16 +9,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from taylorfx.cost import Timings, flops, memory, parameters
+from taylorfx.cost import ORDER, Cost, Timings, flops, memory, parameters
 from taylorfx.coupling import Coupling
 from taylorfx.plan import Plan
 from taylorfx.spec import Spec
 
 __all__ = [
     "Budget", "BudgetError", "Budgets", "Flops", "Latency", "Measured", "Memory", "Parameters", "Remove",
-    "SelectionError", "Units", "each_budget",
+    "SelectionError", "Units", "each_budget", "pricing",
 ]  # fmt: skip
 
 Mask = NDArray[np.bool_]
@@ -162,6 +164,26 @@ class Remove(Units):
 
 Budgets = Budget | float | int | Sequence[Budget | float | int]
 """What `select` takes: one budget or several; a plain number means `Units`."""
+
+
+def pricing(budgets: Sequence[Budget], coupling: Coupling) -> Callable[[Mask], Tensor] | None:
+    """What leaves with each unit, ``(units,)`` and above 0, as a share of what may remain, where these are kept.
+
+    Of several budgets the fullest counts by far most. None if none has prices.
+    """
+    found = ((budget, budget.cost(coupling)) for budget in budgets)
+    costs = [(cost, budget.limit(cost.total)) for budget, cost in found if isinstance(cost, Cost) and cost.total]
+    if not costs:
+        return None
+
+    def prices(keep: Mask) -> Tensor:
+        full = np.array([cost(keep) / limit for cost, limit in costs])
+        weights = (full / full.max()) ** ORDER
+        shares = [w / limit * cost.marginal(keep) for w, (cost, limit) in zip(weights.tolist(), costs, strict=True)]
+        saved = torch.stack(shares).sum(0)
+        return saved.clamp(min=1e-9 * float(saved.max())) if (saved > 0).any() else torch.ones_like(saved)
+
+    return prices
 
 
 def each_budget(budget: Budgets) -> tuple[Budget, ...]:

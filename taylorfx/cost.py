@@ -27,7 +27,7 @@ from taylorfx.labels import EXAMPLE, Labeled, Labels, Ties, shape_of
 from taylorfx.layers import Input, Layer, Shape, ShapeError
 from taylorfx.spec import Node, Spec, propagate
 
-__all__ = ["Cost", "Timings", "flops", "memory", "parameters"]
+__all__ = ["ORDER", "Cost", "Timings", "flops", "memory", "parameters"]
 
 Mask = NDArray[np.bool_]
 
@@ -140,7 +140,7 @@ class _Peak(Cost):
 
 
 ORDER = 16
-"""Of the norm that stands for the largest in the slopes of peak memory."""
+"""Of the norm that stands for the largest: of the moments of peak memory, of several budgets."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,8 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from taylorfx.budget import Budget, BudgetError, Budgets, SelectionError, Units, each_budget
-from taylorfx.cost import Cost
+from taylorfx.budget import Budget, BudgetError, Budgets, SelectionError, Units, each_budget, pricing
 from taylorfx.coupling import Coupling
 from taylorfx.plan import Plan
 from taylorfx.selection import select
@@ -70,7 +69,7 @@ def joint(
     if rounds < 1:
         raise SelectionError(f"Joint selection takes at least one round; received {rounds}.")
     budgets = each_budget(budget)
-    costs = [one.cost(coupling) for one in budgets]
+    costs, prices = [one.cost(coupling) for one in budgets], pricing(budgets, coupling) if per_cost else None
     keep = np.ones(len(coupling), bool)
     totals = [cost(keep) for cost in costs]
     mean, half = rows.mean(0, dtype=torch.float64), 0.5 * rows.square().mean(0, dtype=torch.float64)
@@ -79,9 +78,8 @@ def joint(
     for step in range(1, rounds + 1) if len(coupling) else ():
         cross = _cross(rows, ~keep)
         scores = (torch.maximum(cross, -0.5 * half) if cautious else cross) + half - mean
-        if per_cost and isinstance(costs[0], Cost):
-            saving = costs[0].marginal(keep)
-            scores = scores / saving.clamp(min=1e-9 * float(saving.max().clamp(min=1)))
+        if prices:
+            scores = scores / prices(keep)
         lowest = scores.min()
         scores[torch.from_numpy(~keep)] = lowest - 1 - lowest.abs()  # what has left stays away
         try:

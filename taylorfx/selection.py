@@ -22,8 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from taylorfx.budget import Budget, BudgetError, Budgets, SelectionError, Units, each_budget
-from taylorfx.cost import Cost
+from taylorfx.budget import Budget, BudgetError, Budgets, SelectionError, Units, each_budget, pricing
 from taylorfx.coupling import Coupling
 from taylorfx.labels import Labels
 from taylorfx.plan import Plan
@@ -67,9 +66,9 @@ def select(
             about the same share, and its scopes compete. With ``per_layer`` each scope is alone.
         exact_only: keep the units whose removal changes a norm's statistics (``coupling.exact``).
         per_cost: rank by score per FLOP, parameter, element at the peak or microsecond that leaves with a unit,
-            whichever the (first) budget counts; `Units` and `Measured` have no prices. What a unit saves depends on
-            what else is left; it is read off the plan itself, again and again (see `_search`), and of the plans that
-            are found the one that loses the least score is taken.
+            whichever the budget counts (of several the one that is hardest to meet; `Units` and `Measured` have no
+            prices). What a unit saves depends on what else is left; it is read off the plan itself, again and again
+            (see `_search`), and of the plans that are found the one that loses the least score is taken.
 
     Raises:
         BudgetError: if the budget cannot be met; the message names the nearest that can.
@@ -101,26 +100,30 @@ def select(
                 worth = np.where(axis >= 0, values[axis], np.inf).min(0)
                 held[axis[:, worth.argmax()]] = True
 
-    values, cost = _finite(scores, coupling), budgets[0].cost(coupling)
-    return _search(values, cost, rank) if per_cost and isinstance(cost, Cost) else rank(values)
+    values, prices = _finite(scores, coupling), pricing(budgets, coupling) if per_cost else None
+    return _search(values, prices, rank) if prices else rank(values)
 
 
 PRICES = 16
 """How often `_search` reads prices at most."""
 
 
-def _search(values: NDArray[np.float64], cost: Cost, rank: Callable[[NDArray[np.float64]], Plan]) -> Plan:
+def _search(
+    values: NDArray[np.float64],
+    pricing: Callable[[Mask], torch.Tensor],
+    rank: Callable[[NDArray[np.float64]], Plan],
+) -> Plan:
     """The plan of the least score lost, by Lagrange multipliers (Everett 1963, doi 10.1287/opre.11.3.399).
 
     Where nothing can be gained by exchanging units, those leave whose score is less than some factor times what they
     save, at the plan itself. So the units are ranked by their score per price, the price is what a unit saves (or would
     cost again) at the plan that follows, and so on; a geometric mean keeps prices from swinging.
     """
-    prices = cost.marginal().numpy()
+    prices = pricing(np.ones(len(values), bool)).numpy()
     plans = [rank(values)]
     for _ in range(PRICES):
-        plans.append(rank(values / prices.clip(1e-9 * max(1.0, prices.max(initial=0.0)))))
-        new = np.sqrt(prices * cost.marginal(plans[-1].keep).numpy())
+        plans.append(rank(values / prices))
+        new = np.sqrt(prices * pricing(plans[-1].keep).numpy())
         if np.allclose(new, prices, rtol=1e-3):
             break
         prices = new

@@ -249,6 +249,27 @@ def test_prices_follow_what_is_left(kind):
     assert np.mean(regret) < 0.12, "or nearly as good"
 
 
+def test_of_several_budgets_the_one_that_is_hardest_to_meet_sets_the_prices():
+    """Half of the memory is in the first block, nearly all parameters are in the second."""
+    spec = serial(
+        tfx.Input((1, 8, 8)), a=tfx.Conv2d(1, 12, 1), b=tfx.Conv2d(12, 2, 1), pool=tfx.AdaptiveAvgPool2d(1),
+        flatten=tfx.Flatten(), c=tfx.Linear(2, 40), d=tfx.Linear(40, 40), head=tfx.Linear(40, 2),
+    )  # fmt: skip
+    net = network(spec)
+    scope = np.array(net.coupling.scopes)[net.coupling.scope]
+    for seed in range(5):
+        scores = scores_for(net, seed)
+        for memory, parameters, spared in ((0.5, 0.99, ("c", "d")), (0.99, 0.5, ("a", "b"))):
+            budgets = (tfx.Parameters(parameters), tfx.Memory(memory))
+            plan = tfx.select(scores, net.coupling, budget=budgets, per_cost=True)
+            lost = sum((~plan.keep[scope == name]).sum() for name in spared)
+            plain = tfx.select(scores, net.coupling, budget=budgets)
+            before = sum((~plain.keep[scope == name]).sum() for name in spared)
+            assert lost <= 3
+            assert lost < before
+            assert plan == tfx.select(scores, net.coupling, budget=budgets[::-1], per_cost=True)
+
+
 def test_prices_are_for_budgets_that_are_counted():
     net = network(CONSTRUCTS["chain"])
     scores = scores_for(net, 0)
