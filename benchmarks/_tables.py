@@ -16,14 +16,25 @@ from taylorfx.report import plot_frontier
 
 REPAIRS = ("as cut", "compensated", "recalibrated", "reconstructed", "fine-tuned", "reconstructed, fine-tuned")
 RIVAL = "Torch-Pruning"
-STEPS, ON_OUTPUTS = "joint, measured at every step", "joint on outputs, measured at every step"
+STEPS, ON_OUTPUTS = "joint, cautious, measured at every step", "joint on outputs, cautious, measured at every step"
 OURS = (
-    "joint", STEPS, "joint on outputs", ON_OUTPUTS,
+    "prune", "joint", STEPS, "joint on outputs", ON_OUTPUTS, "joint, cautious",
+    "joint, measured at every step", "joint on outputs, measured at every step",
     "joint without swaps", "joint around the mean",
     "fisher per FLOP", "fisher per FLOP, measured at every step", "fisher",
     "taylor per FLOP", "taylor", "taylor around the mean, per FLOP", "second_order per FLOP", "second_order",
 )  # fmt: skip
-DRAWN = ("joint", STEPS, ON_OUTPUTS, "random", f"{RIVAL} GroupTaylor, scored at every step", f"{RIVAL} GroupHessian")
+CHOICES = {
+    "`prune`, as it is": "prune",
+    "`joint` in ten steps": STEPS,
+    "`joint` on outputs, in ten steps": ON_OUTPUTS,
+    "`joint` at once": "joint",
+    "`joint` on outputs, at once": "joint on outputs",
+    "`fisher` per FLOP, at once": "fisher per FLOP",
+}
+"""Who is in the README, and how it is called there."""
+
+DRAWN = ("prune", "joint", ON_OUTPUTS, "random", f"{RIVAL} GroupTaylor, scored at every step", f"{RIVAL} GroupHessian")
 """Who is in the plots: with all of them nothing can be seen."""
 
 MARKERS = "<!-- quality: begin -->", "<!-- quality: end -->"
@@ -129,7 +140,7 @@ def duels(results: Results, shares: Sequence[float]) -> str:
         return ""
     shown = done(results)
     rows = []
-    for ours in (name for name in OURS[:9] if name in names(results)):
+    for ours in (name for name in CHOICES.values() if name in names(results)):
         for share in shares:
             cells = [
                 ahead(per_seed(results, ours, share, repair), best(results, rivals, share, repair), len(results))
@@ -152,7 +163,7 @@ def summary(found: Mapping[str, Results], titles: Mapping[str, str], shares: Seq
         for share in shares:
             cells = []
             for repair in shown:
-                named = [per_seed(results, name, share, repair) for name in ("joint", STEPS, ON_OUTPUTS)]
+                named = [per_seed(results, name, share, repair) for name in ("prune", STEPS, "joint", ON_OUTPUTS)]
                 mine, their = best(results, ours, share, repair), best(results, rivals, share, repair)
                 means = " / ".join(f"{100 * mean(x.values()):.1f}" if x else "-" for x in (*named, mine, their))
                 gap = ahead(mine, their, len(mine))
@@ -162,6 +173,25 @@ def summary(found: Mapping[str, Results], titles: Mapping[str, str], shares: Seq
                 rows.append([title, f"{share:.0%}", *cells])
                 title = ""
     return markdown(["task (unpruned)", "stays", *shown], rows)
+
+
+def choices(found: Mapping[str, Results], titles: Mapping[str, str], shares: Sequence[float]) -> str:
+    """For the README: the main contestants as cut, at every share."""
+    rows = []
+    for task, results in found.items():
+        if "-" in task:
+            continue
+        count = f"{len(results)} network{'s' * (len(results) > 1)}"
+        rows.append([f"**{titles[task]}**, {whole(results)}", count, *[""] * (len(shares) - 1)])
+        lines = {label: [per_seed(results, name, s, "as cut") for s in shares] for label, name in CHOICES.items()}
+        rivals = [name for name in names(results) if name.startswith(RIVAL)]
+        lines[f"{RIVAL}'s best"] = [best(results, rivals, s, "as cut") for s in shares]
+        rows += [
+            [label, *(points([*x.values()], len(results)) for x in cells)]
+            for label, cells in lines.items()
+            if any(cells)
+        ]
+    return markdown(["as cut; what stays of the FLOPs", *(f"{share:.0%}" for share in shares)], rows)
 
 
 def signed(number: str) -> str:
@@ -204,11 +234,17 @@ def tables(found: Mapping[str, Results], titles: Mapping[str, str], shares: Sequ
 
 
 def publish(found: Mapping[str, Results], titles: Mapping[str, str], shares: Sequence[float], docs: Path) -> None:
-    """The summary into README.md, all tables into QUALITY.md, numbers into quality.json, a plot of each task."""
-    for file, text in (("README.md", summary(found, titles, shares)), ("QUALITY.md", tables(found, titles, shares))):
-        old = (HERE / file).read_text()
+    """Tables into this folder's README.md and QUALITY.md and the project's README.md, the numbers into quality.json, a
+    plot of each task."""
+    texts = {
+        HERE / "README.md": summary(found, titles, shares),
+        HERE / "QUALITY.md": tables(found, titles, shares),
+        HERE.parent / "README.md": choices(found, titles, shares),
+    }
+    for file, text in texts.items():
+        old = file.read_text()
         before, after = old.split(MARKERS[0])[0], old.split(MARKERS[1])[1]
-        (HERE / file).write_text(f"{before}{MARKERS[0]}\n\n{text}\n\n{MARKERS[1]}{after}")
+        file.write_text(f"{before}{MARKERS[0]}\n\n{text}\n\n{MARKERS[1]}{after}")
     lines = (
         f"{json.dumps(f'{task}-{seed} {key}')}: {json.dumps({x: y for x, y in entry.items() if x != 'keep'})}"
         for task, results in found.items() for seed, kept in results.items() for key, entry in kept.items()
