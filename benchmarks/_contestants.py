@@ -7,6 +7,7 @@ with a plan, Torch-Pruning too, so that cost, repair and fine-tuning are the sam
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -137,13 +138,17 @@ class Stepwise:
 
 @dataclass(frozen=True)
 class Prune:
-    """What `tfx.prune` does by default: five steps for each share, written out as the plans are wanted."""
+    """What `tfx.prune` does by default for each share, written out as the plans are wanted."""
 
     case: Case
 
     def __call__(self, shares: Sequence[float]) -> Plans:
-        budget = BUDGETS[self.case.by][0]
-        return {s: [*Stepwise(self.case).along(tfx.schedule.exponential(budget(s), 5))][-1] for s in shares}
+        return {share: self.plan(share) for share in shares}
+
+    def plan(self, share: float) -> tfx.Plan:
+        steps = math.ceil(math.log(share) / math.log(0.9) - 1e-9)
+        budgets = tfx.schedule.exponential(BUDGETS[self.case.by][0](share), steps)
+        return [*Stepwise(self.case).along(budgets)][-1]
 
 
 def of_outputs(case: Case, generator: torch.Generator) -> Case:

@@ -60,8 +60,8 @@ def prune(
         per_cost: weigh scores against what leaves with a unit, where the (first) budget has prices: FLOPs, parameters,
             memory, latency. The loss grows far less that way.
         steps: in how many cuts of equal ratio the budget is reached, each chosen by what is measured on what the one
-            before has left: scores are of small changes. By default five; one where an exact number of units is asked
-            for (`Units`, `Remove`).
+            before has left: scores are of small changes. By default so many that each leaves nine tenths; one where an
+            exact number of units is asked for (`Units`, `Remove`).
         repair: what makes up for every cut on the same batches: `reconstruct`, `compensate`. None by default, as
             `reconstruct`, which is best where nothing is trained afterwards, takes double precision and memory for the
             square of what a layer reads (5 GB for the first linear layer of VGG16).
@@ -74,8 +74,8 @@ def prune(
         "per_layer": per_layer, "isomorphic": isomorphic, "exact_only": exact_only,
     }  # fmt: skip
     budgets = each_budget(budget)
-    if steps is None:
-        steps = 1 if any(isinstance(one, Units) for one in budgets) else 5
+    if steps is None and any(isinstance(one, Units) for one in budgets):
+        steps = 1
     ways: Iterable[Budgets] = [budgets]
     if steps != 1:
         batch = list(batch) if isinstance(batch, Iterator) else batch  # every step measures it
@@ -89,13 +89,20 @@ def prune(
     return small, smaller
 
 
-def _ways(budgets: Sequence[Budget], steps: int, coupling: Coupling) -> Iterable[tuple[Budget, ...]]:
+def _ways(budgets: Sequence[Budget], steps: int | None, coupling: Coupling) -> Iterable[tuple[Budget, ...]]:
     """The budgets of every step, in equal ratios down to these."""
     if any(isinstance(one, Remove) for one in budgets):
         raise BudgetError("Steps lead down to what may remain; received a budget of what leaves, Remove.")
-    totals = (one.cost(coupling)(np.ones(len(coupling), bool)) for one in budgets)
+    totals = [one.cost(coupling)(np.ones(len(coupling), bool)) for one in budgets]
+    if steps is None:
+        least = min(one.limit(n) / n if n else 1.0 for one, n in zip(budgets, totals, strict=True))
+        steps = max(1, math.ceil(math.log(least) / math.log(LEFT) - 1e-9))
     starts = (None if isinstance(one.amount, float) else round(n) for one, n in zip(budgets, totals, strict=True))
     return zip(*(exponential(one, steps, start=start) for one, start in zip(budgets, starts, strict=True)), strict=True)
+
+
+LEFT = 0.9
+"""What each step of `prune` leaves at least."""
 
 
 def iterate(
