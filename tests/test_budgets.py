@@ -119,7 +119,9 @@ def test_flops_of_a_captured_module_are_those_that_torch_counts(name):
     assert cost.total == counter.get_total_flops() + DIFFERENT.get(name, 0)
     for seed in range(4) if name != "last state" else ():
         plan = random_plan(coupling, torch.Generator().manual_seed(seed))
-        assert cost(plan.keep) == counted(tfx.cut(params, plan), plan.spec, x[:1].to("meta"))
+        small = tfx.cut(params, plan)
+        assert cost(plan.keep) == counted(small, plan.spec, x[:1].to("meta"))
+        assert tfx.memory(coupling)(plan.keep) == tfx.memory(tfx.couple(small, plan.spec)).total
 
 
 @pinned
