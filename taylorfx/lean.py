@@ -51,8 +51,10 @@ def lean(params: Params, spec: Spec, reads: set[str], *, channels_last: bool = F
             if own:
                 inputs = (own[0], *(x for x in node.inputs if x != own[0]))
                 node = replace(node, layer=_Over(node.layer), inputs=inputs)
+        elif type(node.layer) is L.LayerNorm:
+            node = _normalized(node, nodes, {other.name for other in spec.nodes})
         elif type(node.layer) is L.ScaledDotProduct and len(node.inputs) == 3 and not node.layer.grouped:
-            node = replace(node, layer=_Fused(node.layer))
+            node = replace(node, layer=Fused(node.layer))
         nodes[node.name] = node
         if channels_last and isinstance(node.layer, L.Conv2d):
             path = node.path("weight")
@@ -70,6 +72,77 @@ def _scaled(node: Node, leaves: dict[str, Tensor]) -> Node:
         assert value is not None
         leaves[made.path(leaf)] = value
     return made
+
+
+def _normalized(node: Node, nodes: dict[str, Node], taken: set[str]) -> Node:
+    """A layer norm without its parameters, and then those."""
+    layer = node.layer
+    assert isinstance(layer, L.LayerNorm)
+    bare = Normalized(layer.normalized_shape, layer.eps, elementwise_affine=False)
+    if not layer.elementwise_affine:
+        return replace(node, layer=bare)
+    name = f"{node.name}.normalized"
+    while name in taken:
+        name += "_"
+    nodes[name] = Node(name, bare, node.inputs)
+    return Node(node.name, Affine(layer), (name,), node.params)
+
+
+@dataclass(frozen=True)
+class Normalized(L.LayerNorm):
+    """A layer norm without parameters that keeps what it gives out instead of what it is given."""
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        value, _ = _Normalize.apply(inputs[0], self._shape, self.eps)  # type: ignore[no-untyped-call]
+        return value  # type: ignore[no-any-return]
+
+
+class _Normalize(torch.autograd.Function):
+    """The last axes normalized, and their inverse deviations."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, shape: list[int], eps: float) -> tuple[Tensor, Tensor]:
+        value, _, inverse = torch.native_layer_norm(x, shape, None, None, eps)
+        return value, inverse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.shape = inputs[1]
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        value, inverse = ctx.saved_tensors
+        zero, one = torch.zeros_like(inverse), torch.ones_like(inverse)  # of what is normalized already
+        found = torch.ops.aten.native_layer_norm_backward(
+            grads[0], value, ctx.shape, zero, one, None, None, [True, False, False]
+        )
+        return (found[0] * inverse).to(value.dtype), None, None
+
+
+@dataclass(frozen=True)
+class Affine(Layer):
+    """What a layer norm does to what it has normalized."""
+
+    layer: L.LayerNorm
+
+    def signature(self, *shapes: Shape) -> str:
+        return self.layer.signature(*shapes)
+
+    def letters(self, *shapes: Shape) -> dict[str, int]:
+        return self.layer.letters(*shapes)
+
+    def init(self, generator: torch.Generator) -> dict[str, Tensor]:
+        return self.layer.init(generator)
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        (x,) = inputs
+        if not self.layer.bias:
+            return (x * params["weight"]).to(x.dtype)
+        return torch.addcmul(params["bias"], x, params["weight"]).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -108,7 +181,7 @@ class _Over(Layer):
 
 
 @dataclass(frozen=True)
-class _Fused(Layer):
+class Fused(Layer):
     """Scaled dot-product attention, whose scores are not kept."""
 
     layer: L.ScaledDotProduct
@@ -131,9 +204,28 @@ def _sum(x: Tensor, *others: Tensor) -> Tensor:
     return x
 
 
+class _Clamped(torch.autograd.Function):
+    """``relu6`` in place, which keeps what it gives out; torch's keeps a copy of what it is given."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return F.relu6(x, inplace=True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.mark_dirty(*inputs)
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        return torch.ops.aten.hardtanh_backward(grads[0], ctx.saved_tensors[0], 0.0, 6.0)  # type: ignore[no-any-return]
+
+
 _OVER: dict[type[Layer], Callable[..., Any]] = {
     L.ReLU: F.relu_,
-    L.ReLU6: lambda x: F.relu6(x, inplace=True),
+    L.ReLU6: _Clamped.apply,
     L.Add: _sum,
 }
 """What needs nothing but its own result for its derivative."""

@@ -1,6 +1,5 @@
 """What scoring runs in the network's stead is invisible: lean copy, memory format, shared taps, precision."""
 
-import sys
 from collections import Counter
 
 import pytest
@@ -10,13 +9,12 @@ from hypothesis import example, given
 from torch.testing import assert_close
 
 import taylorfx as tfx
-from taylorfx import Input, Node, Spec, residual, serial
+from taylorfx import Input, Node, Spec, residual, serial, taps
 from taylorfx.lean import lean
 from taylorfx.testing import network, networks, specs
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 NORM = tfx.BatchNorm2d(4)
-GATES = sys.modules["taylorfx.gates"]  # the package has a function of that name
 
 
 def after_conv(*nodes: Node) -> Spec:
@@ -107,7 +105,7 @@ def test_what_can_be_lean_is(name):
     net = network(spec)
     _, small, _ = copied(net)
     was = {node.name: type(node.layer).__name__ for node in spec}
-    found = Counter(was[node.name] for node in small if type(node.layer).__name__ in ("_Over", "_Scale", "_Fused"))
+    found = Counter(was[node.name] for node in small if type(node.layer).__name__ in ("_Over", "_Scale", "Fused"))
     assert found == Counter(changed)
 
 
@@ -138,7 +136,9 @@ def test_derivatives_are_the_same_in_channels_last(net):
 def test_images_are_laid_out_as_asked(channels_last, expected, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        GATES, "contract", lambda x, y, axis: (seen.append(x.stride()[1] == 1), torch.ones(len(x), x.shape[axis]))[1]
+        taps,
+        "contract",
+        lambda x, y, axis, steps=(): (seen.append(x.stride()[1] == 1), torch.ones(len(x), x.shape[axis]))[1],
     )
     net = network(classifier(SAME, tfx.ReLU(), SAME, channels=4))
     tfx.derivatives(net.params, net.spec, *net.batch, net.coupling, channels_last=channels_last)
@@ -146,8 +146,10 @@ def test_images_are_laid_out_as_asked(channels_last, expected, monkeypatch):
 
 
 def test_what_several_layers_read_the_same_way_is_tapped_once(monkeypatch):
-    made, contract = [], GATES.contract
-    monkeypatch.setattr(GATES, "contract", lambda x, y, axis: (made.append(axis), contract(x, y, axis))[1])
+    made, contract = [], taps.contract
+    monkeypatch.setattr(
+        taps, "contract", lambda x, y, axis, steps=(): (made.append(axis), contract(x, y, axis, steps))[1]
+    )
     net = network(CONSTRUCTS["multi-head"])
     tfx.derivatives(net.params, net.spec, *net.batch, net.coupling)
     heard = Counter((net.spec[p.node].inputs[p.slot], p.axis) for p in net.coupling.reads)
