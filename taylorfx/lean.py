@@ -50,7 +50,7 @@ def lean(params: Params, spec: Spec, reads: set[str], *, channels_last: bool = F
             own = [x for x in node.inputs if x in behind and heard[x] == 1 and _fresh(nodes[x])]
             if own:
                 inputs = (own[0], *(x for x in node.inputs if x != own[0]))
-                node = replace(node, layer=_Over(node.layer), inputs=inputs)
+                node = replace(node, layer=Over(node.layer), inputs=inputs)
         elif type(node.layer) is L.LayerNorm:
             node = _normalized(node, nodes, {other.name for other in spec.nodes})
         elif type(node.layer) is L.ScaledDotProduct and len(node.inputs) == 3 and not node.layer.grouped:
@@ -167,7 +167,7 @@ class _Scale(Layer):
 
 
 @dataclass(frozen=True)
-class _Over(Layer):
+class Over(Layer):
     """A layer whose value is written over its first input."""
 
     layer: Layer
@@ -204,28 +204,33 @@ def _sum(x: Tensor, *others: Tensor) -> Tensor:
     return x
 
 
-class _Clamped(torch.autograd.Function):
-    """``relu6`` in place, which keeps what it gives out; torch's keeps a copy of what it is given."""
+class _Rectified(torch.autograd.Function):
+    """``relu`` or ``relu6`` over its input, of which it is a view to autograd: what the input depends on stays its own.
+
+    It keeps what it gives out, which is now in both; torch's ``relu6_`` keeps a copy of what it is given.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return F.relu6(x, inplace=True)
+    def forward(x: Tensor, six: bool) -> Tensor:
+        x = F.relu6(x, inplace=True) if six else F.relu_(x)
+        return x.view_as(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.mark_dirty(*inputs)
+        ctx.six = inputs[1]
         ctx.save_for_backward(output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        return torch.ops.aten.hardtanh_backward(grads[0], ctx.saved_tensors[0], 0.0, 6.0)  # type: ignore[no-any-return]
+        aten, (value,), (grad,) = torch.ops.aten, ctx.saved_tensors, grads
+        return aten.hardtanh_backward(grad, value, 0, 6) if ctx.six else aten.threshold_backward(grad, value, 0), None
 
 
 _OVER: dict[type[Layer], Callable[..., Any]] = {
-    L.ReLU: F.relu_,
-    L.ReLU6: _Clamped.apply,
+    L.ReLU: lambda x: _Rectified.apply(x, False),  # type: ignore[no-untyped-call]
+    L.ReLU6: lambda x: _Rectified.apply(x, True),  # type: ignore[no-untyped-call]
     L.Add: _sum,
 }
 """What needs nothing but its own result for its derivative."""
@@ -233,7 +238,7 @@ _OVER: dict[type[Layer], Callable[..., Any]] = {
 
 def _fresh(node: Node) -> bool:
     """Its value is no view of another, and its derivative does not need it."""
-    layer = node.layer.layer if isinstance(node.layer, _Over) else node.layer
+    layer = node.layer.layer if isinstance(node.layer, Over) else node.layer
     if type(layer) is L.Add:
         return len(node.inputs) > 1
     return type(layer) in (L.Conv2d, L.Conv3d, L.ConvTranspose2d, _Scale)
