@@ -5,6 +5,8 @@ Once differentiated by the gates and thrown away, a network need not keep what o
 - a norm by running statistics that cannot be folded is a product and a sum per channel, which keep nothing of the
   activations, where torch's keeps its input and goes over it once more for derivatives of weights that nobody wants;
 - activations that need only their own result, and sums, are written over an input that is theirs alone;
+- a layer norm keeps what it gives out, which the taps behind it make their activation from, and not its input;
+- slices that take an axis apart are parts of one, whose gradients are written into one tensor;
 - attention without a mask is torch's fused one, which keeps no scores and cannot be differentiated twice.
 """
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -39,6 +42,7 @@ def lean(params: Params, spec: Spec, reads: set[str], *, channels_last: bool = F
     params, spec = fold(params, spec)
     leaves = flatten(params)
     heard = Counter([*spec.outputs, *(x for node in spec.nodes for x in node.inputs)])
+    taken, cuts = {node.name for node in spec.nodes}, _cuts(spec, heard)
     nodes: dict[str, Node] = {}
     behind: set[str] = set()  # what depends on a gate: torch.func.vjp lets nothing else be written over
     for node in spec.nodes:
@@ -52,7 +56,9 @@ def lean(params: Params, spec: Spec, reads: set[str], *, channels_last: bool = F
                 inputs = (own[0], *(x for x in node.inputs if x != own[0]))
                 node = replace(node, layer=Over(node.layer), inputs=inputs)
         elif type(node.layer) is L.LayerNorm:
-            node = _normalized(node, nodes, {other.name for other in spec.nodes})
+            node = _normalized(node, nodes, taken)
+        elif type(node.layer) is L.Slice and node.inputs[0] in cuts:
+            node = _part(node, nodes, taken, cuts[node.inputs[0]])
         elif type(node.layer) is L.ScaledDotProduct and len(node.inputs) == 3 and not node.layer.grouped:
             node = replace(node, layer=Fused(node.layer))
         nodes[node.name] = node
@@ -74,6 +80,67 @@ def _scaled(node: Node, leaves: dict[str, Tensor]) -> Node:
     return made
 
 
+def _free(name: str, taken: set[str]) -> str:
+    return _free(f"{name}_", taken) if name in taken else name
+
+
+def _cuts(spec: Spec, heard: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """Where values are cut that are only heard in several slices, which do not overlap, of one axis."""
+    found: dict[str, list[L.Slice]] = {}
+    for node in spec.nodes:
+        if isinstance(node.layer, L.Slice):
+            found.setdefault(node.inputs[0], []).append(node.layer)
+    result = {}
+    for name, slices in found.items():
+        ordered = sorted(slices, key=lambda layer: layer.start)
+        apart = all(a.dim == b.dim and a.stop <= b.start for a, b in pairwise(ordered))
+        if apart and heard[name] == len(slices) > 1:
+            result[name] = tuple(sorted({0, *(x for layer in slices for x in (layer.start, layer.stop))}))
+    return result
+
+
+def _part(node: Node, nodes: dict[str, Node], taken: set[str], cuts: tuple[int, ...]) -> Node:
+    """A slice of what is cut once for all slices."""
+    layer = node.layer
+    assert isinstance(layer, L.Slice)
+    name = _free(f"{node.inputs[0]}.parts", taken)
+    nodes.setdefault(name, Node(name, Parts(layer.dim, cuts), node.inputs))
+    return replace(node, layer=Part(layer, cuts.index(layer.start)), inputs=(name,))
+
+
+@dataclass(frozen=True)
+class Parts(Layer):
+    """An axis in parts: their gradients become one tensor, where every slice would fill one of its own with zeros."""
+
+    dim: int
+    cuts: tuple[int, ...]
+
+    def signature(self, *shapes: Shape) -> str:
+        return "... -> ..."
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Any:
+        bounds = (*self.cuts, inputs[0].shape[self.dim])
+        return torch.split(inputs[0], [b - a for a, b in pairwise(bounds)], self.dim)
+
+
+@dataclass(frozen=True)
+class Part(Layer):
+    """One of the parts."""
+
+    layer: L.Slice
+    index: int
+
+    def signature(self, *shapes: Shape) -> str:
+        return self.layer.signature(*shapes)
+
+    def letters(self, *shapes: Shape) -> dict[str, int]:
+        return self.layer.letters(*shapes)
+
+    def apply(self, params: Leaves, *inputs: Any) -> Tensor:
+        part: Tensor = inputs[0][self.index]
+        return part
+
+
 def _normalized(node: Node, nodes: dict[str, Node], taken: set[str]) -> Node:
     """A layer norm without its parameters, and then those."""
     layer = node.layer
@@ -81,9 +148,7 @@ def _normalized(node: Node, nodes: dict[str, Node], taken: set[str]) -> Node:
     bare = Normalized(layer.normalized_shape, layer.eps, elementwise_affine=False)
     if not layer.elementwise_affine:
         return replace(node, layer=bare)
-    name = f"{node.name}.normalized"
-    while name in taken:
-        name += "_"
+    name = _free(f"{node.name}.normalized", taken)
     nodes[name] = Node(name, bare, node.inputs)
     return Node(node.name, Affine(layer), (name,), node.params)
 
@@ -120,7 +185,7 @@ class _Normalize(torch.autograd.Function):
         found = torch.ops.aten.native_layer_norm_backward(
             grads[0], value, ctx.shape, zero, one, None, None, [True, False, False]
         )
-        return (found[0] * inverse).to(value.dtype), None, None
+        return found[0].mul_(inverse), None, None
 
 
 @dataclass(frozen=True)
@@ -220,11 +285,14 @@ class _Rectified(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.six = inputs[1]
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         aten, (value,), (grad,) = torch.ops.aten, ctx.saved_tensors, grads
+        if grad is None:  # a tap has multiplied by the derivative
+            return None, None
         return aten.hardtanh_backward(grad, value, 0, 6) if ctx.six else aten.threshold_backward(grad, value, 0), None
 
 

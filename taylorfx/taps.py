@@ -142,7 +142,7 @@ class Taps:
         slope = partial(SLOPES[kind], layer, leaves) if kind in SLOPES else None
         if slot < 0 and kind in (Fused, Normalized):
             self.origins[node.name] = x, KEPT
-        elif slot == 0 and layer is not node.layer:  # what is written over is the activation by now
+        elif slot == 0 and layer is not node.layer and slope:  # what is written over is the activation by now
             self.origins[node.name] = x, replace(KEPT, slope=slope)
         elif slot == 0 and (kind in ACTIVATIONS or (kind in (*VIEWS, Affine) and node.inputs[0] in self.origins)):
             kept, recipe = (x, KEPT) if kind in ACTIVATIONS else self.origins[node.inputs[0]]
