@@ -101,7 +101,7 @@ class _Folder:
         return unflatten((path, self.leaves[path]) for path in spec.shapes), spec
 
     def _writer(self, name: str) -> tuple[Node, int]:
-        """Who writes a value, perhaps through a permutation of it alone, and the axis in it of the writer's channels."""
+        """Who writes a value, perhaps through a permutation, and the axis in it of the writer's channels."""
         node, layer = self.nodes[name], self.nodes[name].layer
         turned = layer.dims if isinstance(layer, L.Permute) and self.heard[name] == 1 else None
         writer = self.nodes[node.inputs[0]] if turned else node
