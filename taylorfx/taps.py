@@ -59,7 +59,7 @@ class Recipe:
     """Writes over a gradient by the activation that by what is kept."""
 
     def then(self, step: Callable[..., Tensor], *, rows: bool, slope: Any = None) -> Recipe:
-        return Recipe((*self.steps, step), self.rows and rows, None if self.steps else slope)
+        return Recipe((*self.steps, step), self.rows and rows, slope)
 
     def __call__(self, x: Tensor) -> Tensor:
         for step in self.steps:

@@ -105,6 +105,12 @@ LEAN: dict[str, tuple[Spec, list[str]]] = {
             Node("sum", tfx.Add(), ("small", "x")), Node("all", tfx.Add(), ("sum", "conv")),
         ), ["Add", "Add"],
     ),
+    "broadcast and read": (
+        after_conv(
+            Node("pool", tfx.AdaptiveAvgPool2d(1), ("x",)), Node("small", tfx.Conv2d(4, 4, 1), ("pool",)),
+            Node("sum", tfx.Add(), ("small", "conv")),
+        ), ["Add"],
+    ),
     "a view between": (
         classifier(SAME, tfx.Identity(), tfx.ReLU(), channels=4), [],
     ),
