@@ -333,7 +333,7 @@ def curvature(
 
 
 def _among(gate: Tensor, shape: Sequence[int], axis: int, before: int) -> Tensor:
-    """The reverse of `_apart` for gates that broadcast: the examples back into the axis in which they run."""
+    """The reverse of `apart` for gates that broadcast: the examples back into the axis in which they run."""
     sizes = [-1] * gate.ndim
     sizes[axis + 1] = shape[axis]
     spread: Tensor = gate.expand(sizes).unflatten(axis + 1, (before, -1))  # type: ignore[no-untyped-call]
