@@ -177,11 +177,12 @@ def draw(rows: Rows, path: Path) -> None:
 
 
 def publish(rows: Rows) -> None:
-    """Write the tables between the markers of README.md, and the plot."""
+    """Write the tables between the markers of README.md, the numbers into scoring.json, and the plot."""
     readme = HERE / "README.md"
     old = readme.read_text()
     before, after = old.split(MARKERS[0])[0], old.split(MARKERS[1])[1]
     readme.write_text(f"{before}{MARKERS[0]}\n\n{tables(rows)}\n\n{MARKERS[1]}{after}")
+    (HERE / "scoring.json").write_text(json.dumps(rows) + "\n")
     draw(rows, HERE.parent / "docs" / "scoring.png")
 
 
@@ -195,7 +196,7 @@ def main() -> None:
     parser.add_argument("--no-time", action="store_true")
     parser.add_argument("--task", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help="the numbers as JSON; what it has is not taken again")
-    parser.add_argument("--write", action="store_true", help="the tables of README.md and docs/scoring.png")
+    parser.add_argument("--write", action="store_true", help="the tables of README.md, scoring.json, docs/scoring.png")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.task:

@@ -1,9 +1,10 @@
 """Folding: per-channel affine maps move into the convolution or linear layer before them.
 
 In inference a batch norm (or a product or sum with a parameter per channel) is ``s * y + t`` for each channel. Heard
-alone by it, a layer ``y = W a + b`` takes it over exactly: ``(s W) a + (s b + t)`` (Jacob et al. 2018, arXiv
-1712.05877, eq. 14). What every node reads that survives is what it read before, and the gates lie at the reads: so no
-gate derivative moves. That is also why a norm *before* a layer stays: the layer would read something else.
+alone by it, at most through a permutation of the axes, a layer ``y = W a + b`` takes it over exactly:
+``(s W) a + (s b + t)`` (Jacob et al. 2018, arXiv 1712.05877, eq. 14). What every node reads that survives is what it
+read before, and the gates lie at the reads: so no gate derivative moves. That is also why a norm *before* a layer
+stays: the layer would read something else.
 """
 
 from __future__ import annotations
@@ -85,9 +86,9 @@ class _Folder:
         node = self.nodes[name]
         node = self.nodes[name] = replace(node, inputs=tuple(self.moved.get(x, x) for x in node.inputs))
         for slot, heard in enumerate(node.inputs):
-            writer = self.nodes[heard]
-            if type(writer.layer) in WRITERS and self.heard[heard] == 1 and self._alone(writer):
-                affine = self._affine(node, slot, writer)
+            writer, axis = self._writer(heard)
+            if type(writer.layer) in WRITERS and self.heard[writer.name] == 1 and self._alone(writer):
+                affine = self._affine(node, slot, axis)
                 if affine is not None:
                     self._absorb(writer, affine)
                     self._drop(node, slot)
@@ -99,20 +100,27 @@ class _Folder:
         spec = replace(self.spec, nodes=tuple(self.nodes.values()), outputs=outputs)
         return unflatten((path, self.leaves[path]) for path in spec.shapes), spec
 
+    def _writer(self, name: str) -> tuple[Node, int]:
+        """Who writes a value, perhaps through a permutation, and the axis in it of the writer's channels."""
+        node, layer = self.nodes[name], self.nodes[name].layer
+        turned = layer.dims if isinstance(layer, L.Permute) and self.heard[name] == 1 else None
+        writer = self.nodes[node.inputs[0]] if turned else node
+        axis = 1 if type(writer.layer) is not L.Linear else len(self.shapes.get(writer.name, ())) - 1
+        return writer, [d % len(turned) for d in turned].index(axis) if turned and axis > 0 else axis
+
     def _alone(self, writer: Node) -> bool:
         """No other node has this one's weight or bias, or a parameter where its bias would lie."""
         own = set(writer.paths.values())
         return all(self.owners[path] == (path in own) for path in {*own, _biased(writer).path("bias")})
 
-    def _affine(self, node: Node, slot: int, writer: Node) -> Affine | None:
-        """What a node does to each channel of its input ``slot``, if that is all that it does."""
-        axis = 1 if type(writer.layer) is not L.Linear else len(self.shapes.get(writer.name, ())) - 1
+    def _affine(self, node: Node, slot: int, axis: int) -> Affine | None:
+        """What a node does to each channel, along ``axis``, of its input ``slot``, if that is all that it does."""
         layer = node.layer
         if type(layer) in NORMS and layer.track_running_stats and axis == 1:  # type: ignore[attr-defined]
             return norm(node, self.leaves)
         if type(layer) not in (L.Add, L.Multiply) or len(node.inputs) != 2 or not self.shapes:
             return None
-        other, shape = self.nodes[node.inputs[1 - slot]], self.shapes[writer.name]
+        other, shape = self.nodes[node.inputs[1 - slot]], self.shapes[node.inputs[slot]]
         if type(other.layer) not in (L.Parameter, L.Buffer) or other.layer.expand:  # type: ignore[attr-defined]
             return None
         value = self.leaves[other.path("value")]

@@ -22,12 +22,13 @@ import optree
 import torch
 from torch import Tensor
 
-from taylorfx.coupling import Coupling, Place
+from taylorfx.coupling import Coupling
 from taylorfx.layers import Conv2d, ShapeError
 from taylorfx.lean import lean
 from taylorfx.loss import Batch, Loss, cross_entropy, each_batch, examples, one_by_one, own, per_example
 from taylorfx.spec import Inputs, Spec, apply, bind_inputs, evaluate
 from taylorfx.statistics import Moments, Statistics
+from taylorfx.taps import Taps
 from taylorfx.tree import Params, flatten
 
 __all__ = ["Gates", "curvature", "derivatives", "gated_loss", "gates", "gradient", "measure"]
@@ -259,48 +260,23 @@ def _one_pass(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     values = bind_inputs(spec, (inputs,))
     example = next(iter(values.values()))
-    places: dict[tuple[str, int], list[Place]] = {}
-    for place in coupling.writes if at_writes else coupling.reads:
-        places.setdefault((place.node, place.slot), []).append(place)
+    flat = coupling.writes if at_writes else coupling.reads
     real = next((x for x in flatten(params).values() if x.is_floating_point()), example)
     kind: dict[str, Any] = {"dtype": torch.promote_types(real.dtype, torch.float32), "device": real.device}
     count, units = len(example), len(coupling)
-    flat = [place for found in places.values() for place in found]
     zeros = {str(place.key): torch.zeros(count, place.units.shape[1], **kind) for place in flat}
     spread: dict[str, int] = {}  # how many positions of an example each index of a read stands for
-    tapped: list[tuple[Tensor, Place, Tensor]] = []
 
-    def losses(taps: Mapping[str, Tensor]) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
-        seen: dict[str, Tensor] = {}
-
-        def tap(name: str, slot: int, x: Tensor) -> Tensor:
-            for place in places.get((name, slot), ()):
-                key, axis, example = str(place.key), place.axis, place.example
-                size = place.units.shape[1]
-                spread[key] = x.numel() // (count * size)
-                if moments:
-                    alone = x.detach()[None] if example is None else _apart(x.detach(), count, *example)
-                    seen[key] = _activation(alone, axis + 1)
-                x = once(x, place, taps[key])
-            return x
-
-        def once(x: Tensor, place: Place, gate: Tensor) -> Tensor:
-            """A tensor that several layers read the same way (queries, keys and values) is tapped once for all."""
-            center = around.get(place.key)
-            for given, other, made in tapped if center is None else ():
-                if given is x and other.axis == place.axis and np.array_equal(other.units, place.units):
-                    return made
-            fresh: Tensor = _Tap.apply(x, gate, place, center)  # type: ignore[no-untyped-call]
-            tapped.extend([(x, place, fresh)] if center is None else [])
-            return fresh
-
-        outputs, _ = evaluate(params, spec, (inputs,), tap=tap, training=training, generator=generator)
+    def losses(given: Mapping[str, Tensor]) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
+        taps = Taps(params, spec, flat, given, around, moments=moments)
+        outputs, _ = evaluate(params, spec, (inputs,), tap=taps, training=training, generator=generator)
+        spread.update(taps.spread)
         each = per_example(loss, outputs, targets)
-        return each, (each.detach(), seen)
+        return each, (each.detach(), taps.seen)
 
     pulled: Any = torch.func.vjp(losses, zeros, has_aux=True)
     each, pull, (found, seen) = pulled
-    (grads,) = pull(torch.ones_like(each))
+    (grads,) = pull(torch.ones_like(each), retain_graph=False, create_graph=False)
     rows = [(str(place.key), row) for place in flat for row in place.units % (units + 1)]
     index = torch.as_tensor(np.concatenate([np.zeros(0, np.int64), *(row for _, row in rows)]), device=real.device)
     shares = np.concatenate([np.zeros(0), *(1 / (np.bincount(row)[row] * spread[key]) for key, row in rows)])
@@ -356,74 +332,9 @@ def curvature(
     return moved[0], moved[1]
 
 
-class _Tap(torch.autograd.Function):
-    """Identity whose second argument, ``(N, size)``, receives ``a * dL/da`` summed over all axes but one, per example.
-
-    Given a ``center``, it is ``(a - center) * dL/da``. Kept is only the input, which the layer that reads it keeps
-    anyway. ``example`` is none where a tensor does not depend on the example, of which there is then one.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, gate: Tensor, place: Place, center: Tensor | None) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        x, gate, ctx.place, ctx.center = inputs
-        ctx.save_for_backward(x)
-        ctx.count, ctx.dtype = len(gate), gate.dtype
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        (x,), (grad,), axis, example = ctx.saved_tensors, grads, ctx.place.axis, ctx.place.example
-        x = x if ctx.center is None else x - ctx.center.to(x)
-        if example is None:
-            gate = contract(x[None], grad[None], axis + 1)
-        elif example == (0, 1) and len(x) == ctx.count:
-            gate = contract(x, grad, axis)
-        else:
-            gate = contract(_apart(x, ctx.count, *example), _apart(grad, ctx.count, *example), axis + 1)
-        return grad, gate.to(ctx.dtype), None, None
-
-
-def _apart(x: Tensor, count: int, axis: int, before: int) -> Tensor:
-    """The examples first: ``(N, ...)``, the rest shaped as for one example."""
-    apart: Tensor = x.unflatten(axis, (before, count, -1)).movedim(axis + 1, 0)  # type: ignore[no-untyped-call]
-    return apart.flatten(axis + 1, axis + 2)
-
-
 def _among(gate: Tensor, shape: Sequence[int], axis: int, before: int) -> Tensor:
-    """The reverse of `_apart` for gates that broadcast: the examples back into the axis in which they run."""
+    """The reverse of `apart` for gates that broadcast: the examples back into the axis in which they run."""
     sizes = [-1] * gate.ndim
     sizes[axis + 1] = shape[axis]
     spread: Tensor = gate.expand(sizes).unflatten(axis + 1, (before, -1))  # type: ignore[no-untyped-call]
     return spread.movedim(0, axis + 1).flatten(axis, axis + 2)
-
-
-def contract(x: Tensor, y: Tensor, axis: int) -> Tensor:
-    """``(x * y)`` summed over all axes but the first and ``axis``: ``(N, size)``.
-
-    A product and a sum, some examples at a time so that the product stays in the processor's cache: as fast in every
-    memory format, where einsum would copy and multiply matrices of one row.
-    """
-    if x.ndim == 2:
-        return x * y
-    wide = torch.promote_types(x.dtype, torch.float32)
-    rest = [k for k in range(1, x.ndim) if k != axis]
-    some = max(1, _CACHED * len(x) // max(1, x.numel())) if x.device.type == "cpu" else len(x)
-    parts = [(a.to(wide) * b).sum(rest) for a, b in zip(torch.split(x, some), torch.split(y, some), strict=True)]
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-_CACHED = 2**20
-"""How many numbers a product has that is summed up before it leaves the processor's cache."""
-
-
-def _activation(x: Tensor, axis: int) -> Tensor:
-    """``(4, size)``: count, sum, sum of squares and zeros along ``axis``."""
-    rest = [k for k in range(x.ndim) if k != axis]
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    count = torch.full((x.shape[axis],), x.numel() // x.shape[axis], dtype=wide.dtype, device=x.device)
-    return torch.stack([count, wide.sum(rest), wide.square().sum(rest), (wide == 0).to(wide.dtype).sum(rest)])

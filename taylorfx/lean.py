@@ -5,6 +5,8 @@ Once differentiated by the gates and thrown away, a network need not keep what o
 - a norm by running statistics that cannot be folded is a product and a sum per channel, which keep nothing of the
   activations, where torch's keeps its input and goes over it once more for derivatives of weights that nobody wants;
 - activations that need only their own result, and sums, are written over an input that is theirs alone;
+- a layer norm keeps what it gives out, which the taps behind it make their activation from, and not its input;
+- slices that take an axis apart are parts of one, whose gradients are written into one tensor;
 - attention without a mask is torch's fused one, which keeps no scores and cannot be differentiated twice.
 """
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -39,6 +42,7 @@ def lean(params: Params, spec: Spec, reads: set[str], *, channels_last: bool = F
     params, spec = fold(params, spec)
     leaves = flatten(params)
     heard = Counter([*spec.outputs, *(x for node in spec.nodes for x in node.inputs)])
+    taken, cuts = {node.name for node in spec.nodes}, _cuts(spec, heard)
     nodes: dict[str, Node] = {}
     behind: set[str] = set()  # what depends on a gate: torch.func.vjp lets nothing else be written over
     for node in spec.nodes:
@@ -50,9 +54,13 @@ def lean(params: Params, spec: Spec, reads: set[str], *, channels_last: bool = F
             own = [x for x in node.inputs if x in behind and heard[x] == 1 and _fresh(nodes[x])]
             if own:
                 inputs = (own[0], *(x for x in node.inputs if x != own[0]))
-                node = replace(node, layer=_Over(node.layer), inputs=inputs)
+                node = replace(node, layer=Over(node.layer), inputs=inputs)
+        elif type(node.layer) is L.LayerNorm:
+            node = _normalized(node, nodes, taken)
+        elif type(node.layer) is L.Slice and node.inputs[0] in cuts:
+            node = _part(node, nodes, taken, cuts[node.inputs[0]])
         elif type(node.layer) is L.ScaledDotProduct and len(node.inputs) == 3 and not node.layer.grouped:
-            node = replace(node, layer=_Fused(node.layer))
+            node = replace(node, layer=Fused(node.layer))
         nodes[node.name] = node
         if channels_last and isinstance(node.layer, L.Conv2d):
             path = node.path("weight")
@@ -70,6 +78,136 @@ def _scaled(node: Node, leaves: dict[str, Tensor]) -> Node:
         assert value is not None
         leaves[made.path(leaf)] = value
     return made
+
+
+def _free(name: str, taken: set[str]) -> str:
+    return _free(f"{name}_", taken) if name in taken else name
+
+
+def _cuts(spec: Spec, heard: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """Where values are cut that are only heard in several slices, which do not overlap, of one axis."""
+    found: dict[str, list[L.Slice]] = {}
+    for node in spec.nodes:
+        if isinstance(node.layer, L.Slice):
+            found.setdefault(node.inputs[0], []).append(node.layer)
+    result = {}
+    for name, slices in found.items():
+        ordered = sorted(slices, key=lambda layer: layer.start)
+        apart = all(a.dim == b.dim and a.stop <= b.start for a, b in pairwise(ordered))
+        if apart and heard[name] == len(slices) > 1:
+            result[name] = tuple(sorted({0, *(x for layer in slices for x in (layer.start, layer.stop))}))
+    return result
+
+
+def _part(node: Node, nodes: dict[str, Node], taken: set[str], cuts: tuple[int, ...]) -> Node:
+    """A slice of what is cut once for all slices."""
+    layer = node.layer
+    assert isinstance(layer, L.Slice)
+    name = _free(f"{node.inputs[0]}.parts", taken)
+    nodes.setdefault(name, Node(name, Parts(layer.dim, cuts), node.inputs))
+    return replace(node, layer=Part(layer, cuts.index(layer.start)), inputs=(name,))
+
+
+@dataclass(frozen=True)
+class Parts(Layer):
+    """An axis in parts: their gradients become one tensor, where every slice would fill one of its own with zeros."""
+
+    dim: int
+    cuts: tuple[int, ...]
+
+    def signature(self, *shapes: Shape) -> str:
+        return "... -> ..."
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Any:
+        bounds = (*self.cuts, inputs[0].shape[self.dim])
+        return torch.split(inputs[0], [b - a for a, b in pairwise(bounds)], self.dim)
+
+
+@dataclass(frozen=True)
+class Part(Layer):
+    """One of the parts."""
+
+    layer: L.Slice
+    index: int
+
+    def signature(self, *shapes: Shape) -> str:
+        return self.layer.signature(*shapes)
+
+    def letters(self, *shapes: Shape) -> dict[str, int]:
+        return self.layer.letters(*shapes)
+
+    def apply(self, params: Leaves, *inputs: Any) -> Tensor:
+        part: Tensor = inputs[0][self.index]
+        return part
+
+
+def _normalized(node: Node, nodes: dict[str, Node], taken: set[str]) -> Node:
+    """A layer norm without its parameters, and then those."""
+    layer = node.layer
+    assert isinstance(layer, L.LayerNorm)
+    bare = Normalized(layer.normalized_shape, layer.eps, elementwise_affine=False)
+    if not layer.elementwise_affine:
+        return replace(node, layer=bare)
+    name = _free(f"{node.name}.normalized", taken)
+    nodes[name] = Node(name, bare, node.inputs)
+    return Node(node.name, Affine(layer), (name,), node.params)
+
+
+@dataclass(frozen=True)
+class Normalized(L.LayerNorm):
+    """A layer norm without parameters that keeps what it gives out instead of what it is given."""
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        value, _ = _Normalize.apply(inputs[0], self._shape, self.eps)  # type: ignore[no-untyped-call]
+        return value  # type: ignore[no-any-return]
+
+
+class _Normalize(torch.autograd.Function):
+    """The last axes normalized, and their inverse deviations."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, shape: list[int], eps: float) -> tuple[Tensor, Tensor]:
+        value, _, inverse = torch.native_layer_norm(x, shape, None, None, eps)
+        return value, inverse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.shape = inputs[1]
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        value, inverse = ctx.saved_tensors
+        zero, one = torch.zeros_like(inverse), torch.ones_like(inverse)  # of what is normalized already
+        found = torch.ops.aten.native_layer_norm_backward(
+            grads[0], value, ctx.shape, zero, one, None, None, [True, False, False]
+        )
+        return found[0].mul_(inverse), None, None
+
+
+@dataclass(frozen=True)
+class Affine(Layer):
+    """What a layer norm does to what it has normalized."""
+
+    layer: L.LayerNorm
+
+    def signature(self, *shapes: Shape) -> str:
+        return self.layer.signature(*shapes)
+
+    def letters(self, *shapes: Shape) -> dict[str, int]:
+        return self.layer.letters(*shapes)
+
+    def init(self, generator: torch.Generator) -> dict[str, Tensor]:
+        return self.layer.init(generator)
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        (x,) = inputs
+        if not self.layer.bias:
+            return (x * params["weight"]).to(x.dtype)
+        return torch.addcmul(params["bias"], x, params["weight"]).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -94,7 +232,7 @@ class _Scale(Layer):
 
 
 @dataclass(frozen=True)
-class _Over(Layer):
+class Over(Layer):
     """A layer whose value is written over its first input."""
 
     layer: Layer
@@ -108,7 +246,7 @@ class _Over(Layer):
 
 
 @dataclass(frozen=True)
-class _Fused(Layer):
+class Fused(Layer):
     """Scaled dot-product attention, whose scores are not kept."""
 
     layer: L.ScaledDotProduct
@@ -131,9 +269,36 @@ def _sum(x: Tensor, *others: Tensor) -> Tensor:
     return x
 
 
+class _Rectified(torch.autograd.Function):
+    """``relu`` or ``relu6`` over its input, of which it is a view to autograd: what the input depends on stays its own.
+
+    It keeps what it gives out, which is now in both; torch's ``relu6_`` keeps a copy of what it is given.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, six: bool) -> Tensor:
+        x = F.relu6(x, inplace=True) if six else F.relu_(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.six = inputs[1]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        aten, (value,), (grad,) = torch.ops.aten, ctx.saved_tensors, grads
+        if grad is None:  # a tap has multiplied by the derivative
+            return None, None
+        return aten.hardtanh_backward(grad, value, 0, 6) if ctx.six else aten.threshold_backward(grad, value, 0), None
+
+
 _OVER: dict[type[Layer], Callable[..., Any]] = {
-    L.ReLU: F.relu_,
-    L.ReLU6: lambda x: F.relu6(x, inplace=True),
+    L.ReLU: lambda x: _Rectified.apply(x, False),  # type: ignore[no-untyped-call]
+    L.ReLU6: lambda x: _Rectified.apply(x, True),  # type: ignore[no-untyped-call]
     L.Add: _sum,
 }
 """What needs nothing but its own result for its derivative."""
@@ -141,7 +306,7 @@ _OVER: dict[type[Layer], Callable[..., Any]] = {
 
 def _fresh(node: Node) -> bool:
     """Its value is no view of another, and its derivative does not need it."""
-    layer = node.layer.layer if isinstance(node.layer, _Over) else node.layer
+    layer = node.layer.layer if isinstance(node.layer, Over) else node.layer
     if type(layer) is L.Add:
         return len(node.inputs) > 1
     return type(layer) in (L.Conv2d, L.Conv3d, L.ConvTranspose2d, _Scale)

@@ -65,6 +65,22 @@ def outputs(*names: str) -> Spec:
     return Spec((*nodes, *tail), names)
 
 
+def turned(layer: tfx.Layer, dims: tuple[int, ...], *after: tfx.Layer | tuple[int, ...], twice: bool = False) -> Spec:
+    """A layer whose output is permuted, and then normed or scaled; the permutation is perhaps heard by another."""
+    nodes = [Node("x", Input()), Node("layer", layer, ("x",)), Node("turn", tfx.Permute(dims), ("layer",))]
+    for k, what in enumerate(after):
+        if isinstance(what, tuple):
+            nodes += [
+                Node(f"p{k}", tfx.Parameter(what, std=1.0)),
+                Node(f"o{k}", tfx.Multiply(), (nodes[-1].name, f"p{k}")),
+            ]
+        else:
+            nodes.append(Node(f"o{k}", what, (nodes[-1].name,)))
+    return Spec((*nodes, *([Node("sum", tfx.Add(), ("turn", nodes[-1].name))] if twice else [])))
+
+
+LAST, FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
+
 # A network, and how many of its nodes go.
 FOLDED: dict[str, tuple[Spec, int]] = {
     "dense": (normed(SAME, channels=4), 1),
@@ -118,6 +134,16 @@ FOLDED: dict[str, tuple[Spec, int]] = {
         serial(Input((2, 1)), by_parameters(tfx.Conv1d(2, 4, 1), tfx.Add(), (4, 3)), tfx.Flatten(), tfx.Linear(12, 2)),
         0,
     ),
+    "scaled behind a permutation": (
+        classifier(tfx.Permute(LAST), turned(tfx.Linear(4, 4), FIRST, (4, 1, 1)), channels=4), 2,
+    ),
+    "normed behind a permutation": (
+        classifier(tfx.Permute(LAST), turned(tfx.Linear(4, 4), FIRST, NORM, (4, 1, 1)), channels=4), 3,
+    ),
+    "a convolution scaled behind a permutation": (classifier(turned(SAME, LAST, (4,)), channels=4), 2),
+    "places scaled behind a permutation": (classifier(turned(SAME, LAST, (4, 1, 1)), channels=4), 0),
+    "rows normed behind a permutation": (classifier(turned(SAME, LAST, NORM), channels=4), 0),
+    "the permutation is heard by another": (classifier(turned(SAME, LAST, (4,), twice=True), channels=4), 0),
     "the norm is an output": (outputs("norm"), 1),
     "the convolution is an output": (outputs("conv", "head"), 0),
 }  # fmt: skip

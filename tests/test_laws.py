@@ -250,6 +250,21 @@ def test_derivatives_at_the_reads_equal_those_at_the_writes_on_homogeneous_netwo
     assert_close(reads.sum_abs, writes.sum_abs, **CLOSE)
 
 
+@pytest.mark.parametrize("at_writes", [True, False])
+@pytest.mark.parametrize("name", ["multi-head", "table", "residual stream"])
+def test_where_training_changes_nothing_its_sums_are_those_of_inference(name, at_writes):
+    """Also of what is the same for all examples: a table of positions, which is written, and read, once a batch."""
+    net = network(CONSTRUCTS[name])
+    trained, inferred = (
+        tfx.measure(net.params, net.spec, net.batch, net.coupling, at_writes=at_writes, training=training)
+        for training in (True, False)
+    )
+    places = net.coupling.writes if at_writes else net.coupling.reads
+    assert any(place.example is None for place in places) == (name == "table" or (name == "multi-head" and at_writes))
+    for what in ("sum", "sum_batch_abs", "sum_batch_sq"):
+        assert_close(getattr(trained, what), getattr(inferred, what), **CLOSE)
+
+
 @pinned
 def test_nothing_that_is_given_changes(net, seed):
     tensors = [*tfx.flatten(net.params).values(), *net.batch[0].values(), net.batch[1]]

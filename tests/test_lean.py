@@ -1,22 +1,22 @@
 """What scoring runs in the network's stead is invisible: lean copy, memory format, shared taps, precision."""
 
-import sys
 from collections import Counter
 
 import pytest
 import torch
 from constructs import CONSTRUCTS, SAME, classifier
 from hypothesis import example, given
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import taylorfx as tfx
-from taylorfx import Input, Node, Spec, residual, serial
+from taylorfx import Input, Node, Spec, residual, serial, taps
 from taylorfx.lean import lean
 from taylorfx.testing import network, networks, specs
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 NORM = tfx.BatchNorm2d(4)
-GATES = sys.modules["taylorfx.gates"]  # the package has a function of that name
 
 
 def after_conv(*nodes: Node) -> Spec:
@@ -40,7 +40,34 @@ def attention(causal: bool = False, masked: bool = False) -> Spec:
     return Spec(tuple(nodes))
 
 
-# A network, and what is written over its input, fused, or no norm any more.
+def activated(layer: tfx.Layer) -> Spec:
+    """Its output is heard by one linear layer, by a linear layer and the sum behind it, and by one behind a view."""
+    nodes = [Node("x", Input((3, 4))), Node("embed", tfx.Linear(4, 6), ("x",)), Node("one", layer, ("embed",))]
+    nodes += [Node("up", tfx.Linear(6, 6), ("one",)), Node("two", layer, ("up",)), Node("on", tfx.Linear(6, 6), "two")]
+    nodes += [Node("sum", tfx.Add(), ("on", "two")), Node("wide", tfx.Linear(6, 6), ("sum",))]
+    nodes += [Node("three", layer, ("wide",)), Node("turned", tfx.Permute((1, 0, 2)), ("three",))]
+    nodes += [Node("last", tfx.Linear(6, 4), ("turned",)), Node("back", tfx.Permute((1, 0, 2)), ("last",))]
+    return Spec((*nodes, Node("flat", tfx.Flatten(), ("back",)), Node("head", tfx.Linear(12, 2), ("flat",))))
+
+
+def parts(*bounds: tuple[int, int], dims: tuple[int, ...] = (1, 1, 1), whole: bool = False) -> Spec:
+    """Slices of what a convolution gives out, pooled and joined; the whole of it, too."""
+    nodes = []
+    for k, ((start, stop), dim) in enumerate(zip(bounds, dims, strict=False)):
+        nodes.append(Node(f"slice{k}", tfx.Slice(dim, start, stop), ("conv",)))
+        nodes.append(Node(f"pool{k}", tfx.AdaptiveAvgPool2d(1), (f"slice{k}",)))
+    if whole:
+        nodes.append(Node("pool", tfx.AdaptiveAvgPool2d(1), ("conv",)))
+    names = tuple(node.name for node in nodes if node.name.startswith("pool"))
+    channels = (
+        sum(stop - start if dim == 1 else 4 for (start, stop), dim in zip(bounds, dims, strict=False)) + 4 * whole
+    )
+    stem = (Node("x", Input((2, 4, 4))), Node("conv", tfx.Conv2d(2, 4, 1), ("x",)))
+    tail = (Node("joined", tfx.Concat(), names), Node("flat", tfx.Flatten(), ("joined",)))
+    return Spec((*stem, *nodes, *tail, Node("head", tfx.Linear(channels, 2), ("flat",))))
+
+
+# A network, and what is written over its input, fused, in parts, or no norm any more.
 LEAN: dict[str, tuple[Spec, list[str]]] = {
     "norm before": (classifier(SAME, tfx.MaxPool2d(1), NORM, tfx.ReLU(), SAME, channels=4), ["BatchNorm2d", "ReLU"]),
     "tracked instance norm": (
@@ -78,12 +105,46 @@ LEAN: dict[str, tuple[Spec, list[str]]] = {
             Node("sum", tfx.Add(), ("small", "x")), Node("all", tfx.Add(), ("sum", "conv")),
         ), ["Add", "Add"],
     ),
+    "broadcast and read": (
+        after_conv(
+            Node("pool", tfx.AdaptiveAvgPool2d(1), ("x",)), Node("small", tfx.Conv2d(4, 4, 1), ("pool",)),
+            Node("sum", tfx.Add(), ("small", "conv")),
+        ), ["Add"],
+    ),
     "a view between": (
         classifier(SAME, tfx.Identity(), tfx.ReLU(), channels=4), [],
     ),
     "attention": (attention(), ["ScaledDotProduct"]),
     "causal attention": (attention(causal=True), ["ScaledDotProduct"]),
     "masked attention": (attention(masked=True), []),
+    "layer norms": (activated(tfx.LayerNorm(6)), ["LayerNorm"] * 3),
+    "layer norms without bias": (activated(tfx.LayerNorm(6, bias=False)), ["LayerNorm"] * 3),
+    "layer norms without parameters": (activated(tfx.LayerNorm(6, elementwise_affine=False)), ["LayerNorm"] * 3),
+    "layer norm of two axes": (
+        serial(
+            Input((3, 4)), tfx.Linear(4, 4), tfx.LayerNorm((3, 4)), tfx.Linear(4, 4), tfx.Flatten(), tfx.Linear(12, 2),
+        ), ["LayerNorm"],
+    ),
+    "normalized by name": (
+        classifier(Spec((
+            Node("x", Input()), Node("a", tfx.Permute((0, 2, 3, 1)), ("x",)),
+            Node("n", tfx.LayerNorm(4), ("a",)), Node("n.normalized", tfx.Linear(4, 4), ("n",)),
+            Node("b", tfx.Permute((0, 3, 1, 2)), ("n.normalized",)),
+        )), channels=4), ["LayerNorm"],
+    ),
+    "rectified tokens": (activated(tfx.ReLU()), []),
+    "gelu": (activated(tfx.GELU()), []),
+    "gelu by tanh": (activated(tfx.GELU("tanh")), []),
+    "silu": (activated(tfx.SiLU()), []),
+    "mish": (activated(tfx.Mish()), []),
+    "hardswish": (activated(tfx.Hardswish()), []),
+    "softplus": (activated(tfx.Softplus(2.0)), []),
+    "two parts": (parts((0, 1), (1, 4)), ["Slice"] * 2),
+    "parts with gaps, in any order": (parts((3, 4), (1, 2)), ["Slice"] * 2),
+    "slices that overlap": (parts((0, 2), (1, 4)), []),
+    "slices of two axes": (parts((0, 2), (2, 4), dims=(1, 2)), []),
+    "one slice": (parts((0, 2)), []),
+    "slices and the whole": (parts((0, 2), (2, 4), whole=True), []),
     "depthwise": (
         classifier(tfx.Conv2d(4, 8, 3, padding=1, groups=4), tfx.ReLU6(), tfx.Conv2d(8, 3, 1), channels=3), [],
     ),
@@ -107,7 +168,8 @@ def test_what_can_be_lean_is(name):
     net = network(spec)
     _, small, _ = copied(net)
     was = {node.name: type(node.layer).__name__ for node in spec}
-    found = Counter(was[node.name] for node in small if type(node.layer).__name__ in ("_Over", "_Scale", "_Fused"))
+    kinds = ("Over", "_Scale", "Fused", "Affine", "Part", *(["Normalized"] if "without parameters" in name else []))
+    found = Counter(was[node.name] for node in small if type(node.layer).__name__ in kinds)
     assert found == Counter(changed)
 
 
@@ -138,7 +200,9 @@ def test_derivatives_are_the_same_in_channels_last(net):
 def test_images_are_laid_out_as_asked(channels_last, expected, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        GATES, "contract", lambda x, y, axis: (seen.append(x.stride()[1] == 1), torch.ones(len(x), x.shape[axis]))[1]
+        taps,
+        "contract",
+        lambda x, y, axis, *rest: (seen.append(x.stride()[1] == 1), torch.ones(len(x), x.shape[axis]))[1],
     )
     net = network(classifier(SAME, tfx.ReLU(), SAME, channels=4))
     tfx.derivatives(net.params, net.spec, *net.batch, net.coupling, channels_last=channels_last)
@@ -146,12 +210,50 @@ def test_images_are_laid_out_as_asked(channels_last, expected, monkeypatch):
 
 
 def test_what_several_layers_read_the_same_way_is_tapped_once(monkeypatch):
-    made, contract = [], GATES.contract
-    monkeypatch.setattr(GATES, "contract", lambda x, y, axis: (made.append(axis), contract(x, y, axis))[1])
+    made, contract = [], taps.contract
+    monkeypatch.setattr(taps, "contract", lambda x, y, axis, *rest: (made.append(axis), contract(x, y, axis, *rest))[1])
     net = network(CONSTRUCTS["multi-head"])
     tfx.derivatives(net.params, net.spec, *net.batch, net.coupling)
     heard = Counter((net.spec[p.node].inputs[p.slot], p.axis) for p in net.coupling.reads)
     assert len(net.coupling.reads) > len(heard) == len(made)
+
+
+class Live(TorchDispatchMode):
+    """The most bytes that lived at a time, of all that is made while it is on."""
+
+    def __init__(self):
+        super().__init__()
+        self.made, self.peak = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                self.made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.made = {key: (ref, size) for key, (ref, size) in self.made.items() if not ref.expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.made.values()))
+        return result
+
+
+def tokens(*layers: tfx.Layer, depth: int) -> Spec:
+    body = [layer for _ in range(depth) for layer in (*layers, tfx.Linear(8, 8))]
+    return serial(Input((32, 8)), tfx.Linear(8, 8), *body, tfx.Flatten(), tfx.Linear(256, 2))
+
+
+@pytest.mark.parametrize(("layers", "kept"), [
+    ((tfx.GELU(),), 1), ((tfx.LayerNorm(8),), 1), ((tfx.LayerNorm(8), tfx.Linear(8, 8), tfx.GELU()), 2), ((), 1),
+])  # fmt: skip
+def test_one_tensor_is_kept_for_each_linear_layer(layers, kept):
+    """What it reads, or what that is made from; gradients are gone as soon as they were heard."""
+    peaks = []
+    for depth in (4, 12):
+        net = network(tokens(*layers, depth=depth))
+        with Live() as live:
+            tfx.derivatives(net.params, net.spec, *net.batch, net.coupling)
+        peaks.append(live.peak)
+    one = 3 * 32 * 8 * 8  # examples, positions, channels, bytes
+    assert peaks[1] - peaks[0] < (kept + 0.5) * 8 * one
 
 
 def test_transposed_tokens_take_one_product():

@@ -25,7 +25,7 @@ STAGES = (
     {"build", "fold"},
     {"lean"},
     {"coupling"},
-    {"loss"},
+    {"loss", "taps"},
     {"gates", "cost"},
     {"plan"},
     {"criteria"},

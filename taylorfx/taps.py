@@ -1,0 +1,233 @@
+"""The taps of one pass: where activations are multiplied by their gradients and summed to the derivatives of gates.
+
+A tap is the identity; in the backward pass it takes ``a * dL/da``. What it keeps for that is the activation ``a``, or,
+where this is made anew with little work from something that is kept anyway, nothing: an activation function keeps its
+input, so that what it gave out need not be kept for the linear layer that reads it (no derivative by weights asks for
+it); fused attention keeps its output, of which the layer behind it reads another view.
+
+Where nobody else hears the activation function, the tap also multiplies the gradient by its derivative, part by part
+while it is in the processor's cache, and over itself: it is the gradient of what is kept that then goes on.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from taylorfx import layers as L
+from taylorfx.coupling import Place
+from taylorfx.lean import Affine, Fused, Normalized, Over
+from taylorfx.spec import Node, Spec
+from taylorfx.tree import Params, flatten
+
+__all__ = ["Taps"]
+
+ACTIVATIONS = (L.GELU, L.SiLU, L.Mish, L.Hardswish, L.Softplus)
+"""They keep their input for their derivative."""
+
+_ATEN = torch.ops.aten
+SLOPES: dict[type[L.Layer], Callable[[Any, L.Leaves, Tensor, Tensor], object]] = {
+    L.GELU: lambda layer, _, x, y: _ATEN.gelu_backward.grad_input(y, x, approximate=layer.approximate, grad_input=y),
+    L.SiLU: lambda layer, _, x, y: _ATEN.silu_backward.grad_input(y, x, grad_input=y),
+    L.ReLU: lambda layer, _, x, y: _ATEN.threshold_backward.grad_input(y, x, 0, grad_input=y),
+    L.ReLU6: lambda layer, _, x, y: _ATEN.hardtanh_backward.grad_input(y, x, 0, 6, grad_input=y),
+    Affine: lambda layer, leaves, x, y: y.mul_(leaves["weight"]),
+}
+"""Write over a gradient ``y`` its product with the derivative, at what is kept, ``x``."""
+
+READERS = (L.Linear, L.Conv1d, L.Conv2d, L.Conv3d)
+"""The gradients by their input are new and nobody else's."""
+
+VIEWS = (L.Permute, L.View, L.Reshape, L.Flatten)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an activation is made from what is kept."""
+
+    steps: tuple[Callable[..., Tensor], ...] = ()
+    rows: bool = True
+    """The steps leave the examples where they are, first, and treat each alone."""
+    slope: Callable[[Tensor, Tensor], object] | None = None
+    """Writes over a gradient by the activation that by what is kept."""
+
+    def then(self, step: Callable[..., Tensor], *, rows: bool, slope: Any = None) -> Recipe:
+        return Recipe((*self.steps, step), self.rows and rows, slope)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        for step in self.steps:
+            x = step(x)
+        return x
+
+
+KEPT = Recipe()
+"""The activation itself is kept."""
+
+
+class Taps:
+    """Called by `taylorfx.spec.evaluate` at every input and output of a node; gives back the tensor, tapped or not.
+
+    Args:
+        gates: ones that receive the derivatives, ``(N, size)`` for every place, by its key as text.
+        around: what activations are measured from, by place.
+        moments: also sum what is read, into ``seen``.
+
+    Attributes:
+        seen: ``(4, size)`` for every place: count, sum, sum of squares and zeros of the activations.
+        spread: how many positions of an example each index of a place stands for.
+    """
+
+    def __init__(
+        self, params: Params, spec: Spec, places: Sequence[Place], gates: Mapping[str, Tensor],
+        around: Mapping[tuple[str, int, int], Tensor], *, moments: bool,
+    ) -> None:  # fmt: skip
+        self.gates, self.around, self.moments = gates, around, moments
+        self.leaves = flatten(params)
+        self.nodes = {node.name: node for node in spec.nodes}
+        self.heard = Counter([*spec.outputs, *(x for node in spec.nodes for x in node.inputs)])
+        self.last = {x: node.name for node in spec.nodes for x in node.inputs}
+        self.places: dict[tuple[str, int], list[Place]] = {}
+        for place in places:
+            self.places.setdefault((place.node, place.slot), []).append(place)
+        self.origins: dict[str, tuple[Tensor, Recipe]] = {}
+        self.tapped: dict[str, list[tuple[Tensor, Place, Tensor]]] = {}
+        self.seen: dict[str, Tensor] = {}
+        self.spread: dict[str, int] = {}
+
+    def __call__(self, name: str, slot: int, x: Tensor) -> Tensor:
+        node = self.nodes[name]
+        for place in self.places.get((name, slot), ()):
+            x = self._through(node, x, place)
+        self._trace(node, slot, x)
+        if slot < 0:  # what nobody hears any more is not held
+            for heard in node.inputs:
+                if self.last[heard] == name:
+                    self.origins.pop(heard, None)
+                    self.tapped.pop(heard, None)
+        return x
+
+    def _through(self, node: Node, x: Tensor, place: Place) -> Tensor:
+        """A tensor that several layers read the same way (queries, keys and values) is tapped once for all."""
+        key, size, example, gate = str(place.key), place.units.shape[1], place.example, self.gates[str(place.key)]
+        self.spread[key] = x.numel() // (size * (1 if example is None else len(gate)))
+        if self.moments:
+            alone = x.detach()[None] if example is None else apart(x.detach(), len(gate), *example)
+            self.seen[key] = activation(alone, place.axis + 1)
+        heard = node.name if place.slot < 0 else node.inputs[place.slot]
+        center = self.around.get(place.key)
+        for given, other, made in self.tapped.get(heard, ()) if center is None else ():
+            if given is x and other.axis == place.axis and np.array_equal(other.units, place.units):
+                return made
+        kept, recipe = self.origins.get(heard, (x, KEPT))
+        if type(node.layer) not in READERS or (recipe.steps and type(node.layer) is not L.Linear):
+            kept, recipe = x, KEPT
+        elif self.heard[heard] > 1 or _vectorized(x):
+            recipe = replace(recipe, slope=None)
+        fresh: Tensor = Tap.apply(x, gate, place, center, kept, recipe)  # type: ignore[no-untyped-call]
+        if center is None:
+            self.tapped.setdefault(heard, []).append((x, place, fresh))
+        return fresh
+
+    def _trace(self, node: Node, slot: int, x: Tensor) -> None:
+        """Find out what a value can be made from."""
+        layer = node.layer.layer if isinstance(node.layer, Over) else node.layer
+        kind, leaves = type(layer), {leaf: self.leaves[path] for leaf, path in node.paths.items()}
+        slope = partial(SLOPES[kind], layer, leaves) if kind in SLOPES else None
+        if slot < 0 and kind in (Fused, Normalized):
+            self.origins[node.name] = x, KEPT
+        elif slot == 0 and layer is not node.layer and slope:  # what is written over is the activation by now
+            self.origins[node.name] = x, replace(KEPT, slope=slope)
+        elif slot == 0 and (kind in ACTIVATIONS or (kind in (*VIEWS, Affine) and node.inputs[0] in self.origins)):
+            kept, recipe = (x, KEPT) if kind in ACTIVATIONS else self.origins[node.inputs[0]]
+            step = partial(layer.apply, leaves)
+            self.origins[node.name] = kept, recipe.then(step, rows=kind not in VIEWS, slope=slope)
+
+
+def _vectorized(x: Tensor) -> bool:
+    """Under ``torch.func.vmap``, which has no operators that write over a gradient."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if torch._C._functorch.is_batchedtensor(x):
+            return True
+        x = torch._C._functorch.get_unwrapped(x)
+    return False
+
+
+class Tap(torch.autograd.Function):
+    """Identity whose second argument, ``(N, size)``, receives ``a * dL/da`` summed over all axes but one, per example.
+
+    Given a ``center``, it is ``(a - center) * dL/da``. ``kept`` is what ``a`` is made from again, or ``a``.
+    A tensor that is the same for all examples, of which there is then one or a batch that trains, has one sum, of which
+    every example gets the same share.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, gate: Tensor, place: Place, center: Tensor | None, kept: Tensor, recipe: Recipe) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, gate, ctx.place, ctx.center, kept, ctx.recipe = inputs
+        ctx.save_for_backward(kept)
+        ctx.count, ctx.dtype = len(gate), gate.dtype
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        (x,), (grad,), axis, example = ctx.saved_tensors, grads, ctx.place.axis, ctx.place.example
+        recipe, center = ctx.recipe, ctx.center
+        if example == (0, 1) and len(grad) == ctx.count and recipe.rows and center is None:
+            gate = contract(x, grad, axis, recipe)
+        else:
+            value = recipe(x) if center is None else recipe(x) - center.to(x)
+            if example is None:
+                gate = contract(value[None], grad[None], axis + 1).expand(ctx.count, -1) / ctx.count
+            else:
+                gate = contract(apart(value, ctx.count, *example), apart(grad, ctx.count, *example), axis + 1)
+            if recipe.slope is not None:
+                recipe.slope(x, grad)
+        by_activation, by_kept = (grad, None) if recipe.slope is None else (None, grad)
+        return by_activation, gate.to(ctx.dtype), None, None, by_kept, None
+
+
+def apart(x: Tensor, count: int, axis: int, before: int) -> Tensor:
+    """The examples first: ``(N, ...)``, the rest shaped as for one example."""
+    split: Tensor = x.unflatten(axis, (before, count, -1)).movedim(axis + 1, 0)  # type: ignore[no-untyped-call]
+    return split.flatten(axis + 1, axis + 2)
+
+
+def contract(x: Tensor, y: Tensor, axis: int, recipe: Recipe = KEPT) -> Tensor:
+    """``(a * y)`` summed over all axes but the first and ``axis``: ``(N, size)``; ``a`` is made from ``x``.
+
+    A product and a sum, some examples at a time so that the product stays in the processor's cache: as fast in every
+    memory format, where einsum would copy and multiply matrices of one row. A slope is then written over ``y``.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    rest = [k for k in range(1, x.ndim) if k != axis]
+    some = max(1, CACHED * len(x) // max(1, x.numel())) if x.device.type == "cpu" else len(x)
+    parts = []
+    for a, b in zip(torch.split(x, some), torch.split(y, some), strict=True):
+        product = recipe(a).to(wide) * b
+        parts.append(product.sum(rest) if rest else product)
+        if recipe.slope is not None:
+            recipe.slope(a, b)
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+CACHED = 2**20
+"""How many numbers a product has that is summed up before it leaves the processor's cache."""
+
+
+def activation(x: Tensor, axis: int) -> Tensor:
+    """``(4, size)``: count, sum, sum of squares and zeros along ``axis``."""
+    rest = [k for k in range(x.ndim) if k != axis]
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    count = torch.full((x.shape[axis],), x.numel() // x.shape[axis], dtype=wide.dtype, device=x.device)
+    return torch.stack([count, wide.sum(rest), wide.square().sum(rest), (wide == 0).to(wide.dtype).sum(rest)])
