@@ -190,6 +190,8 @@ def size(axis: Axis, sizes: Mapping[str, int]) -> int:
     >>> size((("g", "i"), ("o",)), {"g": 2, "i": 3, "o": 4})
     10
     """
+    if len(axis) == 1 == len(axis[0]):
+        return sizes[axis[0][0]]
     total = 0
     for product in axis:
         length = 1

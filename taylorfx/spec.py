@@ -95,20 +95,20 @@ class Spec:
         object.__setattr__(self, "outputs", outputs or tuple(node.name for node in nodes[-1:]))
         object.__setattr__(self, "nodes", _order(nodes, self.outputs))
         last = {name: k for k, node in enumerate(self.nodes) for name in node.inputs}
-        steps: list[_Step] = []
-        for k, node in enumerate(self.nodes):
-            done = tuple(x for x in dict.fromkeys(node.inputs) if last[x] == k and x not in self.outputs)
-            leaves = tuple((leaf, tuple(path.split("."))) for leaf, path in node.paths.items())
-            steps.append((node, leaves, done))
-        object.__setattr__(self, "_steps", tuple(steps))
+        done: list[list[str]] = [[] for _ in self.nodes]
+        for name, k in last.items():
+            if name not in self.outputs:
+                done[k].append(name)
+        leaves = [[(leaf, path.split(".")) for leaf, path in node.paths.items()] for node in self.nodes]
+        object.__setattr__(self, "_steps", tuple(zip(self.nodes, leaves, done, strict=True)))
 
     @property
     def inputs(self) -> tuple[Node, ...]:
         """The nodes where tensors come in, in the order in which `apply` takes them."""
         return tuple(node for node in self.nodes if isinstance(node.layer, Input))
 
-    @property
-    def shapes(self) -> dict[str, Shape]:
+    @cached_property
+    def shapes(self) -> Mapping[str, Shape]:
         """The shape of every parameter, by path.
 
         Raises:
@@ -117,10 +117,10 @@ class Spec:
         shapes: dict[str, Shape] = {}
         errors: list[str] = []
         for node in self.nodes:
-            for leaf, path in node.paths.items():
-                known = shapes.setdefault(path, node.shapes[leaf])
-                if known != node.shapes[leaf]:
-                    errors.append(f"{path}: {node.name} expects {node.shapes[leaf]}, a node before it {known}")
+            for path, shape in zip(node.paths.values(), node.shapes.values(), strict=True):
+                known = shapes.setdefault(path, shape)
+                if known != shape:
+                    errors.append(f"{path}: {node.name} expects {shape}, a node before it {known}")
         if errors:
             raise SpecError("Nodes share parameters of one shape; received:\n  " + "\n  ".join(errors))
         return shapes
@@ -177,13 +177,18 @@ class Spec:
         return replace(self, nodes=tuple(nodes))
 
 
-_Step = tuple[Node, tuple[tuple[str, tuple[str, ...]], ...], tuple[str, ...]]
-
-
 def _order(nodes: tuple[Node, ...], outputs: tuple[str, ...]) -> tuple[Node, ...]:
     """The nodes such that each comes after its inputs, otherwise as given."""
-    names = {node.name for node in nodes}
     seen: set[str] = set()
+    for node in nodes:
+        if node.name in seen or not seen.issuperset(node.inputs):
+            break
+        seen.add(node.name)
+    else:
+        if nodes and seen.issuperset(outputs):
+            return nodes
+    names = {node.name for node in nodes}
+    seen = set()
     errors = [] if nodes else ["a network has at least one node; received none"]
     for node in nodes:
         if node.name in seen:
@@ -378,7 +383,7 @@ def bind_inputs(spec: Spec, inputs: Sequence[Inputs]) -> dict[str, Any]:
     return dict(given) if isinstance(given, Mapping) else dict(zip(names, given, strict=True))
 
 
-def _at(params: Params, path: tuple[str, ...]) -> Tensor:
+def _at(params: Params, path: Sequence[str]) -> Tensor:
     value: Any = params
     for key in path:
         value = value[key]
@@ -397,9 +402,7 @@ def check(params: Params, spec: Spec) -> None:
             "Parameters are nested dicts of tensors and come first, then the network, a Spec; "
             f"received {type(params).__name__}, {type(spec).__name__}."
         )
-    expected: dict[str, Shape] = spec.__dict__.get("_expected") or spec.shapes
-    object.__setattr__(spec, "_expected", expected)
-    leaves = flatten(params)
+    expected, leaves = spec.shapes, flatten(params)
     errors = [f"{path}: missing, expected {shape}" for path, shape in expected.items() if path not in leaves]
     for path, leaf in leaves.items():
         shape = expected.get(path)
