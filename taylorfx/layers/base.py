@@ -99,7 +99,7 @@ class Layer:
         """The sizes of the letters that the fields determine."""
         fields = self.fields(*shapes)
         try:
-            return axes.solve(fields, {name: getattr(self, name) for name in fields})
+            return dict(axes.solve(fields, {name: getattr(self, name) for name in fields})) if fields else {}
         except axes.SignatureError as error:
             raise ShapeError(f"{self} {error}.") from None
 
