@@ -219,19 +219,18 @@ class _Solver:
         x, a, b = self.products
         one, other = np.full((2, count + 1), -1)  # the two factors of every class; the last is that of label -1
         one[x], other[x] = a, b
-        products = np.flatnonzero(one >= 0)
-        rows = products[None]
-        while len(nested := np.flatnonzero((one[rows] >= 0).any(0))):
-            part = rows[:, nested]
-            further = one[part] >= 0
-            both = np.where(further, one[part], part), np.where(further, other[part], -1)
-            part = _compact(np.stack(both, 1).reshape(2 * len(part), -1))
-            rows = np.pad(rows, ((0, max(0, len(part) - len(rows))), (0, 0)), constant_values=-1)
-            rows[:, nested] = -1
-            rows[: len(part), nested] = part
-        self.factors = np.full((len(rows), count + 1), -1)
-        self.factors[0, :count] = np.arange(count)
-        self.factors[:, products] = rows
+        self.factors = np.append(np.arange(count), -1)[None]
+        done = one < 0
+        waiting = np.flatnonzero(~done)
+        while len(waiting):
+            ready = done[one[waiting]] & done[other[waiting]]
+            now, waiting = waiting[ready], waiting[~ready]
+            rows = _compact(np.concatenate([self.factors[:, one[now]], self.factors[:, other[now]]]))
+            more = np.full((max(0, len(rows) - len(self.factors)), count + 1), -1)
+            self.factors = np.concatenate([self.factors, more])
+            self.factors[: len(rows), now] = rows
+            self.factors[len(rows) :, now] = -1
+            done[now] = True
         self.label_class = np.append(self.classes, count)
 
     def coupling(self) -> Coupling:
@@ -372,6 +371,7 @@ class _Solver:
 
 def _compact(rows: Labels) -> Labels:
     """The different entries of every column, in their order, and then -1."""
+    rows = rows[(rows >= 0).any(1)]
     for k in range(1, len(rows)):
         rows[k, (rows[:k] == rows[k]).any(0)] = -1
     held = rows >= 0
