@@ -106,8 +106,8 @@ class Coupling:
     def counts(self, keep: NDArray[np.bool_]) -> Labels:
         """For every axis, how many of its indices stay when these units are kept."""
         _, starts, place = self._flat
-        found: Labels = np.add.reduceat(self._stays(keep), starts[:-1], dtype=np.int64)[place]
-        return found
+        found = np.add.reduceat(self._stays(keep), starts[:-1], dtype=np.int32)  # twice as fast as in 64 bits
+        return found[place].astype(np.int64)
 
     def _stays(self, keep: NDArray[np.bool_]) -> NDArray[np.bool_]:
         first, *rest = self._flat[0]

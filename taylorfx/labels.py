@@ -81,7 +81,7 @@ def _examples(axes: Sequence[Labeled]) -> tuple[int, int] | None:
     for k, axis in enumerate(axes):
         for j, factor in enumerate(axis):
             if factor.labels is EXAMPLE:
-                return k, math.prod(f.size for f in axis[:j])
+                return k, length(axis[:j])
     return None
 
 
@@ -147,7 +147,7 @@ class Ties:
 
     def flat(self, axis: Labeled, scope: str) -> Labels | None:
         """The labels of an axis as one vector, or none if it is rigid."""
-        axis = tuple(f for f in axis if f.size > 1 and f.labels is not EXAMPLE)
+        axis = tuple([f for f in axis if f.size > 1 and f.labels is not EXAMPLE])
         if len(axis) == 1:
             return axis[0].labels
         if all(factor.labels is None for factor in axis):
@@ -313,11 +313,15 @@ class _Binder:
         bound, sizes = self.bound, self.sizes
         for position, (letter, given) in enumerate(zip(pattern.singles, axes, strict=True)):
             if letter is not None:
-                if bound.get(letter) is given:
+                known = bound.get(letter)
+                if known is given:
                     continue  # nothing new: axes that pass through are the same objects
                 size = length(given)
                 if sizes.setdefault(letter, size) == size:
-                    self._assign(letter, given, (*tensor, position))
+                    if known is None and not letter.isupper():
+                        bound[letter] = given
+                    else:
+                        self._assign(letter, given, (*tensor, position))
                     continue
             self._unify_axis(pattern[position], given, (*tensor, position))
 
@@ -363,7 +367,7 @@ class _Binder:
 
     def _assign(self, letter: str, given: Labeled, place: Position) -> None:
         known = self.bound.get(letter)
-        if letter.isupper():
+        if letter.isupper() and any([factor.labels is not None for factor in given]):  # noqa: C419, as above
             if letter != "B" and _is_example(given):
                 self.ties.mixing.append(f"{self.name}: {self.layer.title} mixes the examples of a batch")
             if _is_labeled(given):

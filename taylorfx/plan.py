@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -82,8 +81,9 @@ class Plan:
     @cached_property
     def indices(self) -> Mapping[str, Indices]:
         """The indices that stay, for every axis of every parameter."""
-        kept = [None if mask.all() else torch.from_numpy(np.flatnonzero(mask)) for mask in self.alive]
-        return {path: tuple(kept[number] for number in axes) for path, axes in self.coupling.parameters.items()}
+        alive = self.alive
+        kept = {k: torch.from_numpy(np.flatnonzero(alive[k])) for k in self._shorter}
+        return {path: tuple([kept.get(k) for k in axes]) for path, axes in self.coupling.parameters.items()}
 
     @cached_property
     def spec(self) -> Spec:
@@ -285,10 +285,11 @@ def fits(tree: Params, shapes: Mapping[str, Shape], what: str) -> None:
     """Refuse a tree with leaves that are not of these shapes; ``what`` is done with it."""
     errors: list[str] = []
     for path, leaf in flatten(tree).items():
-        found: Any = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
+        shape = leaf.shape if isinstance(leaf, Tensor) else None
         if path not in shapes:
             errors.append(f"{path}: the network has no such parameter")
-        elif found != shapes[path]:
+        elif shape != shapes[path]:
+            found = type(leaf).__name__ if shape is None else tuple(shape)
             errors.append(f"{path}: expected {shapes[path]}, received {found}")
     if errors:
         raise PlanError(f"{what} its own network's parameters; received:\n  " + "\n  ".join(errors))

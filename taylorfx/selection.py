@@ -183,7 +183,7 @@ def _together(coupling: Coupling, globs: str | Sequence[str]) -> list[list[int]]
     unequal = [
         f"for {glob!r} {', '.join(f'{coupling.scopes[k]} of {coupling.sizes[k]}' for k in group)}"
         for glob, group in groups.items()
-        if len({*coupling.sizes[group].tolist()}) > 1
+        if len(group) > 1 and len({*coupling.sizes[group].tolist()}) > 1
     ]
     if unequal:
         raise SelectionError(
@@ -220,8 +220,7 @@ def by_scope(coupling: Coupling, value: T | Mapping[str, T], what: str, default:
     if bad:
         above = " and at most 1" if what == "most" else ""
         raise SelectionError(f"{what} is at least {least}{above}; received {', '.join(bad)}.")
-    found = ([n for glob, n in value.items() if fnmatchcase(name, glob)] for name in coupling.scopes)
-    return [numbers[0] if numbers else default for numbers in found]
+    return [next((n for glob, n in value.items() if fnmatchcase(name, glob)), default) for name in coupling.scopes]
 
 
 def _last_of_axis(values: NDArray[np.float64], coupling: Coupling) -> Mask:

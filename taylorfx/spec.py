@@ -57,9 +57,9 @@ class Node:
 
     def path(self, leaf: str) -> str:
         """Where a parameter of this node's layer lies in the tree."""
-        single = dict(self.params) if isinstance(self.params, tuple) else {}
-        if leaf in single:
-            return single[leaf]
+        for name, path in self.params if isinstance(self.params, tuple) else ():
+            if name == leaf:
+                return path
         base = self.params if isinstance(self.params, str) else self.name
         return base if self.layer.leaf else f"{base}.{leaf}"
 
@@ -99,7 +99,7 @@ class Spec:
         for name, k in last.items():
             if name not in self.outputs:
                 done[k].append(name)
-        leaves = [[(leaf, path.split(".")) for leaf, path in node.paths.items()] for node in self.nodes]
+        leaves = [tuple([(leaf, tuple(path.split("."))) for leaf, path in x.paths.items()]) for x in self.nodes]
         object.__setattr__(self, "_steps", tuple(zip(self.nodes, leaves, done, strict=True)))
 
     @property
@@ -231,7 +231,7 @@ def propagate(spec: Spec, ties: Ties) -> dict[str, Bound]:
                     ties.mixing.append(f"{node.name}: the network takes one example at a time")
                 sizes = node.layer.shape if isinstance(node.layer.shape, tuple) else (node.layer.shape,)
                 bounds[node.name] = Bound((example, *map(rigid, sizes)))
-        elif bounds.keys() >= {*node.inputs}:
+        elif all([x in bounds for x in node.inputs]):  # noqa: C419
             try:
                 bounds[node.name] = bind(node.layer, node.name, node.paths, [bounds[x] for x in node.inputs], ties)
             except ShapeError as error:
@@ -378,7 +378,7 @@ def bind_inputs(spec: Spec, inputs: Sequence[Inputs]) -> dict[str, Any]:
     return dict(given) if isinstance(given, Mapping) else dict(zip(names, given, strict=True))
 
 
-def _at(params: Params, path: Sequence[str]) -> Tensor:
+def _at(params: Params, path: tuple[str, ...]) -> Tensor:
     value: Any = params
     for key in path:
         value = value[key]
