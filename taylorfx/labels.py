@@ -407,11 +407,10 @@ class _Binder:
         """What stands at these places: the labels of these letters alone, laid out along the whole axis."""
         sites: list[Site] = []
         for slot, position, product in places:
-            parts = [(self.bound.get(x, rigid(1)), x in letters[slot]) for x in product]
-            factors = parts[0][0]
-            if len(parts) > 1:
-                both = [(f, held) for part, held in parts for f in part]
-                factors = tuple([f if held else Factor(f.size) for f, held in both if held or f.size > 1])
+            factors: Labeled = ()
+            for letter in product:
+                part = self.bound.get(letter, ())
+                factors += part if letter in letters[slot] else tuple([Factor(f.size) for f in part if f.size > 1])
             if any([f.labels is not None for f in factors]):  # noqa: C419
                 sites.append(Site(self.name, slot, position, factors, _examples(tensors[slot])))
         return sites
