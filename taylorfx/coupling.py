@@ -229,7 +229,6 @@ class _Solver:
             more = np.full((max(0, len(rows) - len(self.factors)), count + 1), -1)
             self.factors = np.concatenate([self.factors, more])
             self.factors[: len(rows), now] = rows
-            self.factors[len(rows) :, now] = -1
             done[now] = True
         self.label_class = np.append(self.classes, count)
 
