@@ -367,7 +367,7 @@ class _Binder:
 
     def _assign(self, letter: str, given: Labeled, place: Position) -> None:
         known = self.bound.get(letter)
-        if letter.isupper() and any([factor.labels is not None for factor in given]):  # noqa: C419, as above
+        if letter.isupper() and any([factor.labels is not None for factor in given]):  # noqa: C419, lists are faster
             if letter != "B" and _is_example(given):
                 self.ties.mixing.append(f"{self.name}: {self.layer.title} mixes the examples of a batch")
             if _is_labeled(given):

@@ -180,7 +180,7 @@ class Spec:
 def _order(nodes: tuple[Node, ...], outputs: tuple[str, ...]) -> tuple[Node, ...]:
     """The nodes such that each comes after its inputs, otherwise as given."""
     names = {node.name: k for k, node in enumerate(nodes)}
-    forward = all([names.get(x, k) < k for k, node in enumerate(nodes) for x in node.inputs])  # noqa: C419, for speed
+    forward = all([names.get(x, k) < k for k, node in enumerate(nodes) for x in node.inputs])  # noqa: C419, lists are faster
     if nodes and forward and len(names) == len(nodes) and names.keys() >= {*outputs}:
         return nodes
     seen: set[str] = set()
