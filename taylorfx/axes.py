@@ -18,6 +18,7 @@ Shapes, coupling, cutting, resizing and counting are all read from signatures, s
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,8 +32,18 @@ Product = tuple[str, ...]
 Axis = tuple[Product, ...]
 """One axis: the products that are laid end to end (nearly always a single one)."""
 
-Pattern = tuple[Axis, ...]
-"""The axes of one tensor."""
+
+class Pattern(tuple[Axis, ...]):
+    """The axes of one tensor."""
+
+    @cached_property
+    def singles(self) -> tuple[str | None, ...]:
+        """The letter of every axis that is a single one."""
+        return tuple(axis[0][0] if len(axis) == 1 == len(axis[0]) else None for axis in self)
+
+
+Place = tuple[int, int, Product]
+"""A product of letters in a signature: the number of the input (-1: the output), the axis, and the product."""
 
 ELLIPSIS: Axis = (("...",),)
 
@@ -58,7 +69,7 @@ class Signature:
         found: list[tuple[str, ...]] = []
         for pattern in self.inputs:
             # A piece of a joined axis that the output lacks is dropped, not mixed.
-            whole = tuple(axis for axis in pattern if len(axis) == 1)
+            whole = Pattern(axis for axis in pattern if len(axis) == 1)
             found.append(tuple(dict.fromkeys(x for x in letters(whole) if x.islower() and x not in heard)))
             heard.update(letters(pattern))
         return tuple(found)
@@ -68,6 +79,25 @@ class Signature:
         """The letters of the output that come from no input: what this layer creates."""
         given = {letter for pattern in self.inputs for letter in letters(pattern)}
         return tuple(dict.fromkeys(x for x in letters(self.output) if x.islower() and x not in given))
+
+    @cached_property
+    def read_places(self) -> tuple[Place, ...]:
+        """Where the letters stand along which inputs are read."""
+        places = (
+            _places(k, pattern, read) for k, (pattern, read) in enumerate(zip(self.inputs, self.reads, strict=True))
+        )
+        return tuple(itertools.chain.from_iterable(places))
+
+    @cached_property
+    def written_places(self) -> tuple[Place, ...]:
+        """Where the letters stand that are written."""
+        return tuple(_places(-1, self.output, self.written))
+
+
+def _places(slot: int, axes: Pattern, wanted: Sequence[str]) -> Iterator[Place]:
+    for k, axis in enumerate(axes):
+        if len(axis) == 1 and not {*wanted}.isdisjoint(axis[0]):
+            yield slot, k, axis[0]
 
 
 @lru_cache(maxsize=4096)
@@ -119,7 +149,7 @@ def pattern(text: str) -> Pattern:
         else:
             axes.append((product,))
         joined = False
-    return tuple(axes)
+    return Pattern(axes)
 
 
 def _group(stream: Iterator[str], text: str) -> Product:
@@ -152,7 +182,7 @@ def expand(signature: Signature | str, ranks: tuple[int, ...]) -> Signature:
     if isinstance(signature, str):
         signature = parse(signature)
     if not signature.inputs and ranks == (0,):  # a scalar has no axis to name
-        signature = replace(signature, inputs=((),))
+        signature = replace(signature, inputs=(Pattern(),))
     if len(ranks) != len(signature.inputs):
         raise SignatureError(f"takes {len(signature.inputs)} inputs; received {len(ranks)}")
     width: int | None = None
@@ -175,7 +205,7 @@ def expand(signature: Signature | str, ranks: tuple[int, ...]) -> Signature:
                 result.append(
                     tuple(tuple(n for x in product for n in (names if x == "..." else (x,))) for product in axis)
                 )
-        return tuple(result)
+        return Pattern(result)
 
     return Signature(
         tuple(map(named, signature.inputs)),
@@ -190,6 +220,8 @@ def size(axis: Axis, sizes: Mapping[str, int]) -> int:
     >>> size((("g", "i"), ("o",)), {"g": 2, "i": 3, "o": 4})
     10
     """
+    if len(axis) == 1 == len(axis[0]):
+        return sizes[axis[0][0]]
     total = 0
     for product in axis:
         length = 1
@@ -199,7 +231,7 @@ def size(axis: Axis, sizes: Mapping[str, int]) -> int:
     return total
 
 
-def solve(fields: Mapping[str, str], values: Mapping[str, int | Sequence[int]]) -> dict[str, int]:
+def solve(fields: Mapping[str, str], values: Mapping[str, int | Sequence[int]]) -> Mapping[str, int]:
     """The sizes of the letters, from the values of a layer's fields.
 
     A field is bound to an axis (``{"in_channels": "(g i)", "groups": "g"}``), or a tuple field to several.
@@ -211,7 +243,7 @@ def solve(fields: Mapping[str, str], values: Mapping[str, int | Sequence[int]]) 
         SignatureError: if a product does not divide, or a size is less than one.
     """
     numbers = tuple([value if isinstance(value, int) else tuple(value) for value in map(values.__getitem__, fields)])
-    return dict(_solve(tuple(fields.items()), numbers))
+    return _solve(tuple(fields.items()), numbers)
 
 
 @lru_cache(maxsize=4096)

@@ -12,9 +12,9 @@ axis ``x`` into ``(a b)`` records the equation "``x[i, j]`` leaves if ``a[i]`` o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -51,7 +51,10 @@ def rigid(size: int) -> Labeled:
 
 def length(axis: Labeled) -> int:
     """The number of positions of an axis."""
-    return axis[0].size if len(axis) == 1 else math.prod(factor.size for factor in axis)
+    size = 1
+    for factor in axis:
+        size *= factor.size
+    return size
 
 
 def shape_of(axes: Sequence[Labeled]) -> Shape:
@@ -60,11 +63,17 @@ def shape_of(axes: Sequence[Labeled]) -> Shape:
 
 
 def _is_example(axis: Labeled) -> bool:
-    return any([factor.labels is EXAMPLE for factor in axis])  # noqa: C419, for every axis of every tensor: lists are fast
+    for factor in axis:  # noqa: SIM110, for every axis of every tensor: a generator takes longer
+        if factor.labels is EXAMPLE:
+            return True
+    return False
 
 
 def _is_labeled(axis: Labeled) -> bool:
-    return any([factor.labels is not None and factor.labels is not EXAMPLE for factor in axis])  # noqa: C419
+    for factor in axis:  # noqa: SIM110
+        if factor.labels is not None and factor.labels is not EXAMPLE:
+            return True
+    return False
 
 
 def _examples(axes: Sequence[Labeled]) -> tuple[int, int] | None:
@@ -72,7 +81,7 @@ def _examples(axes: Sequence[Labeled]) -> tuple[int, int] | None:
     for k, axis in enumerate(axes):
         for j, factor in enumerate(axis):
             if factor.labels is EXAMPLE:
-                return k, math.prod(f.size for f in axis[:j])
+                return k, length(axis[:j])
     return None
 
 
@@ -97,11 +106,11 @@ class Bound:
     inputs: tuple[Shape, ...] = ()
     reads: list[Site] = field(default_factory=list)
     writes: list[Site] = field(default_factory=list)
+    shape: Shape = field(init=False)
+    """The sizes of the output's axes."""
 
-    @cached_property
-    def shape(self) -> Shape:
-        """The sizes of the output's axes."""
-        return shape_of(self.output)
+    def __post_init__(self) -> None:
+        self.shape = shape_of(self.output)
 
 
 @dataclass
@@ -138,7 +147,7 @@ class Ties:
 
     def flat(self, axis: Labeled, scope: str) -> Labels | None:
         """The labels of an axis as one vector, or none if it is rigid."""
-        axis = tuple(f for f in axis if f.size > 1 and f.labels is not EXAMPLE)
+        axis = tuple([f for f in axis if f.size > 1 and f.labels is not EXAMPLE])
         if len(axis) == 1:
             return axis[0].labels
         if all(factor.labels is None for factor in axis):
@@ -247,9 +256,7 @@ def bind(layer: Layer, name: str, paths: Mapping[str, str], heard: Sequence[Boun
         if text is None:
             return _unknown(layer, name, paths, inputs, ties)
         signature = language.expand(text, tuple(map(len, inputs)))
-        bound = _Binder(layer, name, signature, dict(layer.letters(*shapes)), ties).run(paths, inputs)
-        bound.inputs = shapes
-        return bound
+        return _Binder(layer, name, signature, dict(layer.letters(*shapes)), ties).run(paths, inputs, shapes)
     except language.SignatureError as error:
         raise ShapeError(f"{name}: {layer.title} {error}.") from None
     except ShapeError as error:
@@ -276,7 +283,7 @@ class _Binder:
         created = [x for x in signature.written if sizes.get(x, 2) > 1]
         self.main = created[-1] if created else None
 
-    def run(self, paths: Mapping[str, str], inputs: Sequence[tuple[Labeled, ...]]) -> Bound:
+    def run(self, paths: Mapping[str, str], inputs: Sequence[tuple[Labeled, ...]], shapes: tuple[Shape, ...]) -> Bound:
         signature, ties = self.signature, self.ties
         for k, (pattern, axes) in enumerate(zip(signature.inputs, inputs, strict=True)):
             self._unify(pattern, axes, ("input", k))
@@ -284,40 +291,50 @@ class _Binder:
         for leaf, pattern in signature.parameters.items():
             known = ties.parameters.get(paths[leaf])
             if known is None:
-                ties.parameters[paths[leaf]] = tuple([self._build(axis) for axis in pattern])
+                ties.parameters[paths[leaf]] = self._tensor(pattern)
             elif len(known) != len(pattern):
                 ties.errors.append(f"{self.name}: shares {paths[leaf]}, which has {len(known)} axes elsewhere")
             else:
                 self._unify(pattern, known, (paths[leaf],))
-        output = tuple([self._build(axis) for axis in signature.output])
+        output = self._tensor(signature.output)
         for letter in self.layer.inexact:
             ties.inexact.extend(f.labels for f in self.bound.get(letter, ()) if f.labels is not None)
-        result = Bound(output, self.bound, self.sizes)
+        result = Bound(output, self.bound, self.sizes, shapes)
         if ties.labeled:
-            for letter in {x for letters in signature.reads for x in letters}:
+            result.reads = self._sites(signature.read_places, signature.reads, inputs)
+            result.writes = self._sites(signature.written_places, (signature.written,), (output,))
+            for letter in {x for slot, _, _ in signature.read_places for x in signature.reads[slot]}:
                 if _is_example(self.bound.get(letter, ())):
                     ties.mixing.append(f"{self.name}: {self.layer.title} sums over the examples of a batch")
-            for k, pattern in enumerate(signature.inputs):
-                if signature.reads[k]:
-                    result.reads += self._sites(k, pattern, signature.reads[k], inputs[k])
-            result.writes = self._sites(-1, signature.output, signature.written, output)
         return result
 
     def _unify(self, pattern: language.Pattern, axes: Sequence[Labeled], tensor: Position) -> None:
         """The axes of a pattern are those of a tensor."""
-        for position, (axis, given) in enumerate(zip(pattern, axes, strict=True)):
-            if len(axis) == 1 and len(axis[0]) == 1 and self.bound.get(axis[0][0]) is given:
-                continue  # nothing new: axes that pass through are the same objects
-            place = *tensor, position
-            if len(axis) == 1:
-                self._unify_product(axis[0], given, place)
-                continue
-            flat, start = self.ties.flat(given, self.name), 0
-            for product in axis:
-                size = math.prod(self.sizes[x] for x in product)
-                piece = Factor(size, None if flat is None else flat[start : start + size])
-                self._unify_product(product, (piece,), place)
-                start += size
+        bound, sizes = self.bound, self.sizes
+        for position, (letter, given) in enumerate(zip(pattern.singles, axes, strict=True)):
+            if letter is not None:
+                known = bound.get(letter)
+                if known is given:
+                    continue  # nothing new: axes that pass through are the same objects
+                size = length(given)
+                if sizes.setdefault(letter, size) == size:
+                    if known is None and not letter.isupper():
+                        bound[letter] = given
+                    else:
+                        self._assign(letter, given, (*tensor, position))
+                    continue
+            self._unify_axis(pattern[position], given, (*tensor, position))
+
+    def _unify_axis(self, axis: language.Axis, given: Labeled, place: Position) -> None:
+        if len(axis) == 1:
+            self._unify_product(axis[0], given, place)
+            return
+        flat, start = self.ties.flat(given, self.name), 0
+        for product in axis:
+            size = math.prod(self.sizes[x] for x in product)
+            piece = Factor(size, None if flat is None else flat[start : start + size])
+            self._unify_product(product, (piece,), place)
+            start += size
 
     def _unify_product(self, product: language.Product, given: Labeled, place: Position) -> None:
         size = length(given)
@@ -350,7 +367,7 @@ class _Binder:
 
     def _assign(self, letter: str, given: Labeled, place: Position) -> None:
         known = self.bound.get(letter)
-        if letter.isupper():
+        if letter.isupper() and any([factor.labels is not None for factor in given]):  # noqa: C419, lists are faster
             if letter != "B" and _is_example(given):
                 self.ties.mixing.append(f"{self.name}: {self.layer.title} mixes the examples of a batch")
             if _is_labeled(given):
@@ -358,42 +375,44 @@ class _Binder:
                 given = self.ties.freeze(given, what)
         self.bound[letter] = given if known is None else self.ties.tie(known, given, self.name)
 
-    def _build(self, axis: language.Axis) -> Labeled:
-        """The axis of a tensor that a pattern describes; letters that are new get fresh labels."""
-        if len(axis) == 1 and len(axis[0]) == 1 and len(known := self.bound.get(axis[0][0], ())) == 1:
-            return known if known[0].size > 1 or known[0].labels is EXAMPLE else rigid(1)
-        products: list[Labeled] = []
-        for product in axis:
-            for letter in product:
-                if letter not in self.bound:
-                    if letter not in self.sizes:
-                        raise ShapeError(f"the size of axis {letter!r} cannot be told")
-                    fresh: Callable[..., Labeled] = self.ties.fresh if letter.islower() else lambda n, _: rigid(n)
-                    self.bound[letter] = fresh(self.sizes[letter], self._scope(letter))
-            parts = tuple([f for x in product for f in self.bound[x] if f.size > 1 or f.labels is EXAMPLE])
-            products.append(parts or rigid(1))
-        if len(products) == 1:
-            return products[0]
-        flats = [(length(p), self.ties.flat(p, self.name)) for p in products]
+    def _tensor(self, pattern: language.Pattern) -> tuple[Labeled, ...]:
+        """The axes of a tensor that a pattern describes; letters that are new get fresh labels."""
+        return tuple([self._product(axis[0]) if len(axis) == 1 else self._joined(axis) for axis in pattern])
+
+    def _product(self, product: language.Product) -> Labeled:
+        for letter in product:
+            if letter not in self.bound:
+                if letter not in self.sizes:
+                    raise ShapeError(f"the size of axis {letter!r} cannot be told")
+                size = self.sizes[letter]
+                self.bound[letter] = self.ties.fresh(size, self._scope(letter)) if letter.islower() else rigid(size)
+        known = self.bound[product[0]] if len(product) == 1 else ()
+        if len(known) == 1 and (known[0].size > 1 or known[0].labels is EXAMPLE):
+            return known
+        return tuple([f for x in product for f in self.bound[x] if f.size > 1 or f.labels is EXAMPLE]) or rigid(1)
+
+    def _joined(self, axis: language.Axis) -> Labeled:
+        flats = [(length(part), self.ties.flat(part, self.name)) for part in map(self._product, axis)]
         if all(labels is None for _, labels in flats):
             return rigid(sum(n for n, _ in flats))
         labels = np.concatenate([np.full(n, -1) if labels is None else labels for n, labels in flats])
         return (Factor(len(labels), labels),)
 
     def _sites(
-        self, slot: int, pattern: language.Pattern, letters: Sequence[str], axes: tuple[Labeled, ...]
+        self,
+        places: Sequence[language.Place],
+        letters: Sequence[Sequence[str]],
+        tensors: Sequence[tuple[Labeled, ...]],
     ) -> list[Site]:
-        """Where these letters stand: their labels alone, laid out along the whole axis."""
+        """What stands at these places: the labels of these letters alone, laid out along the whole axis."""
         sites: list[Site] = []
-        wanted = {*letters}
-        for position, axis in enumerate(pattern):
-            if len(axis) == 1 and not wanted.isdisjoint(axis[0]):
-                bound = [(x, self.bound.get(x, rigid(1))) for x in axis[0]]
-                factors = bound[0][1]
-                if len(bound) > 1:
-                    factors = tuple([f if x in wanted else Factor(f.size) for x, part in bound for f in part])
-                if any(f.labels is not None for f in factors):
-                    sites.append(Site(self.name, slot, position, factors, _examples(axes)))
+        for slot, position, product in places:
+            factors: Labeled = ()
+            for letter in product:
+                part = self.bound.get(letter, ())
+                factors += part if letter in letters[slot] else tuple([Factor(f.size) for f in part if f.size > 1])
+            if any([f.labels is not None for f in factors]):  # noqa: C419
+                sites.append(Site(self.name, slot, position, factors, _examples(tensors[slot])))
         return sites
 
     def _scope(self, letter: str) -> str:

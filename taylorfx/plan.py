@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -82,8 +81,9 @@ class Plan:
     @cached_property
     def indices(self) -> Mapping[str, Indices]:
         """The indices that stay, for every axis of every parameter."""
-        kept = [None if mask.all() else torch.from_numpy(np.flatnonzero(mask)) for mask in self.alive]
-        return {path: tuple(kept[number] for number in axes) for path, axes in self.coupling.parameters.items()}
+        alive = self.alive
+        kept = {k: torch.from_numpy(np.flatnonzero(alive[k])) for k in self._shorter}
+        return {path: tuple([kept.get(k) for k in axes]) for path, axes in self.coupling.parameters.items()}
 
     @cached_property
     def spec(self) -> Spec:
@@ -107,13 +107,20 @@ class Plan:
         lengths: list[int] = self.coupling.counts(self.keep).tolist()
         return lengths
 
+    @cached_property
+    def _shorter(self) -> set[int]:
+        """The axes of the coupling that lose an index."""
+        return {
+            k for k, (axis, n) in enumerate(zip(self.coupling.axes, self._lengths, strict=True)) if n < axis.shape[1]
+        }
+
     def _resize(self, node: Node) -> Node:
         bound, letters = self.coupling.bounds[node.name], self.coupling.letters[node.name]
-        axes, lengths = self.coupling.axes, self._lengths
-        if all(lengths[k] == axes[k].shape[1] for k in letters.values()):
+        if self._shorter.isdisjoint(letters.values()):
             return node
-        sizes = {**bound.sizes, **{x: lengths[k] for x, k in letters.items()}}
-        return replace(node, layer=node.layer.resize(sizes, *bound.inputs))
+        lengths = self._lengths
+        layer = node.layer.resize({**bound.sizes, **{x: lengths[k] for x, k in letters.items()}}, *bound.inputs)
+        return node if layer is node.layer else Node(node.name, layer, node.inputs, node.params)
 
     def __str__(self) -> str:
         coupling = self.coupling
@@ -140,34 +147,53 @@ def cut(tree: Params, plan: Plan) -> Params:
     Raises:
         PlanError: listing every leaf that is not one of the plan's parameters or not of its original shape.
     """
-    fits(tree, {path: tuple(_sizes(plan, path)) for path in plan.coupling.parameters}, "A plan cuts trees like")
-    indices = plan.indices
-    return map_paths(lambda path, leaf: take(leaf, indices[path]), tree)
+    fits(tree, plan.coupling.spec.shapes, "A plan cuts trees like")
+    indices, scratch = plan.indices, Scratch()
+    return map_paths(lambda path, leaf: take(leaf, indices[path], scratch), tree)
 
 
-def take(leaf: Tensor, indices: Indices) -> Tensor:
+class Scratch(dict[torch.dtype, Tensor]):
+    """Memory for what lies between two axes of a cut, by type: new pages for every tensor cost more than their use."""
+
+    def rows(self, count: int, of: Tensor) -> Tensor:
+        """So many rows like those of a tensor, with any numbers in them; the last ones that were given out are gone."""
+        held = self.get(of.dtype)
+        if held is None:
+            held = self[of.dtype] = of.new_empty(0)
+        return held.resize_(count, *of.shape[1:])
+
+
+def take(leaf: Tensor, indices: Indices, scratch: Scratch) -> Tensor:
     """The kept indices of every axis of one tensor, contiguous and in memory of its own; itself if all stay.
 
-    In main memory large tensors go through the cache in blocks of rows, from which the other axes are taken: there is
-    never an intermediate larger than a block. Where derivatives, transforms or a compiler look on, or on another
-    device, axis follows axis.
+    In main memory tensors go through the cache in blocks of rows, from which the other axes are taken: there is never
+    an intermediate larger than a block. Where derivatives, transforms or a compiler look on, or on another device, axis
+    follows axis.
     """
-    axes = [(axis, index.to(leaf.device)) for axis, index in enumerate(indices) if index is not None]
-    if not axes or axes[-1][0] == 0 or leaf.nbytes <= BLOCK or not _plain(leaf):
+    axes = [(axis, index) for axis, index in enumerate(indices) if index is not None]
+    small = leaf.nbytes <= BLOCK
+    if not axes or axes[-1][0] == 0 or (small and len(axes) == 1) or not _plain(leaf):
         for axis, index in axes:
-            leaf = leaf.index_select(axis, index)
+            leaf = leaf.index_select(axis, index if leaf.is_cpu else index.to(leaf.device))
         return leaf
-    outer, (last, index) = indices[0], axes.pop()
-    bits = leaf.detach().view(_WORDS[leaf.itemsize])
+    bits, outer = leaf.detach().view(_WORDS[leaf.itemsize]), indices[0]
+    if outer is not None:
+        axes = axes[1:]
+    if small:
+        if outer is not None:
+            bits = torch.index_select(bits, 0, outer, out=scratch.rows(len(outer), bits))
+        for axis, index in axes:
+            bits = bits.index_select(axis, index)
+        return bits.view(leaf.dtype)
+    last, index = axes.pop()
     result = bits.new_empty([n if i is None else len(i) for n, i in zip(leaf.shape, indices, strict=True)])
     step = max(1, BLOCK * len(leaf) // leaf.nbytes)
-    scratch = bits.new_empty((min(step, len(result)), *leaf.shape[1:]))
     for start in range(0, len(result), step):
         rows = bits[start : start + step]
         if outer is not None:
             kept = outer[start : start + step]
-            rows = torch.index_select(bits, 0, kept, out=scratch[: len(kept)])
-        for axis, middle in axes[outer is not None :]:
+            rows = torch.index_select(bits, 0, kept, out=scratch.rows(len(kept), bits))
+        for axis, middle in axes:
             rows = rows.index_select(axis, middle)
         _along(rows, last, index, result[start : start + step])
     return result.view(leaf.dtype)
@@ -259,10 +285,11 @@ def fits(tree: Params, shapes: Mapping[str, Shape], what: str) -> None:
     """Refuse a tree with leaves that are not of these shapes; ``what`` is done with it."""
     errors: list[str] = []
     for path, leaf in flatten(tree).items():
-        found: Any = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
+        shape = leaf.shape if isinstance(leaf, Tensor) else None
         if path not in shapes:
             errors.append(f"{path}: the network has no such parameter")
-        elif found != shapes[path]:
+        elif shape != shapes[path]:
+            found = type(leaf).__name__ if shape is None else tuple(shape)
             errors.append(f"{path}: expected {shapes[path]}, received {found}")
     if errors:
         raise PlanError(f"{what} its own network's parameters; received:\n  " + "\n  ".join(errors))

@@ -145,7 +145,10 @@ def _finite(scores: torch.Tensor, coupling: Coupling) -> NDArray[np.float64]:
 
 def _order(values: NDArray[np.float64]) -> NDArray[np.int64]:
     """Indices by ascending value; among equal ones the later first."""
-    return np.lexsort((-np.arange(len(values)), values))
+    order, n = values.argsort(), len(values)
+    found = values[order]
+    run = np.cumsum(found != np.roll(found, 1))  # equal ones; to sort twice is faster than stably once
+    return n - 1 - np.sort(run * n + n - 1 - order) % n
 
 
 def _quantiles(values: NDArray[np.float64], groups: Labels) -> NDArray[np.float64]:
@@ -180,7 +183,7 @@ def _together(coupling: Coupling, globs: str | Sequence[str]) -> list[list[int]]
     unequal = [
         f"for {glob!r} {', '.join(f'{coupling.scopes[k]} of {coupling.sizes[k]}' for k in group)}"
         for glob, group in groups.items()
-        if len({*coupling.sizes[group].tolist()}) > 1
+        if len(group) > 1 and len({*coupling.sizes[group].tolist()}) > 1
     ]
     if unequal:
         raise SelectionError(
@@ -217,8 +220,7 @@ def by_scope(coupling: Coupling, value: T | Mapping[str, T], what: str, default:
     if bad:
         above = " and at most 1" if what == "most" else ""
         raise SelectionError(f"{what} is at least {least}{above}; received {', '.join(bad)}.")
-    found = ([n for glob, n in value.items() if fnmatchcase(name, glob)] for name in coupling.scopes)
-    return [numbers[0] if numbers else default for numbers in found]
+    return [next((n for glob, n in value.items() if fnmatchcase(name, glob)), default) for name in coupling.scopes]
 
 
 def _last_of_axis(values: NDArray[np.float64], coupling: Coupling) -> Mask:
@@ -256,30 +258,35 @@ def _steps(
     multiples: Sequence[int],
 ) -> tuple[Labels, int]:
     """The step at which each unit leaves, and the number of steps, which stands for never."""
-    step = np.full(len(coupling), -1)
-    keys, firsts, count = [np.zeros(0)], [np.zeros(0, np.int64)], 0
-    loose = np.flatnonzero(~held)
-    loose = loose[np.lexsort((-loose, values[loose], coupling.scope[loose]))]  # scope by scope, in the order to leave
-    ends = np.cumsum(np.bincount(coupling.scope[loose], minlength=len(coupling.scopes))).tolist()
+    order = _order(values)
+    loose = order[~held[order]]
+    short = coupling.scope.astype(np.min_scalar_type(len(coupling.scopes)))  # a few bits sort faster
+    loose = loose[np.argsort(short[loose], kind="stable")]  # scope by scope, in the order to leave
+    scope = coupling.scope[loose]
+    free, sizes = np.bincount(scope, minlength=len(coupling.scopes)), coupling.sizes.tolist()
+    offset, first, width, steps = rules = np.zeros((4, len(coupling.scopes)), np.int64)  # of the bundles of each scope
+    count = 0
     for group in groups:
-        size = int(coupling.sizes[group[0]])
-        free = [loose[ends[k - 1] if k else 0 : ends[k]] for k in group]
-        least = max(size - min(map(len, free)), *(floors[k] for k in group), 1)
-        least = max(least, math.ceil((1 - min(most[k] for k in group)) * size - 1e-9))
-        bundle = math.lcm(*(multiples[k] for k in group))
-        least = -(-least // bundle) * bundle
-        cuts = np.append(0, np.arange(size % bundle or bundle, size - least + 1, bundle))  # how many have left
-        gone = np.stack([members[: cuts[-1]] for members in free])  # (scopes, leaving)
-        widths = np.diff(cuts)
-        step[gone] = count + np.repeat(np.arange(len(widths)), widths)
-        if len(widths):
-            keys.append(np.add.reduceat(values[gone].mean(0), cuts[:-1]) / widths)
-            firsts.append(gone[0, cuts[:-1]])
-        count += len(widths)
-    order = np.lexsort((-np.concatenate(firsts), np.concatenate(keys)))
-    place = np.empty(count + 1, np.int64)
-    place[order], place[-1] = np.arange(count), count
-    return place[step], count
+        size = sizes[group[0]]
+        least = max(size - min([free[k] for k in group]), *[floors[k] for k in group], 1)
+        least = max(least, math.ceil((1 - min([most[k] for k in group])) * size - 1e-9))
+        bundle = math.lcm(*[multiples[k] for k in group])
+        begin, leaving = size % bundle or bundle, size - -(-least // bundle) * bundle
+        number = (leaving - begin) // bundle + 1 if leaving >= begin else 0
+        rules[:, group] = [[count], [begin], [bundle], [number]]
+        count += number
+    position = np.arange(len(loose)) - (np.cumsum(free) - free)[scope]
+    bundles = (position - first[scope]) // width[scope] + 1
+    gone = bundles < steps[scope]
+    loose, bundles = loose[gone], (offset[scope] + bundles)[gone]
+    mean = np.bincount(bundles, values[loose], count) / np.bincount(bundles, minlength=count)
+    firsts = np.empty(count, np.int64)
+    firsts[bundles[::-1]] = loose[::-1]  # the first to leave in the first of its scopes is written last
+    place, by = np.empty(count + 1, np.int64), np.argsort(firsts)
+    place[by[_order(mean[by])]], place[-1] = np.arange(count), count
+    step = np.full(len(coupling), count)
+    step[loose] = place[bundles]
+    return step, count
 
 
 def _shortest(step: Labels, steps: int, budgets: Sequence[Budget], coupling: Coupling) -> int:

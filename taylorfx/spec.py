@@ -57,9 +57,9 @@ class Node:
 
     def path(self, leaf: str) -> str:
         """Where a parameter of this node's layer lies in the tree."""
-        single = dict(self.params) if isinstance(self.params, tuple) else {}
-        if leaf in single:
-            return single[leaf]
+        for name, path in self.params if isinstance(self.params, tuple) else ():
+            if name == leaf:
+                return path
         base = self.params if isinstance(self.params, str) else self.name
         return base if self.layer.leaf else f"{base}.{leaf}"
 
@@ -95,20 +95,20 @@ class Spec:
         object.__setattr__(self, "outputs", outputs or tuple(node.name for node in nodes[-1:]))
         object.__setattr__(self, "nodes", _order(nodes, self.outputs))
         last = {name: k for k, node in enumerate(self.nodes) for name in node.inputs}
-        steps: list[_Step] = []
-        for k, node in enumerate(self.nodes):
-            done = tuple(x for x in dict.fromkeys(node.inputs) if last[x] == k and x not in self.outputs)
-            leaves = tuple((leaf, tuple(path.split("."))) for leaf, path in node.paths.items())
-            steps.append((node, leaves, done))
-        object.__setattr__(self, "_steps", tuple(steps))
+        done: list[list[str]] = [[] for _ in self.nodes]
+        for name, k in last.items():
+            if name not in self.outputs:
+                done[k].append(name)
+        leaves = [tuple([(leaf, tuple(path.split("."))) for leaf, path in x.paths.items()]) for x in self.nodes]
+        object.__setattr__(self, "_steps", tuple(zip(self.nodes, leaves, done, strict=True)))
 
     @property
     def inputs(self) -> tuple[Node, ...]:
         """The nodes where tensors come in, in the order in which `apply` takes them."""
         return tuple(node for node in self.nodes if isinstance(node.layer, Input))
 
-    @property
-    def shapes(self) -> dict[str, Shape]:
+    @cached_property
+    def shapes(self) -> Mapping[str, Shape]:
         """The shape of every parameter, by path.
 
         Raises:
@@ -117,10 +117,10 @@ class Spec:
         shapes: dict[str, Shape] = {}
         errors: list[str] = []
         for node in self.nodes:
-            for leaf, path in node.paths.items():
-                known = shapes.setdefault(path, node.shapes[leaf])
-                if known != node.shapes[leaf]:
-                    errors.append(f"{path}: {node.name} expects {node.shapes[leaf]}, a node before it {known}")
+            for path, shape in zip(node.paths.values(), node.shapes.values(), strict=True):
+                known = shapes.setdefault(path, shape)
+                if known != shape:
+                    errors.append(f"{path}: {node.name} expects {shape}, a node before it {known}")
         if errors:
             raise SpecError("Nodes share parameters of one shape; received:\n  " + "\n  ".join(errors))
         return shapes
@@ -177,12 +177,12 @@ class Spec:
         return replace(self, nodes=tuple(nodes))
 
 
-_Step = tuple[Node, tuple[tuple[str, tuple[str, ...]], ...], tuple[str, ...]]
-
-
 def _order(nodes: tuple[Node, ...], outputs: tuple[str, ...]) -> tuple[Node, ...]:
     """The nodes such that each comes after its inputs, otherwise as given."""
-    names = {node.name for node in nodes}
+    names = {node.name: k for k, node in enumerate(nodes)}
+    forward = all([names.get(x, k) < k for k, node in enumerate(nodes) for x in node.inputs])  # noqa: C419, lists are faster
+    if nodes and forward and len(names) == len(nodes) and names.keys() >= {*outputs}:
+        return nodes
     seen: set[str] = set()
     errors = [] if nodes else ["a network has at least one node; received none"]
     for node in nodes:
@@ -191,7 +191,7 @@ def _order(nodes: tuple[Node, ...], outputs: tuple[str, ...]) -> tuple[Node, ...
         seen.add(node.name)
         errors += [f"{node.name!r} hears {x!r}, which no node is named" for x in node.inputs if x not in names]
     errors += [f"the output {x!r} is no node" for x in outputs if x not in names]
-    missing = [{*node.inputs} & names for node in nodes]
+    missing = [{*node.inputs} & names.keys() for node in nodes]
     hearers: dict[str, list[int]] = {name: [] for name in names}
     for k, name in ((k, name) for k, heard in enumerate(missing) for name in heard):
         hearers[name].append(k)
@@ -231,7 +231,7 @@ def propagate(spec: Spec, ties: Ties) -> dict[str, Bound]:
                     ties.mixing.append(f"{node.name}: the network takes one example at a time")
                 sizes = node.layer.shape if isinstance(node.layer.shape, tuple) else (node.layer.shape,)
                 bounds[node.name] = Bound((example, *map(rigid, sizes)))
-        elif bounds.keys() >= {*node.inputs}:
+        elif all([x in bounds for x in node.inputs]):  # noqa: C419
             try:
                 bounds[node.name] = bind(node.layer, node.name, node.paths, [bounds[x] for x in node.inputs], ties)
             except ShapeError as error:
@@ -397,9 +397,7 @@ def check(params: Params, spec: Spec) -> None:
             "Parameters are nested dicts of tensors and come first, then the network, a Spec; "
             f"received {type(params).__name__}, {type(spec).__name__}."
         )
-    expected: dict[str, Shape] = spec.__dict__.get("_expected") or spec.shapes
-    object.__setattr__(spec, "_expected", expected)
-    leaves = flatten(params)
+    expected, leaves = spec.shapes, flatten(params)
     errors = [f"{path}: missing, expected {shape}" for path, shape in expected.items() if path not in leaves]
     for path, leaf in leaves.items():
         shape = expected.get(path)

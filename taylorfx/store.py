@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 
 from taylorfx.layers import LAYERS, Shape, kind
-from taylorfx.plan import Indices, Plan, PlanError, fits, take
+from taylorfx.plan import Indices, Plan, PlanError, Scratch, fits, take
 from taylorfx.spec import Node, Spec, SpecError, check
 from taylorfx.tree import Params, flatten, unflatten
 
@@ -148,11 +148,11 @@ def _rows(found: Any, itemsize: int, indices: Indices) -> Iterator[torch.Tensor]
     if not shape:
         yield found[...]
         return
-    outer = torch.arange(shape[0]) if indices[0] is None else indices[0]
+    outer, scratch = torch.arange(shape[0]) if indices[0] is None else indices[0], Scratch()
     step = max(1, _ROWS // max(1, itemsize * math.prod(shape[1:])))
     for start in range(0, shape[0], step):
         low, high = torch.searchsorted(outer, torch.tensor([start, start + step])).tolist()
         if low < high:
             rows = found[start : start + step]
             local = outer[low:high] - start
-            yield take(rows, (None if high - low == len(rows) else local, *indices[1:]))
+            yield take(rows, (None if high - low == len(rows) else local, *indices[1:]), scratch)

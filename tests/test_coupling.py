@@ -1,12 +1,16 @@
 """What lives and dies together: the coupling of every construct, pinned."""
 
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
 from constructs import CONSTRUCTS, classifier
+from hypothesis import given
 
 import taylorfx as tfx
 from taylorfx import Input, Node, Spec, concat, serial
+from taylorfx.coupling import _Solver
+from taylorfx.labels import Ties
 from taylorfx.testing import network
 
 SCOPES = {
@@ -210,3 +214,33 @@ def test_half_of_the_channels_shuffled_again_leave_in_families():
     columns = [net.coupling.unit_ids(f"{name}.weight", 0) for name in convolutions]
     assert [len(set(column[0].tolist())) for column in columns] == [8, 4, 8], str(net.coupling)
     assert all((column >= 0).all() for column in columns)
+
+
+def test_the_coupling_of_a_network_does_not_depend_on_what_was_coupled_before():
+    """What is remembered between networks are values that nobody changes."""
+    nets = {name: network(spec) for name, spec in CONSTRUCTS.items()}
+    before = {name: str(net.coupling) for name, net in nets.items()}
+    for name, net in reversed(nets.items()):
+        again = tfx.couple(net.params, tfx.from_json(tfx.to_json(net.spec)))
+        assert str(again) == before[name]
+        assert again.parameters == net.coupling.parameters
+        assert {x: bound.sizes for x, bound in again.bounds.items()} == {
+            x: bound.sizes for x, bound in net.coupling.bounds.items()
+        }
+        assert all(np.array_equal(a, b) for a, b in zip(again.axes, net.coupling.axes, strict=True))
+
+
+@given(st.lists(st.tuples(*[st.integers(0, 11)] * 3), min_size=1, max_size=8))
+def test_a_product_leaves_with_any_of_its_factors_however_products_nest_or_lead_back_to_themselves(equations):
+    ties = Ties(count=12, products=[tuple(np.array([label]) for label in equation) for equation in equations])
+    solver = _Solver(network(CONSTRUCTS["chain"]).spec, {}, ties)
+    heads = {x: (a, b) for x, a, b in zip(*(column.tolist() for column in solver.products), strict=True)}
+
+    def units(c: int) -> list[int]:
+        return list(dict.fromkeys(u for factor in heads[c] for u in units(factor))) if c in heads else [c]
+
+    for c in solver.classes.tolist():
+        assert [u for u in solver.factors[:, c].tolist() if u >= 0] == units(c)
+    for equation in equations:
+        x, a, b = ({*units(solver.classes[label])} for label in equation)
+        assert x == a | b

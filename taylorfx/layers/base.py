@@ -99,7 +99,7 @@ class Layer:
         """The sizes of the letters that the fields determine."""
         fields = self.fields(*shapes)
         try:
-            return axes.solve(fields, {name: getattr(self, name) for name in fields})
+            return dict(axes.solve(fields, {name: getattr(self, name) for name in fields})) if fields else {}
         except axes.SignatureError as error:
             raise ShapeError(f"{self} {error}.") from None
 
@@ -112,7 +112,7 @@ class Layer:
             return {name: tuple(leaf.shape) for name, leaf in self.init(torch.Generator()).items()}
         sizes = self.letters()
         return {
-            name: tuple(axes.size(axis, sizes) for axis in pattern)
+            name: tuple([axes.size(axis, sizes) for axis in pattern])
             for name, pattern in axes.parse(text).parameters.items()
         }
 
@@ -120,8 +120,9 @@ class Layer:
         """The same layer with axes of other sizes; ``shapes`` are those that the inputs had."""
         changes: dict[str, object] = {}
         for field, text in self.fields(*shapes).items():
-            new = tuple(axes.size(axis, sizes) for axis in axes.pattern(text))
-            changes[field] = new if isinstance(getattr(self, field), tuple) else new[0]
+            new, old = tuple([axes.size(axis, sizes) for axis in axes.pattern(text)]), getattr(self, field)
+            if new != (old if isinstance(old, tuple) else (old,)):
+                changes[field] = new if isinstance(old, tuple) else new[0]
         return replace(self, **changes) if changes else self
 
 
