@@ -8,7 +8,7 @@ import pytest
 import torch
 from _contestants import MOST, Case, Prune, contestants, torch_pruning
 from _networks import TRAINED, After, Before, Inverted, Stages, VisionTransformer, noisy_digits
-from _tables import MARKERS, Interval, duels, fidelities, interval, summary, table
+from _tables import MARKERS, Interval, choices, duels, fidelities, interval, summary, table
 
 import taylorfx as tfx
 from taylorfx.testing import assert_trees_equal
@@ -103,8 +103,13 @@ def test_an_interval_is_students_and_its_table_marks_the_best():
     assert "| joint | 50% | 9.0 ± 2.5 |" in duels(results, [0.5])  # against B, seed by seed: 10, 9 and 8 points
 
     assert "joint, measured" not in duels(results, [0.5])
+    assert choices({"t": results, "t-64": results}, {"t": "a task"}, [0.5]).splitlines()[2:] == [
+        "| **a task**, 90.0 ± 0.0 | 3 networks |",
+        "| `joint` at once | 81.0 ± 2.5 |",
+        "| Torch-Pruning's best | 72.0 ± 5.0 |",
+    ]
     line = summary({"task": results}, {"task": "a task"}, [0.5]).splitlines()[2]
-    assert line.startswith("| a task (90.0 ± 0.0) | 50% | 81.0 / - / - / 81.0 / 72.0, **+9.0 ± 2.5** |")
+    assert line.startswith("| a task (90.0 ± 0.0) | 50% | - / - / 81.0 / - / 81.0 / 72.0, **+9.0 ± 2.5** |")
 
 
 def test_fidelity_is_the_mean_over_the_seeds_that_have_it():

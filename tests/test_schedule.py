@@ -161,7 +161,7 @@ def test_pruning_in_steps_is_iterating():
         tfx.prune(net.params, net.spec, net.batch, budget=0.5, steps=0)
 
 
-def test_pruning_takes_five_steps_and_counts_of_units_one(monkeypatch):
+def test_every_step_of_pruning_leaves_nine_tenths_and_counts_of_units_take_one(monkeypatch):
     net, measured = network(CONSTRUCTS["dense"]), []
 
     def measure(*args, **options):
@@ -169,11 +169,15 @@ def test_pruning_takes_five_steps_and_counts_of_units_one(monkeypatch):
         return tfx.measure(*args, **options)
 
     monkeypatch.setattr(importlib.import_module("taylorfx.prune"), "measure", measure)
-    steps = tfx.iterate(net.params, net.spec, net.batch, budgets=tfx.schedule.exponential(tfx.Flops(0.4), 5))
-    *_, (_, spec, _) = steps
-    measured.clear()
-    assert tfx.prune(net.params, net.spec, iter([net.batch]), budget=tfx.Flops(0.4))[1] == spec
-    assert len(measured) == 5
+    total = tfx.flops(net.coupling).total
+    for share, count in ((0.95, 1), (0.9, 1), (0.81, 2), (0.4, 9)):
+        steps = tfx.iterate(net.params, net.spec, net.batch, budgets=tfx.schedule.exponential(tfx.Flops(share), count))
+        *_, (_, spec, _) = steps
+        for budget in (tfx.Flops(share), tfx.Flops(int(share * total))):
+            measured.clear()
+            smaller = tfx.prune(net.params, net.spec, iter([net.batch]), budget=budget)[1]
+            assert smaller == spec or isinstance(budget.amount, int)  # numbers on the way are rounded
+            assert abs(len(measured) - count) <= isinstance(budget.amount, int)
     for budget in (tfx.Units(0.5), tfx.Remove(1)):
         measured.clear()
         tfx.prune(net.params, net.spec, net.batch, budget=budget)
