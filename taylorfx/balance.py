@@ -248,11 +248,9 @@ def _follows(coupling: Coupling, node: Node, family: _Family) -> bool:
 
 def _tensors(coupling: Coupling, node: Node) -> list[set[str]]:
     """The letters of every tensor that a node takes, has or gives."""
-    shapes = coupling.bounds[node.name].inputs
-    text = node.layer.signature(*shapes)
-    if text is None:
+    signature = coupling.signature(node)
+    if signature is None:
         return []
-    signature = language.expand(text, tuple(map(len, shapes)))
     return [{*language.letters(p)} for p in (*signature.inputs, *signature.parameters.values(), signature.output)]
 
 
@@ -286,8 +284,8 @@ def _fine(coupling: Coupling, families: Sequence[_Family], *, at_writes: bool = 
 
 def _units(coupling: Coupling, place: Place) -> NDArray[np.int64]:
     """All units of the axis of a place, also those that are not mixed or made there."""
-    node, shapes = coupling.spec[place.node], coupling.bounds[place.node].inputs
-    signature = language.expand(node.layer.signature(*shapes) or "", tuple(map(len, shapes)))
+    signature = coupling.signature(coupling.spec[place.node])
+    assert signature is not None, "what is read or made there is read off it"
     axis = (signature.output if place.slot < 0 else signature.inputs[place.slot])[place.axis]
     pieces: list[Labels] = []
     for product in axis:

@@ -214,11 +214,10 @@ def memory(coupling: Coupling) -> Cost:
 def _size(coupling: Coupling, node: Node) -> list[tuple[int, Sequence[int]]]:
     """The terms of the size of what a node gives out."""
     bound, numbers = coupling.bounds[node.name], coupling.letters[node.name]
-    text = node.layer.signature(*bound.inputs)
-    if text is None or isinstance(node.layer, Input):
+    signature = None if isinstance(node.layer, Input) else coupling.signature(node)
+    if signature is None:
         return [(math.prod(bound.shape), ())]
-    output = language.expand(text, tuple(map(len, bound.inputs))).output
-    products = [[x for product in each for x in product] for each in itertools.product(*output)]
+    products = [[x for product in each for x in product] for each in itertools.product(*signature.output)]
     return [
         (math.prod(bound.sizes[x] for x in names if x not in numbers), [numbers[x] for x in names if x in numbers])
         for names in products
@@ -316,8 +315,8 @@ class Timings:
                 return self.look_up(node.layer, full)
             lengths = dict(zip(numbers, widths, strict=True))
             sizes = {**bound.sizes, **{x: lengths[k] for x, k in moving.items()}}
-            text = node.layer.signature(*bound.inputs) or ""
-            patterns = language.expand(text, tuple(map(len, bound.inputs))).inputs
+            signature = coupling.signature(node)
+            patterns = signature.inputs if signature else ()
             shapes = [
                 tuple(
                     language.size(axis, sizes) * (n // one) for axis, one, n in zip(pattern, given, whole, strict=True)

@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
+from taylorfx.axes import Signature, expand
 from taylorfx.labels import EXAMPLE, Bound, Labeled, Labels, Site, Ties, length
 from taylorfx.layers import Shape
-from taylorfx.spec import Spec, check, propagate
+from taylorfx.spec import Node, Spec, check, propagate
 from taylorfx.tree import Params
 
 __all__ = ["Coupling", "Place", "couple"]
@@ -128,6 +129,12 @@ class Coupling:
     def unit_ids(self, path: str, axis: int) -> Labels:
         """The unit of every index of an axis of a parameter, ``(factors, size)``; -1 is immovable."""
         return self.axes[self.parameters[path][axis]]
+
+    def signature(self, node: Node) -> Signature | None:
+        """A node's signature, written out for the ranks of its inputs; none where its layer has none."""
+        shapes = self.bounds[node.name].inputs
+        text = node.layer.signature(*shapes)
+        return None if text is None else expand(text, tuple(map(len, shapes)))
 
     def __str__(self) -> str:
         lines = [f"{len(self)} units in {len(self.scopes)} scopes"]

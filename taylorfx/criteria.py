@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from taylorfx import axes as language
 from taylorfx.coupling import Coupling
 from taylorfx.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from taylorfx.spec import check
@@ -182,11 +181,9 @@ def _weights(params: Params, coupling: Coupling, power: int) -> Tensor:
     total: Tensor = next(iter(leaves.values())).new_zeros(len(coupling) + 1, dtype=torch.float64)
     seen: set[str] = set()
     for node in coupling.spec:
-        bound = coupling.bounds[node.name]
-        text = node.layer.signature(*bound.inputs)
-        if text is None or ":" not in text:
+        signature = coupling.signature(node)
+        if signature is None:
             continue
-        signature = language.expand(text, tuple(map(len, bound.inputs)))
         for leaf, pattern in signature.parameters.items():
             path = node.path(leaf)
             for axis, named in enumerate(pattern):
