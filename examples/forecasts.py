@@ -9,7 +9,6 @@ that is set against what the loss does. The network is the quickstart's; a minut
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
-from training import learn, some
+from training import arguments, learn, some
 
 import taylorfx as tfx
 from taylorfx.report import plot_fidelity
@@ -27,7 +26,14 @@ Batches = list[tuple[Tensor, Tensor]]
 
 
 def main() -> None:
-    options = arguments()
+    options = arguments(
+        __doc__, {"epochs": 3, "width": 6, "examples": 64},
+        flops=([0.98, 0.8], "shares that may remain (default: 0.98 0.8)"),
+        examples=(256, "to score with, and to ask the oracle"),
+        epochs=(12, "epochs of training"),
+        width=(16, "channels of the first stage"),
+        plot=(Path, "draw the fidelities"),
+    )  # fmt: skip
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(options.seed)
     images, targets, *_ = digits()
@@ -76,23 +82,6 @@ def loss(params: tfx.Params, spec: tfx.Spec, batches: Batches) -> float:
     """The mean over all examples."""
     losses = [F.cross_entropy(tfx.apply(params, spec, x), y, reduction="sum") for x, y in batches]
     return float(sum(losses)) / sum(len(y) for _, y in batches)
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--flops", type=float, nargs="+", default=[0.98, 0.8], help="shares that may remain (default: 0.98 0.8)"
-    )
-    parser.add_argument("--examples", type=int, default=256, help="to score with, and to ask the oracle (default: 256)")
-    parser.add_argument("--epochs", type=int, default=12, help="epochs of training (default: 12)")
-    parser.add_argument("--width", type=int, default=16, help="channels of the first stage (default: 16)")
-    parser.add_argument("--plot", type=Path, help="draw the fidelities")
-    parser.add_argument("--smoke", action="store_true", help="seconds: few epochs, a narrow network, few examples")
-    options = parser.parse_args()
-    if options.smoke:
-        options.epochs, options.width, options.examples = 3, 6, 64
-    return options
 
 
 if __name__ == "__main__":

@@ -11,18 +11,22 @@ prints.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 
 import torch
 from quickstart import digits, network
-from training import accuracy, learn, some
+from training import accuracy, arguments, learn, some
 
 import taylorfx as tfx
 
 
 def main() -> None:
-    options = arguments()
+    options = arguments(
+        __doc__, {"epochs": 3, "width": 8},
+        flops=(0.4, "share of the FLOPs that may remain"),
+        epochs=(12, "epochs of training"),
+        width=(16, "channels of the first stage"),
+    )  # fmt: skip
     torch.set_num_threads(1)
     if torch.distributed.is_torchelastic_launched():
         torch.distributed.init_process_group("gloo")  # "nccl" where every process has a device
@@ -54,19 +58,6 @@ def main() -> None:
         )
     if together:
         torch.distributed.destroy_process_group()
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--flops", type=float, default=0.4, help="share of the FLOPs that may remain (default: 0.4)")
-    parser.add_argument("--epochs", type=int, default=12, help="epochs of training (default: 12)")
-    parser.add_argument("--width", type=int, default=16, help="channels of the first stage (default: 16)")
-    parser.add_argument("--smoke", action="store_true", help="seconds: few epochs, a narrow network")
-    options = parser.parse_args()
-    if options.smoke:
-        options.epochs, options.width = 3, 8
-    return options
 
 
 if __name__ == "__main__":

@@ -10,14 +10,13 @@ multiples of four and evenly over the blocks, within like structures only. About
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import torch
 from quickstart import digits
 from rich.console import Console
 from rich.table import Table
-from training import accuracy, latency, learn, some
+from training import accuracy, arguments, latency, learn, some
 
 import taylorfx as tfx
 
@@ -58,7 +57,12 @@ def network(width: int = 64, heads: int = 4, blocks: int = 3) -> tfx.Spec:
 
 
 def main() -> None:
-    options = arguments()
+    options = arguments(
+        __doc__, {"epochs": 6, "width": 32, "share": 0.9},
+        share=(0.7, "of time or memory that may remain"),
+        epochs=(20, "epochs of training"),
+        width=(64, "channels of the stream"),
+    )  # fmt: skip
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(options.seed)
     images, targets, *test = digits()
@@ -99,19 +103,6 @@ def main() -> None:
         ]  # fmt: skip
         table.add_row(name, *(f"{x:.0%}" if k < 5 else f"{x:.1%}" for k, x in enumerate(shares)))
     Console(width=110).print(table)
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--share", type=float, default=0.7, help="of time or memory that may remain (default: 0.7)")
-    parser.add_argument("--epochs", type=int, default=20, help="epochs of training (default: 20)")
-    parser.add_argument("--width", type=int, default=64, help="channels of the stream (default: 64)")
-    parser.add_argument("--smoke", action="store_true", help="seconds: few epochs, a narrow network")
-    options = parser.parse_args()
-    if options.smoke:
-        options.epochs, options.width, options.share = 6, 32, 0.9
-    return options
 
 
 if __name__ == "__main__":

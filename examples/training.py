@@ -8,9 +8,11 @@ and after a cut the same functions go on with the smaller trees:
 
 from __future__ import annotations
 
+import argparse
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import optree
 import torch
@@ -127,6 +129,26 @@ def some(
     """Some of the examples, drawn without repetition, in batches."""
     chosen = torch.randperm(len(images), generator=generator)[:count].split(batch_size)
     return [(images[index], targets[index]) for index in chosen]
+
+
+def arguments(doc: str | None, smoke: Mapping[str, Any], **options: tuple[Any, str]) -> argparse.Namespace:
+    """The options of a command line: defaults, or types of what need not be there, and helps by name.
+
+    All have ``--seed``, and ``--smoke``, which sets some of the others.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, (default, text) in {"seed": (0, "of all that is random"), **options}.items():
+        if isinstance(default, type):
+            parser.add_argument(f"--{name}", type=default, help=text)
+        elif isinstance(default, list):
+            parser.add_argument(f"--{name}", type=type(default[0]), nargs="+", default=default, help=text)
+        else:
+            parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{text} (default: {default})")
+    parser.add_argument("--smoke", action="store_true", help="seconds: few epochs, a narrow network")
+    found = parser.parse_args()
+    if found.smoke:
+        vars(found).update(smoke)
+    return found
 
 
 @torch.inference_mode()

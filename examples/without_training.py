@@ -9,7 +9,6 @@ last one is folded, timed, and cut from file to file. About two minutes of one c
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Sequence
 from functools import reduce
@@ -20,7 +19,7 @@ from quickstart import digits, network
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from training import accuracy, learn, some
+from training import accuracy, arguments, learn, some
 
 import taylorfx as tfx
 
@@ -28,7 +27,12 @@ Batches = list[tuple[Tensor, Tensor]]
 
 
 def main() -> None:
-    options = arguments()
+    options = arguments(
+        __doc__, {"epochs": 3, "width": 8},
+        flops=(0.3, "share of the FLOPs that may remain"),
+        epochs=(20, "epochs of training, before"),
+        width=(24, "channels of the first stage"),
+    )  # fmt: skip
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(options.seed)
     images, targets, *test = digits()
@@ -71,19 +75,6 @@ def deploy(
         f"layers, accuracy {accuracy(small, smaller, *test):.1%}; "
         f"file: {sizes[0]:,} -> {sizes[1]:,} bytes, {'the same' if same else 'another'} network"
     )
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--flops", type=float, default=0.3, help="share of the FLOPs that may remain (default: 0.3)")
-    parser.add_argument("--epochs", type=int, default=20, help="epochs of training, before (default: 20)")
-    parser.add_argument("--width", type=int, default=24, help="channels of the first stage (default: 24)")
-    parser.add_argument("--smoke", action="store_true", help="seconds: few epochs, a narrow network")
-    options = parser.parse_args()
-    if options.smoke:
-        options.epochs, options.width = 3, 8
-    return options
 
 
 if __name__ == "__main__":
