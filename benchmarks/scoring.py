@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from typing import Any
 
 import torch
 from _passes import KINDS, MODELS, QUICK, TOKENS, passes
+from cutting import peak
 
 import taylorfx as tfx
 
@@ -73,28 +73,11 @@ def growth(runs: int) -> dict[int, list[float]]:
     return times
 
 
-def status(key: str) -> int:
-    """A number of this process in kB, from the kernel."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key))
-
-
-def highest() -> int:
-    """The most memory that this process has held, in kB."""
-    if Path("/proc/self/status").exists():
-        return status("VmHWM:")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def peak(name: str, size: tuple[int, int], kind: str) -> float:
+def holds(name: str, size: tuple[int, int], kind: str) -> float | None:
     """Megabytes that one pass holds at most, above what is held before it (the full pass's gradients are its own)."""
     run = passes(name, size, (kind,))[kind]
     run()
-    if Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")  # the highest is the present from here on
-    before = highest()
-    run()
-    return (highest() - before) / 1024
+    return peak(run)
 
 
 def child(task: Sequence[Any], options: argparse.Namespace) -> Any:
@@ -201,7 +184,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     if options.task:
         task, *arguments = options.task
-        print(json.dumps({"timed": timed, "peak": peak, "growth": growth}[task](*arguments)))
+        print(json.dumps({"timed": timed, "peak": holds, "growth": growth}[task](*arguments)))
         return
     sizes = QUICK if options.quick else MODELS
     runs = options.runs or (3 if options.quick else 7)

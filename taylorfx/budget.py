@@ -166,20 +166,20 @@ Budgets = Budget | float | int | Sequence[Budget | float | int]
 """What `select` takes: one budget or several; a plain number means `Units`."""
 
 
-def pricing(budgets: Sequence[Budget], coupling: Coupling) -> Callable[[Mask], Tensor] | None:
+def pricing(budgets: Sequence[Budget], costs: Sequence[Callable[[Mask], float]]) -> Callable[[Mask], Tensor] | None:
     """What leaves with each unit, ``(units,)`` and above 0, as a share of what may remain, where these are kept.
 
-    Of several budgets the fullest counts by far most. None if none has prices.
+    Of several budgets, which have these costs, the fullest counts by far most. None if none has prices.
     """
-    found = ((budget, budget.cost(coupling)) for budget in budgets)
-    costs = [(cost, budget.limit(cost.total)) for budget, cost in found if isinstance(cost, Cost) and cost.total]
-    if not costs:
+    both = zip(budgets, costs, strict=True)
+    priced = [(cost, one.limit(cost.total)) for one, cost in both if isinstance(cost, Cost) and cost.total]
+    if not priced:
         return None
 
     def prices(keep: Mask) -> Tensor:
-        full = np.array([cost(keep) / limit for cost, limit in costs])
+        full = np.array([cost(keep) / limit for cost, limit in priced])
         weights = (full / full.max()) ** ORDER
-        shares = [w / limit * cost.marginal(keep) for w, (cost, limit) in zip(weights.tolist(), costs, strict=True)]
+        shares = [w / limit * cost.marginal(keep) for w, (cost, limit) in zip(weights.tolist(), priced, strict=True)]
         saved = torch.stack(shares).sum(0)
         return saved.clamp(min=1e-9 * float(saved.max())) if (saved > 0).any() else torch.ones_like(saved)
 

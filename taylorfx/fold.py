@@ -51,21 +51,21 @@ def fold(params: Params, spec: Spec) -> tuple[Params, Spec]:
 
 
 @dataclass(frozen=True)
-class Affine:
+class _Affine:
     """``scale * x + shift``, each a number per channel or one for all; none where it does nothing."""
 
     scale: Tensor | None = None
     shift: Tensor | None = None
 
 
-def norm(node: Node, params: Mapping[str, Tensor]) -> Affine:
+def norm(node: Node, params: Mapping[str, Tensor]) -> _Affine:
     """What a norm by running statistics does to each channel."""
     leaves = {leaf: params[path] for leaf, path in node.paths.items()}
     kind = torch.promote_types(leaves["running_var"].dtype, torch.float32)
     scale = (leaves["running_var"].to(kind) + node.layer.eps).rsqrt()  # type: ignore[attr-defined]
     scale = scale * leaves["weight"] if "weight" in leaves else scale
     shift = -leaves["running_mean"] * scale
-    return Affine(scale, shift + leaves["bias"] if "bias" in leaves else shift)
+    return _Affine(scale, shift + leaves["bias"] if "bias" in leaves else shift)
 
 
 class _Folder:
@@ -113,7 +113,7 @@ class _Folder:
         own = set(writer.paths.values())
         return all(self.owners[path] == (path in own) for path in {*own, _biased(writer).path("bias")})
 
-    def _affine(self, node: Node, slot: int, axis: int) -> Affine | None:
+    def _affine(self, node: Node, slot: int, axis: int) -> _Affine | None:
         """What a node does to each channel, along ``axis``, of its input ``slot``, if that is all that it does."""
         layer = node.layer
         if type(layer) in NORMS and layer.track_running_stats and axis == 1:  # type: ignore[attr-defined]
@@ -127,9 +127,9 @@ class _Folder:
         padded = (1,) * (len(shape) - value.ndim) + value.shape
         if self.shapes[node.name] != shape or any(n != 1 for k, n in enumerate(padded) if k != axis):
             return None
-        return Affine(shift=value.flatten()) if type(layer) is L.Add else Affine(scale=value.flatten())
+        return _Affine(shift=value.flatten()) if type(layer) is L.Add else _Affine(scale=value.flatten())
 
-    def _absorb(self, writer: Node, affine: Affine) -> None:
+    def _absorb(self, writer: Node, affine: _Affine) -> None:
         layer, path = writer.layer, writer.path("weight")
         weight = self.leaves[path]
         biased = self.nodes[writer.name] = _biased(writer)

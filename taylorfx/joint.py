@@ -69,7 +69,8 @@ def joint(
     if rounds < 1:
         raise SelectionError(f"Joint selection takes at least one round; received {rounds}.")
     budgets = each_budget(budget)
-    costs, prices = [one.cost(coupling) for one in budgets], pricing(budgets, coupling) if per_cost else None
+    costs = [one.cost(coupling) for one in budgets]
+    prices = pricing(budgets, costs) if per_cost else None
     keep = np.ones(len(coupling), bool)
     totals = [cost(keep) for cost in costs]
     mean, half = rows.mean(0, dtype=torch.float64), 0.5 * rows.square().mean(0, dtype=torch.float64)

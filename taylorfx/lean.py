@@ -69,6 +69,19 @@ def lean(params: Params, spec: Spec, reads: set[str], *, channels_last: bool = F
     return unflatten((path, leaves[path]) for path in spec.shapes), spec
 
 
+@dataclass(frozen=True)
+class _For(Layer):
+    """Stands for a layer, whose axes it has."""
+
+    layer: Layer
+
+    def signature(self, *shapes: Shape) -> str | None:
+        return self.layer.signature(*shapes)
+
+    def letters(self, *shapes: Shape) -> dict[str, int]:
+        return self.layer.letters(*shapes)
+
+
 def _scaled(node: Node, leaves: dict[str, Tensor]) -> Node:
     made = Node(node.name, _Scale(node.layer.num_features), node.inputs)  # type: ignore[attr-defined]
     affine = norm(node, leaves)
@@ -124,17 +137,11 @@ class Parts(Layer):
 
 
 @dataclass(frozen=True)
-class Part(Layer):
+class Part(_For):
     """One of the parts."""
 
     layer: L.Slice
     index: int
-
-    def signature(self, *shapes: Shape) -> str:
-        return self.layer.signature(*shapes)
-
-    def letters(self, *shapes: Shape) -> dict[str, int]:
-        return self.layer.letters(*shapes)
 
     def apply(self, params: Leaves, *inputs: Any) -> Tensor:
         part: Tensor = inputs[0][self.index]
@@ -189,16 +196,10 @@ class _Normalize(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class Affine(Layer):
+class Affine(_For):
     """What a layer norm does to what it has normalized."""
 
     layer: L.LayerNorm
-
-    def signature(self, *shapes: Shape) -> str:
-        return self.layer.signature(*shapes)
-
-    def letters(self, *shapes: Shape) -> dict[str, int]:
-        return self.layer.letters(*shapes)
 
     def init(self, generator: torch.Generator) -> dict[str, Tensor]:
         return self.layer.init(generator)
@@ -232,13 +233,8 @@ class _Scale(Layer):
 
 
 @dataclass(frozen=True)
-class Over(Layer):
+class Over(_For):
     """A layer whose value is written over its first input."""
-
-    layer: Layer
-
-    def signature(self, *shapes: Shape) -> str | None:
-        return self.layer.signature(*shapes)
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         value: Tensor = _OVER[type(self.layer)](*inputs)
@@ -246,16 +242,10 @@ class Over(Layer):
 
 
 @dataclass(frozen=True)
-class Fused(Layer):
+class Fused(_For):
     """Scaled dot-product attention, whose scores are not kept."""
 
     layer: L.ScaledDotProduct
-
-    def signature(self, *shapes: Shape) -> str | None:
-        return self.layer.signature(*shapes)
-
-    def letters(self, *shapes: Shape) -> dict[str, int]:
-        return self.layer.letters(*shapes)
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         q, k, v = inputs

@@ -57,8 +57,8 @@ def prune(
             or several of them.
         criterion: a function of ``(statistics, coupling)``, or of ``(params, coupling)`` if marked by `of_weights`.
             Without one, units are chosen together, by `joint`, cautiously.
-        per_cost: weigh scores against what leaves with a unit, where the (first) budget has prices: FLOPs, parameters,
-            memory, latency. The loss grows far less that way.
+        per_cost: weigh scores against what leaves with a unit, where a budget has prices: FLOPs, parameters, memory,
+            latency. The loss grows far less that way.
         steps: in how many cuts of equal ratio the budget is reached, each chosen by what is measured on what the one
             before has left: scores are of small changes. By default so many that each leaves nine tenths; one where an
             exact number of units is asked for (`Units`, `Remove`).

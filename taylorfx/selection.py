@@ -94,13 +94,14 @@ def select(
             empty = np.flatnonzero(coupling.counts(step >= count) == 0)
             if not len(empty):
                 return Plan(
-                    coupling, step >= _shortest(step, count, budgets, coupling), " and ".join(map(str, budgets))
+                    coupling, step >= _shortest(step, count, budgets, costs, coupling), " and ".join(map(str, budgets))
                 )
             for axis in (coupling.axes[k] for k in empty):  # products and slices may need more than a floor per scope
                 worth = np.where(axis >= 0, values[axis], np.inf).min(0)
                 held[axis[:, worth.argmax()]] = True
 
-    values, prices = _finite(scores, coupling), pricing(budgets, coupling) if per_cost else None
+    values, costs = _finite(scores, coupling), [one.cost(coupling) for one in budgets]
+    prices = pricing(budgets, costs) if per_cost else None
     return _search(values, prices, rank) if prices else rank(values)
 
 
@@ -110,7 +111,7 @@ PRICES = 16
 
 def _search(
     values: NDArray[np.float64],
-    pricing: Callable[[Mask], torch.Tensor],
+    price: Callable[[Mask], torch.Tensor],
     rank: Callable[[NDArray[np.float64]], Plan],
 ) -> Plan:
     """The plan of the least score lost, by Lagrange multipliers (Everett 1963, doi 10.1287/opre.11.3.399).
@@ -119,11 +120,11 @@ def _search(
     save, at the plan itself. So the units are ranked by their score per price, the price is what a unit saves (or would
     cost again) at the plan that follows, and so on; a geometric mean keeps prices from swinging.
     """
-    prices = pricing(np.ones(len(values), bool)).numpy()
+    prices = price(np.ones(len(values), bool)).numpy()
     plans = [rank(values)]
     for _ in range(PRICES):
         plans.append(rank(values / prices))
-        new = np.sqrt(prices * pricing(plans[-1].keep).numpy())
+        new = np.sqrt(prices * price(plans[-1].keep).numpy())
         if np.allclose(new, prices, rtol=1e-3):
             break
         prices = new
@@ -289,13 +290,15 @@ def _steps(
     return step, count
 
 
-def _shortest(step: Labels, steps: int, budgets: Sequence[Budget], coupling: Coupling) -> int:
+def _shortest(
+    step: Labels, steps: int, budgets: Sequence[Budget], counted: Sequence[Callable[[Mask], float]], coupling: Coupling
+) -> int:
     """The fewest steps after which all budgets hold; for `Units` alone, after which it holds exactly."""
 
     def after(cost: Callable[[Mask], float]) -> Callable[[int], float]:
         return cache(lambda n: cost(step >= n))
 
-    costs = [after(budget.cost(coupling)) for budget in budgets]
+    costs = [after(cost) for cost in counted]
     limits = [budget.limit(cost(0)) for budget, cost in zip(budgets, costs, strict=True)]
 
     def fits(n: int) -> bool:
