@@ -57,6 +57,7 @@ def main() -> None:
             f"{accuracy(small, smaller, *test):.4f} at {options.flops:.0%} of the FLOPs"
         )
     if together:
+        torch.distributed.barrier()  # none leaves while its threads still hold what another sent
         torch.distributed.destroy_process_group()
 
 

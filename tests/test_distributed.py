@@ -34,12 +34,15 @@ def known(batches, net, plan):
 
 def process(rank: int, folder: str) -> None:
     """One of two."""
+    import torch._dynamo  # torch.func needs it; imported later, it would keep the group and its threads alive
+
     net, plan, batches = setting()
     torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
     torch.save(known(batches[2 * rank :][:2], net, plan), f"{folder}/{rank}")
     other = network(CONSTRUCTS["chain" if rank else "dense"])
     with pytest.raises(ValueError, match="of the same units"):
         tfx.distributed.total(tfx.measure(other.params, other.spec, other.batch, other.coupling))
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
