@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.function import _SingleLevelFunction
 from torch.nn import functional as F
 
 from taylorfx import layers as L
@@ -160,19 +162,30 @@ def _normalized(node: Node, nodes: dict[str, Node], taken: set[str]) -> Node:
     return Node(node.name, Affine(layer), (name,), node.params)
 
 
+class Function(_SingleLevelFunction):
+    """An autograd function for use right under one ``torch.func.vjp``.
+
+    It is run as it is; of a ``torch.autograd.Function`` torch.func makes a class anew for every call, and lets a second
+    one differentiate it, which takes more time than many a layer.
+    """
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        with enable_single_level_autograd_function():
+            return super().apply(*args)  # type: ignore[misc]
+
+
 @dataclass(frozen=True)
 class Normalized(L.LayerNorm):
     """A layer norm without parameters that keeps what it gives out instead of what it is given."""
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
-        value, _ = _Normalize.apply(inputs[0], self._shape, self.eps)  # type: ignore[no-untyped-call]
+        value, _ = _Normalize.apply(inputs[0], self._shape, self.eps)
         return value  # type: ignore[no-any-return]
 
 
-class _Normalize(torch.autograd.Function):
+class _Normalize(Function):
     """The last axes normalized, and their inverse deviations."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, shape: list[int], eps: float) -> tuple[Tensor, Tensor]:
@@ -259,13 +272,11 @@ def _sum(x: Tensor, *others: Tensor) -> Tensor:
     return x
 
 
-class _Rectified(torch.autograd.Function):
+class _Rectified(Function):
     """``relu`` or ``relu6`` over its input, of which it is a view to autograd: what the input depends on stays its own.
 
     It keeps what it gives out, which is now in both; torch's ``relu6_`` keeps a copy of what it is given.
     """
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, six: bool) -> Tensor:
@@ -287,8 +298,8 @@ class _Rectified(torch.autograd.Function):
 
 
 _OVER: dict[type[Layer], Callable[..., Any]] = {
-    L.ReLU: lambda x: _Rectified.apply(x, False),  # type: ignore[no-untyped-call]
-    L.ReLU6: lambda x: _Rectified.apply(x, True),  # type: ignore[no-untyped-call]
+    L.ReLU: lambda x: _Rectified.apply(x, False),
+    L.ReLU6: lambda x: _Rectified.apply(x, True),
     L.Add: _sum,
 }
 """What needs nothing but its own result for its derivative."""

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from taylorfx import layers as L
 from taylorfx.coupling import Place
-from taylorfx.lean import Affine, Fused, Normalized, Over
+from taylorfx.lean import Affine, Function, Fused, Normalized, Over
 from taylorfx.spec import Node, Spec
 from taylorfx.tree import Params, flatten
 
@@ -130,7 +130,7 @@ class Taps:
             kept, recipe = x, KEPT
         elif self.heard[heard] > 1 or _vectorized(x):
             recipe = replace(recipe, slope=None)
-        fresh: Tensor = Tap.apply(x, gate, place, center, kept, recipe)  # type: ignore[no-untyped-call]
+        fresh: Tensor = Tap.apply(x, gate, place, center, kept, recipe)
         if center is None:
             self.tapped.setdefault(heard, []).append((x, place, fresh))
         return fresh
@@ -159,15 +159,13 @@ def _vectorized(x: Tensor) -> bool:
     return False
 
 
-class Tap(torch.autograd.Function):
+class Tap(Function):
     """Identity whose second argument, ``(N, size)``, receives ``a * dL/da`` summed over all axes but one, per example.
 
     Given a ``center``, it is ``(a - center) * dL/da``. ``kept`` is what ``a`` is made from again, or ``a``.
     A tensor that is the same for all examples, of which there is then one or a batch that trains, has one sum, of which
     every example gets the same share.
     """
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, gate: Tensor, place: Place, center: Tensor | None, kept: Tensor, recipe: Recipe) -> Tensor:
