@@ -69,11 +69,11 @@ def model(name: str, size: tuple[int, int]) -> tuple[nn.Module, Tensor, Tensor]:
     if name == "bert":
         from transformers import BertConfig, BertForSequenceClassification
 
-        config = BertConfig(attn_implementation="eager", num_labels=10)
+        config = BertConfig(num_labels=10)
         tokens = torch.randint(999, (count, length))
-        return Logits(BertForSequenceClassification(config)).eval(), tokens, torch.arange(count)
+        return Logits(BertForSequenceClassification(config)).eval(), tokens, torch.arange(count) % 10
     module = models.get_model(name, weights=None).eval()
-    return module, torch.randn(count, 3, length, length), torch.arange(count)
+    return module, torch.randn(count, 3, length, length), torch.arange(count) % 10
 
 
 def hooks(module: nn.Module, full: Callable[[], object]) -> Callable[[], object]:

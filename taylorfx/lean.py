@@ -7,7 +7,7 @@ Once differentiated by the gates and thrown away, a network need not keep what o
 - activations that need only their own result, and sums, are written over an input that is theirs alone;
 - a layer norm keeps what it gives out, which the taps behind it make their activation from, and not its input;
 - slices that take an axis apart are parts of one, whose gradients are written into one tensor;
-- attention without a mask is torch's fused one, which keeps no scores and cannot be differentiated twice.
+- attention is torch's fused one, which keeps no scores and cannot be differentiated twice, nor by its mask.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def lean(params: Params, spec: Spec, reads: set[str], *, channels_last: bool = F
             node = _normalized(node, nodes, taken)
         elif type(node.layer) is L.Slice and node.inputs[0] in cuts:
             node = _part(node, nodes, taken, cuts[node.inputs[0]])
-        elif type(node.layer) is L.ScaledDotProduct and len(node.inputs) == 3 and not node.layer.grouped:
+        elif isinstance(node.layer, L.ScaledDotProduct) and _fusible(node.layer, node.inputs[3:], behind):
             node = replace(node, layer=Fused(node.layer))
         nodes[node.name] = node
         if channels_last and isinstance(node.layer, L.Conv2d):
@@ -254,6 +254,11 @@ class Over(_For):
         return value
 
 
+def _fusible(layer: L.ScaledDotProduct, mask: tuple[str, ...], behind: set[str]) -> bool:
+    """Torch has an operator for all of it, and no gate asks for a derivative by the mask."""
+    return not (layer.grouped or behind.intersection(mask) or (layer.causal and mask))
+
+
 @dataclass(frozen=True)
 class Fused(_For):
     """Scaled dot-product attention, whose scores are not kept."""
@@ -261,8 +266,8 @@ class Fused(_For):
     layer: L.ScaledDotProduct
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
-        q, k, v = inputs
-        return F.scaled_dot_product_attention(q, k, v, is_causal=self.layer.causal, scale=self.layer.scale)
+        (q, k, v), mask = inputs[:3], inputs[3] if inputs[3:] else None
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.layer.causal, scale=self.layer.scale)
 
 
 def _sum(x: Tensor, *others: Tensor) -> Tensor:

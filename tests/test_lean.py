@@ -24,8 +24,8 @@ def after_conv(*nodes: Node) -> Spec:
     return classifier(Spec((Node("x", Input()), Node("conv", SAME, ("x",)), *nodes)), channels=4)
 
 
-def attention(causal: bool = False, masked: bool = False) -> Spec:
-    """Two heads of four, over three tokens; the mask is the same for all examples."""
+def attention(causal: bool = False, masked: tuple[Node, ...] = ()) -> Spec:
+    """Two heads of four, over three tokens; the last node of ``masked`` is the mask."""
     nodes = [Node("x", Input((3, 4))), Node("embed", tfx.Linear(4, 4), ("x",))]
     for name in "qkv":
         nodes.append(Node(name, tfx.Linear(4, 8), ("embed",)))
@@ -33,11 +33,14 @@ def attention(causal: bool = False, masked: bool = False) -> Spec:
         nodes.append(Node(f"{name}_heads", tfx.Permute((0, 2, 1, 3)), (f"{name}_split",)))
     heads = [f"{name}_heads" for name in "qkv"]
     if masked:
-        nodes.append(Node("mask", tfx.Parameter((3, 3), std=1.0)))
-        heads.append("mask")
+        nodes += masked
+        heads.append(masked[-1].name)
     nodes.append(Node("attention", tfx.ScaledDotProduct(0.5, causal=causal), tuple(heads)))
     nodes += [Node("flat", tfx.Flatten(), ("attention",)), Node("head", tfx.Linear(24, 2), ("flat",))]
     return Spec(tuple(nodes))
+
+
+MASK = Node("mask", tfx.Parameter((3, 3), std=1.0))  # the same for all examples
 
 
 def activated(layer: tfx.Layer) -> Spec:
@@ -116,7 +119,12 @@ LEAN: dict[str, tuple[Spec, list[str]]] = {
     ),
     "attention": (attention(), ["ScaledDotProduct"]),
     "causal attention": (attention(causal=True), ["ScaledDotProduct"]),
-    "masked attention": (attention(masked=True), []),
+    "masked attention": (attention(masked=(MASK,)), ["ScaledDotProduct"]),
+    "masked and causal attention": (attention(causal=True, masked=(MASK,)), []),
+    "attention masked by itself": (
+        attention(masked=(Node("low", tfx.Linear(4, 3), ("embed",)), Node("mask", tfx.View((1, 1, 3, 3)), ("low",)))),
+        [],
+    ),
     "layer norms": (activated(tfx.LayerNorm(6)), ["LayerNorm"] * 3),
     "layer norms without bias": (activated(tfx.LayerNorm(6, bias=False)), ["LayerNorm"] * 3),
     "layer norms without parameters": (activated(tfx.LayerNorm(6, elementwise_affine=False)), ["LayerNorm"] * 3),
