@@ -16,12 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import taylorfx as tfx
 from taylorfx.lean import lean
 
-# Examples and, for images, their height and width.
-MODELS = {
-    "resnet50": (8, 160), "mobilenet_v2": (8, 160), "densenet121": (8, 160), "vgg16_bn": (4, 128),
-    "convnext_tiny": (8, 160), "bert": (4, 128), "vit_b_16": (4, 224),
+Size = tuple[int, int]
+"""Examples, and their height and width or their tokens."""
+MODELS: dict[str, list[Size]] = {
+    "resnet50": [(8, 160), (32, 160)], "mobilenet_v2": [(8, 160), (32, 160)], "densenet121": [(8, 160), (32, 160)],
+    "vgg16_bn": [(4, 128), (16, 128)], "convnext_tiny": [(8, 160), (32, 160)], "bert": [(4, 128), (16, 128)],
+    "vit_b_16": [(4, 224), (16, 224)],
 }  # fmt: skip
-QUICK = {"resnet18": (4, 96), "mobilenet_v2": (4, 96), "convnext_tiny": (2, 96)}
+QUICK: dict[str, list[Size]] = {"resnet18": [(4, 96)], "mobilenet_v2": [(4, 96)], "convnext_tiny": [(2, 96)]}
 TOKENS = ("bert", "vit_b_16")  # where no image goes through convolutions
 
 KINDS = {
@@ -61,7 +63,7 @@ class Products(TorchDispatchMode):
             func(*args, **kwargs)
 
 
-def model(name: str, size: tuple[int, int]) -> tuple[nn.Module, Tensor, Tensor]:
+def model(name: str, size: Size) -> tuple[nn.Module, Tensor, Tensor]:
     """The module in inference mode, with random weights, and a batch."""
     torch.manual_seed(0)
     count, length = size
@@ -119,7 +121,7 @@ def peer(module: nn.Module, x: Tensor, full: Callable[..., object]) -> Callable[
     return run
 
 
-def passes(name: str, size: tuple[int, int], kinds: tuple[str, ...]) -> dict[str, Callable[[], object]]:
+def passes(name: str, size: Size, kinds: tuple[str, ...]) -> dict[str, Callable[[], object]]:
     """What runs, by its kind; a kind that a model does not have is left out."""
     module, x, y = model(name, size)
 

@@ -1,6 +1,6 @@
 """Scoring one batch against one full forward and backward pass of the same model and batch.
 
-    python benchmarks/scoring.py                   # seven models, an hour of one core
+    python benchmarks/scoring.py                   # seven models, two batches each, an hour
     python benchmarks/scoring.py --quick           # three small ones, some minutes
     python benchmarks/scoring.py resnet50 --runs 9
     python benchmarks/scoring.py --out scoring.json --write   # goes on where it was stopped; the tables of README.md
@@ -13,6 +13,7 @@ more for each kind, above what is held before the pass: where Linux can reset th
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _passes import KINDS, MODELS, QUICK, TOKENS, passes
+from _passes import KINDS, MODELS, QUICK, TOKENS, Size, passes
 from cutting import peak
 
 import taylorfx as tfx
@@ -43,9 +44,10 @@ TARGETS = {
 Rows = dict[str, Any]
 
 
-def timed(name: str, size: tuple[int, int], runs: int) -> dict[str, list[tuple[float, float]]]:
+def timed(name: str, size: Size, runs: int) -> dict[str, list[tuple[float, float]]]:
     """Seconds of CPU and of wall time of every kind, one pair per turn."""
     found = passes(name, size, tuple(TIMED))
+    gc.freeze()  # what has been set up is not searched for garbage in the middle of some turn
     times: dict[str, list[tuple[float, float]]] = {kind: [] for kind in found}
     for turn in range(runs + 1):
         for kind, run in found.items():
@@ -73,7 +75,7 @@ def growth(runs: int) -> dict[int, list[float]]:
     return times
 
 
-def holds(name: str, size: tuple[int, int], kind: str) -> float | None:
+def holds(name: str, size: Size, kind: str) -> float | None:
     """Megabytes that one pass holds at most, above what is held before it (the full pass's gradients are its own)."""
     run = passes(name, size, (kind,))[kind]
     run()
@@ -112,10 +114,9 @@ def tables(rows: Rows) -> str:
         for name, row in models.items():
             if times := row.get("seconds"):
                 middle = statistics.median(pair[clock] for pair in times["full"])
-                goal = [f"{x:.2f}" for x in TARGETS.get(name, ())][: len(targets)]
+                goal = [f"{x:.2f}" for x in TARGETS.get(row["model"], ())][: len(targets)]
                 cells = [quartiles(shares(times, kind, clock)) for kind in SHOWN]
-                size = " x ".join(map(str, row["size"]))
-                lines.append(line([f"{name}, {size}", f"{middle:.2f}", *cells, *(goal or [""] * len(targets))]))
+                lines.append(line([name, f"{middle:.2f}", *cells, *(goal or [""] * len(targets))]))
         parts.append("\n".join(lines))
     lines = ["Peak memory / that of the full pass:\n", line(["model", "full, MB", *HELD[1:]])]
     lines.append(line(["---"] * (1 + len(HELD))))
@@ -145,14 +146,14 @@ def draw(rows: Rows, path: Path) -> None:
 
     names = [name for name in rows if rows[name].get("seconds") and name != "growth"]
     kinds = [kind for kind in SHOWN if kind != "copy"]
-    figure, axes = plt.subplots(figsize=(9, 3.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(12, 3.6), layout="constrained")
     for k, kind in enumerate(kinds):
         found = [shares(rows[name]["seconds"], kind, 0) for name in names]
         at = [j + (k - (len(kinds) - 1) / 2) * 0.8 / len(kinds) for j in range(len(names))]
         middles = [statistics.median(values) if values else 0.0 for values in found]
         axes.bar(at, middles, 0.8 / len(kinds), label=f"{kind}: {KINDS[kind]}", color=f"C{k}")
     axes.axhline(1, color="black", linewidth=0.8)
-    axes.set_xticks(range(len(names)), names)
+    axes.set_xticks(range(len(names)), [name.replace(", ", "\n") for name in names], fontsize=7)
     axes.set_ylabel("CPU time / full pass")
     axes.legend(fontsize=7, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
@@ -194,16 +195,19 @@ def main() -> None:
         if options.out:
             options.out.write_text(json.dumps(rows, indent=1) + "\n")
 
-    for name in options.names or [*sizes, "growth"]:
-        row = rows.setdefault(name, {} if name == "growth" else {"size": sizes[name]})
-        if not options.no_time and "seconds" not in row:
-            task = ("growth", runs) if name == "growth" else ("timed", name, sizes[name], runs)
-            row["seconds"] = child(task, options)  # none where it fails; the others go on
-            keep()
-        if not options.no_memory and "megabytes" not in row and name != "growth":
-            kinds = [kind for kind in HELD if name not in TOKENS or kind not in ("hooks", "same")]
-            row["megabytes"] = {kind: child(("peak", name, sizes[name], kind), options) for kind in kinds}
-            keep()
+    for name in options.names or sizes:
+        for size in sizes[name]:
+            row = rows.setdefault(f"{name}, {size[0]} x {size[1]}", {"model": name})
+            if not options.no_time and "seconds" not in row:
+                row["seconds"] = child(("timed", name, size, runs), options)  # none where it fails; the others go on
+                keep()
+            if not options.no_memory and "megabytes" not in row and size == sizes[name][0]:
+                kinds = [kind for kind in HELD if name not in TOKENS or kind not in ("hooks", "same")]
+                row["megabytes"] = {kind: child(("peak", name, size, kind), options) for kind in kinds}
+                keep()
+    if not (options.names or options.no_time or "growth" in rows):
+        rows["growth"] = {"seconds": child(("growth", runs), options)}
+        keep()
     print(tables(rows))
     if options.write:
         publish(rows)

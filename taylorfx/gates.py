@@ -14,6 +14,7 @@ Weights are not differentiated: one ``torch.func.vjp`` runs over the activations
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,7 +23,7 @@ import optree
 import torch
 from torch import Tensor
 
-from taylorfx.coupling import Coupling
+from taylorfx.coupling import Coupling, Place
 from taylorfx.layers import Conv2d, ShapeError
 from taylorfx.lean import lean
 from taylorfx.loss import Batch, Loss, cross_entropy, each_batch, examples, one_by_one, own, per_example
@@ -109,11 +110,12 @@ def measure(
             in training, where examples hear each other.
     """
     networks, channels_last = _scored(params, spec, coupling, fold and not (at_writes or training), channels_last)
+    sums = Sums.at(coupling.writes if at_writes else coupling.reads, len(coupling), params)
     total: Statistics | None = None
     finite: list[Tensor] = []
     for batch in each_batch(batches):
         losses, summed, mean, found = _derivatives(
-            networks, *batch, coupling, loss=loss, moments=moments, at_writes=at_writes, training=training,
+            networks, *batch, coupling, sums=sums, loss=loss, moments=moments, training=training,
             around=around or {}, generator=generator, channels_last=channels_last, micro_batch=micro_batch,
         )  # fmt: skip
         finite.append(losses.isfinite().all())
@@ -161,11 +163,13 @@ def derivatives(
 ) -> tuple[Tensor, Tensor, Tensor, Moments | None]:
     """The losses ``(N,)`` and gate derivatives ``(N, units)`` of one batch, summed and averaged over positions.
 
-    This is `measure` before it sums over the examples; the arguments are the same.
+    This is `measure` before it sums over the examples; the arguments are the same. The backward pass frees what it has
+    used, so that neither can itself be differentiated by ``torch.func.grad`` (by ``jvp`` it can); `gradient` can.
     """
     networks, channels_last = _scored(params, spec, coupling, fold and not (at_writes or training), channels_last)
+    sums = Sums.at(coupling.writes if at_writes else coupling.reads, len(coupling), params)
     return _derivatives(  # type: ignore[no-any-return]
-        networks, inputs, targets, coupling, loss=loss, moments=moments, at_writes=at_writes, training=training,
+        networks, inputs, targets, coupling, sums=sums, loss=loss, moments=moments, training=training,
         around=around or {}, generator=generator, channels_last=channels_last, micro_batch=micro_batch,
     )  # fmt: skip
 
@@ -198,8 +202,8 @@ def _of_batch(
     targets: Any,
     coupling: Coupling,
     *,
+    sums: Sums,
     moments: bool,
-    at_writes: bool,
     training: bool,
     channels_last: bool,
     micro_batch: int | None,
@@ -218,9 +222,9 @@ def _of_batch(
             f"training={training}."
         )
     run: Callable[..., tuple[Tensor, ...]] = partial(
-        _one_pass, params, spec, coupling=coupling, moments=moments, at_writes=at_writes, training=training, **options
+        _one_pass, params, spec, sums=sums, moments=moments, training=training, **options
     )
-    shared = any(place.example is None for place in (coupling.writes if at_writes else coupling.reads))
+    shared = any(place.example is None for place in sums.places)
     if not training and (coupling.mixing or shared):
         run = partial(_apart_by_vmap, run, spec)
     whole: Any = (inputs, targets)
@@ -244,31 +248,61 @@ def _apart_by_vmap(
     return each.squeeze(1), summed.squeeze(1), mean.squeeze(1), tally.sum(0)
 
 
+@dataclass(frozen=True)
+class Sums:
+    """Which units' derivatives those at all places are; made once for all batches, as a copy to a device waits for it.
+
+    Attributes:
+        index: the units of all columns: one for every index of a place, and one more for every further unit that gates
+            it. Where none does, it is one past the last.
+        shares: for every row of units of a place, one by how many of its columns are the unit's.
+    """
+
+    places: tuple[Place, ...]
+    units: int
+    index: Tensor
+    shares: tuple[Tensor, ...]
+
+    @staticmethod
+    def at(places: Sequence[Place], units: int, params: Params) -> Sums:
+        device = next((x.device for x in flatten(params).values()), None)
+        rows = [row for place in places for row in place.units % (units + 1)]
+        index = np.concatenate([np.zeros(0, np.int64), *rows])
+        shares = np.concatenate([np.zeros(0), *(1 / np.bincount(row)[row] for row in rows)])
+        split = torch.split(torch.as_tensor(shares, device=device), [len(row) for row in rows])
+        return Sums(tuple(places), units, torch.as_tensor(index, device=device), split)
+
+    def __call__(self, found: Mapping[str, Tensor], zero: Tensor, spread: Mapping[str, int] | None = None) -> Tensor:
+        """Add up each unit's columns to zeros ``(height, units + 1)``; given how far they are spread, their means."""
+        keys = [str(place.key) for place in self.places for _ in place.units]
+        columns = [found[key].to(zero.dtype) for key in keys]
+        if spread is not None:
+            parts = zip(columns, self.shares, keys, strict=True)
+            columns = [x * (share / spread[key]).to(zero) for x, share, key in parts]
+        return zero.index_add(1, self.index.to(zero.device), torch.cat([zero[:, :0], *columns], 1))[:, :-1]
+
+
 def _one_pass(
     params: Params,
     spec: Spec,
     inputs: Inputs,
     targets: Any,
     *,
-    coupling: Coupling,
+    sums: Sums,
     loss: Loss,
     moments: bool,
-    at_writes: bool,
     training: bool,
     around: Gates,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    values = bind_inputs(spec, (inputs,))
-    example = next(iter(values.values()))
-    flat = coupling.writes if at_writes else coupling.reads
+    example = next(iter(bind_inputs(spec, (inputs,)).values()))
     real = next((x for x in flatten(params).values() if x.is_floating_point()), example)
     kind: dict[str, Any] = {"dtype": torch.promote_types(real.dtype, torch.float32), "device": real.device}
-    count, units = len(example), len(coupling)
-    zeros = {str(place.key): torch.zeros(count, place.units.shape[1], **kind) for place in flat}
+    zeros = {str(place.key): torch.zeros(len(example), place.units.shape[1], **kind) for place in sums.places}
     spread: dict[str, int] = {}  # how many positions of an example each index of a read stands for
 
     def losses(given: Mapping[str, Tensor]) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
-        taps = Taps(params, spec, flat, given, around, moments=moments)
+        taps = Taps(params, spec, sums.places, given, around, moments=moments)
         outputs, _ = evaluate(params, spec, (inputs,), tap=taps, training=training, generator=generator)
         spread.update(taps.spread)
         each = per_example(loss, outputs, targets)
@@ -277,20 +311,9 @@ def _one_pass(
     pulled: Any = torch.func.vjp(losses, zeros, has_aux=True)
     each, pull, (found, seen) = pulled
     (grads,) = pull(torch.ones_like(each), retain_graph=False, create_graph=False)
-    rows = [(str(place.key), row) for place in flat for row in place.units % (units + 1)]
-    index = torch.as_tensor(np.concatenate([np.zeros(0, np.int64), *(row for _, row in rows)]), device=real.device)
-    shares = np.concatenate([np.zeros(0), *(1 / (np.bincount(row)[row] * spread[key]) for key, row in rows)])
-
-    def total(columns: list[Tensor], height: int) -> Tensor:
-        """The sums over each unit's columns; none is left out of them but what no unit gates."""
-        zero = torch.zeros(height, units + 1, **kind)
-        return zero.index_add(1, index, torch.cat([zero[:, :0], *columns], 1))[:, :-1]
-
-    columns = [grads[key] for key, _ in rows]
-    split = torch.split(torch.as_tensor(shares, **kind), [len(row) for _, row in rows])
-    mean = total([column * share for column, share in zip(columns, split, strict=True)], count)
-    tally = total([seen[key].to(kind["dtype"]) for key, _ in rows], 4) if moments else each.new_zeros(0)
-    return found, total(columns, count), mean, tally
+    none = torch.zeros(len(example), sums.units + 1, **kind)
+    tally = sums(seen, torch.zeros(4, sums.units + 1, **kind)) if moments else each.new_zeros(0)
+    return found, sums(grads, none), sums(grads, none, spread), tally
 
 
 def gated_loss(

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import optree
 import pytest
 import torch
 from constructs import CONSTRUCTS, SAME, classifier
@@ -9,6 +10,7 @@ from hypothesis import example, given
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import taylorfx as tfx
 from taylorfx import Input, Node, Spec, residual, serial, taps
@@ -324,3 +326,35 @@ def test_under_autocast_sums_are_single_precision(net):
     with torch.autocast("cpu", torch.bfloat16):
         found = scores(net, torch.float32)
     assert (found - single).norm() <= 0.3 * single.norm() + 1e-3
+
+
+class Crossings(TorchDispatchMode):
+    """Counts what a device is waited for: copies from the host to it. Values are not there to be looked at."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        found = {x.device.type for x in tree_leaves((args, result)) if isinstance(x, torch.Tensor) and x.ndim}
+        self.count += len(found) > 1
+        return result
+
+
+@pytest.mark.parametrize("moments", [False, True])
+@pytest.mark.parametrize("name", ["chain", "projection", "grouped", "multi-head", "dense"])
+def test_nothing_waits_for_the_device_between_batches(name, moments):
+    """On ``meta`` all operators run but those that look at values, as the last check, for finite losses, does."""
+    net = network(CONSTRUCTS[name])
+    params, batch = optree.tree_map(lambda x: x.to("meta"), (net.params, net.batch))
+    counts = []
+
+    def batches():
+        for _ in range(3):
+            counts.append(crossings.count)
+            yield batch
+        counts.append(crossings.count)
+
+    with Crossings() as crossings, pytest.raises((NotImplementedError, RuntimeError), match=r"(?i)meta"):
+        tfx.measure(params, net.spec, batches(), net.coupling, moments=moments)
+    assert len(counts) == 4
+    assert len({*counts}) == 1
