@@ -256,30 +256,33 @@ class Sums:
         index: the units of all columns: one for every index of a place, and one more for every further unit that gates
             it. Where none does, it is one past the last.
         shares: for every row of units of a place, one by how many of its columns are the unit's.
+        dtype: in which is summed: that of the parameters, single precision at least.
     """
 
     places: tuple[Place, ...]
     units: int
     index: Tensor
     shares: tuple[Tensor, ...]
+    dtype: torch.dtype
 
     @staticmethod
     def at(places: Sequence[Place], units: int, params: Params) -> Sums:
-        device = next((x.device for x in flatten(params).values()), None)
+        real = next((x for x in flatten(params).values() if x.is_floating_point()), torch.zeros(()))
+        kind: dict[str, Any] = {"dtype": torch.promote_types(real.dtype, torch.float32), "device": real.device}
         rows = [row for place in places for row in place.units % (units + 1)]
         index = np.concatenate([np.zeros(0, np.int64), *rows])
         shares = np.concatenate([np.zeros(0), *(1 / np.bincount(row)[row] for row in rows)])
-        split = torch.split(torch.as_tensor(shares, device=device), [len(row) for row in rows])
-        return Sums(tuple(places), units, torch.as_tensor(index, device=device), split)
+        split = torch.split(torch.as_tensor(shares, **kind), [len(row) for row in rows])
+        return Sums(tuple(places), units, torch.as_tensor(index, device=real.device), split, kind["dtype"])
 
-    def __call__(self, found: Mapping[str, Tensor], zero: Tensor, spread: Mapping[str, int] | None = None) -> Tensor:
-        """Add up each unit's columns to zeros ``(height, units + 1)``; given how far they are spread, their means."""
+    def __call__(self, height: int, found: Mapping[str, Tensor], spread: Mapping[str, int] | None = None) -> Tensor:
+        """The sums over each unit's columns, ``(height, units)``; given how far they are spread, of their means."""
         keys = [str(place.key) for place in self.places for _ in place.units]
-        columns = [found[key].to(zero.dtype) for key in keys]
+        columns = [found[key].to(self.dtype) for key in keys]
         if spread is not None:
-            parts = zip(columns, self.shares, keys, strict=True)
-            columns = [x * (share / spread[key]).to(zero) for x, share, key in parts]
-        return zero.index_add(1, self.index.to(zero.device), torch.cat([zero[:, :0], *columns], 1))[:, :-1]
+            columns = [x * share / spread[key] for x, share, key in zip(columns, self.shares, keys, strict=True)]
+        zero = torch.zeros(height, self.units + 1, dtype=self.dtype, device=self.index.device)
+        return zero.index_add(1, self.index, torch.cat([zero[:, :0], *columns], 1))[:, :-1]
 
 
 def _one_pass(
@@ -295,10 +298,9 @@ def _one_pass(
     around: Gates,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    example = next(iter(bind_inputs(spec, (inputs,)).values()))
-    real = next((x for x in flatten(params).values() if x.is_floating_point()), example)
-    kind: dict[str, Any] = {"dtype": torch.promote_types(real.dtype, torch.float32), "device": real.device}
-    zeros = {str(place.key): torch.zeros(len(example), place.units.shape[1], **kind) for place in sums.places}
+    count = len(next(iter(bind_inputs(spec, (inputs,)).values())))
+    kind: dict[str, Any] = {"dtype": sums.dtype, "device": sums.index.device}
+    zeros = {str(place.key): torch.zeros(count, place.units.shape[1], **kind) for place in sums.places}
     spread: dict[str, int] = {}  # how many positions of an example each index of a read stands for
 
     def losses(given: Mapping[str, Tensor]) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
@@ -311,9 +313,8 @@ def _one_pass(
     pulled: Any = torch.func.vjp(losses, zeros, has_aux=True)
     each, pull, (found, seen) = pulled
     (grads,) = pull(torch.ones_like(each), retain_graph=False, create_graph=False)
-    none = torch.zeros(len(example), sums.units + 1, **kind)
-    tally = sums(seen, torch.zeros(4, sums.units + 1, **kind)) if moments else each.new_zeros(0)
-    return found, sums(grads, none), sums(grads, none, spread), tally
+    tally = sums(4, seen) if moments else each.new_zeros(0)
+    return found, sums(count, grads), sums(count, grads, spread), tally
 
 
 def gated_loss(
