@@ -5,7 +5,6 @@ Once differentiated by the gates and thrown away, a network need not keep what o
 - a norm by running statistics that cannot be folded is a product and a sum per channel, which keep nothing of the
   activations, where torch's keeps its input and goes over it once more for derivatives of weights that nobody wants;
 - activations that need only their own result, and sums, are written over an input that is theirs alone;
-- a layer norm keeps what it gives out, which the taps behind it make their activation from, and not its input;
 - slices that take an axis apart are parts of one, whose gradients are written into one tensor;
 - attention is torch's fused one, which keeps no scores and cannot be differentiated twice, nor by its mask.
 """
@@ -57,8 +56,6 @@ def lean(params: Params, spec: Spec, reads: set[str], *, channels_last: bool = F
             if own:
                 inputs = (own[0], *(x for x in node.inputs if x != own[0]))
                 node = replace(node, layer=Over(node.layer), inputs=inputs)
-        elif type(node.layer) is L.LayerNorm:
-            node = _normalized(node, nodes, taken)
         elif type(node.layer) is L.Slice and node.inputs[0] in cuts:
             node = _part(node, nodes, taken, cuts[node.inputs[0]])
         elif isinstance(node.layer, L.ScaledDotProduct) and _fusible(node.layer, node.inputs[3:], behind):
@@ -150,18 +147,6 @@ class Part(_For):
         return part
 
 
-def _normalized(node: Node, nodes: dict[str, Node], taken: set[str]) -> Node:
-    """A layer norm without its parameters, and then those."""
-    layer = node.layer
-    assert isinstance(layer, L.LayerNorm)
-    bare = Normalized(layer.normalized_shape, layer.eps, elementwise_affine=False)
-    if not layer.elementwise_affine:
-        return replace(node, layer=bare)
-    name = _free(f"{node.name}.normalized", taken)
-    nodes[name] = Node(name, bare, node.inputs)
-    return Node(node.name, Affine(layer), (name,), node.params)
-
-
 class Function(_SingleLevelFunction):
     """An autograd function for use right under one ``torch.func.vjp``.
 
@@ -173,55 +158,6 @@ class Function(_SingleLevelFunction):
     def apply(cls, *args: Any) -> Any:
         with enable_single_level_autograd_function():
             return super().apply(*args)  # type: ignore[misc]
-
-
-@dataclass(frozen=True)
-class Normalized(L.LayerNorm):
-    """A layer norm without parameters that keeps what it gives out instead of what it is given."""
-
-    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
-        value, _ = _Normalize.apply(inputs[0], self._shape, self.eps)
-        return value  # type: ignore[no-any-return]
-
-
-class _Normalize(Function):
-    """The last axes normalized, and their inverse deviations."""
-
-    @staticmethod
-    def forward(x: Tensor, shape: list[int], eps: float) -> tuple[Tensor, Tensor]:
-        value, _, inverse = torch.native_layer_norm(x, shape, None, None, eps)
-        return value, inverse
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.shape = inputs[1]
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(*output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        value, inverse = ctx.saved_tensors
-        zero, one = torch.zeros_like(inverse), torch.ones_like(inverse)  # of what is normalized already
-        found = torch.ops.aten.native_layer_norm_backward(
-            grads[0], value, ctx.shape, zero, one, None, None, [True, False, False]
-        )
-        return found[0].mul_(inverse), None, None
-
-
-@dataclass(frozen=True)
-class Affine(_For):
-    """What a layer norm does to what it has normalized."""
-
-    layer: L.LayerNorm
-
-    def init(self, generator: torch.Generator) -> dict[str, Tensor]:
-        return self.layer.init(generator)
-
-    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
-        (x,) = inputs
-        if not self.layer.bias:
-            return (x * params["weight"]).to(x.dtype)
-        return torch.addcmul(params["bias"], x, params["weight"]).to(x.dtype)
 
 
 @dataclass(frozen=True)

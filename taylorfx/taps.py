@@ -1,9 +1,9 @@
 """The taps of one pass: where activations are multiplied by their gradients and summed to the derivatives of gates.
 
 A tap is the identity; in the backward pass it takes ``a * dL/da``. What it keeps for that is the activation ``a``, or,
-where this is made anew with little work from something that is kept anyway, nothing: an activation function keeps its
-input, so that what it gave out need not be kept for the linear layer that reads it (no derivative by weights asks for
-it); fused attention keeps its output, of which the layer behind it reads another view.
+where this is made anew with little work from something that is kept anyway, nothing: an activation function or a layer
+norm keeps its input, so that what it gave out need not be kept for the linear layer that reads it (no derivative by
+weights asks for it); fused attention keeps its output, of which the layer behind it reads another view.
 
 Where nobody else hears the activation function, the tap also multiplies the gradient by its derivative, part by part
 while it is in the processor's cache, and over itself: it is the gradient of what is kept that then goes on.
@@ -23,13 +23,13 @@ from torch import Tensor
 
 from taylorfx import layers as L
 from taylorfx.coupling import Place
-from taylorfx.lean import Affine, Function, Fused, Normalized, Over
+from taylorfx.lean import Function, Fused, Over
 from taylorfx.spec import Node, Spec
 from taylorfx.tree import Params, flatten
 
 __all__ = ["Taps"]
 
-ACTIVATIONS = (L.GELU, L.SiLU, L.Mish, L.Hardswish, L.Softplus)
+KEEPERS = (L.GELU, L.SiLU, L.Mish, L.Hardswish, L.Softplus, L.LayerNorm)
 """They keep their input for their derivative."""
 
 _ATEN = torch.ops.aten
@@ -38,7 +38,6 @@ SLOPES: dict[type[L.Layer], Callable[[Any, L.Leaves, Tensor, Tensor], object]] =
     L.SiLU: lambda layer, _, x, y: _ATEN.silu_backward.grad_input(y, x, grad_input=y),
     L.ReLU: lambda layer, _, x, y: _ATEN.threshold_backward.grad_input(y, x, 0, grad_input=y),
     L.ReLU6: lambda layer, _, x, y: _ATEN.hardtanh_backward.grad_input(y, x, 0, 6, grad_input=y),
-    Affine: lambda layer, leaves, x, y: y.mul_(leaves["weight"]),
 }
 """Write over a gradient ``y`` its product with the derivative, at what is kept, ``x``."""
 
@@ -140,12 +139,12 @@ class Taps:
         layer = node.layer.layer if isinstance(node.layer, Over) else node.layer
         kind, leaves = type(layer), {leaf: self.leaves[path] for leaf, path in node.paths.items()}
         slope = partial(SLOPES[kind], layer, leaves) if kind in SLOPES else None
-        if slot < 0 and kind in (Fused, Normalized):
+        if slot < 0 and kind is Fused:
             self.origins[node.name] = x, KEPT
         elif slot == 0 and layer is not node.layer and slope:  # what is written over is the activation by now
             self.origins[node.name] = x, replace(KEPT, slope=slope)
-        elif slot == 0 and (kind in ACTIVATIONS or (kind in (*VIEWS, Affine) and node.inputs[0] in self.origins)):
-            kept, recipe = (x, KEPT) if kind in ACTIVATIONS else self.origins[node.inputs[0]]
+        elif slot == 0 and (kind in KEEPERS or (kind in VIEWS and node.inputs[0] in self.origins)):
+            kept, recipe = (x, KEPT) if kind in KEEPERS else self.origins[node.inputs[0]]
             step = partial(layer.apply, leaves)
             self.origins[node.name] = kept, recipe.then(step, rows=kind not in VIEWS, slope=slope)
 

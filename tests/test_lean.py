@@ -127,20 +127,13 @@ LEAN: dict[str, tuple[Spec, list[str]]] = {
         attention(masked=(Node("low", tfx.Linear(4, 3), ("embed",)), Node("mask", tfx.View((1, 1, 3, 3)), ("low",)))),
         [],
     ),
-    "layer norms": (activated(tfx.LayerNorm(6)), ["LayerNorm"] * 3),
-    "layer norms without bias": (activated(tfx.LayerNorm(6, bias=False)), ["LayerNorm"] * 3),
-    "layer norms without parameters": (activated(tfx.LayerNorm(6, elementwise_affine=False)), ["LayerNorm"] * 3),
+    "layer norms": (activated(tfx.LayerNorm(6)), []),
+    "layer norms without bias": (activated(tfx.LayerNorm(6, bias=False)), []),
+    "layer norms without parameters": (activated(tfx.LayerNorm(6, elementwise_affine=False)), []),
     "layer norm of two axes": (
         serial(
             Input((3, 4)), tfx.Linear(4, 4), tfx.LayerNorm((3, 4)), tfx.Linear(4, 4), tfx.Flatten(), tfx.Linear(12, 2),
-        ), ["LayerNorm"],
-    ),
-    "normalized by name": (
-        classifier(Spec((
-            Node("x", Input()), Node("a", tfx.Permute((0, 2, 3, 1)), ("x",)),
-            Node("n", tfx.LayerNorm(4), ("a",)), Node("n.normalized", tfx.Linear(4, 4), ("n",)),
-            Node("b", tfx.Permute((0, 3, 1, 2)), ("n.normalized",)),
-        )), channels=4), ["LayerNorm"],
+        ), [],
     ),
     "rectified tokens": (activated(tfx.ReLU()), []),
     "gelu": (activated(tfx.GELU()), []),
@@ -178,7 +171,7 @@ def test_what_can_be_lean_is(name):
     net = network(spec)
     _, small, _ = copied(net)
     was = {node.name: type(node.layer).__name__ for node in spec}
-    kinds = ("Over", "_Scale", "Fused", "Affine", "Part", *(["Normalized"] if "without parameters" in name else []))
+    kinds = ("Over", "_Scale", "Fused", "Part")
     found = Counter(was[node.name] for node in small if type(node.layer).__name__ in kinds)
     assert found == Counter(changed)
 
@@ -247,12 +240,12 @@ class Live(TorchDispatchMode):
 
 
 def tokens(*layers: tfx.Layer, depth: int) -> Spec:
-    body = [layer for _ in range(depth) for layer in (*layers, tfx.Linear(8, 8))]
-    return serial(Input((32, 8)), tfx.Linear(8, 8), *body, tfx.Flatten(), tfx.Linear(256, 2))
+    body = [layer for _ in range(depth) for layer in (*layers, tfx.Linear(16, 16))]
+    return serial(Input((64, 16)), tfx.Linear(16, 16), *body, tfx.Flatten(), tfx.Linear(1024, 2))
 
 
 @pytest.mark.parametrize(("layers", "kept"), [
-    ((tfx.GELU(),), 1), ((tfx.LayerNorm(8),), 1), ((tfx.LayerNorm(8), tfx.Linear(8, 8), tfx.GELU()), 2), ((), 1),
+    ((tfx.GELU(),), 1), ((tfx.LayerNorm(16),), 1), ((tfx.LayerNorm(16), tfx.Linear(16, 16), tfx.GELU()), 2), ((), 1),
 ])  # fmt: skip
 def test_one_tensor_is_kept_for_each_linear_layer(layers, kept):
     """What it reads, or what that is made from; gradients are gone as soon as they were heard."""
@@ -262,7 +255,7 @@ def test_one_tensor_is_kept_for_each_linear_layer(layers, kept):
         with Live() as live:
             tfx.derivatives(net.params, net.spec, *net.batch, net.coupling)
         peaks.append(live.peak)
-    one = 3 * 32 * 8 * 8  # examples, positions, channels, bytes
+    one = 3 * 64 * 16 * 8  # examples, positions, channels, bytes
     assert peaks[1] - peaks[0] < (kept + 0.5) * 8 * one
 
 
