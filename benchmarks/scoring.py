@@ -195,8 +195,9 @@ def main() -> None:
         if options.out:
             options.out.write_text(json.dumps(rows, indent=1) + "\n")
 
-    for name in options.names or sizes:
-        for size in sizes[name]:
+    names = options.names or [*sizes, "growth"]
+    for name in names:
+        for size in sizes[name] if name != "growth" else ():
             row = rows.setdefault(f"{name}, {size[0]} x {size[1]}", {"model": name})
             if not options.no_time and "seconds" not in row:
                 row["seconds"] = child(("timed", name, size, runs), options)  # none where it fails; the others go on
@@ -205,7 +206,7 @@ def main() -> None:
                 kinds = [kind for kind in HELD if name not in TOKENS or kind not in ("hooks", "same")]
                 row["megabytes"] = {kind: child(("peak", name, size, kind), options) for kind in kinds}
                 keep()
-    if not (options.names or options.no_time or "growth" in rows):
+    if "growth" in names and not options.no_time and "growth" not in rows:
         rows["growth"] = {"seconds": child(("growth", runs), options)}
         keep()
     print(tables(rows))

@@ -109,15 +109,14 @@ def measure(
         ValueError: for no or empty batches, targets that do not match, losses that are not finite, or micro-batches
             in training, where examples hear each other.
     """
-    networks, channels_last = _scored(params, spec, coupling, fold and not (at_writes or training), channels_last)
-    sums = Sums.at(coupling.writes if at_writes else coupling.reads, len(coupling), params)
+    run = _scoring(
+        params, spec, coupling, loss=loss, moments=moments, at_writes=at_writes, training=training, around=around or {},
+        generator=generator, fold=fold, channels_last=channels_last, micro_batch=micro_batch,
+    )  # fmt: skip
     total: Statistics | None = None
     finite: list[Tensor] = []
     for batch in each_batch(batches):
-        losses, summed, mean, found = _derivatives(
-            networks, *batch, coupling, sums=sums, loss=loss, moments=moments, training=training,
-            around=around or {}, generator=generator, channels_last=channels_last, micro_batch=micro_batch,
-        )  # fmt: skip
+        losses, summed, mean, found = run(*batch)
         finite.append(losses.isfinite().all())
         one = Statistics(
             n=len(losses),
@@ -166,28 +165,47 @@ def derivatives(
     This is `measure` before it sums over the examples; the arguments are the same. The backward pass frees what it has
     used, so that neither can itself be differentiated by ``torch.func.grad`` (by ``jvp`` it can); `gradient` can.
     """
-    networks, channels_last = _scored(params, spec, coupling, fold and not (at_writes or training), channels_last)
+    run = _scoring(
+        params, spec, coupling, loss=loss, moments=moments, at_writes=at_writes, training=training, around=around or {},
+        generator=generator, fold=fold, channels_last=channels_last, micro_batch=micro_batch,
+    )  # fmt: skip
+    return run(inputs, targets)
+
+
+Scored = tuple[Tensor, Tensor, Tensor, Moments | None]
+"""What `derivatives` gives back."""
+
+
+def _scoring(
+    params: Params,
+    spec: Spec,
+    coupling: Coupling,
+    *,
+    at_writes: bool,
+    training: bool,
+    fold: bool,
+    channels_last: bool | None,
+    **options: Any,
+) -> Callable[[Inputs, Any], Scored]:
+    """`derivatives` as a function of the batch: what is the same for all batches is made here, once.
+
+    What is run is a lean copy, which has the same reads; the network itself says what is wrong with inputs.
+    """
+    own(params, spec, coupling)
+    networks = [(params, spec)]
+    if fold and not (at_writes or training):
+        if channels_last is None:
+            channels_last = all(leaf.device.type == "cpu" for leaf in flatten(params).values())
+        reads = {place.node for place in coupling.reads}
+        networks = [lean(params, spec, reads, channels_last=channels_last), *networks]
     sums = Sums.at(coupling.writes if at_writes else coupling.reads, len(coupling), params)
-    return _derivatives(  # type: ignore[no-any-return]
-        networks, inputs, targets, coupling, sums=sums, loss=loss, moments=moments, training=training,
-        around=around or {}, generator=generator, channels_last=channels_last, micro_batch=micro_batch,
+    return partial(
+        _derivatives, networks, coupling=coupling, sums=sums, training=training, channels_last=bool(channels_last),
+        **options,
     )  # fmt: skip
 
 
-def _scored(
-    params: Params, spec: Spec, coupling: Coupling, fold: bool, channels_last: bool | None
-) -> tuple[list[tuple[Params, Spec]], bool]:
-    """The network to run, a lean copy, which has the same reads, and then the coupling's own; and its memory format."""
-    own(params, spec, coupling)
-    if not fold:
-        return [(params, spec)], bool(channels_last)
-    if channels_last is None:
-        channels_last = all(leaf.device.type == "cpu" for leaf in flatten(params).values())
-    reads = {place.node for place in coupling.reads}
-    return [lean(params, spec, reads, channels_last=channels_last), (params, spec)], channels_last
-
-
-def _derivatives(networks: Sequence[tuple[Params, Spec]], *batch: Any, **options: Any) -> Any:
+def _derivatives(networks: Sequence[tuple[Params, Spec]], *batch: Any, **options: Any) -> Scored:
     """Those of the first network; what is wrong with its inputs is said in the names of the last."""
     try:
         return _of_batch(*networks[0], *batch, **options)
@@ -200,15 +218,15 @@ def _of_batch(
     spec: Spec,
     inputs: Inputs,
     targets: Any,
-    coupling: Coupling,
     *,
+    coupling: Coupling,
     sums: Sums,
     moments: bool,
     training: bool,
     channels_last: bool,
     micro_batch: int | None,
     **options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Moments | None]:
+) -> Scored:
     count = examples(inputs, targets, spec)
     if channels_last:
         images = {x for node in spec.nodes if isinstance(node.layer, Conv2d) for x in node.inputs}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo  # torch.func needs it; imported when there is a group, it would keep that and its threads alive
 import torch.multiprocessing
 from constructs import CONSTRUCTS
 from torch.testing import assert_close
@@ -34,8 +35,6 @@ def known(batches, net, plan):
 
 def process(rank: int, folder: str) -> None:
     """One of two."""
-    import torch._dynamo  # torch.func needs it; imported later, it would keep the group and its threads alive
-
     net, plan, batches = setting()
     torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
     torch.save(known(batches[2 * rank :][:2], net, plan), f"{folder}/{rank}")

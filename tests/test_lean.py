@@ -10,7 +10,6 @@ from hypothesis import example, given
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import taylorfx as tfx
 from taylorfx import Input, Node, Spec, residual, serial, taps
@@ -230,7 +229,7 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        for x in torch.utils._pytree.tree_leaves(result):
+        for x in optree.tree_leaves(result):
             if isinstance(x, torch.Tensor):
                 storage = x.untyped_storage()
                 self.made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
@@ -328,7 +327,7 @@ class Crossings(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        found = {x.device.type for x in tree_leaves((args, result)) if isinstance(x, torch.Tensor) and x.ndim}
+        found = {x.device.type for x in optree.tree_leaves((args, result)) if isinstance(x, torch.Tensor) and x.ndim}
         self.count += len(found) > 1
         return result
 
