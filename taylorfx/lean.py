@@ -58,7 +58,7 @@ def lean(params: Params, spec: Spec, reads: set[str], *, channels_last: bool = F
                 node = replace(node, layer=Over(node.layer), inputs=inputs)
         elif type(node.layer) is L.Slice and node.inputs[0] in cuts:
             node = _part(node, nodes, taken, cuts[node.inputs[0]])
-        elif isinstance(node.layer, L.ScaledDotProduct) and _fusible(node.layer, node.inputs[3:], behind):
+        elif type(node.layer) is L.ScaledDotProduct and _fusible(node.layer, node.inputs[3:], behind):
             node = replace(node, layer=Fused(node.layer))
         nodes[node.name] = node
         if channels_last and isinstance(node.layer, L.Conv2d):
