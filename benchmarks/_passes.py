@@ -147,8 +147,7 @@ def ours(name: str, module: nn.Module, x: Tensor, y: Tensor, kinds: tuple[str, .
     """Our own passes. The lean copy is made beforehand, as `taylorfx.measure` does once for all batches of a call."""
     params, spec = tfx.from_torch(module, (x,))
     coupling = tfx.couple(params, spec)
-    reads = {place.node for place in coupling.reads}
-    copies = {last: lean(params, spec, reads, channels_last=last) for last in (False, True)}
+    copies = {last: lean(params, coupling, channels_last=last) for last in (False, True)}
     again = tfx.couple(*copies[True])  # which has the same reads
 
     def plain() -> object:
@@ -159,7 +158,7 @@ def ours(name: str, module: nn.Module, x: Tensor, y: Tensor, kinds: tuple[str, .
         return lambda: tfx.derivatives(*copies[last], x, y, again, **options)
 
     found = {"plain": plain, "same": scored(False), "measure": scored(True), "micro": scored(True, 1)}
-    found["copy"] = lambda: lean(params, spec, reads, channels_last=True)
+    found["copy"] = lambda: lean(params, coupling, channels_last=True)
     if name in TOKENS:
         del found["same"]
     if "limit" in kinds:

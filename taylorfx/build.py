@@ -6,10 +6,12 @@ gets, as torch names the children of a module.
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from taylorfx.layers import Add, Attention, Concat, Input, Layer, Linear
 from taylorfx.spec import Node, Spec, SpecError
 
-__all__ = ["concat", "inline", "multihead_attention", "residual", "serial"]
+__all__ = ["concat", "inline", "multihead_attention", "residual", "serial", "unused"]
 
 Part = Layer | Spec
 
@@ -141,3 +143,8 @@ def multihead_attention(
     nodes.append(Node("attention", Attention(num_heads, width, kv_heads, causal=causal), heard))
     nodes.append(Node("out_proj", Linear(num_heads * width, embed_dim, bias), ("attention",)))
     return Spec(tuple(nodes), ("out_proj",))
+
+
+def unused(name: str, taken: Container[str]) -> str:
+    """The name, or one much like it that nobody has."""
+    return unused(f"{name}_", taken) if name in taken else name

@@ -181,6 +181,7 @@ def _scoring(
     spec: Spec,
     coupling: Coupling,
     *,
+    moments: bool,
     at_writes: bool,
     training: bool,
     fold: bool,
@@ -196,12 +197,11 @@ def _scoring(
     if fold and not (at_writes or training):
         if channels_last is None:
             channels_last = all(leaf.device.type == "cpu" for leaf in flatten(params).values())
-        reads = {place.node for place in coupling.reads}
-        networks = [lean(params, spec, reads, channels_last=channels_last), *networks]
+        networks = [lean(params, coupling, channels_last=channels_last, whole=moments), *networks]
     sums = Sums.at(coupling.writes if at_writes else coupling.reads, len(coupling), params)
     return partial(
-        _derivatives, networks, coupling=coupling, sums=sums, training=training, channels_last=bool(channels_last),
-        **options,
+        _derivatives, networks, coupling=coupling, sums=sums, moments=moments, training=training,
+        channels_last=bool(channels_last), **options,
     )  # fmt: skip
 
 
@@ -293,7 +293,7 @@ class Sums:
         split = torch.split(torch.as_tensor(shares, **kind), [len(row) for row in rows])
         return Sums(tuple(places), units, torch.as_tensor(index, device=real.device), split, kind["dtype"])
 
-    def __call__(self, height: int, found: Mapping[str, Tensor], spread: Mapping[str, int] | None = None) -> Tensor:
+    def __call__(self, height: int, found: Mapping[str, Tensor], spread: Mapping[str, float] | None = None) -> Tensor:
         """The sums over each unit's columns, ``(height, units)``; given how far they are spread, of their means."""
         keys = [str(place.key) for place in self.places for _ in place.units]
         columns = [found[key].to(self.dtype) for key in keys]
@@ -319,7 +319,7 @@ def _one_pass(
     count = len(next(iter(bind_inputs(spec, (inputs,)).values())))
     kind: dict[str, Any] = {"dtype": sums.dtype, "device": sums.index.device}
     zeros = {str(place.key): torch.zeros(count, place.units.shape[1], **kind) for place in sums.places}
-    spread: dict[str, int] = {}  # how many positions of an example each index of a read stands for
+    spread: dict[str, float] = {}  # how many positions of an example each index of a read stands for
 
     def losses(given: Mapping[str, Tensor]) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
         taps = Taps(params, spec, sums.places, given, around, moments=moments)

@@ -5,6 +5,7 @@ Once differentiated by the gates and thrown away, a network need not keep what o
 - a norm by running statistics that cannot be folded is a product and a sum per channel, which keep nothing of the
   activations, where torch's keeps its input and goes over it once more for derivatives of weights that nobody wants;
 - activations that need only their own result, and sums, are written over an input that is theirs alone;
+- positions that nobody hears are not computed (`taylorfx.unheard`);
 - slices that take an axis apart are parts of one, whose gradients are written into one tensor;
 - attention is torch's fused one, which keeps no scores and cannot be differentiated twice, nor by its mask.
 """
@@ -24,23 +25,29 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.nn import functional as F
 
 from taylorfx import layers as L
+from taylorfx.build import unused
+from taylorfx.coupling import Coupling
 from taylorfx.fold import NORMS, fold, norm
 from taylorfx.layers import Layer, Leaves, Shape
 from taylorfx.spec import Node, Spec
 from taylorfx.tree import Params, flatten, unflatten
+from taylorfx.unheard import without_unheard
 
 __all__ = ["lean"]
 
 
-def lean(params: Params, spec: Spec, reads: set[str], *, channels_last: bool = False) -> tuple[Params, Spec]:
+def lean(
+    params: Params, coupling: Coupling, *, channels_last: bool = False, whole: bool = False
+) -> tuple[Params, Spec]:
     """A network with the same reads and the same derivatives by their gates, up to rounding; for nothing else.
 
     Args:
-        reads: the nodes whose inputs are gated.
+        whole: compute all positions that are read, whether or not they are heard.
         channels_last: lay the weights of convolutions out for images in that memory format, where every pass would
             otherwise copy them.
     """
-    params, spec = fold(params, spec)
+    reads = {place.node for place in coupling.reads}
+    params, spec = fold(params, coupling.spec if whole else without_unheard(coupling))
     leaves = flatten(params)
     heard = Counter([*spec.outputs, *(x for node in spec.nodes for x in node.inputs)])
     taken, cuts = {node.name for node in spec.nodes}, _cuts(spec, heard)
@@ -92,15 +99,11 @@ def _scaled(node: Node, leaves: dict[str, Tensor]) -> Node:
     return made
 
 
-def _free(name: str, taken: set[str]) -> str:
-    return _free(f"{name}_", taken) if name in taken else name
-
-
 def _cuts(spec: Spec, heard: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
     """Where values are cut that are only heard in several slices, which do not overlap, of one axis."""
     found: dict[str, list[L.Slice]] = {}
     for node in spec.nodes:
-        if isinstance(node.layer, L.Slice):
+        if type(node.layer) is L.Slice:
             found.setdefault(node.inputs[0], []).append(node.layer)
     result = {}
     for name, slices in found.items():
@@ -115,7 +118,7 @@ def _part(node: Node, nodes: dict[str, Node], taken: set[str], cuts: tuple[int, 
     """A slice of what is cut once for all slices."""
     layer = node.layer
     assert isinstance(layer, L.Slice)
-    name = _free(f"{node.inputs[0]}.parts", taken)
+    name = unused(f"{node.inputs[0]}.parts", taken)
     nodes.setdefault(name, Node(name, Parts(layer.dim, cuts), node.inputs))
     return replace(node, layer=Part(layer, cuts.index(layer.start)), inputs=(name,))
 

@@ -26,6 +26,7 @@ from taylorfx.coupling import Place
 from taylorfx.lean import Function, Fused, Over
 from taylorfx.spec import Node, Spec
 from taylorfx.tree import Params, flatten
+from taylorfx.unheard import Found, Only
 
 __all__ = ["Taps"]
 
@@ -98,13 +99,15 @@ class Taps:
         self.origins: dict[str, tuple[Tensor, Recipe]] = {}
         self.tapped: dict[str, list[tuple[Tensor, Place, Tensor]]] = {}
         self.seen: dict[str, Tensor] = {}
-        self.spread: dict[str, int] = {}
+        self.spread: dict[str, float] = {}
+        self.spared: dict[str, float] = {}  # how many times as many positions the network itself has
 
     def __call__(self, name: str, slot: int, x: Tensor) -> Tensor:
         node = self.nodes[name]
         for place in self.places.get((name, slot), ()):
             x = self._through(node, x, place)
         self._trace(node, slot, x)
+        self._count(node, slot, x)
         if slot < 0:  # what nobody hears any more is not held
             for heard in node.inputs:
                 if self.last[heard] == name:
@@ -115,11 +118,11 @@ class Taps:
     def _through(self, node: Node, x: Tensor, place: Place) -> Tensor:
         """A tensor that several layers read the same way (queries, keys and values) is tapped once for all."""
         key, size, example, gate = str(place.key), place.units.shape[1], place.example, self.gates[str(place.key)]
-        self.spread[key] = x.numel() // (size * (1 if example is None else len(gate)))
+        heard = node.name if place.slot < 0 else node.inputs[place.slot]
+        self.spread[key] = x.numel() / (size * (1 if example is None else len(gate))) * self.spared.get(heard, 1)
         if self.moments:
             alone = x.detach()[None] if example is None else apart(x.detach(), len(gate), *example)
             self.seen[key] = activation(alone, place.axis + 1)
-        heard = node.name if place.slot < 0 else node.inputs[place.slot]
         center = self.around.get(place.key)
         for given, other, made in self.tapped.get(heard, ()) if center is None else ():
             if given is x and other.axis == place.axis and np.array_equal(other.units, place.units):
@@ -133,6 +136,14 @@ class Taps:
         if center is None:
             self.tapped.setdefault(heard, []).append((x, place, fresh))
         return fresh
+
+    def _count(self, node: Node, slot: int, x: Tensor) -> None:
+        """Follow the positions that are not computed."""
+        if isinstance(node.layer, Only):
+            if slot == 0:
+                self.spared[node.name] = x.shape[node.layer.dim] / (node.layer.stop - node.layer.start)
+        elif slot >= 0 and node.inputs[slot] in self.spared and not isinstance(node.layer, Found):
+            self.spared[node.name] = self.spared[node.inputs[slot]]
 
     def _trace(self, node: Node, slot: int, x: Tensor) -> None:
         """Find out what a value can be made from."""
