@@ -55,11 +55,13 @@ class Recipe:
     steps: tuple[Callable[..., Tensor], ...] = ()
     rows: bool = True
     """The steps leave the examples where they are, first, and treat each alone."""
+    new: bool = False
+    """What they make is nobody else's."""
     slope: Callable[[Tensor, Tensor], object] | None = None
     """Writes over a gradient by the activation that by what is kept."""
 
-    def then(self, step: Callable[..., Tensor], *, rows: bool, slope: Any = None) -> Recipe:
-        return Recipe((*self.steps, step), self.rows and rows, slope)
+    def then(self, step: Callable[..., Tensor], *, view: bool, slope: Any = None) -> Recipe:
+        return Recipe((*self.steps, step), self.rows and not view, self.new or not view, slope)
 
     def __call__(self, x: Tensor) -> Tensor:
         for step in self.steps:
@@ -157,7 +159,7 @@ class Taps:
         elif slot == 0 and (kind in KEEPERS or (kind in VIEWS and node.inputs[0] in self.origins)):
             kept, recipe = (x, KEPT) if kind in KEEPERS else self.origins[node.inputs[0]]
             step = partial(layer.apply, leaves)
-            self.origins[node.name] = kept, recipe.then(step, rows=kind not in VIEWS, slope=slope)
+            self.origins[node.name] = kept, recipe.then(step, view=kind in VIEWS, slope=slope)
 
 
 def _vectorized(x: Tensor) -> bool:
@@ -222,7 +224,8 @@ def contract(x: Tensor, y: Tensor, axis: int, recipe: Recipe = KEPT) -> Tensor:
     some = max(1, CACHED * len(x) // max(1, x.numel())) if x.device.type == "cpu" else len(x)
     parts = []
     for a, b in zip(torch.split(x, some), torch.split(y, some), strict=True):
-        product = recipe(a).to(wide) * b
+        value = recipe(a).to(wide)
+        product = value.mul_(b) if recipe.new else value * b
         parts.append(product.sum(rest) if rest else product)
         if recipe.slope is not None:
             recipe.slope(a, b)
