@@ -25,6 +25,7 @@ from taylorfx.plan import Plan, cut
 from taylorfx.spec import Node, Spec, apply, init
 from taylorfx.store import from_json, to_json
 from taylorfx.tree import Params, flatten, unflatten
+from taylorfx.unheard import way
 
 __all__ = [
     "Network", "assert_trees_equal", "batch_for", "check_layer", "homogeneous_specs", "networks", "plans",
@@ -323,7 +324,8 @@ def check_layer(layer: Layer, *inputs: Shape | Tensor, seeds: Sequence[int] = ra
 
     The layer stands between layers that mix every axis, so that all axes may shrink that its signature lets shrink.
     Checked are the inferred shapes, cutting against gating under random plans, the gate derivatives against automatic
-    differentiation of the gates, one example at a time against the batch, ``vmap`` and ``jvp``, and JSON.
+    differentiation of the gates, one example at a time against the batch, ``vmap`` and ``jvp``, JSON, and that each
+    position along these axes is treated alone.
 
     Args:
         layer: the layer.
@@ -363,7 +365,24 @@ def check_layer(layer: Layer, *inputs: Shape | Tensor, seeds: Sequence[int] = ra
         small, large = apply(cut(params, plan), plan.spec, given), apply(params, spec, given, gates=plan.gates)
         torch.testing.assert_close(small, large, rtol=1e-9, atol=1e-9, msg="cut differs from gated: {}".format)
     _check_transforms(params, spec, given, coupling, generator)
+    _check_positions(params, spec["layer"], given, coupling)
     return coupling
+
+
+def _check_positions(params: Params, node: Node, given: dict[str, Tensor], coupling: Coupling) -> None:
+    values: Any = apply(params, Spec(coupling.spec.nodes, (*node.inputs, node.name)), given)
+    leaves, bound = flatten(params), coupling.bounds[node.name]
+    for axis in range(1, values[-1].ndim):
+        found = way(coupling, node, axis)
+        if found is not None:
+            letter, axes = found
+            last = [
+                x if k is None else x.narrow(k, x.shape[k] - 1, 1) for x, k in zip(values, (*axes, axis), strict=True)
+            ]
+            alone = node.layer.resize({**bound.sizes, letter: 1}, *bound.inputs)
+            value = alone.apply({leaf: leaves[path] for leaf, path in node.paths.items()}, *last[:-1])
+            message = f"positions along {letter} hear each other: {{}}".format
+            torch.testing.assert_close(value, last[-1], rtol=1e-9, atol=1e-9, msg=message)
 
 
 def _check_transforms(

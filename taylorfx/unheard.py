@@ -2,7 +2,7 @@
 
 A slice is taken earlier: not of what layers give out that treat the positions along its axis each alone, but of what
 they hear. Along an axis that may shrink all layers do so, unless they take statistics over it or have parameters for
-its positions.
+its positions; along a rigid one those that say so, as attention does for its queries.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from taylorfx.coupling import Coupling
 from taylorfx.labels import EXAMPLE
 from taylorfx.spec import Node, Spec
 
-__all__ = ["Found", "Only", "without_unheard"]
+__all__ = ["Found", "Only", "way", "without_unheard"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,25 @@ def without_unheard(coupling: Coupling) -> Spec:
 
 Way = tuple[str, tuple[int | None, ...]]
 """How positions run through a layer: their letter, and its axis in each input."""
+
+
+def way(coupling: Coupling, node: Node, axis: int) -> Way | None:
+    """How positions along an axis of its value run through a layer, if it treats each alone."""
+    signature = coupling.signature(node)
+    letter = None if signature is None else signature.output.singles[axis]
+    if signature is None or letter is None or letter in node.layer.inexact:
+        return None
+    if letter.isupper() and letter not in node.layer.separate:
+        return None
+    if any(letter in letters(pattern) for pattern in signature.parameters.values()):
+        return None
+    axes: list[int | None] = []
+    for pattern in signature.inputs:
+        found = [k for k, single in enumerate(pattern.singles) if single == letter]
+        if len(found) != letters(pattern).count(letter) or len(found) > 1:
+            return None
+        axes.append(found[0] if found else None)
+    return None if axes.count(None) == len(axes) else (letter, tuple(axes))
 
 
 class _Earlier:
@@ -83,23 +102,10 @@ class _Earlier:
             name, axis = waiting.pop()
             axes = asked.setdefault(name, [])
             axes.append(axis)
-            way = self._way(self.nodes[name], axis) if axes == [axis] * self.heard[name] else None
-            if way is not None:
-                yield name, way
-                waiting += [(x, k) for x, k in zip(self.nodes[name].inputs, way[1], strict=True) if k is not None]
-
-    def _way(self, node: Node, axis: int) -> Way | None:
-        """How positions along an axis of its value run through a layer that treats each alone."""
-        signature = self.coupling.signature(node)
-        letter = None if signature is None else signature.output.singles[axis]
-        if signature is None or letter is None or letter.isupper() or letter in node.layer.inexact:
-            return None
-        if type(node.layer) is Found or any(letter in letters(x) for x in signature.parameters.values()):
-            return None
-        axes: list[int | None] = []
-        for pattern in signature.inputs:
-            found = [k for k, single in enumerate(pattern.singles) if single == letter]
-            if len(found) != letters(pattern).count(letter) or len(found) > 1:
-                return None
-            axes.append(found[0] if found else None)
-        return None if axes.count(None) == len(axes) else (letter, tuple(axes))
+            node, all_heard = self.nodes[name], axes == [axis] * self.heard[name]
+            found = (
+                way(self.coupling, node, axis) if all_heard and not isinstance(node.layer, (L.Slice, Found)) else None
+            )
+            if found is not None:
+                yield name, found
+                waiting += [(x, k) for x, k in zip(node.inputs, found[1], strict=True) if k is not None]

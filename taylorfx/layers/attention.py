@@ -45,6 +45,10 @@ class Attention(Layer):
         if self.num_heads % (self.num_kv_heads or 1):
             raise ShapeError(f"The key heads divide the query heads; received {self}.")
 
+    @property
+    def separate(self) -> tuple[str, ...]:  # type: ignore[override]
+        return () if self.causal else ("T",)
+
     def signature(self, *shapes: Shape) -> str:
         mask = ""
         if len(shapes) == 4 and len(shapes[3]) == 2:

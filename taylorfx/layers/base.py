@@ -38,6 +38,8 @@ class Layer:
     """Parameters that are not trained: running statistics."""
     inexact: ClassVar[tuple[str, ...]] = ()
     """Letters along which the layer computes statistics, so that removing is not the same as silencing."""
+    separate: ClassVar[tuple[str, ...]] = ()
+    """Rigid letters along which the layer treats every position alone, as it does along those that may shrink."""
     multiplies: ClassVar[tuple[str, ...]] = ()
     """One entry per matrix product: the letters whose sizes multiply to its multiply-adds."""
     leaf: ClassVar[bool] = False

@@ -283,6 +283,10 @@ class ScaledDotProduct(Layer):
 
     multiplies: ClassVar[tuple[str, ...]] = ("x0 x1 x2 x3 h r T S k", "x0 x1 x2 x3 h r T S v")
 
+    @property
+    def separate(self) -> tuple[str, ...]:  # type: ignore[override]
+        return () if self.causal else ("T",)
+
     def signature(self, *shapes: Shape) -> str | None:
         q, k, _, *mask = shapes
         lead = names(len(q) - 3)
