@@ -228,22 +228,17 @@ def _of_batch(
     **options: Any,
 ) -> Scored:
     count = examples(inputs, targets, spec)
-    if channels_last:
-        images = {x for node in spec.nodes if isinstance(node.layer, Conv2d) for x in node.inputs}
-        inputs = {
-            name: x.to(memory_format=torch.channels_last) if name in images and x.ndim == 4 else x
-            for name, x in bind_inputs(spec, (inputs,)).items()
-        }
     if micro_batch is not None and (micro_batch < 1 or training):
         raise ValueError(
             f"Micro-batches have one or more examples, and are not for training; received micro_batch={micro_batch}, "
             f"training={training}."
         )
+    alone = not training and (coupling.mixing or any(place.example is None for place in sums.places))
     run: Callable[..., tuple[Tensor, ...]] = partial(
-        _one_pass, params, spec, sums=sums, moments=moments, training=training, **options
-    )
-    shared = any(place.example is None for place in sums.places)
-    if not training and (coupling.mixing or shared):
+        _one_pass, params, spec, sums=sums, moments=moments, training=training,
+        channels_last=channels_last and not alone, **options,
+    )  # fmt: skip
+    if alone:
         run = partial(_apart_by_vmap, run, spec)
     whole: Any = (inputs, targets)
     size = micro_batch or count
@@ -315,6 +310,7 @@ def _one_pass(
     training: bool,
     around: Gates,
     generator: torch.Generator | None,
+    channels_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     count = len(next(iter(bind_inputs(spec, (inputs,)).values())))
     kind: dict[str, Any] = {"dtype": sums.dtype, "device": sums.index.device}
@@ -323,7 +319,8 @@ def _one_pass(
 
     def losses(given: Mapping[str, Tensor]) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
         taps = Taps(params, spec, sums.places, given, around, moments=moments)
-        outputs, _ = evaluate(params, spec, (inputs,), tap=taps, training=training, generator=generator)
+        laid_out = _channels_last(spec, inputs) if channels_last else inputs  # not held for the backward pass
+        outputs, _ = evaluate(params, spec, (laid_out,), tap=taps, training=training, generator=generator)
         spread.update(taps.spread)
         each = per_example(loss, outputs, targets)
         return each, (each.detach(), taps.seen)
@@ -333,6 +330,14 @@ def _one_pass(
     (grads,) = pull(torch.ones_like(each), retain_graph=False, create_graph=False)
     tally = sums(4, seen) if moments else each.new_zeros(0)
     return found, sums(count, grads), sums(count, grads, spread), tally
+
+
+def _channels_last(spec: Spec, inputs: Inputs) -> Inputs:
+    images = {x for node in spec.nodes if isinstance(node.layer, Conv2d) for x in node.inputs}
+    return {
+        name: x.to(memory_format=torch.channels_last) if name in images and x.ndim == 4 else x
+        for name, x in bind_inputs(spec, (inputs,)).items()
+    }
 
 
 def gated_loss(
