@@ -29,7 +29,7 @@ from taylorfx.lean import lean
 from taylorfx.loss import Batch, Loss, cross_entropy, each_batch, examples, one_by_one, own, per_example
 from taylorfx.spec import Inputs, Spec, apply, bind_inputs, evaluate
 from taylorfx.statistics import Moments, Statistics
-from taylorfx.taps import Taps
+from taylorfx.taps import Taps, followed
 from taylorfx.tree import Params, flatten
 
 __all__ = ["Gates", "curvature", "derivatives", "gated_loss", "gates", "gradient", "measure"]
@@ -162,8 +162,11 @@ def derivatives(
 ) -> tuple[Tensor, Tensor, Tensor, Moments | None]:
     """The losses ``(N,)`` and gate derivatives ``(N, units)`` of one batch, summed and averaged over positions.
 
-    This is `measure` before it sums over the examples; the arguments are the same. The backward pass frees what it has
-    used, so that neither can itself be differentiated by ``torch.func.grad`` (by ``jvp`` it can); `gradient` can.
+    This is `measure` before it sums over the examples; the arguments are the same. Neither can be differentiated in its
+    turn, as the backward pass frees and writes over what it has used; `gradient` can.
+
+    Raises:
+        ValueError: as `measure`, or if ``torch.func.grad``, ``jvp`` or the like follow the parameters or inputs.
     """
     run = _scoring(
         params, spec, coupling, loss=loss, moments=moments, at_writes=at_writes, training=training, around=around or {},
@@ -228,6 +231,11 @@ def _of_batch(
     **options: Any,
 ) -> Scored:
     count = examples(inputs, targets, spec)
+    if any(map(followed, (*flatten(params).values(), *bind_inputs(spec, (inputs,)).values()))):
+        raise ValueError(
+            "What is measured cannot be differentiated; received parameters or inputs inside of torch.func.grad, vjp "
+            "or jvp. Use tfx.gradient, which can, or measure outside."
+        )
     if micro_batch is not None and (micro_batch < 1 or training):
         raise ValueError(
             f"Micro-batches have one or more examples, and are not for training; received micro_batch={micro_batch}, "

@@ -12,7 +12,7 @@ while it is in the processor's cache, and over itself: it is the gradient of wha
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -28,7 +28,7 @@ from taylorfx.spec import Node, Spec
 from taylorfx.tree import Params, flatten
 from taylorfx.unheard import Found, Only
 
-__all__ = ["Taps"]
+__all__ = ["Taps", "followed"]
 
 KEEPERS = (L.GELU, L.SiLU, L.Mish, L.Hardswish, L.Softplus, L.LayerNorm)
 """They keep their input for their derivative."""
@@ -164,11 +164,19 @@ class Taps:
 
 def _vectorized(x: Tensor) -> bool:
     """Under ``torch.func.vmap``, which has no operators that write over a gradient."""
+    return any(map(torch._C._functorch.is_batchedtensor, _wrappings(x)))
+
+
+def followed(x: Tensor) -> bool:
+    """Under ``torch.func.grad`` or the like, which does not see what is written over."""
+    return any(map(torch._C._functorch.is_gradtrackingtensor, _wrappings(x)))
+
+
+def _wrappings(x: Tensor) -> Iterator[Tensor]:
+    """What every transform of torch.func that runs makes of a tensor, from the innermost on."""
     while torch._C._functorch.is_functorch_wrapped_tensor(x):
-        if torch._C._functorch.is_batchedtensor(x):
-            return True
+        yield x
         x = torch._C._functorch.get_unwrapped(x)
-    return False
 
 
 class Tap(Function):

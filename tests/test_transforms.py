@@ -16,7 +16,7 @@ from torch.func import grad, jvp, vmap
 from torch.testing import assert_close
 
 import taylorfx as tfx
-from taylorfx.testing import random_params
+from taylorfx.testing import batch_for, random_params
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 
@@ -154,6 +154,23 @@ def test_jvp_and_its_composition_with_grad_are_difference_quotients(spec: tfx.Sp
     _, curvature = jvp(lambda leaves: dot(grad(loss)(leaves), direction), (leaves,), (direction,))
     quotient = difference(lambda leaves: dot(grad(loss)(leaves), direction), leaves, direction)
     assert_close(curvature, quotient, rtol=1e-5, atol=1e-5)
+
+
+@every_network
+@pytest.mark.parametrize("transform", [
+    lambda f, x: jvp(f, (x,), (x,)), lambda f, x: grad(f)(x), lambda f, x: vmap(grad(f))(torch.stack([x, x])),
+], ids=["jvp", "grad", "vmap of grad"])  # fmt: skip
+def test_what_is_measured_refuses_to_be_differentiated(spec: tfx.Spec, transform: Callable[..., object]) -> None:
+    """What it writes over, a transform around it would not see: its result would be wrong."""
+    params = random_params(spec, torch.Generator().manual_seed(0))
+    coupling, (x, y) = tfx.couple(params, spec), batch_for(spec, torch.Generator().manual_seed(0))
+    (name, x), *_ = x.items()
+
+    def measured(x: Tensor) -> Tensor:
+        return tfx.derivatives(params, spec, {name: x}, y, coupling)[1].sum()
+
+    with pytest.raises(ValueError, match="cannot be differentiated; received parameters or inputs inside of"):
+        transform(measured, x)
 
 
 @every_network
