@@ -134,8 +134,11 @@ class Parts(Layer):
         return "... -> ..."
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Any:
-        bounds = (*self.cuts, inputs[0].shape[self.dim])
-        return torch.split(inputs[0], [b - a for a, b in pairwise(bounds)], self.dim)
+        (x,) = inputs
+        order = sorted(range(x.ndim), key=lambda k: -x.stride(k))  # in which the gradients become one tensor again
+        lengths = [b - a for a, b in pairwise((*self.cuts, x.shape[self.dim]))]
+        parts = torch.split(x.permute(order), lengths, order.index(self.dim % x.ndim))
+        return [part.permute([order.index(k) for k in range(x.ndim)]) for part in parts]
 
 
 @dataclass(frozen=True)
