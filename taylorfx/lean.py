@@ -135,7 +135,8 @@ class Parts(Layer):
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Any:
         (x,) = inputs
-        order = sorted(range(x.ndim), key=lambda k: -x.stride(k))  # in which the gradients become one tensor again
+        strides = x.stride()
+        order = sorted(range(x.ndim), key=lambda k: -strides[k])  # in which the gradients become one tensor again
         lengths = [b - a for a, b in pairwise((*self.cuts, x.shape[self.dim]))]
         parts = torch.split(x.permute(order), lengths, order.index(self.dim % x.ndim))
         return [part.permute([order.index(k) for k in range(x.ndim)]) for part in parts]
