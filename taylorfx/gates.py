@@ -185,6 +185,7 @@ def _scoring(
     coupling: Coupling,
     *,
     moments: bool,
+    around: Gates,
     at_writes: bool,
     training: bool,
     fold: bool,
@@ -200,10 +201,11 @@ def _scoring(
     if fold and not (at_writes or training):
         if channels_last is None:
             channels_last = all(leaf.device.type == "cpu" for leaf in flatten(params).values())
-        networks = [lean(params, coupling, channels_last=channels_last, whole=moments), *networks]
+        whole = moments or bool(around)  # they may differ by position
+        networks = [lean(params, coupling, channels_last=channels_last, whole=whole), *networks]
     sums = Sums.at(coupling.writes if at_writes else coupling.reads, len(coupling), params)
     return partial(
-        _derivatives, networks, coupling=coupling, sums=sums, moments=moments, training=training,
+        _derivatives, networks, coupling=coupling, sums=sums, moments=moments, around=around, training=training,
         channels_last=bool(channels_last), **options,
     )  # fmt: skip
 

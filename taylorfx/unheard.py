@@ -1,4 +1,4 @@
-"""Positions that nobody hears are not computed: of a network that gives out one token, the last block's others.
+"""Positions that nobody hears are not computed: of a network that classifies by one token, the last block's others.
 
 A slice is taken earlier: not of what layers give out that treat the positions along its axis each alone, but of what
 they hear. Along an axis that may shrink all layers do so, unless they take statistics over it or have parameters for
@@ -102,10 +102,9 @@ class _Earlier:
             name, axis = waiting.pop()
             axes = asked.setdefault(name, [])
             axes.append(axis)
-            node, all_heard = self.nodes[name], axes == [axis] * self.heard[name]
-            found = (
-                way(self.coupling, node, axis) if all_heard and not isinstance(node.layer, (L.Slice, Found)) else None
-            )
+            node = self.nodes[name]
+            whole = axes != [axis] * self.heard[name] or isinstance(node.layer, (L.Slice, Found))
+            found = None if whole else way(self.coupling, node, axis)
             if found is not None:
                 yield name, found
                 waiting += [(x, k) for x, k in zip(node.inputs, found[1], strict=True) if k is not None]

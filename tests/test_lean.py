@@ -329,6 +329,17 @@ def test_positions_are_those_of_the_batch(moments):
         assert_close(vars(found[3]), vars(expected[3]), **CLOSE)
 
 
+def test_what_activations_are_measured_from_may_differ_by_position():
+    net = network(UNHEARD["one token"][0])
+    place = next(place for place in net.coupling.reads if place.node == "b.up")
+    around = {place.key: torch.randn(1, 3, 4, dtype=torch.float64)}
+    found, expected = (
+        tfx.derivatives(net.params, net.spec, *net.batch, net.coupling, fold=fold, around=around)[:3]
+        for fold in (True, False)
+    )
+    assert_close(found, expected, **CLOSE)
+
+
 @pinned
 def test_a_lean_copy_has_the_same_derivatives(net):
     """Called itself, as `measure` would take the network where its copy fails."""
