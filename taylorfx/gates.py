@@ -96,9 +96,9 @@ def measure(
         around: gate the deviation from these values at the reads instead of the activation itself, from
             `Means.centers`: ``m_u = 0`` then leaves the mean in the unit's place, and the derivative is ``(a - mean) *
             dL/da``. Reads that are not named are gated as ever.
-        fold: score a private copy of which batch norms are folded (`taylorfx.fold`) and activations written over each
-            other: the reads and so the derivatives are the same up to rounding, with less time and memory. Not where
-            activations are made, nor in training.
+        fold: score a private copy of which batch norms are folded (`taylorfx.fold`), activations written over each
+            other, and positions that nobody hears left out: the reads and so the derivatives are the same up to
+            rounding, with less time and memory. Not where activations are made, nor in training.
         channels_last: run images that convolutions read in ``torch.channels_last`` memory; by default the private copy
             does so on a CPU, where it is faster.
         micro_batch: run at most so many examples at a time, which bounds the memory; the statistics are the same.
