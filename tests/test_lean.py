@@ -1,12 +1,14 @@
 """What scoring runs in the network's stead is invisible: lean copy, memory format, shared taps, precision."""
 
 from collections import Counter
+from dataclasses import replace
 
 import optree
 import pytest
 import torch
 from constructs import CONSTRUCTS, SAME, classifier
 from hypothesis import example, given
+from hypothesis import strategies as st
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import taylorfx as tfx
 from taylorfx import Input, Node, Spec, residual, serial, taps
 from taylorfx.lean import lean
-from taylorfx.testing import network, networks, specs
+from taylorfx.testing import network, networks, specs, token_specs
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 NORM = tfx.BatchNorm2d(4)
@@ -448,7 +450,7 @@ def scores(net, dtype, rounded=torch.float64):
     return tfx.taylor(stats, net.coupling).double()
 
 
-@given(networks())
+@given(networks().filter(lambda net: len(net.coupling)))
 @example(network(CONSTRUCTS["chain"]))
 @example(network(CONSTRUCTS["layer norm"]))
 @example(network(CONSTRUCTS["excitation"]))
@@ -465,24 +467,40 @@ def amplifying(net):
     return any(isinstance(node.layer, (tfx.InstanceNorm2d, tfx.GroupNorm)) for node in net.spec)
 
 
-@given(networks().filter(lambda net: not amplifying(net)))
+def smooth(spec):
+    """Without kinks, beyond which low precision takes some activations, and then derivatives anywhere."""
+    layers = {node.name: node.layer for node in spec}
+    for name, layer in layers.items():
+        if isinstance(layer, (tfx.ReLU, tfx.LeakyReLU, tfx.PReLU)):
+            layers[name] = tfx.Tanh()
+        elif isinstance(layer, tfx.MaxPool2d):
+            layers[name] = tfx.AvgPool2d(layer.kernel_size, layer.stride, layer.padding)
+    return replace(spec, nodes=tuple(replace(node, layer=layers[node.name]) for node in spec))
+
+
+LOW = 0.1
+"""What bfloat16, of 0.004, may make of the norm of all scores."""
+
+SMOOTH = networks(st.one_of(specs(), token_specs()).map(smooth)).filter(lambda net: not amplifying(net))
+
+
+@given(SMOOTH)
 @example(network(CONSTRUCTS["chain"]))
 @example(network(CONSTRUCTS["layer norm"]))
 @example(network(CONSTRUCTS["excitation"]))
 def test_bfloat16_is_near_single_precision(net):
-    """Within 0.3 of the norm of all scores: usually 0.005, but some activations come to lie beyond a kink."""
     low, single = scores(net, torch.bfloat16, torch.bfloat16), scores(net, torch.float32, torch.bfloat16)
-    assert (low - single).norm() <= 0.3 * single.norm() + 1e-3
+    assert (low - single).norm() <= LOW * single.norm() + 1e-3
 
 
-@given(networks(specs()).filter(lambda net: not amplifying(net)))
+@given(SMOOTH)
 @example(network(CONSTRUCTS["chain"]))
 @example(network(CONSTRUCTS["residual stream"]))
 def test_under_autocast_sums_are_single_precision(net):
     single = scores(net, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         found = scores(net, torch.float32)
-    assert (found - single).norm() <= 0.3 * single.norm() + 1e-3
+    assert (found - single).norm() <= LOW * single.norm() + 1e-3
 
 
 class Crossings(TorchDispatchMode):
