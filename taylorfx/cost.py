@@ -23,7 +23,7 @@ from torch import Tensor
 
 from taylorfx import axes as language
 from taylorfx.coupling import Coupling
-from taylorfx.labels import EXAMPLE, Labeled, Labels, Ties, shape_of
+from taylorfx.labels import Labeled, Labels, Ties, is_example, shape_of
 from taylorfx.layers import Input, Layer, Shape, ShapeError
 from taylorfx.spec import Node, Spec, propagate
 
@@ -334,7 +334,7 @@ class Timings:
 
     def _shape(self, axes: Sequence[Labeled]) -> Shape:
         """The shape of a tensor for the whole batch."""
-        examples = [any(factor.labels is EXAMPLE for factor in axis) for axis in axes]
+        examples = [is_example(axis) for axis in axes]
         return tuple(n * (self.batch if many else 1) for n, many in zip(shape_of(axes), examples, strict=True))
 
     def _to(self, tensor: Tensor) -> Tensor:

@@ -197,6 +197,7 @@ def _scoring(
     What is run is a lean copy, which has the same reads; the network itself says what is wrong with inputs.
     """
     own(params, spec, coupling)
+    _refuse_followed(flatten(params).values())
     networks = [(params, spec)]
     if fold and not (at_writes or training):
         if channels_last is None:
@@ -208,6 +209,14 @@ def _scoring(
         _derivatives, networks, coupling=coupling, sums=sums, moments=moments, around=around, training=training,
         channels_last=bool(channels_last), **options,
     )  # fmt: skip
+
+
+def _refuse_followed(values: Iterable[Any]) -> None:
+    if any(isinstance(x, Tensor) and followed(x) for x in values):  # what is no tensor is refused where it is used
+        raise ValueError(
+            "What is measured cannot be differentiated; received parameters or inputs inside of torch.func.grad, vjp "
+            "or jvp. Use tfx.gradient, which can, or measure outside."
+        )
 
 
 def _derivatives(networks: Sequence[tuple[Params, Spec]], *batch: Any, **options: Any) -> Scored:
@@ -233,11 +242,7 @@ def _of_batch(
     **options: Any,
 ) -> Scored:
     count = examples(inputs, targets, spec)
-    if any(map(followed, (*flatten(params).values(), *bind_inputs(spec, (inputs,)).values()))):
-        raise ValueError(
-            "What is measured cannot be differentiated; received parameters or inputs inside of torch.func.grad, vjp "
-            "or jvp. Use tfx.gradient, which can, or measure outside."
-        )
+    _refuse_followed(bind_inputs(spec, (inputs,)).values())
     if micro_batch is not None and (micro_batch < 1 or training):
         raise ValueError(
             f"Micro-batches have one or more examples, and are not for training; received micro_batch={micro_batch}, "
@@ -345,7 +350,7 @@ def _one_pass(
 def _channels_last(spec: Spec, inputs: Inputs) -> Inputs:
     images = {x for node in spec.nodes if isinstance(node.layer, Conv2d) for x in node.inputs}
     return {
-        name: x.to(memory_format=torch.channels_last) if name in images and x.ndim == 4 else x
+        name: x.to(memory_format=torch.channels_last) if name in images and isinstance(x, Tensor) and x.ndim == 4 else x
         for name, x in bind_inputs(spec, (inputs,)).items()
     }
 

@@ -24,7 +24,10 @@ from numpy.typing import NDArray
 from taylorfx import axes as language
 from taylorfx.layers import Layer, Shape, ShapeError
 
-__all__ = ["EXAMPLE", "Bound", "Factor", "Labeled", "Labels", "Site", "Ties", "bind", "length", "rigid", "shape_of"]
+__all__ = [
+    "EXAMPLE", "Bound", "Factor", "Labeled", "Labels", "Site", "Ties", "bind", "is_example", "length", "rigid",
+    "shape_of",
+]  # fmt: skip
 
 Labels = NDArray[np.int64]
 
@@ -62,7 +65,7 @@ def shape_of(axes: Sequence[Labeled]) -> Shape:
     return tuple([length(axis) for axis in axes])
 
 
-def _is_example(axis: Labeled) -> bool:
+def is_example(axis: Labeled) -> bool:
     for factor in axis:  # noqa: SIM110, for every axis of every tensor: a generator takes longer
         if factor.labels is EXAMPLE:
             return True
@@ -163,7 +166,7 @@ class Ties:
         """Two axes of the same length leave together, position by position."""
         if one is other:
             return one
-        if _is_example(other):
+        if is_example(other):
             one, other = other, one
         if [f.size for f in one] == [f.size for f in other]:
             pairs = [(a.labels, b.labels) for a, b in zip(one, other, strict=True) if a.labels is not EXAMPLE]
@@ -304,7 +307,7 @@ class _Binder:
             result.reads = self._sites(signature.read_places, signature.reads, inputs)
             result.writes = self._sites(signature.written_places, (signature.written,), (output,))
             for letter in {x for slot, _, _ in signature.read_places for x in signature.reads[slot]}:
-                if _is_example(self.bound.get(letter, ())):
+                if is_example(self.bound.get(letter, ())):
                     ties.mixing.append(f"{self.name}: {self.layer.title} sums over the examples of a batch")
         return result
 
@@ -349,7 +352,7 @@ class _Binder:
             return
         for letter in unknown:
             self.sizes[letter] = size // known
-        wide = [x for x in product if self.sizes[x] > 1 or (x == "B" and _is_example(given))]
+        wide = [x for x in product if self.sizes[x] > 1 or (x == "B" and is_example(given))]
         for letter in product:
             if letter not in wide:
                 self.bound.setdefault(letter, rigid(1))
@@ -361,14 +364,14 @@ class _Binder:
             for letter, part in zip(wide, self.ties.split(given, parts, scopes), strict=True):
                 self._assign(letter, part, place)
         elif not product:
-            if _is_example(given):
+            if is_example(given):
                 self.ties.mixing.append(f"{self.name} broadcasts the examples against another axis")
             self.ties.freeze(given, f"broadcast at {self.name}")
 
     def _assign(self, letter: str, given: Labeled, place: Position) -> None:
         known = self.bound.get(letter)
         if letter.isupper() and any([factor.labels is not None for factor in given]):  # noqa: C419, lists are faster
-            if letter != "B" and _is_example(given):
+            if letter != "B" and is_example(given):
                 self.ties.mixing.append(f"{self.name}: {self.layer.title} mixes the examples of a batch")
             if _is_labeled(given):
                 what = f"{self.name}: {self.layer.title} holds {_said(place)} rigid"
@@ -435,6 +438,6 @@ def _unknown(
         ties.parameters[paths[leaf]] = tuple(map(rigid, shape))
         leaves[leaf] = torch.empty(shape, device="meta")
     output = layer.apply(leaves, *(torch.empty(shape_of(axes), device="meta") for axes in inputs))
-    batched = any(_is_example(axes[0]) for axes in inputs if axes)
+    batched = any(is_example(axes[0]) for axes in inputs if axes)
     made = [rigid(n) for n in output.shape]
     return Bound(tuple([(Factor(1, EXAMPLE),), *made[1:]] if batched else made), inputs=tuple(map(shape_of, inputs)))

@@ -42,9 +42,9 @@ def lean(
     """A network with the same reads and the same derivatives by their gates, up to rounding; for nothing else.
 
     Args:
-        whole: compute all positions that are read, whether or not they are heard.
         channels_last: lay the weights of convolutions out for images in that memory format, where every pass would
             otherwise copy them.
+        whole: compute all positions that are read, whether or not they are heard.
     """
     reads = {place.node for place in coupling.reads}
     params, spec = fold(params, coupling.spec if whole else without_unheard(coupling))

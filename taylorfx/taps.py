@@ -34,11 +34,11 @@ KEEPERS = (L.GELU, L.SiLU, L.Mish, L.Hardswish, L.Softplus, L.LayerNorm)
 """They keep their input for their derivative."""
 
 _ATEN = torch.ops.aten
-SLOPES: dict[type[L.Layer], Callable[[Any, L.Leaves, Tensor, Tensor], object]] = {
-    L.GELU: lambda layer, _, x, y: _ATEN.gelu_backward.grad_input(y, x, approximate=layer.approximate, grad_input=y),
-    L.SiLU: lambda layer, _, x, y: _ATEN.silu_backward.grad_input(y, x, grad_input=y),
-    L.ReLU: lambda layer, _, x, y: _ATEN.threshold_backward.grad_input(y, x, 0, grad_input=y),
-    L.ReLU6: lambda layer, _, x, y: _ATEN.hardtanh_backward.grad_input(y, x, 0, 6, grad_input=y),
+SLOPES: dict[type[L.Layer], Callable[[Any, Tensor, Tensor], object]] = {
+    L.GELU: lambda layer, x, y: _ATEN.gelu_backward.grad_input(y, x, approximate=layer.approximate, grad_input=y),
+    L.SiLU: lambda layer, x, y: _ATEN.silu_backward.grad_input(y, x, grad_input=y),
+    L.ReLU: lambda layer, x, y: _ATEN.threshold_backward.grad_input(y, x, 0, grad_input=y),
+    L.ReLU6: lambda layer, x, y: _ATEN.hardtanh_backward.grad_input(y, x, 0, 6, grad_input=y),
 }
 """Write over a gradient ``y`` its product with the derivative, at what is kept, ``x``."""
 
@@ -150,15 +150,15 @@ class Taps:
     def _trace(self, node: Node, slot: int, x: Tensor) -> None:
         """Find out what a value can be made from."""
         layer = node.layer.layer if isinstance(node.layer, Over) else node.layer
-        kind, leaves = type(layer), {leaf: self.leaves[path] for leaf, path in node.paths.items()}
-        slope = partial(SLOPES[kind], layer, leaves) if kind in SLOPES else None
+        kind = type(layer)
+        slope = partial(SLOPES[kind], layer) if kind in SLOPES else None
         if slot < 0 and kind is Fused:
             self.origins[node.name] = x, KEPT
         elif slot == 0 and layer is not node.layer and slope:  # what is written over is the activation by now
             self.origins[node.name] = x, replace(KEPT, slope=slope)
         elif slot == 0 and (kind in KEEPERS or (kind in VIEWS and node.inputs[0] in self.origins)):
             kept, recipe = (x, KEPT) if kind in KEEPERS else self.origins[node.inputs[0]]
-            step = partial(layer.apply, leaves)
+            step = partial(layer.apply, {leaf: self.leaves[path] for leaf, path in node.paths.items()})
             self.origins[node.name] = kept, recipe.then(step, view=kind in VIEWS, slope=slope)
 
 

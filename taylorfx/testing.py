@@ -372,7 +372,7 @@ def check_layer(layer: Layer, *inputs: Shape | Tensor, seeds: Sequence[int] = ra
 def _check_positions(params: Params, node: Node, given: dict[str, Tensor], coupling: Coupling) -> None:
     values: Any = apply(params, Spec(coupling.spec.nodes, (*node.inputs, node.name)), given)
     leaves, bound = flatten(params), coupling.bounds[node.name]
-    for axis in range(1, values[-1].ndim):
+    for axis in range(1, len(bound.shape)):
         found = way(coupling, node, axis)
         if found is not None:
             letter, axes = found

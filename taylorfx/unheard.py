@@ -15,7 +15,7 @@ from taylorfx import layers as L
 from taylorfx.axes import letters
 from taylorfx.build import unused
 from taylorfx.coupling import Coupling
-from taylorfx.labels import EXAMPLE
+from taylorfx.labels import is_example
 from taylorfx.spec import Node, Spec
 
 __all__ = ["Found", "Only", "way", "without_unheard"]
@@ -77,10 +77,10 @@ class _Earlier:
     def take(self, node: Node, layer: L.Slice) -> None:
         """Take a slice as early as it can be, if that spares matrix products."""
         (source,), bounds, count = node.inputs, self.coupling.bounds, layer.stop - layer.start
-        if any(factor.labels is EXAMPLE for factor in bounds[source].output[layer.dim]):
+        if count == bounds[source].shape[layer.dim] or is_example(bounds[source].output[layer.dim]):
             return
         ways = dict(self._ways(source, layer.dim))
-        if count == bounds[source].shape[layer.dim] or not any(self.nodes[x].layer.multiplies for x in ways):
+        if not any(self.nodes[x].layer.multiplies for x in ways):
             return
         self.nodes[node.name] = replace(node, layer=Found())
         taken: dict[tuple[str, int], str] = {}

@@ -169,6 +169,11 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
     "mixed dtypes, measured": (lambda: measure(batches=(W.x.double(), W.y)), tfx.ShapeError, DTYPES),
     "mixed devices": (lambda: tfx.apply(W.params, W.spec, W.x.to("meta")), tfx.ShapeError, DEVICES),
     "mixed devices, measured": (lambda: measure(batches=(W.x.to("meta"), W.y)), tfx.ShapeError, DEVICES),
+    "arrays for tensors, measured": (
+        lambda: measure(batches=(W.x.numpy(), W.y)),
+        tfx.ShapeError,
+        "A network takes tensors; received: input is ndarray.",
+    ),
     "arrays for tensors": (
         lambda: tfx.apply(W.params, W.spec, W.x.numpy()),
         tfx.ShapeError,
