@@ -27,6 +27,7 @@ from taylorfx.labels import EXAMPLE, Bound, Labeled, Labels, Site, Ties, length
 from taylorfx.layers import Shape
 from taylorfx.spec import Node, Spec, check, propagate
 from taylorfx.tree import Params
+from taylorfx.weights import of_weights
 
 __all__ = ["Coupling", "Place", "couple"]
 
@@ -264,6 +265,11 @@ class _Solver:
         for f in present[np.argsort(first)].tolist():
             renumber[f] = names.setdefault(scopes[f], len(names))
         units_of = self._units(number)
+        weights = of_weights(self.spec, self.bounds, lambda axis: self._units_along(axis, number))
+        dropped = set(map(id, weights))
+        looked = [np.array(sorted(self._units_along(site.labels, number))) for site in weights]
+        exact = ~inexact[units]
+        exact[np.concatenate([np.zeros(0, np.int64), *looked])] = False
         found = [
             units_of[k] if k in units_of else np.full((1, length(axis)), -1)
             for k, axis in enumerate(self.columns[:axes])
@@ -277,7 +283,7 @@ class _Solver:
             scopes=tuple(names),
             scope=renumber[family],
             index=origin[units] - starts[family],
-            exact=~inexact[units],
+            exact=exact,
             frozen=reasons,
             axes=tuple(different.values()),
             parameters={path: tuple([axis_of[id(x)] for x in found]) for path, found in ties.parameters.items()},
@@ -285,10 +291,15 @@ class _Solver:
                 name: {x: axis_of[id(axis)] for x, axis in bound.letters.items()} for name, bound in self.bounds.items()
             },
             bounds=self.bounds,
-            reads=self._places((site for bound in bounds for site in bound.reads), sites, units_of),
+            reads=self._places((site for x in bounds for site in x.reads if id(site) not in dropped), sites, units_of),
             writes=self._places((site for bound in bounds for site in bound.writes), sites, units_of),
             mixing=tuple(ties.mixing),
         )
+
+    def _units_along(self, axis: Labeled, number: Labels) -> set[int]:
+        """The units of an axis."""
+        classes = [self._classes_of(f.labels) for f in axis if f.labels is not None and f.labels is not EXAMPLE]
+        return {u for each in classes for u in number[each].tolist() if u >= 0}
 
     def _numbers(self, axes: Iterable[Labeled]) -> dict[int, int]:
         """The number of each axis among the different ones, by its identity."""
@@ -328,6 +339,11 @@ class _Solver:
 
         for labels, reason in self.ties.frozen:
             hold(self._classes_of(labels), reason)
+        read = np.zeros(count + 1, bool)
+        for site in (site for bound in self.bounds.values() for site in bound.reads):
+            for labels in (f.labels for f in site.labels if f.labels is not None and f.labels is not EXAMPLE):
+                read[self._classes_of(labels)] = True
+        hold(np.flatnonzero(~(read | held)[:-1]), "no layer consumes it")
         lowest, highest = (end.reduceat(self.spread, self.starts, 1) for end in (np.minimum, np.maximum))
         alone = (lowest == highest) & (lowest >= 0) & (self.owners < axes)
         for one in np.unique(lowest[alone]):

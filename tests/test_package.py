@@ -22,7 +22,7 @@ STAGES = (
     {"layers"},
     {"labels"},
     {"spec"},
-    {"build", "fold"},
+    {"build", "fold", "weights"},
     {"coupling"},
     {"unheard"},
     {"lean"},

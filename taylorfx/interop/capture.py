@@ -9,6 +9,7 @@ A module that is made for a fixed number of examples is captured for one at a ti
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import operator
@@ -16,6 +17,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import is_dataclass, replace
+from enum import Enum
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from taylorfx.interop.convert import RULES, Convert, Unmapped
 from taylorfx.interop.operators import CONVERTERS
-from taylorfx.interop.sizes import Sizes
+from taylorfx.interop.sizes import Plain, Sizes
 from taylorfx.interop.training import Difference, align, twin
 from taylorfx.labels import Ties
 from taylorfx.layers import Input, Shape
@@ -69,11 +71,13 @@ def from_torch(
     _leave_cache(original, kwargs)
     # An example of one would be taken for a constant: two of it say the same.
     several = _each_tensor(lambda x: x.repeat(2, *[1] * (x.ndim - 1)) if len(x) == 1 else x, (args, kwargs))
+    with contextlib.suppress(Exception):  # which the next try meets again, or which comes of the open sizes
+        return _network(original, several, _Open.SIZES)
     try:
-        return _network(original, several)
+        return _network(original, several, _Open.EXAMPLES)
     except Exception as error:  # torch.export raises whatever the module's own code raises
         try:
-            network = _network(original, _each_tensor(lambda x: x[:1], (args, kwargs)), alone=True)
+            network = _network(original, _each_tensor(lambda x: x[:1], (args, kwargs)), _Open.NOTHING)
         except Exception:
             raise CaptureError(_causes(original, several, error)) from error
         warnings.warn(
@@ -82,6 +86,14 @@ def from_torch(
             stacklevel=2,
         )
         return network
+
+
+class _Open(Enum):
+    """What a capture leaves open: every size that the module leaves open, the number of examples, or nothing."""
+
+    SIZES = "sizes"
+    EXAMPLES = "examples"
+    NOTHING = "nothing"
 
 
 def _arguments(inputs: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -108,16 +120,16 @@ def _leave_cache(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
             config.use_cache = False  # type: ignore[union-attr]
 
 
-def _network(module: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]], *, alone: bool = False) -> Any:
+def _network(module: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]], opened: _Open) -> tuple[Params, Spec]:
     """Capture a module, in inference and in training, on an example."""
     names = {id(leaf): path for path, leaf in module.named_buffers()}
     tracked = {names[id(part.running_mean)]: part for part in module.modules() if _cumulative(part)}
-    program = _export(module.eval(), example, alone)
+    program = _export(module.eval(), example, opened)
     said = ""
     try:
         for part in tracked.values():
             part.momentum = 0.1  # what it is, a batch number, is no constant
-        align(program, _export(module.train(), example, alone))
+        align(program, _export(module.train(), example, opened))
     except Difference as difference:
         said = f"{difference}"
     except Exception as error:
@@ -129,6 +141,7 @@ def _network(module: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]],
             part.momentum = None
     with torch.no_grad(), _quiet():
         program = program.run_decompositions({})
+    alone = opened is _Open.NOTHING
     network = _Reader(program, alone=alone, cumulative=frozenset(tracked)).read()
     if said:
         warnings.warn(
@@ -184,13 +197,14 @@ def _refuse(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         raise CaptureError(f"from_torch cannot take {type(module).__name__}:\n  " + "\n  ".join(errors))
 
 
-def _export(module: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]], alone: bool) -> ExportedProgram:
-    """The module as a graph in which every size that it leaves open is open; ``alone``: none is."""
+def _export(module: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]], opened: _Open) -> ExportedProgram:
+    """The module as a graph."""
     shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
     for tensor in torch.utils._pytree.tree_leaves(example):
-        if isinstance(tensor, Tensor) and not alone:
-            shapes[tensor] = {k: Dim.AUTO if k else Dim.DYNAMIC for k in range(tensor.ndim)}
-    with torch.no_grad(), _quiet():
+        if isinstance(tensor, Tensor) and opened is not _Open.NOTHING:
+            axes = range(tensor.ndim) if opened is _Open.SIZES else range(1)
+            shapes[tensor] = {k: Dim.AUTO if k else Dim.DYNAMIC for k in axes}
+    with torch.no_grad(), _quiet(), Plain():
         return torch.export.export(module, *example, dynamic_shapes=shapes, strict=False)
 
 

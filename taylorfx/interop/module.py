@@ -45,9 +45,7 @@ class SpecModule(nn.Module):
         if not self.training:
             return apply(self.tree(), self.spec, *given)
         device = next((x.device for x in (*inputs, *named.values())), torch.device("cpu"))
-        generator = None
-        if not torch.compiler.is_compiling():
-            generator = torch.Generator(device).manual_seed(int(torch.randint(2**62, ())))
+        generator = None if torch.compiler.is_compiling() else _generator(device)
         outputs, new = train(self.tree(), self.spec, *given, generator=generator)
         with torch.no_grad():
             for path, leaf in flatten(partition(new, self.spec)[1]).items():
@@ -79,6 +77,16 @@ def to_torch(
             has written down stay as they were. Without ``like`` there is always a module.
     """
     return SpecModule(params, spec) if like is None else resized(params, spec, like, example_inputs, example_kwargs)
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    """The one that torch itself draws from on this device."""
+    if device.type == "cpu":
+        return torch.default_generator
+    backend: Any = torch.get_device_module(device)
+    generators = backend.default_generators
+    found: torch.Generator = generators[backend.current_device() if device.index is None else device.index]
+    return found
 
 
 def _owner(module: nn.Module, path: str, *, create: bool = False) -> tuple[nn.Module, str]:
