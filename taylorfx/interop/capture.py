@@ -16,7 +16,7 @@ import operator
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind, OutputKind
 
+from taylorfx.interop.calls import dotted, off_path, read_interface
 from taylorfx.interop.convert import RULES, Convert, Unmapped
 from taylorfx.interop.operators import CONVERTERS
 from taylorfx.layers import Input
@@ -67,10 +68,12 @@ def from_torch(
     # An example of one would be taken for a constant: two of it say the same.
     several = _each_tensor(lambda x: x.repeat(2, *[1] * (x.ndim - 1)) if len(x) == 1 else x, (args, kwargs))
     try:
-        return _Reader(_export(twin, several, Dim.DYNAMIC)).read()
+        network = _Reader(_export(twin, several, Dim.DYNAMIC)).read(module)
     except Exception as error:  # torch.export raises whatever the module's own code raises
         try:
-            network = _Reader(_export(twin, _each_tensor(lambda x: x[:1], (args, kwargs)), None), alone=True).read()
+            network = _Reader(_export(twin, _each_tensor(lambda x: x[:1], (args, kwargs)), None), alone=True).read(
+                module
+            )
         except Exception:
             raise CaptureError(_causes(twin, several, error)) from error
         warnings.warn(
@@ -78,7 +81,13 @@ def from_torch(
             f"{_first_line(error)}",
             stacklevel=2,
         )
-        return network
+    if unused := off_path(module, network[1].shapes):
+        warnings.warn(
+            f"{type(module).__name__} does not use all of its parameters in inference; no part of the network, nor of "
+            f"what to_torch gives back without `like`: {', '.join(unused)}.",
+            stacklevel=2,
+        )
+    return network
 
 
 def _each_tensor(function: Any, tree: Any) -> Any:
@@ -88,7 +97,7 @@ def _each_tensor(function: Any, tree: Any) -> Any:
 def _refuse(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Refuse what could be captured wrongly or not at all, all of it at once."""
     leaves = torch.utils._pytree.tree_flatten_with_path((args, kwargs))[0]
-    inputs = {f"input {_dotted(path[1:])}": x for path, x in leaves if isinstance(x, Tensor)}
+    inputs = {f"input {dotted(path[1:])}": x for path, x in leaves if isinstance(x, Tensor)}
     if not inputs:
         raise CaptureError("from_torch runs the module on an example; received no tensor. Pass example inputs.")
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers()), **inputs}
@@ -173,12 +182,6 @@ def _first_line(error: Exception) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _dotted(path: Sequence[Any]) -> str:
-    """The place of a leaf in a tree: ``hidden_states.0``."""
-    names = ("key", "idx", "name")  # of an entry of a dict, a sequence, a dataclass
-    return ".".join(str(next(getattr(key, name) for name in names if hasattr(key, name))) for key in path)
-
-
 class _Reader:
     """Walks an exported graph in its order and writes nodes."""
 
@@ -186,7 +189,7 @@ class _Reader:
         self.program = program
         self.convert = Convert(alone=alone)
 
-    def read(self) -> tuple[Params, Spec]:
+    def read(self, module: nn.Module) -> tuple[Params, Spec]:
         self._inputs()
         for node in self.program.graph.nodes:
             if node.op == "call_function":
@@ -202,6 +205,7 @@ class _Reader:
         nodes = tuple(node for node in self.convert.nodes if node.name in used or isinstance(node.layer, Input))
         named = all(isinstance(key, str) for key in outputs)
         spec = Spec(nodes, tuple(outputs.values()), tuple(map(str, outputs)) if named else ())
+        spec = replace(spec, interface=read_interface(module, self.program, self.convert.names, spec))
         wanted = set(spec.shapes)
         leaves = {path: self.convert.tensors[path] for path in self.convert.tensors if path in wanted}
         return unflatten(leaves), spec
@@ -242,7 +246,7 @@ class _Reader:
         if not leaves:
             raise CaptureError("A captured module gives out at least one tensor; this one gives out none.")
         named = isinstance(tree, Mapping) or is_dataclass(tree)
-        found = {_dotted(path) if named else k: self.convert.names.get(x) for k, (path, x) in enumerate(leaves)}
+        found = {dotted(path) if named else k: self.convert.names.get(x) for k, (path, x) in enumerate(leaves)}
         missing = [str(key) for key, name in found.items() if name is None]
         if missing:
             raise CaptureError(f"A captured module computes what it gives out; {', '.join(missing)} is a parameter.")
