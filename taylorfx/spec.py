@@ -175,10 +175,8 @@ class Spec:
                 f"received {len(shapes)}."
             )
         declared = dict(zip(names, shapes, strict=True))
-        nodes = (
-            replace(n, layer=replace(n.layer, shape=declared[n.name])) if n.name in declared else n for n in self.nodes
-        )
-        return replace(self, nodes=tuple(nodes))
+        made = {n.name: replace(n, layer=replace(n.layer, shape=declared[n.name])) for n in self.inputs}  # type: ignore[type-var]
+        return replace(self, nodes=tuple(made.get(n.name, n) for n in self.nodes))
 
 
 def _order(nodes: tuple[Node, ...], outputs: tuple[str, ...]) -> tuple[Node, ...]:
@@ -229,12 +227,13 @@ def propagate(spec: Spec, ties: Ties) -> dict[str, Bound]:
                     f"{node.name}: the shape of the input is not known; declare it, Input((channels, height, width)), "
                     "or use spec.at(shape)"
                 )
+            elif wrong := node.layer.refusal(_sizes(node.layer.shape)):
+                ties.errors.append(f"{node.name}: {wrong}")
             else:
                 example: Labeled = rigid(1) if node.layer.alone else (Factor(1, EXAMPLE),)
                 if node.layer.alone:
                     ties.mixing.append(f"{node.name}: the network takes one example at a time")
-                sizes = node.layer.shape if isinstance(node.layer.shape, tuple) else (node.layer.shape,)
-                bounds[node.name] = Bound((example, *map(rigid, sizes)))
+                bounds[node.name] = Bound((example, *map(rigid, _sizes(node.layer.shape))))
         elif all([x in bounds for x in node.inputs]):  # noqa: C419
             try:
                 bounds[node.name] = bind(node.layer, node.name, node.paths, [bounds[x] for x in node.inputs], ties)
@@ -243,6 +242,10 @@ def propagate(spec: Spec, ties: Ties) -> dict[str, Bound]:
     if ties.errors:
         raise ShapeError("Layers and their inputs have to fit; received:\n  " + "\n  ".join(ties.errors))
     return bounds
+
+
+def _sizes(shape: Shape | int) -> Shape:
+    return shape if isinstance(shape, tuple) else (shape,)
 
 
 def flops(layer: Layer, sizes: Mapping[str, int]) -> int:
@@ -339,6 +342,8 @@ def evaluate(
             "This network takes one example at a time: it was captured from a module made for a fixed number of them. "
             "Give batches of one."
         )
+    if not torch.compiler.is_compiling():
+        _refuse_sizes(spec, values)
     moved: dict[str, Tensor] = {}  # running statistics, which a shared layer hears of at once
     try:
         for node, leaves, done in spec._steps:  # type: ignore[attr-defined]
@@ -380,6 +385,17 @@ def bind_inputs(spec: Spec, inputs: Sequence[Inputs]) -> dict[str, Any]:
             f"received {len(given)}."
         )
     return dict(given) if isinstance(given, Mapping) else dict(zip(names, given, strict=True))
+
+
+def _refuse_sizes(spec: Spec, values: Mapping[str, Any]) -> None:
+    """Refuse sizes at which a captured network would compute something else than its module."""
+    found = {node.name: node.layer.refusal(values[node.name].shape[1:]) for node in spec.inputs}  # type: ignore[attr-defined]
+    if wrong := [f"{name}: {text}" for name, text in found.items() if text]:
+        raise ShapeError(
+            "A captured network takes the sizes at which it computes what its module does; received:\n  "
+            + "\n  ".join(wrong)
+            + "\nCapture the module on an example of this size, from_torch(module, example)."
+        )
 
 
 def _at(params: Params, path: tuple[str, ...]) -> Tensor:
@@ -443,10 +459,7 @@ def _explain(params: Params, spec: Spec, values: Mapping[str, Any], node: Node, 
 
 
 def partition(params: Params, spec: Spec) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Separate what is trained from what is not, running statistics and parameters that were captured frozen.
-
-    `combine` puts them back together.
-    """
+    """Separate what is trained from what is not (running statistics, frozen parameters); `combine` joins them again."""
     buffers = {*(spec.interface.frozen if spec.interface else ())}
     buffers |= {node.path(leaf) for node in spec.nodes for leaf in node.layer.buffers}
     leaves = flatten(params)

@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.utils._pytree import tree_flatten_with_path
 
-from taylorfx.interop.calls import bind, example_of, interface_of, off_path
+from taylorfx.interop.calls import bind, dotted, example_of, interface_of, off_path
 from taylorfx.layers import Embedding, Input
 from taylorfx.spec import Spec, apply
 from taylorfx.tree import Params, flatten
@@ -119,10 +120,15 @@ def _compare(module: nn.Module, params: Params, spec: Spec, inputs: Any, kwargs:
             ) from error
     for part, mode in modes.items():
         part.training = mode
-    pair = (torch.utils._pytree.tree_leaves(x) for x in (found, expected))
-    one, other = ([x for x in leaves if isinstance(x, Tensor)] for leaves in pair)
+    leaves = [(dotted(path), x) for path, x in tree_flatten_with_path(found)[0] if isinstance(x, Tensor)]
+    if spec.keys:  # what else a module gives out (a cache, where the network was captured without) is left alone
+        leaves = [(key, x) for key, x in leaves if key in expected]
+    else:
+        expected = dict(enumerate(expected if isinstance(expected, tuple) else (expected,)))
+        leaves = list(enumerate(x for _, x in leaves))
+    largest = max((float(x.abs().max()) for x in expected.values() if x.numel()), default=0.0)
     try:
-        assert_close(one, other, rtol=1e-4, atol=1e-4 * max(float(x.abs().max()) for x in other))
+        assert_close(dict(leaves), expected, rtol=1e-4, atol=1e-4 * largest)
     except AssertionError as error:
         raise LikeError(
             f"The forward of {type(module).__name__} computes something else with smaller layers: {error} It has their "

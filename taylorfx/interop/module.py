@@ -71,9 +71,7 @@ class SpecModule(nn.Module):
         if not self.training:
             return apply(self.tree(), self.spec, given)
         device = next((x.device for x in given.values()), torch.device("cpu"))
-        generator = None
-        if not torch.compiler.is_compiling():
-            generator = torch.Generator(device).manual_seed(int(torch.randint(2**62, ())))
+        generator = None if torch.compiler.is_compiling() else _generator(device)
         outputs, new = train(self.tree(), self.spec, given, generator=generator)
         moved = flatten(new)
         with torch.no_grad():
@@ -145,6 +143,18 @@ def _called(cls: Any, interface: Interface) -> type[SpecModule]:
     names = ("__module__", "__qualname__", "__doc__")
     own = {"forward": forward, "_interface_of_class": interface, **{name: getattr(cls, name) for name in names}}
     return type(cls.__name__, (cls,), own)
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    """The generator that torch's own modules draw from on this device."""
+    if device.type == "cpu":
+        return torch.default_generator
+    own = getattr(getattr(torch, device.type, None), "default_generators", ())
+    index = device.index or 0
+    if index < len(own):
+        generator: torch.Generator = own[index]
+        return generator
+    return torch.Generator(device).manual_seed(int(torch.randint(2**62, ())))
 
 
 def _blank(cls: Any, interface: Interface) -> SpecModule:

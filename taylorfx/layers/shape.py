@@ -27,11 +27,13 @@ class Input(Layer):
 
     ``dtype`` is named where it is not that of the parameters: ``"int64"`` for tokens, ``"bool"`` for masks.
     With ``alone`` the network takes batches of one example: it was captured from a module that is made for a fixed
-    number of them.
+    number of them. ``ranges`` are the sizes that each axis of ``shape`` takes: the least, the greatest (none: no
+    bound) and the step between them; an empty tuple means any.
     """
 
     shape: Shape | int | None = None
     alone: bool = False
+    ranges: tuple[tuple[int, int | None, int], ...] = ()
     dtype: str | None = None
 
     def __post_init__(self) -> None:
@@ -41,6 +43,16 @@ class Input(Layer):
             raise ShapeError(
                 f"Input takes the name of one of torch's dtypes, such as 'int64'; received {self.dtype!r}."
             )
+
+    def refusal(self, shape: Shape) -> str:
+        """What is wrong with an example of this shape, by axis of a batch; empty if nothing is."""
+        wrong: list[str] = []
+        for axis, (n, (least, most, step)) in enumerate(zip(shape, self.ranges, strict=False), 1):
+            if n < least or (most is not None and n > most) or (n - least) % step:
+                steps = f" in steps of {step}" * (step > 1)
+                takes = f"{least} or more" if most is None else f"{least}" if least == most else f"{least} to {most}"
+                wrong.append(f"axis {axis} takes size {takes}{steps}, received {n}")
+        return "; ".join(wrong)
 
 
 @dataclass(frozen=True)
