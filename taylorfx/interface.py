@@ -6,6 +6,7 @@ trained and saved as the one that went in.
 
 from __future__ import annotations
 
+import inspect
 import keyword
 import re
 from collections.abc import Iterable, Mapping
@@ -75,6 +76,14 @@ class Interface:
         """The Input nodes that the arguments fill."""
         return {node for argument in self.arguments for _, node in argument.inputs}
 
+    def signature(self, *first: str) -> inspect.Signature:
+        """The arguments as a function has them, behind ``first`` ones that are positional."""
+        kinds = inspect.Parameter
+        own = [kinds(name, kinds.POSITIONAL_ONLY) for name in first]
+        for x in self.arguments:
+            own.append(kinds(x.name, getattr(kinds, x.kind), default=x.default[0] if x.default else kinds.empty))
+        return inspect.Signature(own)
+
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> Interface:
         """The interface that ``dataclasses.asdict`` wrote, read from JSON, where tuples are lists.
@@ -90,7 +99,12 @@ class Interface:
                 if not (isinstance(entry, str) if size is None else _names(entry, size)):
                     raise ValueError(f"interface.{name} has names; received {entry!r}")
         _known(cls, entries, "interface")
-        return cls(**{name: tuple(value) for name, value in entries.items()})
+        interface = cls(**{name: tuple(value) for name, value in entries.items()})
+        try:
+            interface.signature("self")
+        except ValueError as error:
+            raise ValueError(f"interface.arguments are those of a function of Python; {error}") from error
+        return interface
 
 
 def _argument(data: Any) -> Argument:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten_with_path, tree_unflatten
 from taylorfx.interface import Argument, Fixed, Interface
 from taylorfx.spec import Spec
 
-__all__ = ["bind", "dotted", "example_of", "interface_of", "off_path", "read_interface", "signature"]
+__all__ = ["bind", "dotted", "example_of", "interface_of", "off_path", "read_interface"]
 
 
 def dotted(path: Sequence[Any]) -> str:
@@ -119,15 +119,6 @@ def interface_of(spec: Spec) -> Interface:
     return replace(interface, arguments=Interface.of(names).arguments)
 
 
-def signature(interface: Interface) -> inspect.Signature:
-    """The signature of ``forward`` as a function of the module and its arguments."""
-    kinds = inspect.Parameter
-    own = [kinds("self", kinds.POSITIONAL_ONLY)]
-    for x in interface.arguments:
-        own.append(kinds(x.name, getattr(kinds, x.kind), default=x.default[0] if x.default else kinds.empty))
-    return inspect.Signature(own)
-
-
 def bind(interface: Interface, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors of a call by the names of the Input nodes.
 
@@ -154,7 +145,7 @@ def bind(interface: Interface, args: tuple[Any, ...], kwargs: Mapping[str, Any])
             elif isinstance(leaf, Tensor) or _plain(leaf) != fixed[place]:
                 errors.append(f"{_where(x, place)}: it was captured as {fixed[place]!r}; received {_said(leaf)}")
     if errors:
-        taken = str(signature(interface)).replace("self, /, ", "").replace("self, /", "")
+        taken = interface.signature()
         raise TypeError(
             f"The network takes what was captured with it, forward{taken}; received:\n  "
             + "\n  ".join(errors)

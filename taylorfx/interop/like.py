@@ -120,7 +120,9 @@ def _compare(module: nn.Module, params: Params, spec: Spec, inputs: Any, kwargs:
             ) from error
     for part, mode in modes.items():
         part.training = mode
-    leaves = [(dotted(path), x) for path, x in tree_flatten_with_path(found)[0] if isinstance(x, Tensor)]
+    leaves: list[tuple[Any, Tensor]] = [
+        (dotted(path), x) for path, x in tree_flatten_with_path(found)[0] if isinstance(x, Tensor)
+    ]
     if spec.keys:  # what else a module gives out (a cache, where the network was captured without) is left alone
         leaves = [(key, x) for key, x in leaves if key in expected]
     else:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from taylorfx.interface import Interface
-from taylorfx.interop.calls import bind, interface_of, signature
+from taylorfx.interop.calls import bind, interface_of
 from taylorfx.interop.like import resized
 from taylorfx.spec import Spec, apply, check, train
 from taylorfx.tree import Params, flatten, unflatten
@@ -139,22 +139,20 @@ def _called(cls: Any, interface: Interface) -> type[SpecModule]:
     def forward(self: SpecModule, *args: Any, **kwargs: Any) -> Any:
         return cls.forward(self, *args, **kwargs)
 
-    forward.__doc__, forward.__signature__ = cls.forward.__doc__, signature(interface)  # type: ignore[attr-defined]
+    forward.__doc__, forward.__signature__ = cls.forward.__doc__, interface.signature("self")  # type: ignore[attr-defined]
     names = ("__module__", "__qualname__", "__doc__")
     own = {"forward": forward, "_interface_of_class": interface, **{name: getattr(cls, name) for name in names}}
     return type(cls.__name__, (cls,), own)
 
 
 def _generator(device: torch.device) -> torch.Generator:
-    """The generator that torch's own modules draw from on this device."""
+    """The one that torch itself draws from on this device."""
     if device.type == "cpu":
         return torch.default_generator
-    own = getattr(getattr(torch, device.type, None), "default_generators", ())
-    index = device.index or 0
-    if index < len(own):
-        generator: torch.Generator = own[index]
-        return generator
-    return torch.Generator(device).manual_seed(int(torch.randint(2**62, ())))
+    backend: Any = torch.get_device_module(device)
+    generators = backend.default_generators
+    found: torch.Generator = generators[backend.current_device() if device.index is None else device.index]
+    return found
 
 
 def _blank(cls: Any, interface: Interface) -> SpecModule:
@@ -167,14 +165,16 @@ def _tie(module: SpecModule, interface: Interface, leaves: Mapping[str, Tensor])
     """Give submodules and tensors their second names; a name whose first one is gone has no second."""
     known = dict(module.named_modules())
     for second, first in sorted(interface.ties, key=lambda tie: tie[1] not in leaves):  # tensors before submodules
+        if second in leaves or not (first in leaves or first in known):
+            continue
         owner, name = _owner(module, second, create=True)
-        if first in module._buffer_paths or first in leaves:
+        if first in leaves:
             home, own = _owner(module, first)
             if own in home._parameters:
                 owner.register_parameter(name, home._parameters[own])
             else:
                 owner.register_buffer(name, getattr(home, own), persistent=own not in home._non_persistent_buffers_set)
-        elif first in known:
+        else:
             owner.add_module(name, known[first])
 
 
