@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import asdict, fields
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from taylorfx.interface import Interface
 from taylorfx.layers import LAYERS, Shape, kind
 from taylorfx.plan import Indices, Plan, PlanError, Scratch, fits, take
 from taylorfx.spec import Node, Spec, SpecError, check
@@ -38,7 +39,8 @@ def to_json(spec: Spec) -> str:
         values = {field.name: getattr(node.layer, field.name) for field in fields(node.layer)}
         entry = {"name": node.name, "layer": kind(type(node.layer)), "fields": values, "inputs": node.inputs}
         nodes.append({**entry, "params": node.params} if node.params is not None else entry)
-    return json.dumps({"nodes": nodes, "outputs": spec.outputs, "keys": spec.keys})
+    own = {"interface": asdict(spec.interface)} if spec.interface else {}
+    return json.dumps({"nodes": nodes, "outputs": spec.outputs, "keys": spec.keys, **own})
 
 
 def from_json(text: str) -> Spec:
@@ -55,7 +57,8 @@ def from_json(text: str) -> Spec:
         Node(e["name"], LAYERS[e["layer"]](**_tuples(e["fields"])), tuple(e["inputs"]), _tuples(e.get("params")))
         for e in data["nodes"]
     ]
-    return Spec(tuple(nodes), tuple(data["outputs"]), tuple(data.get("keys", ())))
+    interface = Interface.from_data(data["interface"]) if "interface" in data else None
+    return Spec(tuple(nodes), tuple(data["outputs"]), tuple(data.get("keys", ())), interface)
 
 
 def _tuples(value: Any) -> Any:

@@ -25,6 +25,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind, OutputKind
 
+from taylorfx.interop.calls import dotted, off_path, read_interface
 from taylorfx.interop.convert import RULES, Convert, Unmapped
 from taylorfx.interop.operators import CONVERTERS
 from taylorfx.interop.sizes import Plain, Sizes
@@ -69,21 +70,33 @@ def from_torch(
     _refuse(module, args, kwargs)
     original = twin(module)
     _leave_cache(original, kwargs)
+    network = _opened(original, (args, kwargs), module)
+    if unused := off_path(module, network[1].shapes):
+        warnings.warn(
+            f"{type(module).__name__} does not use all of its parameters in inference; no part of the network, nor of "
+            f"what to_torch gives back without `like`: {', '.join(unused)}.",
+            stacklevel=2,
+        )
+    return network
+
+
+def _opened(twin: nn.Module, example: Any, module: nn.Module) -> tuple[Params, Spec]:
+    """Capture with as much left open as can be."""
     # An example of one would be taken for a constant: two of it say the same.
-    several = _each_tensor(lambda x: x.repeat(2, *[1] * (x.ndim - 1)) if len(x) == 1 else x, (args, kwargs))
+    several = _each_tensor(lambda x: x.repeat(2, *[1] * (x.ndim - 1)) if len(x) == 1 else x, example)
     with contextlib.suppress(Exception):  # which the next try meets again, or which comes of the open sizes
-        return _network(original, several, _Open.SIZES)
+        return _network(twin, several, _Open.SIZES, module)
     try:
-        return _network(original, several, _Open.EXAMPLES)
+        return _network(twin, several, _Open.EXAMPLES, module)
     except Exception as error:  # torch.export raises whatever the module's own code raises
         try:
-            network = _network(original, _each_tensor(lambda x: x[:1], (args, kwargs)), _Open.NOTHING)
+            network = _network(twin, _each_tensor(lambda x: x[:1], example), _Open.NOTHING, module)
         except Exception:
-            raise CaptureError(_causes(original, several, error)) from error
+            raise CaptureError(_causes(twin, several, error)) from error
         warnings.warn(
             f"{type(module).__name__} is captured for one example at a time, since its number of examples is fixed: "
             f"{_first_line(error)}",
-            stacklevel=2,
+            stacklevel=3,
         )
         return network
 
@@ -120,34 +133,33 @@ def _leave_cache(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
             config.use_cache = False  # type: ignore[union-attr]
 
 
-def _network(module: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]], opened: _Open) -> tuple[Params, Spec]:
-    """Capture a module, in inference and in training, on an example."""
-    names = {id(leaf): path for path, leaf in module.named_buffers()}
-    tracked = {names[id(part.running_mean)]: part for part in module.modules() if _cumulative(part)}
-    program = _export(module.eval(), example, opened)
+def _network(twin: nn.Module, example: Any, opened: _Open, module: nn.Module) -> tuple[Params, Spec]:
+    """Capture the twin of a module, in inference and in training."""
+    names = {id(leaf): path for path, leaf in twin.named_buffers()}
+    tracked = {names[id(part.running_mean)]: part for part in twin.modules() if _cumulative(part)}
+    program = _export(twin.eval(), example, opened)
     said = ""
     try:
         for part in tracked.values():
             part.momentum = 0.1  # what it is, a batch number, is no constant
-        align(program, _export(module.train(), example, opened))
+        align(program, _export(twin.train(), example, opened))
     except Difference as difference:
         said = f"{difference}"
     except Exception as error:
         said = f"anywhere, since it cannot be captured in training mode ({_first_line(error)})"
         align(program, None)
     finally:
-        module.eval()
+        twin.eval()
         for part in tracked.values():
             part.momentum = None
     with torch.no_grad(), _quiet():
         program = program.run_decompositions({})
-    alone = opened is _Open.NOTHING
-    network = _Reader(program, alone=alone, cumulative=frozenset(tracked)).read()
+    network = _Reader(program, opened, frozenset(tracked)).read(module)
     if said:
         warnings.warn(
             f"{type(module).__name__} does something else in training than in inference, at {said}: its copy trains "
             "there as it infers.",
-            stacklevel=3,
+            stacklevel=4,
         )
     return network
 
@@ -164,7 +176,7 @@ def _each_tensor(function: Any, tree: Any) -> Any:
 def _refuse(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Refuse what could be captured wrongly or not at all, all of it at once."""
     leaves = torch.utils._pytree.tree_flatten_with_path((args, kwargs))[0]
-    inputs = {f"input {_dotted(path[1:])}": x for path, x in leaves if isinstance(x, Tensor)}
+    inputs = {f"input {dotted(path[1:])}": x for path, x in leaves if isinstance(x, Tensor)}
     if not inputs:
         raise CaptureError("from_torch runs the module on an example; received no tensor. Pass example inputs.")
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers()), **inputs}
@@ -248,25 +260,19 @@ def _first_line(error: Exception) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _dotted(path: Sequence[Any]) -> str:
-    """The place of a leaf in a tree: ``hidden_states.0``."""
-    names = ("key", "idx", "name")  # of an entry of a dict, a sequence, a dataclass
-    return ".".join(str(next(getattr(key, name) for name in names if hasattr(key, name))) for key in path)
-
-
 class _Reader:
     """Walks an exported graph in its order and writes nodes."""
 
-    def __init__(self, program: ExportedProgram, *, alone: bool, cumulative: frozenset[str]) -> None:
+    def __init__(self, program: ExportedProgram, opened: _Open, cumulative: frozenset[str]) -> None:
         self.program = program
-        self.convert = Convert(alone=alone, cumulative=cumulative)
+        self.convert = Convert(alone=opened is _Open.NOTHING, cumulative=cumulative)
         self.placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
         given = [self.placeholders[name] for name in program.graph_signature.user_inputs if isinstance(name, str)]
         self.given = [node for node in given if isinstance(node.meta.get("val"), Tensor)]
         """The tensors that the module takes; numbers and None are in the graph."""
         self.sizes = Sizes(program, self.given)
 
-    def read(self) -> tuple[Params, Spec]:
+    def read(self, module: nn.Module) -> tuple[Params, Spec]:
         self._inputs()
         for node in self.program.graph.nodes:
             if node.op == "call_function":
@@ -282,6 +288,7 @@ class _Reader:
         nodes = tuple(node for node in self.convert.nodes if node.name in used or isinstance(node.layer, Input))
         named = all(isinstance(key, str) for key in outputs)
         spec = Spec(nodes, tuple(outputs.values()), tuple(map(str, outputs)) if named else ())
+        spec = replace(spec, interface=read_interface(module, self.program, self.convert.names, spec))
         wanted = set(spec.shapes)
         leaves = {path: self.convert.tensors[path] for path in self.convert.tensors if path in wanted}
         return unflatten(leaves), self._sized(spec)
@@ -334,7 +341,7 @@ class _Reader:
         if not leaves:
             raise CaptureError("A captured module gives out at least one tensor; this one gives out none.")
         named = isinstance(tree, Mapping) or is_dataclass(tree)
-        found = {_dotted(path) if named else k: self.convert.names.get(x) for k, (path, x) in enumerate(leaves)}
+        found = {dotted(path) if named else k: self.convert.names.get(x) for k, (path, x) in enumerate(leaves)}
         missing = [str(key) for key, name in found.items() if name is None]
         if missing:
             raise CaptureError(f"A captured module computes what it gives out; {', '.join(missing)} is a parameter.")

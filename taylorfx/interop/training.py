@@ -126,6 +126,10 @@ def _insert(graph: fx.Graph, node: fx.Node, x: fx.Node, arguments: tuple[Any, ..
     return ours
 
 
+_IDENTITIES = ("alias", "clone", "contiguous", "detach", "detach_", "lift_fresh_copy")
+"""Operators that give their input."""
+
+
 class _Pair:
     """Walks the two graphs; ``seen`` says which value of inference stands for one of training."""
 
@@ -136,25 +140,39 @@ class _Pair:
         """Noise of training, ``bernoulli(shape) / keep``: the probability to keep, and the shape."""
         self.noisy: dict[Any, fx.Node] = {}
         """Values that training multiplies by noise, and what stands for them in inference."""
+        self.waiting = deque(filter(_computes, inference.graph.nodes))
+        """The steps of inference that have not been met in training."""
+        self.roots: dict[Any, Any] = {}
+        """What stands behind a value that only copies it."""
+        self.counters: set[Any] = set()
 
     def walk(self) -> None:
         places = {_home(item): node for item, node in _inputs(self.inference)}
         self.seen = {node: places[_home(item)] for item, node in _inputs(self.training) if _home(item) in places}
-        waiting = deque(node for node in self.inference.graph.nodes if _computes(node))
-        for node in self.training.graph.nodes:
-            if not _computes(node):
-                continue
-            if waiting and self._same(node, waiting[0]):
-                self.seen[node] = waiting.popleft()
-                self._follow(node, self.seen[node])
-            elif not (self._counts(node) or self._draws(node) or self._multiplies(node)):
+        for node in filter(_computes, self.training.graph.nodes):
+            steps = (self._matches, self._passes, self._counts, self._draws, self._multiplies)
+            if not any(step(node) for step in steps):
                 raise Difference(_place(node))
-        if waiting:
-            raise Difference(_place(waiting[0]))
+        if rest := [node for node in self.waiting if _name(node) not in _IDENTITIES]:
+            raise Difference(_place(rest[0]))
         one, other = (next(reversed(p.graph.nodes)) for p in (self.training, self.inference))
         if not self._equal(one.args, other.args):
             raise Difference("its outputs")
         self._follow(one, other)
+
+    def _matches(self, node: fx.Node) -> bool:
+        """The next step of inference is the same one."""
+        for other in self.waiting:
+            if self._same(node, other):
+                while self.waiting.popleft() is not other:
+                    pass
+                self.seen[node] = other
+                self._follow(node, other)
+                return True
+            if _name(other) not in _IDENTITIES:
+                return False
+            self.roots[other] = other.args[0]
+        return False
 
     def _same(self, node: fx.Node, other: fx.Node) -> bool:
         """The same operator on the same values, but for what it is told of training."""
@@ -175,7 +193,7 @@ class _Pair:
             value = one.meta.get("val")
             if isinstance(value, torch.SymInt):
                 return str(value) == str(other.meta.get("val"))
-            return self.seen.get(one) is other
+            return self._root(self.seen.get(one)) is self._root(other)
         return type(one) is type(other) and bool(one == other)
 
     def _follow(self, node: fx.Node, other: fx.Node) -> None:
@@ -188,10 +206,27 @@ class _Pair:
             return type(other)([self._behind(a, b) for a, b in zip(one, other, strict=True)])
         return self.noisy.get(one, other) if isinstance(one, fx.Node) else other
 
+    def _root(self, node: Any) -> Any:
+        while node in self.roots:
+            node = self.roots[node]
+        return node
+
+    def _passes(self, node: fx.Node) -> bool:
+        """A copy of what inference does not copy."""
+        if _name(node) not in _IDENTITIES or node.args[0] not in self.seen:
+            return False
+        self.seen[node] = self.seen[node.args[0]]
+        if node.args[0] in self.noisy:
+            self.noisy[node] = self.noisy[node.args[0]]
+        return True
+
     def _counts(self, node: fx.Node) -> bool:
         """A batch norm counts its batches."""
         x: Any = node.args[0] if node.args else None
-        return _name(node) == "add_" and isinstance(x, fx.Node) and x.op == "placeholder" and x.meta["val"].ndim == 0
+        if _name(node) != "add_" or not (x in self.counters or (x.op == "placeholder" and x.meta["val"].ndim == 0)):
+            return False
+        self.counters.add(node)
+        return True
 
     def _draws(self, node: fx.Node) -> bool:
         """A step of drawing noise."""
