@@ -25,6 +25,7 @@ from scipy.sparse.csgraph import connected_components
 from taylorfx.axes import Signature, expand
 from taylorfx.labels import EXAMPLE, Bound, Labeled, Labels, Site, Ties, length
 from taylorfx.layers import Shape
+from taylorfx.limits import Room
 from taylorfx.spec import Node, Spec, check, propagate
 from taylorfx.tree import Params
 
@@ -157,7 +158,7 @@ def couple(params: Params, spec: Spec) -> Coupling:
         ShapeError: if an input's shape is not declared, or the layers do not fit each other.
     """
     check(params, spec)
-    ties = Ties()
+    ties = Ties(room=Room.beside(spec.shapes.values()))
     bounds = propagate(spec, ties)
     for name in spec.outputs:
         for axis in bounds[name].output:
@@ -265,10 +266,11 @@ class _Solver:
             renumber[f] = names.setdefault(scopes[f], len(names))
         units_of = self._units(number)
         found = [
-            units_of[k] if k in units_of else np.full((1, length(axis)), -1)
+            units_of[k] if k in units_of else np.broadcast_to(np.int64(-1), (1, length(axis)))
             for k, axis in enumerate(self.columns[:axes])
         ]
-        keys = [(len(axis), axis.tobytes()) for axis in found]  # other labels may be the same units
+        # Other labels may be the same units; an axis without any is told by its length.
+        keys = [(len(axis), axis.tobytes() if k in units_of else axis.size) for k, axis in enumerate(found)]
         different = dict(zip(keys, found, strict=True))
         place = {key: k for k, key in enumerate(different)}
         axis_of = {axis: place[keys[k]] for axis, k in shown.items()}
@@ -297,6 +299,7 @@ class _Solver:
             key = tuple([value for f in axis for value in (f.size, id(f.labels))])
             numbers[identity] = number = self.table.setdefault(key, len(self.columns))
             if number == len(self.columns):
+                self.ties.room.take(sum(length(axis) for f in axis if f.labels is not None))
                 self.columns.append(axis)
         return numbers
 

@@ -156,7 +156,7 @@ class Spec:
             count = sum(n for path, n in sizes.items() if path not in seen)
             seen.update(sizes)
             bound = bounds.get(node.name)
-            cost = flops(node.layer, bound.sizes) if bound else 0
+            cost = 2 * language.products(node.layer.multiplies, bound.sizes) if bound else 0
             total, work = total + count, work + cost
             shape = "x".join(map(str, bound.shape[1:])) if bound else "-"
             shared = "shared" if sizes and not count else f"{count:,}" if count else ""
@@ -236,18 +236,15 @@ def propagate(spec: Spec, ties: Ties) -> dict[str, Bound]:
                 bounds[node.name] = bind(node.layer, node.name, node.paths, [bounds[x] for x in node.inputs], ties)
             except ShapeError as error:
                 ties.errors.append(str(error))
+            except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+                found = ", ".join(str(bounds[x].shape) for x in node.inputs)
+                ties.errors.append(f"{node.name}: {node.layer} does not take inputs of shape {found} ({error!r})")
+        if node.name in bounds and not ties.room.holds(node.name, bounds[node.name].shape):
+            del bounds[node.name]  # and nothing that consumes it is looked at
+    ties.errors += [f"{name} gives {problem}" for name, problem in ties.room.large]
     if ties.errors:
         raise ShapeError("Layers and their inputs have to fit; received:\n  " + "\n  ".join(ties.errors))
     return bounds
-
-
-def flops(layer: Layer, sizes: Mapping[str, int]) -> int:
-    """Floating-point operations for one example: two per multiply-add of every matrix product, as torch counts."""
-    total = 0
-    for text in layer.multiplies:
-        names = language.letters(language.pattern(text))
-        total += 2 * math.prod(n for x, n in sizes.items() if x in names or (x[0] == "_" and "..." in names))
-    return total
 
 
 def init(
@@ -256,7 +253,11 @@ def init(
     """Fresh parameters, distributed as torch initializes its layers; shared ones are drawn once."""
     leaves: dict[str, Tensor] = {}
     for node in spec.nodes:
-        for leaf, tensor in node.layer.init(generator).items():
+        try:
+            fresh = node.layer.init(generator)
+        except RuntimeError as error:
+            raise SpecError(f"{node.name}: {node.layer} cannot be initialized: {error}") from error
+        for leaf, tensor in fresh.items():
             if node.path(leaf) not in leaves:
                 leaves[node.path(leaf)] = tensor.to(device, dtype if tensor.is_floating_point() else None)
     params = unflatten(leaves)

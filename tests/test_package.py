@@ -20,6 +20,7 @@ ROOT = Path(tfx.__file__).parent
 STAGES = (
     {"tree", "axes", "text", "statistics"},
     {"layers"},
+    {"limits"},
     {"labels"},
     {"spec"},
     {"build", "fold"},
