@@ -12,13 +12,16 @@ from dataclasses import dataclass, field
 
 from taylorfx.layers import Shape, ShapeError
 
-__all__ = ["ELEMENTS", "LABELS", "POSITIONS", "Room", "too_large"]
+__all__ = ["ELEMENTS", "LABELS", "NUMBERS", "POSITIONS", "Room", "too_large"]
 
 POSITIONS = 2**31 - 1
 """No axis is as long."""
 
 ELEMENTS = 2**36
 """No tensor has more numbers: 256 GB in single precision."""
+
+NUMBERS = 2**42
+"""No network has more parameters."""
 
 LABELS = 2**26
 """So many positions its axes may have together beside those of its parameters: half a gigabyte of labels."""

@@ -399,3 +399,28 @@ class Gather(Layer):
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         index: list[Tensor | None] = [None] * self.dim
         return torch.ops.aten.index(inputs[0], [*index, inputs[1]])  # type: ignore[no-any-return]
+
+
+def runs_operator(cls: type[Layer]) -> bool:
+    """Layers of this class run an operator that they name."""
+    return issubclass(cls, _Operator)
+
+
+def operator_of(layer: Layer) -> str | None:
+    """The name of the operator that a layer runs, ``"add.Tensor"``; none where it runs code of its own."""
+    return layer.op if isinstance(layer, _Operator) else None
+
+
+def slots(layer: Layer) -> int:
+    """How many inputs the arguments of an operator are filled with."""
+
+    def highest(template: Any) -> int:
+        if not isinstance(template, tuple):
+            return 0
+        if len(template) == 2 and template[0] == SLOT:
+            return int(template[1]) + 1
+        if len(template) == 2 and template[0] == COUNT:
+            return 1
+        return max(map(highest, template), default=0)
+
+    return highest((layer.args, layer.kwargs)) if isinstance(layer, _Operator) else 0
