@@ -344,7 +344,7 @@ class _Solver:
         owners: list[int] = []
         for column, axis in enumerate(self.columns):
             size = inner = length(axis)
-            for factor in axis:
+            for factor in axis if size else ():
                 inner //= factor.size
                 if factor.labels is not None and factor.labels is not EXAMPLE:
                     labels = factor.labels if inner == 1 else np.repeat(factor.labels, inner)

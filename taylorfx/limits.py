@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from taylorfx.layers import Shape, ShapeError
 
-__all__ = ["ELEMENTS", "LABELS", "NUMBERS", "POSITIONS", "Room", "too_large"]
+__all__ = ["ELEMENTS", "LABELS", "NUMBERS", "POSITIONS", "Room", "impossible"]
 
 POSITIONS = 2**31 - 1
 """No axis is as long."""
@@ -27,13 +27,15 @@ LABELS = 2**26
 """So many positions its axes may have together beside those of its parameters: half a gigabyte of labels."""
 
 
-def too_large(shape: Iterable[int]) -> str:
-    """What of a shape no tensor has, in words; nothing where it is one.
+def impossible(shape: Iterable[int]) -> str:
+    """What of a shape no tensor of a network has, in words; nothing where it may have it.
 
-    >>> too_large((64, 3, 2**31))
+    >>> impossible((64, 3, 2**31))
     'an axis of 2,147,483,648 positions, where tensors have less than 2,147,483,647'
     """
     sizes = tuple(shape)
+    if min(sizes, default=0) < 0:
+        return f"an axis of {min(sizes):,} positions"
     if max(sizes, default=0) >= POSITIONS:
         return f"an axis of {max(sizes):,} positions, where tensors have less than {POSITIONS:,}"
     if math.prod(sizes) > ELEMENTS:
@@ -46,13 +48,13 @@ class Room:
     """What is left of the limits while a network's sizes are told."""
 
     labels: int = LABELS
-    large: list[tuple[str, str]] = field(default_factory=list)
-    """The nodes whose outputs are too large, and what of them is."""
+    wrong: list[tuple[str, str]] = field(default_factory=list)
+    """The nodes whose outputs no network has, and what of them."""
 
     @classmethod
     def beside(cls, shapes: Iterable[Shape]) -> Room:
-        """The room of a network with parameters of these shapes, which whoever has them has room for."""
-        return cls(LABELS + 8 * sum(map(sum, shapes)))
+        """The room of a network with parameters of these shapes, for which there is room where they are."""
+        return cls(LABELS + min(8 * sum(map(sum, shapes)), 4 * LABELS))
 
     def take(self, labels: int) -> None:
         """Make room for the labels of so many positions.
@@ -61,11 +63,11 @@ class Room:
             ShapeError: if the network has too many.
         """
         self.labels -= labels
-        if self.labels < 0:
+        if self.labels < 0 or labels > LABELS:
             raise ShapeError(f"the axes of a network have at most {LABELS:,} positions together; here they get more")
 
     def holds(self, name: str, shape: Shape) -> bool:
-        """A node's output is not too large; otherwise it is remembered."""
-        if problem := too_large(shape):
-            self.large.append((name, problem))
+        """A node's output is one that a network may have; otherwise it is remembered."""
+        if problem := impossible(shape):
+            self.wrong.append((name, problem))
         return not problem

@@ -241,7 +241,7 @@ def propagate(spec: Spec, ties: Ties) -> dict[str, Bound]:
                 ties.errors.append(f"{node.name}: {node.layer} does not take inputs of shape {found} ({error!r})")
         if node.name in bounds and not ties.room.holds(node.name, bounds[node.name].shape):
             del bounds[node.name]  # and nothing that consumes it is looked at
-    ties.errors += [f"{name} gives {problem}" for name, problem in ties.room.large]
+    ties.errors += [f"{name} gives {problem}" for name, problem in ties.room.wrong]
     if ties.errors:
         raise ShapeError("Layers and their inputs have to fit; received:\n  " + "\n  ".join(ties.errors))
     return bounds

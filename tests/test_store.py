@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import json
+import pickle
 import time
 
 import hypothesis.strategies as st
@@ -228,11 +229,7 @@ REFUSED = (
 
 @pytest.mark.parametrize("op", REFUSED)
 def test_an_operator_that_is_no_pure_function_is_refused_where_it_is_read_and_where_it_is_made(op):
-    assert (
-        refusal(document(X, captured(op)))
-        .splitlines()[1]
-        .startswith(("  nodes[1].fields.op: ", "  nodes[1].fields: aten::to takes other arguments"))
-    )
+    assert refusal(document(X, captured(op))).splitlines()[1].startswith("  nodes[1].fields")
     with pytest.raises(tfx.ShapeError):
         L.Captured(op, (("$", 0),), shape=(1, 3), made=0, given=(0,))
 
@@ -318,7 +315,9 @@ def test_an_operator_of_another_library_is_read_where_the_program_says_so(tmp_pa
 
 def test_an_operator_is_compiled_whole():
     spec = tfx.from_json(document(X, captured("add.Tensor", (("$", 0), 2)), outputs=["n"]))
-    operators._OPERATORS.clear()  # as after a spec came out of a pickle
+    stored = pickle.dumps(spec)
+    operators._OPERATORS.clear()
+    spec = pickle.loads(stored)  # as in another process
     run = torch.compile(lambda x: tfx.apply({}, spec, x), fullgraph=True, backend="eager")
     assert torch.equal(run(torch.ones(2, 3)), torch.full((2, 3), 3.0))
 
@@ -354,6 +353,10 @@ def places(data, path=()):
         yield from places(value, (*path, key))
 
 
+def value_at(data, path):
+    return functools.reduce(lambda value, key: value[key], path, data)
+
+
 SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(-2, 9), st.floats(), st.text(max_size=5),
     st.sampled_from([2**20, 2**31, 2**40, 2**62, 2**63, 10**30, -(2**70), "", "x", "weight", "a.b", ".", "a..b", "$", "dtype",
@@ -372,14 +375,18 @@ def mutants(draw):
     for _ in range(draw(st.integers(1, 3))):
         every = list(places(data))
         path = draw(st.sampled_from(every))
-        owner = functools.reduce(lambda value, key: value[key], path[:-1], data)
+        owner = value_at(data, path[:-1])
         key = path[-1]
-        how = draw(st.sampled_from(["replace", "replace", "remove", "borrow", "repeat", "rename"]))
-        if how == "replace":
+        how = draw(st.sampled_from(["replace", "number", "number", "remove", "borrow", "repeat", "rename"]))
+        if how == "number" and (numbers := [place for place in every if type(value_at(data, place)) is int]):
+            path = draw(st.sampled_from(numbers))
+            owner = value_at(data, path[:-1])
+            owner[path[-1]] = draw(st.integers(-2, 12) | st.sampled_from([100, 2**10, 2**16, 2**22, 2**30, 2**40, 2**62]))
+        elif how in ("replace", "number"):
             owner[key] = draw(VALUES)
         elif how == "borrow":
             other = draw(st.sampled_from(every))
-            owner[key] = copy.deepcopy(functools.reduce(lambda value, key: value[key], other, data))
+            owner[key] = copy.deepcopy(value_at(data, other))
         elif how == "repeat" and isinstance(owner, list):
             owner.insert(key, copy.deepcopy(owner[key]))
         elif how == "rename" and isinstance(owner, dict):
@@ -398,9 +405,9 @@ def test_a_mutated_document_is_a_network_or_a_file_error(text):
         assert len(str(error)) < 200_000
         return
     assert tfx.to_json(tfx.from_json(tfx.to_json(spec))) == tfx.to_json(spec)
-    assert str(spec)
     params = tfx.unflatten((path, torch.empty(shape, device="meta")) for path, shape in spec.shapes.items())
     with contextlib.suppress(tfx.SpecError, tfx.ShapeError):
+        assert str(spec)
         tfx.couple(params, spec)
     if sum(leaf.numel() for leaf in tfx.flatten(params).values()) < 2**20:
         with contextlib.suppress(tfx.SpecError):

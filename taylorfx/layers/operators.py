@@ -40,7 +40,10 @@ DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value
 """torch's dtypes by name."""
 
 OWN = ("aten", "prims")
-"""The namespaces of torch's own operators."""
+"""The namespaces of torch's functions of tensors."""
+
+SYSTEM = re.compile(r"prim|profiler|inductor|export|debug\w*|rngprims|higher_order|_?c10d\w*|_?dtensor|dist\w*|rpc|streams|symm_mem")
+"""Namespaces in which torch keeps what it does itself with: processes, profiles, the compiler's own."""
 
 PRIVATE = re.compile(
     r"__(and|or|xor|lshift|rshift)__|_adaptive_avg_pool[23]d|_aminmax|_batch_norm_(no_update|with_update_functional)|"
@@ -120,7 +123,7 @@ def _resolve(name: str) -> OpOverload[..., Any]:
         library = "" if space in OWN else f" Import the library that registers {space}::{packet}."
         raise OperatorError(f"A network names operators that torch has; {name!r} is none.{library}")
     private = packet.startswith("_") and PRIVATE.fullmatch(packet) is None
-    if space in OWN and (private or REFUSED.fullmatch(packet)):
+    if SYSTEM.fullmatch(space) or (space in OWN and (private or REFUSED.fullmatch(packet))):
         raise OperatorError(f"{name!r} is not among the operators that a network may name.")
     arguments, returns = found._schema.arguments, found._schema.returns
     if any(a.alias_info is not None and a.alias_info.is_write for a in arguments):

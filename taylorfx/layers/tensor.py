@@ -62,6 +62,11 @@ class _Operator(Layer):
     def __post_init__(self) -> None:
         check_arguments(self.op, self.args, self.kwargs, self.item)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Out of a pickle: the operator is looked up now, since torch.compile cannot follow how."""
+        self.__dict__.update(state)
+        operator(self.op)
+
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         function = operator(self.op)
         kwargs = {name: fill(value, inputs) for name, value in self.kwargs}

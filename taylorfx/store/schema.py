@@ -22,7 +22,7 @@ from taylorfx.labels import Ties
 from taylorfx.layers import LAYERS, Input, Layer, ShapeError, kind
 from taylorfx.layers.operators import admitted, operator
 from taylorfx.layers.tensor import operator_of, runs_operator, slots
-from taylorfx.limits import NUMBERS, too_large
+from taylorfx.limits import NUMBERS, impossible
 from taylorfx.spec import Node, Spec, SpecError, propagate
 from taylorfx.tree import unflatten
 
@@ -176,7 +176,7 @@ class _Reader:
             ties = Ties(labeled=False)
             with suppress(ShapeError):  # layers that do not fit each other are the network's own, told where it is used
                 propagate(spec, ties)
-            for name, problem in ties.room.large:
+            for name, problem in ties.room.wrong:
                 self.wrong(places[name], f"gives {problem}")
         return spec
 
@@ -253,7 +253,7 @@ class _Reader:
             self.wrong(f"{place}.fields", shapes)
             return None
         for leaf, shape in shapes.items():
-            if problem := too_large(shape):
+            if problem := impossible(shape):
                 self.wrong(f"{place}.fields", f"{leaf} would be {problem}")
         return node
 
