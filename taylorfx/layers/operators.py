@@ -42,7 +42,9 @@ DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value
 OWN = ("aten", "prims")
 """The namespaces of torch's functions of tensors."""
 
-SYSTEM = re.compile(r"prim|profiler|inductor|export|debug\w*|rngprims|higher_order|_?c10d\w*|_?dtensor|dist\w*|rpc|streams|symm_mem")
+SYSTEM = re.compile(
+    r"prim|profiler|inductor|export|debug\w*|rngprims|higher_order|_?c10d\w*|_?dtensor|dist\w*|rpc|streams|symm_mem"
+)
 """Namespaces in which torch keeps what it does itself with: processes, profiles, the compiler's own."""
 
 PRIVATE = re.compile(

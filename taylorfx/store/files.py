@@ -112,9 +112,16 @@ def _by_path(leaves: Mapping[str, Tensor], others: Mapping[str, str]) -> tuple[d
     errors: list[str] = []
     for name, leaf in leaves.items():
         path = others.get(name, name)
-        if not torch.equal(found.setdefault(path, leaf), leaf):
+        if not _same(found.setdefault(path, leaf), leaf):
             errors.append(f"{name}: another name of {path}, with other values")
     return found, errors
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Two tensors are one, bit for bit."""
+    if one is other or (one.dtype, one.shape) != (other.dtype, other.shape):
+        return one is other
+    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
 
 
 def cut_file(source: str | PathLike[str], target: str | PathLike[str], plan: Plan) -> None:
@@ -171,6 +178,8 @@ def _other_names(spec: Spec, metadata: Mapping[str, str]) -> dict[str, str]:
     for node in spec.nodes:
         for leaf, path in node.paths.items():
             names[node.name if node.layer.leaf else f"{node.name}.{leaf}"] = path
+    for second, first in getattr(getattr(spec, "interface", None), "ties", ()):  # one tensor, or one submodule
+        names |= {f"{second}{x[len(first) :]}": x for x in spec.shapes if x == first or x.startswith(f"{first}.")}
     for left_out, name in metadata.items():
         path = names.get(left_out, left_out)
         if path in spec.shapes:
