@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from taylorfx import axes as language
-from taylorfx.labels import EXAMPLE, Bound, Factor, Labeled, Ties, bind, rigid
+from taylorfx.labels import Ties
 from taylorfx.layers import Input, Layer, Shape, ShapeError
+from taylorfx.sizes import propagate
 from taylorfx.text import columns
 from taylorfx.tree import Params, flatten, merge, unflatten
 
@@ -173,8 +174,8 @@ class Spec:
                 f"received {len(shapes)}."
             )
         declared = dict(zip(names, shapes, strict=True))
-        nodes = (replace(n, layer=Input(declared[n.name])) if n.name in declared else n for n in self.nodes)
-        return replace(self, nodes=tuple(nodes))
+        made = {n.name: replace(n, layer=replace(n.layer, shape=declared[n.name])) for n in self.inputs}  # type: ignore[type-var]
+        return replace(self, nodes=tuple(made.get(n.name, n) for n in self.nodes))
 
 
 def _order(nodes: tuple[Node, ...], outputs: tuple[str, ...]) -> tuple[Node, ...]:
@@ -209,42 +210,6 @@ def _order(nodes: tuple[Node, ...], outputs: tuple[str, ...]) -> tuple[Node, ...
     if errors:
         raise SpecError("A network is a graph of named nodes without cycles; received:\n  " + "\n  ".join(errors))
     return tuple(ordered)
-
-
-def propagate(spec: Spec, ties: Ties) -> dict[str, Bound]:
-    """Carry shapes and labels through the network, from its inputs to its outputs.
-
-    Raises:
-        ShapeError: if the declared inputs and the layers do not fit, or an input declares no shape; all at once.
-    """
-    bounds: dict[str, Bound] = {}
-    for node in spec.nodes:
-        if isinstance(node.layer, Input):
-            if node.layer.shape is None:
-                ties.errors.append(
-                    f"{node.name}: the shape of the input is not known; declare it, Input((channels, height, width)), "
-                    "or use spec.at(shape)"
-                )
-            else:
-                example: Labeled = rigid(1) if node.layer.alone else (Factor(1, EXAMPLE),)
-                if node.layer.alone:
-                    ties.mixing.append(f"{node.name}: the network takes one example at a time")
-                sizes = node.layer.shape if isinstance(node.layer.shape, tuple) else (node.layer.shape,)
-                bounds[node.name] = Bound((example, *map(rigid, sizes)))
-        elif all([x in bounds for x in node.inputs]):  # noqa: C419
-            try:
-                bounds[node.name] = bind(node.layer, node.name, node.paths, [bounds[x] for x in node.inputs], ties)
-            except ShapeError as error:
-                ties.errors.append(str(error))
-            except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
-                found = ", ".join(str(bounds[x].shape) for x in node.inputs)
-                ties.errors.append(f"{node.name}: {node.layer} does not take inputs of shape {found} ({error!r})")
-        if node.name in bounds and not ties.room.holds(node.name, bounds[node.name].shape):
-            del bounds[node.name]  # and nothing that consumes it is looked at
-    ties.errors += [f"{name} gives {problem}" for name, problem in ties.room.wrong]
-    if ties.errors:
-        raise ShapeError("Layers and their inputs have to fit; received:\n  " + "\n  ".join(ties.errors))
-    return bounds
 
 
 def init(
@@ -336,6 +301,8 @@ def evaluate(
             "This network takes one example at a time: it was captured from a module made for a fixed number of them. "
             "Give batches of one."
         )
+    if not torch.compiler.is_compiling():
+        _refuse_sizes(spec, values)
     moved: dict[str, Tensor] = {}  # running statistics, which a shared layer hears of at once
     try:
         for node, leaves, done in spec._steps:  # type: ignore[attr-defined]
@@ -377,6 +344,17 @@ def bind_inputs(spec: Spec, inputs: Sequence[Inputs]) -> dict[str, Any]:
             f"received {len(given)}."
         )
     return dict(given) if isinstance(given, Mapping) else dict(zip(names, given, strict=True))
+
+
+def _refuse_sizes(spec: Spec, values: Mapping[str, Any]) -> None:
+    """Refuse sizes at which a captured network would compute something else than its module."""
+    found = {node.name: node.layer.refusal(values[node.name].shape[1:]) for node in spec.inputs}  # type: ignore[attr-defined]
+    if wrong := [f"{name}: {text}" for name, text in found.items() if text]:
+        raise ShapeError(
+            "A captured network takes the sizes at which it computes what its module does; received:\n  "
+            + "\n  ".join(wrong)
+            + "\nCapture the module on an example of this size, from_torch(module, example)."
+        )
 
 
 def _at(params: Params, path: tuple[str, ...]) -> Tensor:

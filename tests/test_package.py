@@ -22,6 +22,7 @@ STAGES = (
     {"layers"},
     {"limits"},
     {"labels"},
+    {"sizes"},
     {"spec"},
     {"build", "fold"},
     {"coupling"},

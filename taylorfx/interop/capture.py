@@ -9,14 +9,13 @@ A module that is made for a fixed number of examples is captured for one at a ti
 
 from __future__ import annotations
 
-import copy
 import io
 import logging
 import operator
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from typing import Any
 
 import torch
@@ -26,8 +25,11 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from taylorfx.interop.convert import RULES, Convert, Unmapped
 from taylorfx.interop.operators import CONVERTERS
-from taylorfx.layers import Input
-from taylorfx.spec import Node, Spec
+from taylorfx.interop.sizes import Sizes
+from taylorfx.interop.training import Difference, align, twin
+from taylorfx.labels import Ties
+from taylorfx.layers import Input, Shape
+from taylorfx.spec import Node, Spec, propagate
 from taylorfx.tree import Params, unflatten
 
 __all__ = ["CaptureError", "from_torch"]
@@ -44,7 +46,8 @@ def from_torch(
 
     Args:
         module: any module that ``torch.export`` captures.
-        example_inputs: a tensor, or a tuple of the positional arguments; every tensor's axis 0 runs over examples.
+        example_inputs: a tensor, a tuple of the positional arguments, or a dict of arguments by name; every tensor's
+            axis 0 runs over examples.
         example_kwargs: keyword arguments.
 
     Returns:
@@ -60,25 +63,85 @@ def from_torch(
     """
     if not isinstance(module, nn.Module):
         raise CaptureError(f"from_torch captures a torch.nn.Module; received {type(module).__name__}.")
-    args = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    kwargs = dict(example_kwargs or {})
+    args, kwargs = _arguments(example_inputs, example_kwargs)
     _refuse(module, args, kwargs)
-    twin = copy.deepcopy(module, {id(t): t for t in (*module.parameters(), *module.buffers())}).eval()
+    original = twin(module)
+    _leave_cache(original, kwargs)
     # An example of one would be taken for a constant: two of it say the same.
     several = _each_tensor(lambda x: x.repeat(2, *[1] * (x.ndim - 1)) if len(x) == 1 else x, (args, kwargs))
     try:
-        return _Reader(_export(twin, several, Dim.DYNAMIC)).read()
+        return _network(original, several)
     except Exception as error:  # torch.export raises whatever the module's own code raises
         try:
-            network = _Reader(_export(twin, _each_tensor(lambda x: x[:1], (args, kwargs)), None), alone=True).read()
+            network = _network(original, _each_tensor(lambda x: x[:1], (args, kwargs)), alone=True)
         except Exception:
-            raise CaptureError(_causes(twin, several, error)) from error
+            raise CaptureError(_causes(original, several, error)) from error
         warnings.warn(
             f"{type(module).__name__} is captured for one example at a time, since its number of examples is fixed: "
             f"{_first_line(error)}",
             stacklevel=2,
         )
         return network
+
+
+def _arguments(inputs: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments; a dict of inputs names them, and views are laid out for themselves."""
+    positional: Any = inputs
+    if isinstance(inputs, Tensor):
+        positional = (inputs,)
+    elif isinstance(inputs, Mapping):
+        positional, kwargs = (), {**inputs, **(kwargs or {})}
+    elif not isinstance(inputs, Sequence) or isinstance(inputs, str):
+        raise CaptureError(
+            "Example inputs are a tensor, a tuple of the positional arguments or a dict of arguments by name; "
+            f"received {type(inputs).__name__}."
+        )
+    plain: Any = _each_tensor(lambda x: x.contiguous(), (tuple(positional), dict(kwargs or {})))
+    return plain
+
+
+def _leave_cache(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    """Have models of ``transformers`` give out no cache, unless the call asks for one: it is no tensor."""
+    for part in module.modules() if "use_cache" not in kwargs else ():
+        config = vars(part).get("config")
+        if getattr(config, "use_cache", False):
+            config.use_cache = False  # type: ignore[union-attr]
+
+
+def _network(module: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]], *, alone: bool = False) -> Any:
+    """Capture a module, in inference and in training, on an example."""
+    names = {id(leaf): path for path, leaf in module.named_buffers()}
+    tracked = {names[id(part.running_mean)]: part for part in module.modules() if _cumulative(part)}
+    program = _export(module.eval(), example, alone)
+    said = ""
+    try:
+        for part in tracked.values():
+            part.momentum = 0.1  # what it is, a batch number, is no constant
+        align(program, _export(module.train(), example, alone))
+    except Difference as difference:
+        said = f"{difference}"
+    except Exception as error:
+        said = f"anywhere, since it cannot be captured in training mode ({_first_line(error)})"
+        align(program, None)
+    finally:
+        module.eval()
+        for part in tracked.values():
+            part.momentum = None
+    with torch.no_grad(), _quiet():
+        program = program.run_decompositions({})
+    network = _Reader(program, alone=alone, cumulative=frozenset(tracked)).read()
+    if said:
+        warnings.warn(
+            f"{type(module).__name__} does something else in training than in inference, at {said}: its copy trains "
+            "there as it infers.",
+            stacklevel=3,
+        )
+    return network
+
+
+def _cumulative(part: nn.Module) -> bool:
+    """A norm whose running statistics are averages over all batches."""
+    return getattr(part, "running_mean", None) is not None and getattr(part, "momentum", 0.1) is None
 
 
 def _each_tensor(function: Any, tree: Any) -> Any:
@@ -121,16 +184,14 @@ def _refuse(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         raise CaptureError(f"from_torch cannot take {type(module).__name__}:\n  " + "\n  ".join(errors))
 
 
-def _export(module: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]], examples: Any) -> ExportedProgram:
-    """The module as a functional graph, in inference mode; ``examples`` says what is known of their number."""
+def _export(module: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]], alone: bool) -> ExportedProgram:
+    """The module as a graph in which every size that it leaves open is open; ``alone``: none is."""
     shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
     for tensor in torch.utils._pytree.tree_leaves(example):
-        if isinstance(tensor, Tensor) and examples is not None:
-            shapes[tensor] = {0: examples}
+        if isinstance(tensor, Tensor) and not alone:
+            shapes[tensor] = {k: Dim.AUTO if k else Dim.DYNAMIC for k in range(tensor.ndim)}
     with torch.no_grad(), _quiet():
-        program = torch.export.export(module, *example, dynamic_shapes=shapes, strict=False)
-        functional: ExportedProgram = program.run_decompositions({})
-        return functional
+        return torch.export.export(module, *example, dynamic_shapes=shapes, strict=False)
 
 
 @contextmanager
@@ -182,9 +243,14 @@ def _dotted(path: Sequence[Any]) -> str:
 class _Reader:
     """Walks an exported graph in its order and writes nodes."""
 
-    def __init__(self, program: ExportedProgram, *, alone: bool = False) -> None:
+    def __init__(self, program: ExportedProgram, *, alone: bool, cumulative: frozenset[str]) -> None:
         self.program = program
-        self.convert = Convert(alone=alone)
+        self.convert = Convert(alone=alone, cumulative=cumulative)
+        self.placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+        given = [self.placeholders[name] for name in program.graph_signature.user_inputs if isinstance(name, str)]
+        self.given = [node for node in given if isinstance(node.meta.get("val"), Tensor)]
+        """The tensors that the module takes; numbers and None are in the graph."""
+        self.sizes = Sizes(program, self.given)
 
     def read(self) -> tuple[Params, Spec]:
         self._inputs()
@@ -204,15 +270,27 @@ class _Reader:
         spec = Spec(nodes, tuple(outputs.values()), tuple(map(str, outputs)) if named else ())
         wanted = set(spec.shapes)
         leaves = {path: self.convert.tensors[path] for path in self.convert.tensors if path in wanted}
-        return unflatten(leaves), spec
+        return unflatten(leaves), self._sized(spec)
+
+    def _sized(self, spec: Spec) -> Spec:
+        """The inputs say which sizes they take."""
+        names = {self.convert.names[node.name]: node.name for node in self.given}
+
+        def shapes(given: Mapping[str, Shape]) -> dict[str, Shape]:
+            at = spec.at(*(given[names[node.name]] for node in spec.inputs))
+            bounds = propagate(at, Ties(labeled=False))
+            return {key: bounds[name].shape for key, name in self.convert.names.items() if name in bounds}
+
+        ranges = self.sizes.ranges(shapes)
+        made = {n.name: replace(n, layer=replace(n.layer, ranges=ranges[names[n.name]])) for n in spec.inputs}
+        return replace(spec, nodes=tuple(made.get(node.name, node) for node in spec.nodes))
 
     def _inputs(self) -> None:
         state: dict[str, Any] = {**self.program.state_dict, **self.program.constants}
-        placeholders = {node.name: node for node in self.program.graph.nodes if node.op == "placeholder"}
         for item in self.program.graph_signature.input_specs:
-            node = placeholders[getattr(item.arg, "name", "")]
+            node = self.placeholders[getattr(item.arg, "name", "")]
             if item.kind is InputKind.USER_INPUT:
-                if isinstance(node.meta.get("val"), Tensor):  # and not a number or None, which the graph holds
+                if node in self.given:
                     self.convert.user_input(node)
             elif item.kind is InputKind.CONSTANT_TENSOR and item.target is not None:
                 self.convert.constant(node, state[item.target], item.target)
@@ -227,7 +305,7 @@ class _Reader:
             return  # arithmetic on sizes: read from the shapes of the tensors that use it
         elif not self.convert.folded(node):
             space, name = str(target).split(".")[:2]
-            own = RULES.get(f"{space}::{name}") or (CONVERTERS.get(name) if space == "aten" else None)
+            own = RULES.get(f"{space}::{name}") or (CONVERTERS.get(name) if space in ("aten", "taylorfx") else None)
             try:
                 (own or Convert.generic)(self.convert, node)
             except Unmapped:

@@ -41,8 +41,10 @@ class Unmapped(Exception):
 class Convert:
     """The network so far: nodes, and where the graph's values are found among them."""
 
-    def __init__(self, *, alone: bool = False) -> None:
+    def __init__(self, *, alone: bool = False, cumulative: frozenset[str] = frozenset()) -> None:
         self.alone = alone
+        self.cumulative = cumulative
+        """Running means that are averages over all batches."""
         self.nodes: list[Node] = []
         self.names: dict[str, str] = {}
         self.tensors: dict[str, Tensor] = {}

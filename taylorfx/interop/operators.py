@@ -111,6 +111,7 @@ def _batch_norm(c: Convert, node: fx.Node) -> None:
     leaves["num_batches_tracked"] = f"{home}.num_batches_tracked" if home else "num_batches_tracked"
     c.tensors.setdefault(leaves["num_batches_tracked"], torch.zeros((), dtype=torch.long))
     features = len(c.tensors[leaves["running_mean"]])
+    momentum = None if leaves["running_mean"] in c.cumulative else momentum
     c.add(node, kind(features, eps, momentum, weight is not None), (c.tensor(tensor_node(x)),), leaves=leaves)
 
 
@@ -352,7 +353,16 @@ def _filled(c: Convert, node: fx.Node) -> None:
 
 
 def _dropout(c: Convert, node: fx.Node) -> None:
-    c.add(node, L.Dropout(float(node.args[1])), (c.tensor(tensor_node(node.args[0])),))  # type: ignore[arg-type]
+    arguments: Any = node.args
+    x, p, alone, alpha = arguments
+    c.add(node, L.Dropout(float(p), None if alone is None else tuple(alone), alpha), (c.tensor(x),))
+
+
+def _spectral_norm(c: Convert, node: fx.Node) -> None:
+    arguments: Any = node.args
+    weight, u, v, dim, steps, eps, left = arguments
+    layer = L.SpectralNorm(measured(weight)[0], dim, steps, eps, left)
+    c.add(node, layer, (c.tensor(weight),), leaves={"u": c.path(u), "v": c.path(v)})
 
 
 UNTAGGED = ("zero", "fill", "zeros_like", "ones_like", "full_like", "where", "__and__", "__or__", "masked_fill")
@@ -417,6 +427,7 @@ CONVERTERS: dict[str, Callable[[Convert, fx.Node], None]] = {
     **dict.fromkeys(("matmul", "bmm", "mm", "mv", "dot", "vdot"), _matmul),
     "tensordot": _tensordot,
     "_weight_norm": _weight_norm,
+    "spectral_norm": _spectral_norm,
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _recurrent),
     **dict.fromkeys(("zeros", "ones", "full", "new_zeros", "new_ones", "new_full"), _filled),
     "addmm": _addmm,

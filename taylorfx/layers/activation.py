@@ -16,6 +16,9 @@ __all__ = [
     "ReLU", "ReLU6", "SiLU", "Sigmoid", "Softmax", "Softplus", "Tanh",
 ]  # fmt: skip
 
+_SELU = 1.7580993408473766
+"""Minus the value of SELU far to the left: its ``alpha * scale``."""
+
 
 @dataclass(frozen=True)
 class _Elementwise(Layer):
@@ -138,9 +141,16 @@ class Hardsigmoid(_Elementwise):
 
 @dataclass(frozen=True)
 class Dropout(_Elementwise):
-    """``torch.nn.Dropout``: nothing in inference; in training it draws from the generator that it is given."""
+    """``torch.nn.Dropout``: nothing in inference; in training it draws from the generator that it is given.
+
+    ``alone`` are the axes along which every position draws for itself, by default all of them: ``(0, 1)`` is
+    ``torch.nn.Dropout2d``, ``(0,)`` is stochastic depth (Huang et al. 2016, arXiv 1603.09382). With ``alpha`` mean
+    and variance are kept: ``torch.nn.AlphaDropout`` (Klambauer et al. 2017, arXiv 1706.02515).
+    """
 
     p: float = 0.5
+    alone: tuple[int, ...] | None = None
+    alpha: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.p <= 1:
@@ -155,10 +165,19 @@ class Dropout(_Elementwise):
         (x,) = inputs
         if self.p == 0:
             return x, {}
+        if self.p == 1:
+            return x * 0, {}
         if generator is None:
             raise ValueError("Dropout draws random numbers in training; received no generator. Pass generator=...")
-        keep = torch.empty_like(x).bernoulli_(1 - self.p, generator=generator)
-        return x * keep / max(1 - self.p, 1e-12), {}
+        noise = torch.empty_like(x)
+        if self.alone is not None:
+            noise = x.new_empty([n if k in self.alone else 1 for k, n in enumerate(x.shape)])
+        noise.bernoulli_(1 - self.p, generator=generator)
+        if not self.alpha:
+            return x * noise.div_(1 - self.p), {}
+        scale = ((_SELU**2 * self.p + 1) * (1 - self.p)) ** -0.5
+        shift = (noise - 1).mul_(_SELU * scale).add_(_SELU * scale * self.p)
+        return x * noise.mul_(scale) + shift, {}
 
 
 @dataclass(frozen=True)

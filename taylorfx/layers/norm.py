@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from taylorfx.layers.base import Layer, Leaves, Shape, as_tuple, names
 
 __all__ = [
-    "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "GroupNorm", "InstanceNorm2d", "LayerNorm", "RMSNorm", "WeightNorm",
+    "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "GroupNorm", "InstanceNorm2d", "LayerNorm", "RMSNorm",
+    "SpectralNorm", "WeightNorm",
 ]  # fmt: skip
 
 
@@ -239,3 +240,52 @@ class WeightNorm(Layer):
         others = [k for k in range(direction.ndim) if k != self.dim % direction.ndim]
         weight: Tensor = direction * (scale / torch.linalg.vector_norm(direction, dim=others, keepdim=True))
         return weight
+
+
+@dataclass(frozen=True)
+class SpectralNorm(Layer):
+    """``torch.nn.utils.parametrizations.spectral_norm``: a weight divided by its largest singular value.
+
+    Miyato et al. 2018 (arXiv 1802.05957, algorithm 1): ``sigma = u' W v``, where training takes ``n_power_iterations``
+    steps of ``u = W v / |W v|``, ``v = W' u / |W' u|`` (``left``: in this order, otherwise ``v`` first).
+    """
+
+    shape: Shape
+    dim: int = 0
+    n_power_iterations: int = 1
+    eps: float = 1e-12
+    left: bool = True
+
+    buffers: ClassVar[tuple[str, ...]] = ("u", "v")
+    inexact: ClassVar[tuple[str, ...]] = tuple(f"x{k}" for k in range(8))
+
+    def _axes(self) -> tuple[str, str, str]:
+        axes = names(len(self.shape))
+        rest = [x for k, x in enumerate(axes) if k != self.dim % len(axes)]
+        return " ".join(axes), axes[self.dim], f"({' '.join(rest)})"
+
+    def signature(self, *shapes: Shape) -> str:
+        axes, out, rest = self._axes()
+        return f"{axes}, u: {out}, v: {rest} -> {axes}"
+
+    def fields(self, *shapes: Shape) -> Mapping[str, str]:
+        return {"shape": self._axes()[0]}
+
+    def init(self, generator: torch.Generator) -> dict[str, Tensor]:
+        made = {x: torch.randn(n, generator=generator, device=generator.device) for x, n in self.shapes().items()}
+        return {name: F.normalize(x, dim=0, eps=self.eps) for name, x in made.items()}
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        matrix = inputs[0].movedim(self.dim, 0).flatten(1)
+        return inputs[0] / torch.vdot(params["u"], torch.mv(matrix, params["v"]))
+
+    def train(
+        self, params: Leaves, *inputs: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        matrix = inputs[0].detach().movedim(self.dim, 0).flatten(1)
+        moved = {name: params[name].detach() for name in self.buffers}
+        steps = {"u": lambda: matrix @ moved["v"], "v": lambda: matrix.mT @ moved["u"]}
+        for _ in range(self.n_power_iterations):
+            for name in self.buffers if self.left else reversed(self.buffers):
+                moved[name] = F.normalize(steps[name](), dim=0, eps=self.eps)
+        return self.apply(moved, *inputs), moved

@@ -26,15 +26,29 @@ class Input(Layer):
     """Where a network takes a tensor in; ``shape`` is that of one example, without the example axis.
 
     With ``alone`` the network takes batches of one example: it was captured from a module that is made for a fixed
-    number of them.
+    number of them. ``ranges`` are the sizes that each axis of ``shape`` takes: the least, the greatest (none: no
+    bound) and the step between them; an empty tuple means any.
     """
 
     shape: Shape | int | None = None
     alone: bool = False
+    ranges: tuple[tuple[int, int | None, int], ...] = ()
 
     def __post_init__(self) -> None:
         if self.shape is not None:
             as_tuple(self, 1 if isinstance(self.shape, int) else len(self.shape), "shape")
+        if any(step < 1 for _, _, step in self.ranges):
+            raise ShapeError(f"Sizes go in steps of at least 1; received ranges={self.ranges!r}.")
+
+    def refusal(self, shape: Shape) -> str:
+        """What is wrong with an example of this shape, by axis of a batch; empty if nothing is."""
+        wrong: list[str] = []
+        for axis, (n, (least, most, step)) in enumerate(zip(shape, self.ranges, strict=False), 1):
+            if n < least or (most is not None and n > most) or (n - least) % step:
+                steps = f" in steps of {step}" * (step > 1)
+                takes = f"{least} or more" if most is None else f"{least}" if least == most else f"{least} to {most}"
+                wrong.append(f"axis {axis} takes size {takes}{steps}, received {n}")
+        return "; ".join(wrong)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,174 @@
+"""Sizes of a captured graph: its own symbols become the example's numbers, and which other sizes it takes is proven.
+
+The export leaves every size open that the module leaves open. The network that is made of the graph holds numbers, those
+of the example, and the graph's symbols say where another size would change them:
+
+    x: (N, 3, h, w)      the symbols of an input's axes, with the sizes of the example
+    h > 16, h % 8 == 0   what the module itself asked about them while it ran (guards)
+    x / (h * w)          a size among an operator's arguments: the network holds its number, so that h and w are fixed
+
+What no argument holds may differ if the shapes of all values are what the graph says, tried at other sizes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.printers import PythonPrinter
+from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
+
+from taylorfx.layers import Shape
+
+__all__ = ["Range", "Sizes"]
+
+Range = tuple[int, int | None, int]
+"""The sizes of an axis: the least, the greatest (none: no bound), and the step between them."""
+
+_SCANNED = 1024
+"""Up to which size an axis' guards are tried one by one."""
+
+
+class Sizes:
+    """The symbols of a graph's sizes. Made before the graph is read, it settles the graph: numbers for symbols."""
+
+    def __init__(self, program: ExportedProgram, inputs: Sequence[fx.Node]) -> None:
+        values = [node.meta["val"] for node in inputs]
+        self.axes = {node.name: [_expression(n) for n in node.meta["val"].shape[1:]] for node in inputs}
+        self.examples = {s for x in values for s in _symbols(x.shape[:1])}
+        self.shapes: dict[str, tuple[Any, ...]] = {}
+        """For every value of the graph, its shape in symbols."""
+        self.fixed: set[Any] = set()
+        """Symbols that an argument holds the number of."""
+        self.numbers: dict[Any, Any] = {}
+        self.env: Any = next((n.node.shape_env for x in values for n in x.shape if isinstance(n, torch.SymInt)), None)
+        if self.env is not None:
+            known = getattr(self.env, "backed_var_to_val", None) or self.env.var_to_val
+            self.numbers = {s: sympy.Integer(int(n)) for s, n in known.items() if s not in self.examples}
+            self._settle(program)
+
+    def _settle(self, program: ExportedProgram) -> None:
+        """Write the example's numbers into the graph; only the number of examples stays a symbol."""
+        nodes = list(program.graph.nodes)
+        for node in nodes:
+            value = node.meta.get("val")
+            if isinstance(value, Tensor):
+                self.shapes[node.name] = tuple(map(_expression, value.shape))
+            if node.op == "call_function" and isinstance(value, (Tensor, tuple, list)):
+                node.args, node.kwargs = fx.map_arg((node.args, dict(node.kwargs)), self._argument)
+        for node in nodes:
+            if "val" in node.meta:
+                node.meta["val"] = self._number(node.meta["val"])
+
+    def _argument(self, node: fx.Node) -> Any:
+        found = node.meta.get("val")
+        if not isinstance(found, _SYMBOLIC):
+            return node
+        self.fixed |= _symbols([found]) - self.examples
+        number = self._number(found)
+        return node if isinstance(number, _SYMBOLIC) else number
+
+    def _number(self, value: Any) -> Any:
+        if isinstance(value, _SYMBOLIC) and _symbols([value]) - self.examples:
+            expression = _expression(value).xreplace(self.numbers)
+            if expression.free_symbols:
+                return self.env.create_symintnode(expression, hint=None)
+            return value.node.pytype(expression)
+        if isinstance(value, Tensor) and any(_symbols([n]) - self.examples for n in value.shape):
+            return value.new_empty([self._number(n) for n in value.shape])
+        return type(value)(map(self._number, value)) if isinstance(value, (list, tuple)) else value
+
+    def ranges(self, shapes: Callable[[Mapping[str, Shape]], Mapping[str, Shape]]) -> dict[str, tuple[Range, ...]]:
+        """The sizes that every axis of every input takes, but for axis 0.
+
+        Args:
+            shapes: the shapes that the network gives the graph's values, for inputs of these shapes.
+        """
+        axes = list(itertools.chain(*self.axes.values()))
+        single = {
+            x for x in axes if x in self.numbers and axes.count(x) == 1
+        }  # others are equal, or parts of each other
+        single -= self.fixed | {s for x in axes if x not in self.numbers for s in _symbols([x])}
+        guards = [guard.expr.xreplace(self.env.replacements) for guard in self.env.guards] if single else []
+        free = {s: self._range(s, [g for g in guards if g.free_symbols == {s}]) for s in single}
+        for guard in guards:
+            if not self._proven(guard, free):
+                free = {s: found for s, found in free.items() if s not in guard.free_symbols}
+        for chosen in ({s} for s in tuple(free)):
+            if not self._fits(shapes, chosen, free):
+                free = {s: found for s, found in free.items() if s not in chosen}
+        if not self._fits(shapes, set(free), free):
+            free = {}
+        held = {x: (n, n, 1) for x in axes for n in [int(x.xreplace(self.numbers))]}
+        return {name: tuple({**held, **free}[x] for x in own) for name, own in self.axes.items()}
+
+    def _range(self, symbol: Any, guards: Sequence[Any]) -> Range:
+        """All sizes around the example's, in equal steps, of which the guards say what they say of the example's."""
+        bounds, here = self.env.var_to_range[symbol], int(self.numbers[symbol])
+        source = " and ".join(f"({PythonPrinter().doprint(guard)})" for guard in guards) or "True"
+        told = eval(f"lambda {symbol}: {source}", {"math": math})  # noqa: S307, torch's own guards as torch prints them
+        least = max(int(bounds.lower), here - _SCANNED)
+        most = None if bounds.upper in (int_oo, sympy.oo) else int(bounds.upper)
+        last = here + _SCANNED if most is None else min(most, here + _SCANNED)
+        step = next((d for d in range(1, _SCANNED) if here + d <= last and told(here + d)), 0)
+        step = step or next((d for d in range(1, _SCANNED) if here - d >= least and told(here - d)), 0)
+        if not step:
+            return here, here, 1
+        down = sum(1 for _ in itertools.takewhile(told, range(here - step, least - 1, -step)))
+        up = sum(1 for _ in itertools.takewhile(told, range(here + step, last + 1, step)))
+        beyond = most is None and here + (up + 1) * step > last
+        if beyond and not all(told(here + step * 2**k) for k in range(10, 24)):
+            beyond = False
+        return here - down * step, None if beyond else here + up * step, step
+
+    def _proven(self, guard: Any, free: Mapping[Any, Range]) -> bool:
+        """A guard on several sizes says the same at all that they may be."""
+        several = guard.free_symbols & free.keys()
+        if not several or guard.free_symbols == several and len(several) == 1:
+            return True
+        ranges = {s: ValueRanges(a, int_oo if b is None else b) for s, (a, b, _) in free.items()}
+        ranges |= {s: ValueRanges(n, n) for s, n in self.numbers.items() if s not in free}
+        ranges |= {s: self.env.var_to_range[s] for s in self.examples}
+        found = bound_sympy(guard, ranges)
+        return bool(found.is_singleton() and found.lower == sympy.true)
+
+    def _fits(self, shapes: Any, chosen: set[Any], free: Mapping[Any, Range]) -> bool:
+        """At other sizes, the network's shapes are the graph's."""
+        if not chosen:
+            return True
+        for rank in (1, 3):
+            sizes = dict(self.numbers)
+            for k, s in enumerate(sorted(chosen, key=str)):
+                least, most, step = free[s]
+                other = sizes[s] + step * (rank + k)
+                sizes[s] = sympy.Integer(other) if most is None or other <= most else sympy.Integer(least)
+            sizes |= dict.fromkeys(self.examples, sympy.Integer(1))
+            wanted = {
+                name: tuple(int(_expression(n).xreplace(sizes)) for n in shape) for name, shape in self.shapes.items()
+            }
+            try:
+                found = shapes({name: wanted[name][1:] for name in self.axes})
+            except ValueError:
+                return False
+            if any(found.get(name, shape) != shape for name, shape in wanted.items()):
+                return False
+        return True
+
+
+_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+def _expression(value: Any) -> Any:
+    """A size in sympy."""
+    return value.node.expr if isinstance(value, _SYMBOLIC) else sympy.sympify(value)
+
+
+def _symbols(values: Iterable[Any]) -> set[Any]:
+    return {s for value in values for s in _expression(value).free_symbols}

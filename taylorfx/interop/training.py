@@ -1,0 +1,260 @@
+"""What training does beyond inference: a module is captured in inference, and compared with itself in training.
+
+Both graphs are walked side by side. What training alone does has to be one of a few things, which are then written into
+the graph of inference as operators of our own (they pass their input on, and `run_decompositions` leaves them alone):
+
+    x -> dropout(x)                     torch's dropouts, over positions, maps or whole examples
+    x -> x * bernoulli((N, 1, 1)) / p   stochastic depth
+    attention(..., dropout_p)           dropout of attention weights, a number of the operator
+    W -> W / sigma(W)                   spectral norm, whose power iteration moves its vectors
+
+Everything else is named to the caller: the copy of the module then trains there as it infers.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections import deque
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.nn.utils import parametrizations
+from torch.nn.utils.spectral_norm import SpectralNorm
+
+__all__ = ["Difference", "align", "twin"]
+
+
+class Difference(Exception):
+    """What the module does in training, and its copy does not."""
+
+
+# Operators that say in a graph of inference what training does. They survive every decomposition.
+_OPERATORS = torch.library.Library("taylorfx", "DEF")
+_OPERATORS.define("dropout(Tensor x, float p, int[]? alone, bool alpha) -> Tensor")
+_OPERATORS.define(
+    "spectral_norm(Tensor weight, Tensor u, Tensor v, int dim, int steps, float eps, bool left) -> Tensor"
+)
+_OPERATORS.impl("dropout", lambda x, p, alone, alpha: x.clone(), "CompositeExplicitAutograd")
+_OPERATORS.impl(
+    "spectral_norm", lambda weight, u, v, dim, steps, eps, left: weight.clone(), "CompositeExplicitAutograd"
+)
+
+_DROPOUTS: Mapping[str, tuple[tuple[int, ...] | None, bool]] = {
+    "dropout": (None, False),
+    "dropout_": (None, False),
+    "feature_dropout": ((0, 1), False),
+    "feature_dropout_": ((0, 1), False),
+    "alpha_dropout": (None, True),
+    "alpha_dropout_": (None, True),
+    "feature_alpha_dropout": ((0, 1), True),
+    "feature_alpha_dropout_": ((0, 1), True),
+}
+"""Torch's dropouts: along which axes every position draws for itself (none: all), and whether scale is kept."""
+
+_TRAINS: Mapping[str, tuple[int, ...]] = {
+    **dict.fromkeys(_DROPOUTS, (2,)),
+    "batch_norm": (5, 6),
+    "instance_norm": (5, 6),
+    "lstm": (6,),
+    "gru": (6,),
+    "rnn_tanh": (6,),
+    "rnn_relu": (6,),
+    "scaled_dot_product_attention": (4,),
+}
+"""Arguments in which an operator may differ in training: a flag, a momentum, a probability of dropout."""
+
+
+def _parametrized(norm: Any, weight: Tensor) -> Tensor:
+    """Torch's spectral norm, a parametrization, as one operator."""
+    found: Tensor = torch.ops.taylorfx.spectral_norm(
+        weight, norm._u, norm._v, norm.dim, norm.n_power_iterations, norm.eps, True
+    )
+    return found
+
+
+def _hooked(norm: Any, module: nn.Module, inputs: Any) -> None:
+    """Torch's older spectral norm, a hook before the module runs, as one operator."""
+    weight, u, v = (getattr(module, f"{norm.name}_{part}") for part in ("orig", "u", "v"))
+    value = torch.ops.taylorfx.spectral_norm(weight, u, v, norm.dim, norm.n_power_iterations, norm.eps, False)
+    setattr(module, norm.name, value)
+
+
+def twin(module: nn.Module) -> nn.Module:
+    """A copy of the module that shares its tensors, in which spectral norms are operators."""
+    shared: dict[int, Any] = {id(t): t for t in (*module.parameters(), *module.buffers())}
+    for part in module.modules():  # tensors that were computed, as older weight norms keep them
+        shared |= {id(x): x for x in vars(part).values() if isinstance(x, Tensor)}
+    other = copy.deepcopy(module, shared)
+    for part in other.modules():
+        if isinstance(part, parametrizations._SpectralNorm) and hasattr(part, "_u"):
+            part.forward = partial(_parametrized, part)  # type: ignore[method-assign]
+        for key, hook in part._forward_pre_hooks.items():
+            if isinstance(hook, SpectralNorm):
+                part._forward_pre_hooks[key] = partial(_hooked, hook)
+    return other
+
+
+def align(inference: ExportedProgram, training: ExportedProgram | None) -> None:
+    """Write into the graph of inference what training does beyond it.
+
+    Raises:
+        Difference: naming the first place where training does what cannot be written; what comes before it is.
+    """
+    try:
+        if training is not None:
+            _Pair(inference, training).walk()
+    finally:
+        for node in list(inference.graph.nodes):
+            if _name(node) in _DROPOUTS and not node.args[2]:  # one that is never off is no matter of training
+                alone, alpha = _DROPOUTS[_name(node)]
+                _insert(inference.graph, node, node.args[0], (node.args[1], alone, alpha))
+                inference.graph.erase_node(node)
+
+
+def _insert(graph: fx.Graph, node: fx.Node, x: fx.Node, arguments: tuple[Any, ...]) -> fx.Node:
+    """Our dropout of ``x`` in the place of a node, which may have written on ``x`` itself."""
+    with graph.inserting_after(node):
+        ours = graph.call_function(torch.ops.taylorfx.dropout.default, (x, *arguments))
+    ours.meta = dict(node.meta)
+    node.replace_all_uses_with(ours)
+    if _name(node).endswith("_"):
+        behind = set(graph.nodes) - set(itertools.takewhile(lambda n: n is not ours, graph.nodes)) - {ours}
+        x.replace_all_uses_with(ours, delete_user_cb=behind.__contains__)
+    return ours
+
+
+class _Pair:
+    """Walks the two graphs; ``seen`` says which value of inference stands for one of training."""
+
+    def __init__(self, inference: ExportedProgram, training: ExportedProgram) -> None:
+        self.inference, self.training = inference, training
+        self.seen: dict[Any, fx.Node] = {}
+        self.noise: dict[Any, tuple[float, tuple[Any, ...]]] = {}
+        """Noise of training, ``bernoulli(shape) / keep``: the probability to keep, and the shape."""
+        self.noisy: dict[Any, fx.Node] = {}
+        """Values that training multiplies by noise, and what stands for them in inference."""
+
+    def walk(self) -> None:
+        places = {_home(item): node for item, node in _inputs(self.inference)}
+        self.seen = {node: places[_home(item)] for item, node in _inputs(self.training) if _home(item) in places}
+        waiting = deque(node for node in self.inference.graph.nodes if _computes(node))
+        for node in self.training.graph.nodes:
+            if not _computes(node):
+                continue
+            if waiting and self._same(node, waiting[0]):
+                self.seen[node] = waiting.popleft()
+                self._follow(node, self.seen[node])
+            elif not (self._counts(node) or self._draws(node) or self._multiplies(node)):
+                raise Difference(_place(node))
+        if waiting:
+            raise Difference(_place(waiting[0]))
+        one, other = (next(reversed(p.graph.nodes)) for p in (self.training, self.inference))
+        if not self._equal(one.args, other.args):
+            raise Difference("its outputs")
+        self._follow(one, other)
+
+    def _same(self, node: fx.Node, other: fx.Node) -> bool:
+        """The same operator on the same values, but for what it is told of training."""
+        free, name = _TRAINS.get(_name(node), ()), _name(node)
+        if node.target != other.target:
+            return False
+        one, two = _filled(node), _filled(other)
+        if not all(k in free or self._equal(a, b) for k, (a, b) in enumerate(zip(one, two, strict=True))):
+            return False
+        if name == "scaled_dot_product_attention":
+            other.args, other.kwargs = (*two[:4], one[4], *two[5:6]), dict(zip(("scale", "enable_gqa"), two[6:]))
+        return name not in ("batch_norm", "instance_norm") or bool(one[5])
+
+    def _equal(self, one: Any, other: Any) -> bool:
+        if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+            return len(one) == len(other) and all(map(self._equal, one, other))
+        if isinstance(one, fx.Node) and isinstance(other, fx.Node):
+            value = one.meta.get("val")
+            if isinstance(value, torch.SymInt):
+                return str(value) == str(other.meta.get("val"))
+            return self.seen.get(one) is other
+        return type(one) is type(other) and bool(one == other)
+
+    def _follow(self, node: fx.Node, other: fx.Node) -> None:
+        """What training reads behind noise, inference reads behind the dropout that stands for it."""
+        if any(x in self.noisy for x in node.all_input_nodes):
+            other.args = self._behind(node.args, other.args)
+
+    def _behind(self, one: Any, other: Any) -> Any:
+        if isinstance(one, (list, tuple)):
+            return type(other)([self._behind(a, b) for a, b in zip(one, other, strict=True)])
+        return self.noisy.get(one, other) if isinstance(one, fx.Node) else other
+
+    def _counts(self, node: fx.Node) -> bool:
+        """A batch norm counts its batches."""
+        x: Any = node.args[0] if node.args else None
+        return _name(node) == "add_" and isinstance(x, fx.Node) and x.op == "placeholder" and x.meta["val"].ndim == 0
+
+    def _draws(self, node: fx.Node) -> bool:
+        """A step of drawing noise."""
+        name, (x, *rest) = _name(node), node.args or (None,)
+        if name in ("empty", "new_empty"):
+            self.noise[node] = 1.0, tuple(rest[0] if rest else x)
+        elif x in self.noise and name in ("bernoulli_", "bernoulli") and rest:
+            self.noise[node] = rest[0], self.noise[x][1]
+        elif x in self.noise and name in ("div_", "div") and rest == [self.noise[x][0]]:
+            self.noise[node] = self.noise[x]
+        else:
+            return False
+        return True
+
+    def _multiplies(self, node: fx.Node) -> bool:
+        """Values times noise that keeps whole examples, maps or positions."""
+        pair: Any = node.args[:2]
+        if _name(node) not in ("mul", "mul_") or len(pair) < 2 or pair[1] not in self.noise or pair[0] not in self.seen:
+            return False
+        (keep, shape), x = self.noise[pair[1]], self.noisy.get(pair[0], self.seen[pair[0]])
+        sizes = x.meta["val"].shape
+        if len(shape) != len(sizes) or not isinstance(keep, float):
+            return False
+        alone = [k for k, (one, n) in enumerate(zip(shape, sizes, strict=True)) if one != 1 or n == 1]
+        with (graph := self.inference.graph).inserting_after(x):
+            ours = graph.call_function(torch.ops.taylorfx.dropout.default, (x, 1 - keep, alone, False))
+        ours.meta = dict(x.meta)
+        self.seen[node], self.noisy[node] = self.seen[pair[0]], ours
+        return True
+
+
+def _computes(node: fx.Node) -> bool:
+    """The node gives tensors, and no sizes."""
+    return node.op == "call_function" and isinstance(node.meta.get("val"), (Tensor, tuple, list))
+
+
+def _name(node: fx.Node) -> str:
+    return str(node.target).removeprefix("aten.").split(".")[0]
+
+
+def _inputs(program: ExportedProgram) -> list[tuple[Any, fx.Node]]:
+    nodes = {node.name: node for node in program.graph.nodes}
+    return [(item, nodes[item.arg.name]) for item in program.graph_signature.input_specs if item.arg.name in nodes]
+
+
+def _home(item: Any) -> tuple[Any, str]:
+    """What an input of a graph is: one of the module's own tensors, or an argument."""
+    return item.kind, item.target or item.arg.name
+
+
+def _filled(node: fx.Node) -> tuple[Any, ...]:
+    """All arguments of an operator in their order, the defaults filled in."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return (*node.args, *node.kwargs.values())
+    rest = schema.arguments[len(node.args) :]
+    return (*node.args, *(node.kwargs.get(a.name, a.default_value) for a in rest))
+
+
+def _place(node: fx.Node) -> str:
+    """Where in the module a node comes from, and what it is."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next((path for path, _ in reversed(stack.values())), "") if stack else ""
+    return f"{path or 'the module itself'} ({str(node.target)})"
