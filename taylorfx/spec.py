@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from taylorfx import axes as language
+from taylorfx.interface import Interface
 from taylorfx.labels import Ties
 from taylorfx.layers import Input, Layer, Shape, ShapeError
 from taylorfx.sizes import propagate
@@ -80,7 +81,7 @@ class Spec:
     """A network: nodes in the order of evaluation, and the names of those whose values it gives out.
 
     Immutable, hashable, comparable; ``print(spec)`` shows it as a table. One output is given out as a tensor, several
-    as a tuple; with ``keys``, one for each, as a dict.
+    as a tuple; with ``keys``, one for each, as a dict. ``interface`` is what a captured module is beyond its nodes.
 
     Raises:
         SpecError: for duplicate names, inputs that no node has, or a cycle: all of them at once.
@@ -89,6 +90,7 @@ class Spec:
     nodes: tuple[Node, ...]
     outputs: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
+    interface: Interface | None = None
 
     def __post_init__(self) -> None:
         nodes = tuple(self.nodes)
@@ -174,7 +176,7 @@ class Spec:
                 f"received {len(shapes)}."
             )
         declared = dict(zip(names, shapes, strict=True))
-        made = {n.name: replace(n, layer=replace(n.layer, shape=declared[n.name])) for n in self.inputs}  # type: ignore[type-var]
+        made = {n.name: replace(n, layer=replace(n.layer, shape=declared[n.name])) for n in self.inputs}  # type: ignore[call-arg]
         return replace(self, nodes=tuple(made.get(n.name, n) for n in self.nodes))
 
 
@@ -418,8 +420,9 @@ def _explain(params: Params, spec: Spec, values: Mapping[str, Any], node: Node, 
 
 
 def partition(params: Params, spec: Spec) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Separate what is trained from what is not (running statistics); `combine` puts them back together."""
-    buffers = {node.path(leaf) for node in spec.nodes for leaf in node.layer.buffers}
+    """Separate what is trained from what is not (running statistics, frozen parameters); `combine` joins them again."""
+    buffers = {*(spec.interface.frozen if spec.interface else ())}
+    buffers |= {node.path(leaf) for node in spec.nodes for leaf in node.layer.buffers}
     leaves = flatten(params)
     return (
         unflatten((path, leaf) for path, leaf in leaves.items() if path not in buffers),

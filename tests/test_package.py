@@ -18,7 +18,7 @@ ROOT = Path(tfx.__file__).parent
 
 # The pipeline: a module imports from earlier stages only.
 STAGES = (
-    {"tree", "axes", "text", "statistics"},
+    {"tree", "axes", "text", "statistics", "interface"},
     {"layers"},
     {"limits"},
     {"labels"},

@@ -74,7 +74,7 @@ WRONG = {
     "a text": ('"x"', "received a text"),
     "nothing": ("{}", "nodes: missing\n  outputs: missing\n  nodes: a network has 1 to .* nodes; received 0"),
     "null for nodes": ('{"nodes": null, "outputs": []}', "nodes: a list; received null"),
-    "an unknown entry": (document(X, gates=1), "gates: not known here; known are version, nodes, outputs, keys"),
+    "an unknown entry": (document(X, gates=1), "gates: not known here; known are version, nodes, outputs, keys, in"),
     "an entry twice": ('{"nodes": [], "nodes": []}', "'nodes' is there twice"),
     "a node that is none": (document(X, 3), r"nodes\[1\]: an object; received a whole number"),
     "a node without a layer": (document({"name": "x"}), r"nodes\[0\].layer: missing\n  nodes\[0\].fields: missing"),
@@ -108,6 +108,13 @@ WRONG = {
     "inputs that are a text": (document(X, {**RELU, "inputs": "x"}), r"nodes\[1\].inputs: a list; received a text"),
     "an output of no node": (document(X, outputs=["y"]), r"outputs\[0\]: no node is named 'y'"),
     "keys of no output": (document(X, outputs=["x"], keys=["a", "b"]), "keys: one for each output, 1; received 2"),
+    "a call that is a list": (document(X, interface=[]), "interface: an object"),
+    "a call of other entries": (document(X, interface={"forward": "exec"}), "interface: .*'forward'"),
+    "an argument of no input": (
+        document(X, interface={"arguments": [{"name": "x", "inputs": [["", "y"]]}]}), "no Input node is named 'y'",
+    ),
+    "steps of none": (document({**X, "fields": {"shape": [3], "ranges": [[1, None, 0]]}}), "in steps of at least 1"),
+    "an input's dtype": (document({**X, "fields": {"shape": [3], "dtype": "ops"}}), "one of torch's dtypes"),
     "a cycle": (document(X, {**RELU, "inputs": ["r"]}), "nodes: .*'r' lie on or behind a cycle"),
     "paths that are a number": (document(X, {**RELU, "params": 3}), r"nodes\[1\].params: the path"),
     "paths in one": (
@@ -333,7 +340,7 @@ def test_a_spec_that_is_no_json_is_not_written():
 
 # Mutated documents.
 
-CAPTURED = ("where", "grid", "best in space", "last state", "upsampled", "looked up by example", "weight norm", "gru")
+CAPTURED = ("where", "best in space", "last state", "looked up by example")
 
 
 @functools.cache

@@ -271,6 +271,32 @@ def tied():
     return params, spec, tfx.Plan(tfx.couple(params, spec), [True, False, True])
 
 
+class Tied(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.mix = torch.nn.Embedding(7, 4), torch.nn.Linear(4, 4)
+        self.head = torch.nn.Linear(4, 7, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens):
+        return self.head(self.mix(self.embed(tokens)).relu())
+
+
+@pytest.mark.parametrize("left_out", ["embed.weight", "head.weight", ""])
+def test_a_checkpoint_of_a_tied_module_is_cut_under_the_names_that_it_has(left_out, tmp_path):
+    module, tokens = Tied().eval(), torch.randint(7, (3, 5))
+    params, spec = tfx.from_torch(module, tokens)
+    leaves = {name: leaf.clone() for name, leaf in module.state_dict().items() if name != left_out}
+    coupling = tfx.couple(params, spec)
+    plan = tfx.Plan(coupling, torch.arange(len(coupling)).ne(1).numpy())
+    tfx.cut_file(written(tmp_path / "whole", leaves, {"format": "pt"}), tmp_path / "small", plan)
+    found = safetensors.torch.load_file(tmp_path / "small")
+    assert found.keys() == leaves.keys()
+    small = tfx.to_torch(tfx.cut(params, plan), plan.spec).state_dict()
+    assert all(torch.equal(leaf, small[name]) for name, leaf in found.items())
+    assert_trees_equal(tfx.load(tmp_path / "small")[0], tfx.cut(params, plan))
+
+
 @pytest.mark.parametrize("names", [("embed.weight",), ("head.weight",), ("embed.weight", "head.weight")])
 def test_a_tied_tensor_is_cut_under_any_of_its_names(names, tmp_path):
     params, _, plan = tied()

@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind, OutputKind
 
+from taylorfx.interop.calls import dotted, off_path, read_interface
 from taylorfx.interop.convert import RULES, Convert, Unmapped
 from taylorfx.interop.operators import CONVERTERS
 from taylorfx.interop.sizes import Sizes
@@ -70,7 +71,7 @@ def from_torch(
     # An example of one would be taken for a constant: two of it say the same.
     several = _each_tensor(lambda x: x.repeat(2, *[1] * (x.ndim - 1)) if len(x) == 1 else x, (args, kwargs))
     try:
-        return _network(original, several)
+        network = _network(original, several)
     except Exception as error:  # torch.export raises whatever the module's own code raises
         try:
             network = _network(original, _each_tensor(lambda x: x[:1], (args, kwargs)), alone=True)
@@ -81,7 +82,13 @@ def from_torch(
             f"{_first_line(error)}",
             stacklevel=2,
         )
-        return network
+    if unused := off_path(module, network[1].shapes):
+        warnings.warn(
+            f"{type(module).__name__} does not use all of its parameters in inference; no part of the network, nor of "
+            f"what to_torch gives back without `like`: {', '.join(unused)}.",
+            stacklevel=2,
+        )
+    return network
 
 
 def _arguments(inputs: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -129,7 +136,7 @@ def _network(module: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]],
             part.momentum = None
     with torch.no_grad(), _quiet():
         program = program.run_decompositions({})
-    network = _Reader(program, alone=alone, cumulative=frozenset(tracked)).read()
+    network = _Reader(program, alone=alone, cumulative=frozenset(tracked)).read(module)
     if said:
         warnings.warn(
             f"{type(module).__name__} does something else in training than in inference, at {said}: its copy trains "
@@ -151,7 +158,7 @@ def _each_tensor(function: Any, tree: Any) -> Any:
 def _refuse(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Refuse what could be captured wrongly or not at all, all of it at once."""
     leaves = torch.utils._pytree.tree_flatten_with_path((args, kwargs))[0]
-    inputs = {f"input {_dotted(path[1:])}": x for path, x in leaves if isinstance(x, Tensor)}
+    inputs = {f"input {dotted(path[1:])}": x for path, x in leaves if isinstance(x, Tensor)}
     if not inputs:
         raise CaptureError("from_torch runs the module on an example; received no tensor. Pass example inputs.")
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers()), **inputs}
@@ -234,12 +241,6 @@ def _first_line(error: Exception) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _dotted(path: Sequence[Any]) -> str:
-    """The place of a leaf in a tree: ``hidden_states.0``."""
-    names = ("key", "idx", "name")  # of an entry of a dict, a sequence, a dataclass
-    return ".".join(str(next(getattr(key, name) for name in names if hasattr(key, name))) for key in path)
-
-
 class _Reader:
     """Walks an exported graph in its order and writes nodes."""
 
@@ -252,7 +253,7 @@ class _Reader:
         """The tensors that the module takes; numbers and None are in the graph."""
         self.sizes = Sizes(program, self.given)
 
-    def read(self) -> tuple[Params, Spec]:
+    def read(self, module: nn.Module) -> tuple[Params, Spec]:
         self._inputs()
         for node in self.program.graph.nodes:
             if node.op == "call_function":
@@ -268,6 +269,7 @@ class _Reader:
         nodes = tuple(node for node in self.convert.nodes if node.name in used or isinstance(node.layer, Input))
         named = all(isinstance(key, str) for key in outputs)
         spec = Spec(nodes, tuple(outputs.values()), tuple(map(str, outputs)) if named else ())
+        spec = replace(spec, interface=read_interface(module, self.program, self.convert.names, spec))
         wanted = set(spec.shapes)
         leaves = {path: self.convert.tensors[path] for path in self.convert.tensors if path in wanted}
         return unflatten(leaves), self._sized(spec)
@@ -320,7 +322,7 @@ class _Reader:
         if not leaves:
             raise CaptureError("A captured module gives out at least one tensor; this one gives out none.")
         named = isinstance(tree, Mapping) or is_dataclass(tree)
-        found = {_dotted(path) if named else k: self.convert.names.get(x) for k, (path, x) in enumerate(leaves)}
+        found = {dotted(path) if named else k: self.convert.names.get(x) for k, (path, x) in enumerate(leaves)}
         missing = [str(key) for key, name in found.items() if name is None]
         if missing:
             raise CaptureError(f"A captured module computes what it gives out; {', '.join(missing)} is a parameter.")

@@ -61,7 +61,9 @@ class Convert:
         shape, axis = measured(node)
         if axis != 0 and not self.alone:
             raise ValueError(f"{node.name} does not have the examples along axis 0")
-        self.add(node, L.Input(shape[1:], self.alone), ())
+        dtype = node.meta["val"].dtype
+        named = None if dtype.is_floating_point else str(dtype).removeprefix("torch.")
+        self.add(node, L.Input(shape[1:], self.alone, dtype=named), ())
         if axis == 0 and self.reference is None:
             self.reference = self.names[node.name]
 

@@ -178,7 +178,7 @@ def _other_names(spec: Spec, metadata: Mapping[str, str]) -> dict[str, str]:
     for node in spec.nodes:
         for leaf, path in node.paths.items():
             names[node.name if node.layer.leaf else f"{node.name}.{leaf}"] = path
-    for second, first in getattr(getattr(spec, "interface", None), "ties", ()):  # one tensor, or one submodule
+    for second, first in spec.interface.ties if spec.interface else ():  # one tensor, or one submodule
         names |= {f"{second}{x[len(first) :]}": x for x in spec.shapes if x == first or x.startswith(f"{first}.")}
     for left_out, name in metadata.items():
         path = names.get(left_out, left_out)

@@ -14,10 +14,11 @@ import types
 import typing
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, asdict, fields
 from functools import cache
 from typing import Any
 
+from taylorfx.interface import Interface
 from taylorfx.labels import Ties
 from taylorfx.layers import LAYERS, Input, Layer, ShapeError, kind
 from taylorfx.layers.operators import admitted, operator
@@ -62,7 +63,8 @@ def to_json(spec: Spec) -> str:
         nodes.append({**entry, "params": node.params} if node.params is not None else entry)
     if errors:
         raise SpecError("A document holds numbers, texts and tuples of them; received:\n  " + "\n  ".join(errors))
-    return json.dumps({"version": VERSION, "nodes": nodes, "outputs": spec.outputs, "keys": spec.keys})
+    own = {"interface": asdict(spec.interface)} if spec.interface else {}
+    return json.dumps({"version": VERSION, "nodes": nodes, "outputs": spec.outputs, "keys": spec.keys, **own})
 
 
 def from_json(text: str, *, operators: Collection[str] = ()) -> Spec:
@@ -144,7 +146,7 @@ class _Reader:
         if problem := _depth(data):
             self.wrong("", problem)
             return None
-        self.entries(data, "", ("version", "nodes", "outputs", "keys"), ("nodes", "outputs"))
+        self.entries(data, "", ("version", "nodes", "outputs", "keys", "interface"), ("nodes", "outputs"))
         entries = self.listed(data, "nodes", "")
         if not 0 < len(entries) <= NODES:
             self.wrong("nodes", f"a network has 1 to {NODES:,} nodes; received {len(entries):,}")
@@ -153,11 +155,12 @@ class _Reader:
         if keys and len(keys) != len(outputs):
             self.wrong("keys", f"one for each output, {len(outputs)}; received {len(keys)}")
         nodes = [self.node(entry, f"nodes[{k}]") for k, entry in enumerate(entries)]
+        interface = self.interface(data["interface"], nodes) if "interface" in data else None
         self.graph(nodes, outputs)
         if self.errors:
             return None
         try:
-            return self.whole(Spec(tuple(node for node in nodes if node is not None), outputs, keys), nodes)
+            return self.whole(Spec(tuple(n for n in nodes if n is not None), outputs, keys, interface), nodes)
         except SpecError as error:
             self.wrong("nodes", str(error))
             return None
@@ -192,6 +195,18 @@ class _Reader:
         for place, name in [*places, *((f"outputs[{k}]", name) for k, name in enumerate(outputs))]:
             if name not in first:
                 self.wrong(place, f"no node is named {_short(name)}")
+
+    def interface(self, data: Any, nodes: list[Node | None]) -> Interface | None:
+        """How the network is called as a module."""
+        found: Any = _failure(lambda: Interface.from_data(data)) if isinstance(data, dict) else "an object"
+        if isinstance(found, str):
+            self.wrong("interface", found)
+            return None
+        assert isinstance(found, Interface)
+        inputs = {node.name for node in nodes if node is not None and isinstance(node.layer, Input)}
+        if None not in nodes and (strange := sorted(found.inputs - inputs)):
+            self.wrong("interface.arguments", f"no Input node is named {', '.join(map(_short, strange))}")
+        return found
 
     # Parts of a document.
 
