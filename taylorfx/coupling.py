@@ -25,6 +25,7 @@ from scipy.sparse.csgraph import connected_components
 from taylorfx.axes import Signature, expand
 from taylorfx.labels import EXAMPLE, Bound, Labeled, Labels, Site, Ties, length
 from taylorfx.layers import Shape
+from taylorfx.limits import Room
 from taylorfx.spec import Node, Spec, check, propagate
 from taylorfx.tree import Params
 from taylorfx.weights import of_weights
@@ -158,7 +159,7 @@ def couple(params: Params, spec: Spec) -> Coupling:
         ShapeError: if an input's shape is not declared, or the layers do not fit each other.
     """
     check(params, spec)
-    ties = Ties()
+    ties = Ties(room=Room.beside(spec.shapes.values()))
     bounds = propagate(spec, ties)
     for name in spec.outputs:
         for axis in bounds[name].output:
@@ -271,10 +272,11 @@ class _Solver:
         exact = ~inexact[units]
         exact[np.concatenate([np.zeros(0, np.int64), *looked])] = False
         found = [
-            units_of[k] if k in units_of else np.full((1, length(axis)), -1)
+            units_of[k] if k in units_of else np.broadcast_to(np.int64(-1), (1, length(axis)))
             for k, axis in enumerate(self.columns[:axes])
         ]
-        keys = [(len(axis), axis.tobytes()) for axis in found]  # other labels may be the same units
+        # Other labels may be the same units; an axis without any is told by its length.
+        keys = [(len(axis), axis.tobytes() if k in units_of else axis.size) for k, axis in enumerate(found)]
         different = dict(zip(keys, found, strict=True))
         place = {key: k for k, key in enumerate(different)}
         axis_of = {axis: place[keys[k]] for axis, k in shown.items()}
@@ -308,6 +310,7 @@ class _Solver:
             key = tuple([value for f in axis for value in (f.size, id(f.labels))])
             numbers[identity] = number = self.table.setdefault(key, len(self.columns))
             if number == len(self.columns):
+                self.ties.room.take(sum(length(axis) for f in axis if f.labels is not None))
                 self.columns.append(axis)
         return numbers
 
@@ -357,7 +360,7 @@ class _Solver:
         owners: list[int] = []
         for column, axis in enumerate(self.columns):
             size = inner = length(axis)
-            for factor in axis:
+            for factor in axis if size else ():
                 inner //= factor.size
                 if factor.labels is not None and factor.labels is not EXAMPLE:
                     labels = factor.labels if inner == 1 else np.repeat(factor.labels, inner)

@@ -320,8 +320,11 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
     ),
     "a layer class that is not known": (
         lambda: tfx.from_json(tfx.to_json(W.spec).replace('"Conv2d"', '"Conv9d"').replace('"ReLU"', '"mine.ReLU"')),
-        tfx.SpecError,
-        "A spec is read with its layer classes at hand; not known: Conv9d, mine.ReLU. Import them.",
+        tfx.FileError,
+        "This document is no network's:\n"
+        "  nodes[1].layer: not known: 'Conv9d'. Import the class before, or update taylorfx\n"
+        "  nodes[3].layer: not known: 'mine.ReLU'. Import the class before, or update taylorfx\n"
+        "  nodes[4].layer: not known: 'Conv9d'. Import the class before, or update taylorfx",
     ),
     "dropout without a generator": (
         lambda: tfx.train(W.params, W.spec, W.x),

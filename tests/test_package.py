@@ -20,7 +20,9 @@ ROOT = Path(tfx.__file__).parent
 STAGES = (
     {"tree", "axes", "text", "statistics", "interface"},
     {"layers"},
+    {"limits"},
     {"labels"},
+    {"sizes"},
     {"spec"},
     {"build", "fold", "weights"},
     {"coupling"},
@@ -180,7 +182,7 @@ def test_importing_it_is_light() -> None:
     new = modules_after("import taylorfx") - modules_after("import torch, optree, scipy.sparse.csgraph")
     assert not new & {"matplotlib", "pytest", "hypothesis", "rich", "sklearn", "taylorfx.testing"}
     assert {name.partition(".")[0] for name in new} <= {"taylorfx", "safetensors", "graphlib"}
-    assert len(new) < 50, sorted(new)
+    assert len(new) < 60, sorted(new)
 
 
 def test_it_ships_its_types_and_its_version() -> None:

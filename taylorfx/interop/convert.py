@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from taylorfx import layers as L
 from taylorfx.layers import Layer, Shape
-from taylorfx.layers.tensor import COUNT, DTYPE, SLOT
+from taylorfx.layers.operators import COUNT, DTYPE, SLOT
 from taylorfx.spec import Node
 
 __all__ = ["Convert", "Unmapped", "argument", "measured", "tensor_node"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from taylorfx.layers.base import Layer, Leaves, Shape, uniform
+from taylorfx.layers.base import Layer, Leaves, Shape, ShapeError, uniform
 
 __all__ = ["GRU", "LSTM", "RNN"]
 
@@ -34,6 +34,10 @@ class _Recurrent(Layer):
     multiplies: ClassVar[tuple[str, ...]] = ("T D G H i", "T D G H J", "T D G H E M", "T D G H J M")
     parts: ClassVar[int] = 1
     """How many matrices of ``hidden_size`` rows lie above each other: one per gate."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_layers <= 1000:
+            raise ShapeError(f"{type(self).__name__} has 1 to 1,000 layers; received num_layers={self.num_layers}.")
 
     def _suffixes(self, *layers: int) -> list[str]:
         ways = ("", "_reverse") if self.bidirectional else ("",)
@@ -135,6 +139,11 @@ class RNN(_Recurrent):
     """``torch.nn.RNN``: its sequence of states."""
 
     nonlinearity: str = "tanh"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise ShapeError(f"RNN has the nonlinearity 'tanh' or 'relu'; received {self.nonlinearity!r}.")
 
     def _function(self) -> Any:
         return {"tanh": torch.rnn_tanh, "relu": torch.rnn_relu}[self.nonlinearity]

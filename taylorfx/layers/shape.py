@@ -39,6 +39,8 @@ class Input(Layer):
     def __post_init__(self) -> None:
         if self.shape is not None:
             as_tuple(self, 1 if isinstance(self.shape, int) else len(self.shape), "shape")
+        if any(step < 1 for _, _, step in self.ranges):
+            raise ShapeError(f"Sizes go in steps of at least 1; received ranges={self.ranges!r}.")
         if self.dtype is not None and not isinstance(getattr(torch, str(self.dtype), None), torch.dtype):
             raise ShapeError(
                 f"Input takes the name of one of torch's dtypes, such as 'int64'; received {self.dtype!r}."
