@@ -23,6 +23,7 @@ from taylorfx.build import concat, inline, multihead_attention, residual, serial
 from taylorfx.cost import Cost, Timings, flops, memory, parameters
 from taylorfx.coupling import Coupling, Place, couple
 from taylorfx.criteria import (
+    Needs,
     activation_mean,
     activation_std,
     apoz,
@@ -67,13 +68,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Budget", "BudgetError", "CaptureError", "Cost", "Coupling", "Fidelity", "Flops", "Interval", "Latency",
-    "LeastSquares", "LikeError", "Means", "Measured", "Memory", "Moments", "Node", "Oracle", "Order", "Parameters",
-    "Params", "Place", "Plan", "PlanError", "Remove", "Repair", "SelectionError", "Spec", "SpecError", "Statistics",
-    "Timings", "Units", "Value", "activation_mean", "activation_std", "apoz", "apply", "balance", "batchnorm_scale",
-    "check", "combine", "compat", "compensate", "compose", "concat", "couple", "cross_entropy", "curvature", "cut",
-    "cut_file", "derivatives", "distributed", "exact_second_order", "expand", "expected_change", "fidelity",
-    "fisher", "flatten", "flops", "fold", "from_json", "from_torch", "gated_loss", "gates", "gradient", "init",
-    "inline", "iterate", "joint", "layers", "load", "means", "measure", "memory", "multihead_attention",
+    "LeastSquares", "LikeError", "Means", "Measured", "Memory", "Moments", "Needs", "Node", "Oracle", "Order",
+    "Parameters", "Params", "Place", "Plan", "PlanError", "Remove", "Repair", "SelectionError", "Spec", "SpecError",
+    "Statistics", "Timings", "Units", "Value", "activation_mean", "activation_std", "apoz", "apply", "balance",
+    "batchnorm_scale", "check", "combine", "compat", "compensate", "compose", "concat", "couple", "cross_entropy",
+    "curvature", "cut", "cut_file", "derivatives", "distributed", "exact_second_order", "expand", "expected_change",
+    "fidelity", "fisher", "flatten", "flops", "fold", "from_json", "from_torch", "gated_loss", "gates", "gradient",
+    "init", "inline", "iterate", "joint", "layers", "load", "means", "measure", "memory", "multihead_attention",
     "of_weights", "oracle", "parameters", "partition", "path_integral", "per_layer_l2", "per_layer_max",
     "per_layer_mean", "plan_path_integral", "plan_second_order", "prune", "random", "recalibrate", "reconstruct",
     "reorder", "residual", "rule", "save", "schedule", "second_order", "select", "serial", "signed", "taylor",
