@@ -134,7 +134,7 @@ def balance(
     need = needs(criterion)
     if need.of != "statistics":
         raise ValueError(
-            f"Channels are balanced by a criterion of statistics; {name_of(criterion)} is one of {need.of}. Take another."
+            f"Channels are balanced by a criterion of statistics; received {name_of(criterion)}, one of {need.of}."
         )
     coupling = couple(params, spec)
     families = _families(coupling)

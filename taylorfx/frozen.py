@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter, defaultdict
 
 import numpy as np
@@ -52,11 +53,10 @@ def held(coupling: Coupling, what: str = "parameters") -> str:
 
 def _weights(coupling: Coupling, what: str) -> dict[str, float]:
     """What every node counts; shared parameters count at their first owner."""
-    spec = coupling.spec
+    spec, weights = coupling.spec, dict[str, float]()
     if what == "FLOPs":
         return {node.name: float(flops(node.layer, coupling.bounds[node.name].sizes)) for node in spec}
     shapes, seen = spec.shapes, set[str]()
-    weights: dict[str, float] = {}
     for node in spec:
         own = {path for leaf, path in node.paths.items() if leaf not in node.layer.buffers} - seen
         weights[node.name] = sum(math.prod(shapes[path]) for path in own)
@@ -79,17 +79,21 @@ def _part(coupling: Coupling, scope: str, writer: str) -> float:
     return float(np.mean(parts)) if parts else 1.0
 
 
+NODE = (r"(\S+): ", r"(\S+) is an output", r".* at (?!a product)(\S+)")
+"""Where a reason names a node."""
+
+
 def _operator(coupling: Coupling, reason: str) -> tuple[tuple[str, str], str]:
-    """A reason with its operator and without the name of its node, and that name; like reasons are the same."""
-    for word in reason.split(" "):
-        name = word.removesuffix(":")
-        if name in coupling.letters:
-            return _without(coupling.spec[name], reason), name
+    """A reason as its operator and the rest without the name of its node, and that name; like reasons are the same."""
+    for pattern in NODE:
+        match = re.match(pattern, reason)
+        if match and match[1] in coupling.letters:
+            return _without(coupling.spec[match[1]], reason), match[1]
     return ("", reason), ""
 
 
 def _without(node: Node, reason: str) -> tuple[str, str]:
-    rest = reason.removeprefix(f"{node.name}: ").removeprefix(f"{node.name} ").removesuffix(f" at {node.name}")
+    rest = reason.removeprefix(f"{node.name}: ").removeprefix(f"{node.name} is ").removesuffix(f" at {node.name}")
     rest = rest.replace(f" at {node.name} ", " there ")
     return ("", rest) if rest.startswith(node.layer.title) else (node.layer.title, rest)
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from taylorfx.budget import Budget, BudgetError, Budgets, Flops, SelectionError, Units, each_budget, pricing
+from taylorfx.budget import Budget, BudgetError, Budgets, Flops, Remove, SelectionError, Units, each_budget, pricing
 from taylorfx.constraints import Constraints, Rules
 from taylorfx.cost import Cost
 from taylorfx.coupling import Coupling
@@ -120,7 +120,8 @@ def foresee(coupling: Coupling, *, budget: Budgets, constraints: Constraints, pe
     bounds = [(one, *lowest(one, cost)) for one, cost in zip(budgets, costs, strict=True)]
     if any(low > one.limit(total) for one, low, total in bounds if total):
         select(torch.zeros(len(coupling)), coupling, budget=budgets, **constraints.options)
-    if not len(coupling) and any(isinstance(one, Units) and one.amount != 1.0 for one in budgets):
+    all_stay = [isinstance(one.amount, float) and one.amount == 1 and not isinstance(one, Remove) for one in budgets]
+    if not len(coupling) and not all(all_stay[k] for k, one in enumerate(budgets) if isinstance(one, Units)):
         raise BudgetError(
             f"The network has no unit that could leave; the budget is {' and '.join(map(str, budgets))}. "
             f"{held_by(coupling)}".rstrip()
