@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from taylorfx.budget import SelectionError
 from taylorfx.coupling import Coupling
-from taylorfx.labels import Labels
 
 __all__ = ["Constraints", "Rules"]
 
@@ -34,8 +33,6 @@ class Rules(NamedTuple):
     multiples: list[int]
     protected: Mask
     """``(units,)``: those that stay whatever they are worth."""
-    classes: Labels | None
-    """``(units,)``: within which class each is ranked; none across the network."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +96,7 @@ class Constraints:
         if problems:
             raise SelectionError(" ".join(problems))
         held = protected | ~coupling.exact if self.exact_only else protected
-        classes = coupling.scope if self.per_layer else _classes(coupling)[coupling.scope] if self.isomorphic else None
-        return Rules(groups, floors, most, multiples, held, classes)
+        return Rules(groups, floors, most, multiples, held)
 
     def lasting(self, coupling: Coupling) -> Constraints:
         """The same with ``floor`` and ``most`` as one floor for every scope of this network."""
@@ -182,16 +178,3 @@ def _by_scope(coupling: Coupling, value: Any, what: str, default: float) -> list
         above = " and at most 1" if what == "most" else ""
         raise SelectionError(f"{what} is {whole}at least {least}{above}; received {', '.join(bad)}.")
     return [next((n for glob, n in value.items() if fnmatchcase(name, glob)), default) for name in coupling.scopes]
-
-
-def _classes(coupling: Coupling) -> Labels:
-    """The class of like structures of every scope."""
-    found: list[set[tuple[str, str]]] = [set() for _ in coupling.scopes]
-    for node in coupling.spec:
-        for letter, number in coupling.letters[node.name].items():
-            axis = coupling.axes[number]
-            for scope in np.unique(coupling.scope[axis[axis >= 0]]):
-                found[scope].add((type(node.layer).__name__, letter))
-    forms = [frozenset(places) for places in found]
-    numbers = {form: k for k, form in enumerate(dict.fromkeys(forms))}
-    return np.array([numbers[form] for form in forms], np.int64)

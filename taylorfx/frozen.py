@@ -28,7 +28,7 @@ def held(coupling: Coupling, what: str = "parameters") -> str:
     """
     weights = _weights(coupling, what)
     whole = sum(weights.values()) or 1
-    shares: Counter[tuple[str, str]] = Counter()
+    shares: dict[tuple[str, str], float] = defaultdict(float)
     nodes: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
     writers = {scope: _writer(coupling, scope) for scope in coupling.frozen}
     scopes = Counter(writers.values())  # a layer of several scopes is shared out among them
@@ -39,14 +39,15 @@ def held(coupling: Coupling, what: str = "parameters") -> str:
         nodes[key][name or scope] = None
     if not shares:
         return ""
+    largest = sorted(shares, key=shares.__getitem__, reverse=True)[:SHOWN]
     said = [
         f"{shares[key]:.1%} by {_listed(nodes[key])} ({reason})"
-        for key, reason in ((key, ": ".join(filter(None, key))) for key, _ in shares.most_common(SHOWN))
+        for key, reason in ((key, ": ".join(filter(None, key))) for key in largest)
     ]
     more = f", and less by {len(shares) - SHOWN} other reasons" if len(shares) > SHOWN else ""
     counted = "FLOPs" if what == "FLOPs" else "parameters"
     return (
-        f"Frozen are layers with {shares.total():.1%} of the {counted}: {'; '.join(said)}{more}. "
+        f"Frozen are layers with {sum(shares.values()):.1%} of the {counted}: {'; '.join(said)}{more}. "
         f"{_advice(' '.join(coupling.frozen.values()))}"
     )
 

@@ -77,9 +77,10 @@ def select(
     budgets = each_budget(budget)
     constraints = Constraints(protect, floor, most, multiple, uniform, per_layer, isomorphic, exact_only)
     rules = constraints.on(coupling)
+    classes = coupling.scope if per_layer else _classes(coupling)[coupling.scope] if isomorphic else None
 
     def rank(values: NDArray[np.float64]) -> Plan:
-        values = values if rules.classes is None else _quantiles(values, rules.classes)
+        values = values if classes is None else _quantiles(values, classes)
         held = rules.protected | _last_of_axis(values, coupling)
         while True:
             step, count = _steps(values, coupling, held, rules)
@@ -198,6 +199,19 @@ def _quantiles(values: NDArray[np.float64], groups: Labels) -> NDArray[np.float6
         members = np.flatnonzero(groups == group)
         result[members[_order(values[members])]] = np.arange(1, len(members) + 1) / len(members)
     return result
+
+
+def _classes(coupling: Coupling) -> Labels:
+    """The class of like structures of every scope."""
+    found: list[set[tuple[str, str]]] = [set() for _ in coupling.scopes]
+    for node in coupling.spec:
+        for letter, number in coupling.letters[node.name].items():
+            axis = coupling.axes[number]
+            for scope in np.unique(coupling.scope[axis[axis >= 0]]):
+                found[scope].add((type(node.layer).__name__, letter))
+    forms = [frozenset(places) for places in found]
+    numbers = {form: k for k, form in enumerate(dict.fromkeys(forms))}
+    return np.array([numbers[form] for form in forms], np.int64)
 
 
 def _last_of_axis(values: NDArray[np.float64], coupling: Coupling) -> Mask:

@@ -163,7 +163,7 @@ def computes_as(layer: Layer, kinds: Sequence[type[Layer]]) -> bool:
 
 def _known(kind: type[Layer], name: str) -> bool:
     """A name that says what a kind computes: no field, and nothing that Python or ``dataclass`` writes."""
-    return name == "__post_init__" or not (name.startswith("__") or name in kind.__dataclass_fields__)
+    return name == "__post_init__" or not (name.startswith("__") or name in {field.name for field in fields(kind)})
 
 
 _WINDOW = ("kernel_size", "stride", "padding", "output_padding", "dilation", "output_size")
