@@ -39,8 +39,8 @@ from taylorfx.tree import Params, flatten
 
 __all__ = [
     "Criterion", "Needs", "Normalizer", "activation_mean", "activation_std", "apoz", "batchnorm_scale", "compat",
-    "fisher", "name_of", "needs", "of_weights", "per_layer_l2", "per_layer_max", "per_layer_mean", "random", "scores",
-    "second_order", "signed", "taylor", "taylor_squared", "unfit", "unnormalized", "weight_l1", "weight_l2",
+    "fisher", "of_weights", "per_layer_l2", "per_layer_max", "per_layer_mean", "random",
+    "second_order", "signed", "taylor", "taylor_squared", "unnormalized", "weight_l1", "weight_l2",
 ]  # fmt: skip
 
 Normalizer = Callable[[Tensor, Coupling], Tensor]
