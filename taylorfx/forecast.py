@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from taylorfx.coupling import Coupling
+from taylorfx.criteria import Needs
 from taylorfx.gates import curvature, gradient
 from taylorfx.loss import Batch, Loss, cross_entropy, each_batch, examples, own
 from taylorfx.oracle import Network, alone, apart, ones, split
@@ -32,6 +33,7 @@ from taylorfx.tree import Params
 __all__ = ["exact_second_order", "path_integral", "plan_path_integral", "plan_second_order"]
 
 
+@Needs("network")
 def exact_second_order(
     params: Params,
     spec: Spec,
@@ -60,6 +62,7 @@ def exact_second_order(
     return _scores(params, spec, batches, coupling, chunk, score)
 
 
+@Needs("network")
 def path_integral(
     params: Params,
     spec: Spec,
