@@ -136,7 +136,10 @@ def plain_vgg11_bn(classes: int, width: float) -> nn.Module:
 
 
 def test_the_japanese_characters_lose_nine_maps_of_ten_in_the_originals_loop(tmp_path: Path) -> None:
-    """Typefaces that happen to be installed are hidden, so that every machine trains on the same 1,008 images."""
+    """Typefaces that happen to be installed are hidden, so that every machine trains on the same 1,008 images.
+
+    Over the seeds 0 to 9 the unpruned accuracy was .916 or more: a margin of .41 above the .5 that is demanded.
+    """
     try:
         printed = run("japanese_characters.py", "--smoke", "--plot", str(tmp_path / "plot.png"), TAYLORFX_FONTS="")
     except AssertionError as error:
