@@ -85,6 +85,8 @@ def _own(stats: Statistics, coupling: Coupling) -> None:
             f"Statistics are scored with the coupling that they were measured with; received those of "
             f"{len(stats.sum)} units and another coupling, of {len(coupling)}. Measure again with this one."
         )
+    if not stats.n:
+        raise ValueError("Statistics of no batch say nothing about any unit. Was the iterator already used up?")
 
 
 def taylor(

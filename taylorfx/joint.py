@@ -118,6 +118,8 @@ def _rows(stats: Statistics, coupling: Coupling) -> Tensor:
         raise SelectionError(f"Statistics are of the coupling's {len(coupling)} units; received some of others.")
     if stats.rows is None:
         raise SelectionError("Joint selection needs every example's derivatives: measure(..., rows=True).")
+    if not stats.n:
+        raise SelectionError("Statistics of no batch say nothing about any unit. Was the iterator already used up?")
     if not stats.rows.isfinite().all():
         raise SelectionError("Derivatives have to be finite; some are not. Look at the parameters and the data.")
     return stats.rows.to("cpu")

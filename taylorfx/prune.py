@@ -17,7 +17,7 @@ from taylorfx.coupling import Coupling, couple
 from taylorfx.criteria import Criterion
 from taylorfx.gates import measure
 from taylorfx.joint import joint
-from taylorfx.loss import Batch, Loss, cross_entropy
+from taylorfx.loss import Batch, Loss, Split, cross_entropy
 from taylorfx.plan import Plan, cut
 from taylorfx.repair import Repair
 from taylorfx.schedule import exponential
@@ -36,6 +36,8 @@ def prune(
     budget: Budgets,
     criterion: Criterion | None = None,
     loss: Loss = cross_entropy,
+    per_example: bool = True,
+    split: Split | None = None,
     moments: bool = False,
     protect: str | Sequence[str] = (),
     floor: int | Mapping[str, int] = 1,
@@ -83,8 +85,8 @@ def prune(
         select(torch.zeros(len(coupling)), coupling, budget=budgets, **constraints)  # an error names what was asked for
         ways = _ways(budgets, steps, coupling)
     *_, (small, smaller, _) = iterate(
-        params, spec, batch, budgets=ways, criterion=criterion, loss=loss, moments=moments, per_cost=per_cost,
-        repair=repair, **constraints,
+        params, spec, batch, budgets=ways, criterion=criterion, loss=loss, per_example=per_example, split=split,
+        moments=moments, per_cost=per_cost, repair=repair, **constraints,
     )  # fmt: skip
     return small, smaller
 
@@ -113,6 +115,8 @@ def iterate(
     budgets: Iterable[Budgets],
     criterion: Criterion | None = None,
     loss: Loss = cross_entropy,
+    per_example: bool = True,
+    split: Split | None = None,
     moments: bool = False,
     per_cost: bool = True,
     cautious: bool = True,
@@ -143,6 +147,7 @@ def iterate(
     not in the plan: the momentum lacks it, and such a step's plan does not compose with the next one.
     """
     whole: Coupling | None = None
+    asked_for: dict[str, Any] = {"loss": loss, "per_example": per_example, "split": split, "moments": moments}
     for budget in budgets:
         coupling = couple(params, spec)
         if whole is None:
@@ -153,7 +158,7 @@ def iterate(
         if getattr(criterion, "of_weights", False):
             plan = select(criterion(params, coupling), coupling, budget=asked, per_cost=per_cost, **rules)  # type: ignore
         else:
-            stats = measure(params, spec, batches, coupling, loss=loss, moments=moments, rows=criterion is None)
+            stats = measure(params, spec, batches, coupling, rows=criterion is None, **asked_for)
             if criterion is None:
                 plan = joint(stats, coupling, budget=asked, per_cost=per_cost, cautious=cautious, **rules)
             else:

@@ -28,6 +28,7 @@ STAGES = (
     {"lean"},
     {"loss", "taps"},
     {"gates", "cost"},
+    {"gated"},
     {"plan"},
     {"criteria"},
     {"oracle", "balance"},
