@@ -7,6 +7,7 @@ differentiated and transformed in its turn: `oracle` and the forecasts are made 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -73,10 +74,9 @@ Network = tuple[Params, Spec, Inputs, Any, Coupling]
 
 def either(function: Callable[[bool], T]) -> T:
     """What a function gives that takes whether the loss is called plainly: vectorized, if it can be."""
-    try:
+    with suppress(Unvectorized):
         return function(False)
-    except Unvectorized:
-        return function(True)
+    return function(True)  # what it raises is the user's own error, with nothing in front of it
 
 
 def gated(network: Network, values: Tensor, objective: Objective, *, plain: bool) -> Tensor:

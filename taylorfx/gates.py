@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -286,10 +287,9 @@ class Pace:
         """What ``run`` gives, which takes the batch and whether the loss is called plainly."""
         if self.plain or isinstance(targets, Parted) or not self.objective.per_example:
             return run(inputs, targets, plain=True)
-        try:
+        with suppress(Unvectorized):
             return run(inputs, targets, plain=False)
-        except Unvectorized:
-            result = run(inputs, targets, plain=True)  # a fault of the loss itself is raised here
+        result = run(inputs, targets, plain=True)  # what it raises is the user's own error
         self.plain = True
         warnings.warn(SLOW, stacklevel=2)
         return result
@@ -345,15 +345,14 @@ def _of_batch(
 def _apart_by_vmap(run: Callable[..., Pass], spec: Spec, inputs: Inputs, targets: Any) -> Pass:
     """Every example as a batch of one: vectorized, or one after the other where an operator or the loss cannot be."""
     batch: Any = (inputs, targets)
-    try:
-        if isinstance(targets, Parted):
-            raise Unvectorized
-        each, summed, mean, tally = torch.func.vmap(partial(run, plain=False))(
-            *optree.tree_map(lambda x: x.unsqueeze(1), batch)
-        )
-    except (RuntimeError, ShapeError, Unvectorized):  # if that was not the reason, it comes again
+    found: Any = None
+    if not isinstance(targets, Parted):
+        with suppress(RuntimeError, ShapeError, Unvectorized):  # if that was not the reason, it comes again
+            found = torch.func.vmap(partial(run, plain=False))(*optree.tree_map(lambda x: x.unsqueeze(1), batch))
+    if found is None:
         rows = [run(*one, plain=True) for one in one_by_one(batch, spec)]
-        each, summed, mean, tally = (torch.stack(column) for column in zip(*rows, strict=True))
+        found = tuple(torch.stack(column) for column in zip(*rows, strict=True))
+    each, summed, mean, tally = found
     return each.squeeze(1), summed.squeeze(1), mean.squeeze(1), tally.sum(0)
 
 
