@@ -81,7 +81,7 @@ def _gathered(value: Any, group: Any) -> list[Any]:
 
 
 def _made(value: T | Callable[[], T]) -> T:
-    return cast(T, value()) if callable(value) else value
+    return value() if callable(value) else value
 
 
 def _report(value: Any, error: Exception | None) -> dict[str, str]:

@@ -394,7 +394,12 @@ def _one_pass(
     else:
         slopes, pull, (each, seen) = torch.func.vjp(losses, zeros, has_aux=True)  # type: ignore[misc]
         slopes = torch.ones_like(slopes)
-    (grads,) = pull(slopes, retain_graph=False, create_graph=False)
+    try:
+        (grads,) = pull(slopes, retain_graph=False, create_graph=False)
+    except RuntimeError as error:
+        if plain or "inplace operation" not in str(error):
+            raise
+        raise Unvectorized from error  # a loss that writes over the outputs gets copies of its own when it is plain
     tally = sums(4, seen) if moments else each.new_zeros(0)
     summed, mean = sums(count, grads), sums(count, grads, spread)
     if not objective.per_example:

@@ -66,6 +66,11 @@ def joint(
         SelectionError: if the statistics have no rows or are of other units; and what `select` raises.
     """
     rows = _rows(stats, coupling)
+    if len(coupling) and not rows.any():
+        raise SelectionError(
+            f"Derivatives are zero for all {len(coupling)} units, so nothing tells them apart: no unit reaches the "
+            "loss of any example. Look at the parameters and the loss."
+        )
     if rounds < 1:
         raise SelectionError(f"Joint selection takes at least one round; received {rounds}.")
     budgets = each_budget(budget)
@@ -116,10 +121,10 @@ def expected_change(stats: Statistics, plan: Plan) -> Tensor:
 def _rows(stats: Statistics, coupling: Coupling) -> Tensor:
     if stats.units != coupling.names:
         raise SelectionError(f"Statistics are of the coupling's {len(coupling)} units; received some of others.")
-    if stats.rows is None:
-        raise SelectionError("Joint selection needs every example's derivatives: measure(..., rows=True).")
     if not stats.n:
         raise SelectionError("Statistics of no batch say nothing about any unit. Was the iterator already used up?")
+    if stats.rows is None:
+        raise SelectionError("Joint selection needs every example's derivatives: measure(..., rows=True).")
     if not stats.rows.isfinite().all():
         raise SelectionError("Derivatives have to be finite; some are not. Look at the parameters and the data.")
     return stats.rows.to("cpu")

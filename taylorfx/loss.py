@@ -147,15 +147,20 @@ class Objective:
             raise Unvectorized from error
 
     def plain(self, outputs: Any, targets: Any) -> Tensor:
-        """The losses, ``(N,)`` or ``(1,)`` of the whole batch, by plain calls: what they raise is the user's own."""
+        """The losses, ``(N,)`` or ``(1,)`` of the whole batch, by plain calls: what they raise is the user's own.
+
+        They are given copies of the outputs, which they may write over as in training.
+        """
         if not self.per_example:
-            return self._one(outputs, targets)[None]
+            return self._one(optree.tree_map(torch.clone, outputs), targets)[None]
         count = _same_length(outputs, targets)
 
-        def part(tree: Any, k: int) -> Any:
-            return tree.each[k] if isinstance(tree, Parted) else optree.tree_map(lambda x: x[k : k + 1], tree)
+        def example(k: int) -> Tensor:
+            mine: Any = optree.tree_map(lambda x: x[k : k + 1].clone(), outputs)
+            wanted: Any = optree.tree_map(lambda x: x[k : k + 1], targets)
+            return self._one(mine, wanted.each[0] if isinstance(wanted, Parted) else wanted)
 
-        return torch.stack([self._one(part(outputs, k), part(targets, k)) for k in range(count)])
+        return torch.stack([example(k) for k in range(count)])
 
     def slopes(self, outputs: Any, targets: Any) -> tuple[Tensor, Any]:
         """The `plain` losses, and the derivatives of their sum by the outputs: ordinary autograd, without transforms.
@@ -165,7 +170,7 @@ class Objective:
         leaves, tree = optree.tree_flatten(outputs)
         free = [x.detach().requires_grad_(x.is_floating_point() or x.is_complex()) for x in leaves]
         with torch.enable_grad():
-            each = self.plain(tree.unflatten([x.clone() for x in free]), targets)  # may be written over, as in training
+            each = self.plain(tree.unflatten(free), targets)
         wanted = [x for x in free if x.requires_grad]
         if not each.requires_grad or not wanted:
             return each.detach(), optree.tree_map(torch.zeros_like, outputs)
@@ -276,16 +281,26 @@ def own(params: Params, spec: Spec, coupling: Coupling) -> None:
     check(params, spec)
 
 
-def refuse_flat(objective: Objective, params: Params, spec: Spec, batch: Batch, largest: Tensor, mean: Tensor) -> None:
+def refuse_flat(
+    objective: Objective,
+    params: Params,
+    spec: Spec,
+    batch: Batch,
+    largest: Tensor,
+    mean: Tensor,
+    *,
+    values: bool = False,
+) -> None:
     """Refuse a loss that is the same whatever the outputs are, since it says nothing about any unit.
 
-    That is looked for where all derivatives are zero or may be rounding: of a few examples, at their outputs, at
+    That is looked for where all that was measured is zero or may be rounding: of a few examples, at their outputs, at
     smaller ones and at each other's. So a loss that is flat only here (a margin that all examples keep) passes.
 
     Args:
         batch: a parted one.
         largest: the largest mean magnitude of what the loss changes by, over the units.
         mean: the mean loss.
+        values: the loss itself is compared, which needs no derivatives (for the oracle).
     """
     if largest > 1e3 * torch.finfo(largest.dtype).eps * mean.abs().clamp(min=1):
         return
@@ -293,10 +308,10 @@ def refuse_flat(objective: Objective, params: Params, spec: Spec, batch: Batch, 
     with torch.no_grad():
         outputs = [apply(params, spec, inputs) for inputs, _ in some]
     for k, (_, targets) in enumerate(some):
-        scaled = [
-            optree.tree_map(lambda x, c=c: x * c if x.is_floating_point() else x, outputs[k]) for c in (1, 0.5, 1e-3)
-        ]
-        if not all(_flat(objective, at, targets) for at in (*scaled, outputs[k - 1])):
+        scales = (1, 0.5, 1e-3, -1) if values else (1, 0.5, 1e-3)
+        points = [optree.tree_map(lambda x, c=c: x * c if x.is_floating_point() else x, outputs[k]) for c in scales]
+        same = _same_value if values else _without_slope
+        if not same(objective, [*points, outputs[k - 1]], targets):
             return
     if objective.per_example:
         raise ValueError(
@@ -310,28 +325,45 @@ def refuse_flat(objective: Objective, params: Params, spec: Spec, batch: Batch, 
     )
 
 
-def _flat(objective: Objective, outputs: Any, targets: Any) -> bool:
-    """Whether the derivatives are zero or, as a higher precision tells, rounding."""
+def _same_value(objective: Objective, points: Sequence[Any], targets: Any) -> bool:
+    """Whether the loss is the same at all these outputs, up to rounding."""
+
+    def spread(points: Sequence[Any], targets: Any) -> Tensor:
+        losses = torch.cat([objective.plain(outputs, targets) for outputs in points])
+        return (losses - losses[0]).abs().max() / losses[0].abs().clamp(min=1)
+
+    with torch.no_grad():
+        try:
+            return bool(spread([_double(x) for x in points], _double(targets)) <= 1e-12)
+        except Exception:  # the loss may hold tensors of its own, of another precision
+            return bool(spread(points, targets) == 0)
+
+
+def _without_slope(objective: Objective, points: Sequence[Any], targets: Any) -> bool:
+    """Whether the derivatives at all these outputs are zero or, as a higher precision tells, rounding."""
 
     def steepness(outputs: Any, targets: Any) -> float:
         slopes = optree.tree_leaves(objective.slopes(outputs, targets)[1])
-        products = [(x * s).abs().amax() for x, s in zip(optree.tree_leaves(outputs), slopes, strict=True) if x.numel()]
-        return torch.stack([x.to(torch.float64) for x in products]).amax().item()
+        pairs = [(x, s) for x, s in zip(optree.tree_leaves(outputs), slopes, strict=True) if x.numel()]
+        return max(float(s.abs().max()) * (float(x.abs().max()) or 1.0) for x, s in pairs)
 
-    def doubled(x: Any) -> Any:
-        return x.to(torch.float64) if isinstance(x, Tensor) and x.is_floating_point() else x
+    def flat(outputs: Any) -> bool:
+        coarse = steepness(outputs, targets)
+        try:
+            fine = steepness(_double(outputs), _double(targets))
+        except Exception:  # as above
+            return coarse == 0
+        return fine <= 1e-12 or fine <= 1e-4 * coarse
 
-    def double(tree: Any) -> Any:
-        if isinstance(tree, Parted):
-            return Parted(tuple(map(double, tree.each)))
-        return optree.tree_map(doubled, tree)
+    return all(map(flat, points))
 
-    coarse = steepness(outputs, targets)
-    try:
-        fine = steepness(double(outputs), double(targets))
-    except Exception:  # the loss may hold tensors of its own, of another precision
-        return coarse == 0
-    return fine <= 1e-12 or fine <= 1e-4 * coarse
+
+def _double(tree: Any) -> Any:
+    if isinstance(tree, Parted):
+        return Parted(tuple(map(_double, tree.each)))
+    return optree.tree_map(
+        lambda x: x.to(torch.float64) if isinstance(x, Tensor) and x.is_floating_point() else x, tree
+    )
 
 
 def fingerprint(params: Params, coupling: Coupling) -> str:

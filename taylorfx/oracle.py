@@ -142,9 +142,10 @@ def oracle(
         raise ValueError(
             f"Losses have to be finite; that of the network itself is {total.loss.item():.3g}, and {len(bad)} of "
             f"{len(chosen)} units change it to what is not{', first ' + bad[0] if bad else ''}. Check the inputs and "
-            "the parameters."
+            "the parameters; a loss that compares examples has to be asked for the whole batch, per_example=False."
         )
-    refuse_flat(objective, params, spec, first, total.mean_absolute().max(), total.loss / total.n)
+    largest, mean = total.mean_absolute().max(), total.loss / total.n
+    refuse_flat(objective, params, spec, first, largest, mean, values=True)
     return total
 
 
@@ -165,7 +166,7 @@ def _ask(
     for some, network in alone(params, batch, coupling, parts, chunk):
         off = whole.repeat(len(some), 1)
         off[range(len(some)), some] = 0
-        changes = _changed(network, off, objective) - base
+        changes = _changed(network, off, objective).to(whole.dtype) - base
         both = torch.stack([changes, changes.abs()])  # (2, units, N)
         halves = [both[..., half::2].sum(-1) for half in (0, 1)]
         sums[:, :, [place[unit] for unit in some]] = torch.stack(halves, 1)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from taylorfx.budget import Budget, BudgetError, Budgets, Remove, Units, each_budget
+from taylorfx.budget import Budget, BudgetError, Budgets, Remove, SelectionError, Units, each_budget
 from taylorfx.coupling import Coupling, couple
 from taylorfx.criteria import Criterion
 from taylorfx.gates import measure
@@ -156,18 +156,28 @@ def iterate(
         else:
             asked, rules = _fixed(budget, whole), _standing(lasting, coupling)
         if getattr(criterion, "of_weights", False):
-            plan = select(criterion(params, coupling), coupling, budget=asked, per_cost=per_cost, **rules)  # type: ignore
+            plan = select(_telling(criterion(params, coupling)), coupling, budget=asked, per_cost=per_cost, **rules)  # type: ignore
         else:
             stats = measure(params, spec, batches, coupling, rows=criterion is None, **asked_for)
             if criterion is None:
                 plan = joint(stats, coupling, budget=asked, per_cost=per_cost, cautious=cautious, **rules)
             else:
-                plan = select(criterion(stats, coupling), coupling, budget=asked, per_cost=per_cost, **rules)  # type: ignore
+                plan = select(_telling(criterion(stats, coupling)), coupling, budget=asked, per_cost=per_cost, **rules)  # type: ignore
         params, spec = (cut(params, plan), plan.spec) if repair is None else repair(params, plan, batches)
         trained = yield params, spec, plan
         if trained is not None:
             params = trained
             yield params, spec, plan  # what `send` returns, so that a `for` loop does not miss the next step
+
+
+def _telling(scores: Any) -> Any:
+    """The scores, unless they are zero for all of several units."""
+    if isinstance(scores, torch.Tensor) and scores.numel() > 1 and not scores.any():
+        raise SelectionError(
+            f"Scores are zero for all {scores.numel()} units, so nothing tells them apart. Look at the criterion, the "
+            "loss and the parameters."
+        )
+    return scores
 
 
 def _fixed(budget: Budgets, coupling: Coupling) -> tuple[Budget, ...]:
