@@ -66,11 +66,6 @@ def joint(
         SelectionError: if the statistics have no rows or are of other units; and what `select` raises.
     """
     rows = _rows(stats, coupling)
-    if len(coupling) and not rows.any():
-        raise SelectionError(
-            f"Derivatives are zero for all {len(coupling)} units, so nothing tells them apart: no unit reaches the "
-            "loss of any example. Look at the parameters and the loss."
-        )
     if rounds < 1:
         raise SelectionError(f"Joint selection takes at least one round; received {rounds}.")
     budgets = each_budget(budget)

@@ -68,7 +68,8 @@ def prune(
             `reconstruct`, which is best where nothing is trained afterwards, takes double precision and memory for the
             square of what a layer reads (5 GB for the first linear layer of VGG16).
 
-    The other arguments are those of `measure` and `select`, and so are the errors. Nothing given is changed. To see
+    The other arguments are those of `measure` and `select`, and so are the errors; scores that are zero for all units
+    are refused. Nothing given is changed. To see
     what is going to happen, or to cut momentum along, write the sentence out.
     """
     constraints: dict[str, Any] = {
