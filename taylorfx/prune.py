@@ -69,8 +69,8 @@ def prune(
             square of what a layer reads (5 GB for the first linear layer of VGG16).
 
     The other arguments are those of `measure` and `select`, and so are the errors; scores that are zero for all units
-    are refused. Nothing given is changed. To see
-    what is going to happen, or to cut momentum along, write the sentence out.
+    are refused. Nothing given is changed. To see what is going to happen, or to cut momentum along, write the sentence
+    out.
     """
     constraints: dict[str, Any] = {
         "protect": protect, "floor": floor, "most": most, "multiple": multiple, "uniform": uniform,
