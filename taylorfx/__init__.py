@@ -46,7 +46,8 @@ from taylorfx.criteria import (
 from taylorfx.fidelity import Fidelity, Interval, fidelity
 from taylorfx.fold import fold
 from taylorfx.forecast import exact_second_order, path_integral, plan_path_integral, plan_second_order
-from taylorfx.gates import curvature, derivatives, gated_loss, gates, gradient, measure
+from taylorfx.gated import curvature, gated_loss, gradient
+from taylorfx.gates import derivatives, gates, measure
 from taylorfx.joint import expected_change, joint
 from taylorfx.layers import *
 from taylorfx.loss import cross_entropy

@@ -32,7 +32,7 @@ from taylorfx.coupling import Coupling
 from taylorfx.gates import measure
 from taylorfx.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from taylorfx.layers.base import computes_as
-from taylorfx.loss import Batch, Loss
+from taylorfx.loss import Batch
 from taylorfx.spec import Spec, check
 from taylorfx.statistics import Moments, Statistics
 from taylorfx.tree import Params, flatten
@@ -135,21 +135,32 @@ def needs(criterion: Any) -> Needs:
 
 def scores(
     criterion: Criterion, params: Params, spec: Spec, batches: Batch | Iterable[Batch], coupling: Coupling,
-    *, loss: Loss, generator: torch.Generator | None, moments: bool = False,
+    *, generator: torch.Generator | None, moments: bool = False, **objective: Any,
 ) -> Tensor:  # fmt: skip
-    """What a criterion says of a network, ``(units,)``, what it needs for that being measured."""
+    """What a criterion says of a network, ``(units,)``, what it needs for that being measured.
+
+    ``objective`` is the loss and how it is called: ``loss``, ``per_example``, ``split``, as far as they are said.
+    """
     found, stats = needs(criterion), None
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     if found.of == "statistics":
         options: dict[str, Any] = {**found.options, "moments": moments or found.moments}
         drawn = generator if found.training else None
-        stats = measure(params, spec, batches, coupling, loss=loss, generator=drawn, **options)
-    args, named = _arguments(criterion, found, stats, params, spec, batches, coupling, loss, generator)
+        stats = measure(params, spec, batches, coupling, generator=drawn, **objective, **options)
+    args, named = _arguments(criterion, found, stats, params, spec, batches, coupling, objective, generator)
     return criterion(*args, **named)
 
 
 def _arguments(
-    criterion: Any, need: Needs, stats: Any, params: Any, spec: Any, batches: Any, coupling: Any, loss: Any, draw: Any
+    criterion: Any,
+    need: Needs,
+    stats: Any,
+    params: Any,
+    spec: Any,
+    batches: Any,
+    coupling: Any,
+    objective: Any,
+    draw: Any,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What a criterion is called with; keywords that a ``functools.partial`` has filled in stay its own."""
     args: tuple[Any, ...] = {
@@ -158,7 +169,7 @@ def _arguments(
         "units": (coupling,),
         "network": (params, spec, batches, coupling),
     }[need.of]
-    named: dict[str, Any] = {"units": {"generator": draw}, "network": {"loss": loss}}.get(need.of, {})
+    named: dict[str, Any] = {"units": {"generator": draw}, "network": objective}.get(need.of, {})
     while isinstance(criterion, partial):
         named = {name: value for name, value in named.items() if name not in criterion.keywords}
         criterion = criterion.func
@@ -225,6 +236,8 @@ def _own(stats: Statistics, coupling: Coupling) -> None:
             f"Statistics are scored with the coupling that they were measured with; received those of "
             f"{len(stats.sum)} units and another coupling, of {len(coupling)}. Measure again with this one."
         )
+    if not stats.n:
+        raise ValueError("Statistics of no batch say nothing about any unit. Was the iterator already used up?")
 
 
 def taylor(

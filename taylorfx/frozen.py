@@ -8,8 +8,9 @@ from collections import Counter, defaultdict
 
 import numpy as np
 
+from taylorfx.axes import products
 from taylorfx.coupling import Coupling
-from taylorfx.spec import Node, flops
+from taylorfx.spec import Node
 
 __all__ = ["held"]
 
@@ -56,7 +57,9 @@ def _weights(coupling: Coupling, what: str) -> dict[str, float]:
     """What every node counts; shared parameters count at their first owner."""
     spec, weights = coupling.spec, dict[str, float]()
     if what == "FLOPs":
-        return {node.name: float(flops(node.layer, coupling.bounds[node.name].sizes)) for node in spec}
+        return {
+            node.name: float(2 * products(node.layer.multiplies, coupling.bounds[node.name].sizes)) for node in spec
+        }
     shapes, seen = spec.shapes, set[str]()
     for node in spec:
         own = {path for leaf, path in node.paths.items() if leaf not in node.layer.buffers} - seen

@@ -119,6 +119,8 @@ def expected_change(stats: Statistics, plan: Plan) -> Tensor:
 def _rows(stats: Statistics, coupling: Coupling) -> Tensor:
     if stats.units != coupling.names:
         raise SelectionError(f"Statistics are of the coupling's {len(coupling)} units; received some of others.")
+    if not stats.n:
+        raise SelectionError("Statistics of no batch say nothing about any unit. Was the iterator already used up?")
     if stats.rows is None:
         raise SelectionError("Joint selection needs every example's derivatives: measure(..., rows=True).")
     if not stats.rows.isfinite().all():

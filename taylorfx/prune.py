@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from taylorfx.budget import Budget, BudgetError, Budgets, Remove, Units, each_budget
+from taylorfx.budget import Budget, BudgetError, Budgets, Remove, SelectionError, Units, each_budget
 from taylorfx.constraints import Constraints
 from taylorfx.coupling import Coupling, couple
 from taylorfx.criteria import Criterion, name_of, needs, scores, unfit
 from taylorfx.gates import measure
 from taylorfx.joint import joint
-from taylorfx.loss import Batch, Loss, cross_entropy
+from taylorfx.loss import Batch, Loss, Split, cross_entropy
 from taylorfx.plan import Plan, cut
 from taylorfx.repair import Repair
 from taylorfx.schedule import exponential
@@ -36,6 +36,8 @@ def prune(
     budget: Budgets,
     criterion: Criterion | None = None,
     loss: Loss = cross_entropy,
+    per_example: bool = True,
+    split: Split | None = None,
     moments: bool = False,
     protect: str | Sequence[str] = (),
     floor: int | Mapping[str, int] = 1,
@@ -74,8 +76,9 @@ def prune(
 
     Budgets, constraints, the criterion and the repair are checked before anything is measured.
 
-    The other arguments are those of `measure` and `select`, and so are the errors. Nothing given is changed. To see
-    what is going to happen, or to cut momentum along, write the sentence out.
+    The other arguments are those of `measure` and `select`, and so are the errors; scores that are zero for all units
+    are refused. Nothing given is changed. To see what is going to happen, or to cut momentum along, write the sentence
+    out.
     """
     constraints: dict[str, Any] = {
         "protect": protect, "floor": floor, "most": most, "multiple": multiple, "uniform": uniform,
@@ -92,8 +95,8 @@ def prune(
     if isinstance(batch, Iterator) and (steps != 1 or repair is not None):
         batch = _Kept(batch)  # every step measures it
     *_, (small, smaller, _) = iterate(
-        params, spec, batch, budgets=ways, criterion=criterion, loss=loss, moments=moments, per_cost=per_cost,
-        repair=repair, generator=generator, **given.options,
+        params, spec, batch, budgets=ways, criterion=criterion, loss=loss, per_example=per_example, split=split,
+        moments=moments, per_cost=per_cost, repair=repair, generator=generator, **given.options,
     )  # fmt: skip
     return small, smaller
 
@@ -134,6 +137,8 @@ def iterate(
     budgets: Iterable[Budgets],
     criterion: Criterion | None = None,
     loss: Loss = cross_entropy,
+    per_example: bool = True,
+    split: Split | None = None,
     moments: bool = False,
     per_cost: bool = True,
     cautious: bool = True,
@@ -169,17 +174,17 @@ def iterate(
     if criterion is not None:
         needs(criterion)
     _check_repair(repair, batches)
-    whole = couple(params, spec)
+    whole, measured = couple(params, spec), {"loss": loss, "per_example": per_example, "split": split}
     given.on(whole)
 
     def choose(params: Params, spec: Spec, coupling: Coupling, asked: Budgets, rules: Constraints) -> Plan:
         foresee(coupling, budget=asked, constraints=rules, per_cost=per_cost)
         options: dict[str, Any] = {"budget": asked, "per_cost": per_cost, **rules.options}
         if criterion is None:
-            stats = measure(params, spec, batches, coupling, loss=loss, moments=moments, rows=True)
+            stats = measure(params, spec, batches, coupling, moments=moments, rows=True, **measured)
             return joint(stats, coupling, cautious=cautious, **options)
-        found = scores(criterion, params, spec, batches, coupling, loss=loss, generator=draw, moments=moments)
-        return select(found, coupling, **options)
+        found = scores(criterion, params, spec, batches, coupling, generator=draw, moments=moments, **measured)
+        return select(_telling(found), coupling, **options)
 
     return _iterated(params, spec, budgets, whole, given, choose, partial(_mended, repair, batches))
 
@@ -233,6 +238,16 @@ def _mended(repair: Repair | None, batches: Any, params: Params, plan: Plan) -> 
         )
     check(*found)
     return found
+
+
+def _telling(scores: Any) -> Any:
+    """The scores, unless they are zero for all of several units."""
+    if isinstance(scores, torch.Tensor) and scores.numel() > 1 and not scores.any():
+        raise SelectionError(
+            f"Scores are zero for all {scores.numel()} units, so nothing tells them apart. Look at the criterion, the "
+            "loss and the parameters."
+        )
+    return scores
 
 
 def _fixed(budget: Budgets, coupling: Coupling) -> tuple[Budget, ...]:

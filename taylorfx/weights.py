@@ -1,7 +1,7 @@
 """Weights that are computed: which reads look at a weight rather than at what it is applied to.
 
-A weight may be the result of nodes of its own: a standardized one, a normalized one, one divided by its largest singular
-value. Along the axes on which it meets activations it carries their units, and its statistics read along those axes:
+A weight may be the result of nodes of its own: a standardized one, a normalized one, one divided by its largest
+singular value. Where it meets activations it carries their units, and its statistics read along those axes:
 
     W -> W / |W| -> convolve(x, W / |W|)      the norm reads the channels of W, the convolution those of x
 
@@ -28,20 +28,16 @@ def of_weights(spec: Spec, bounds: Mapping[str, Bound], units: Callable[[Labeled
     """
     nodes = {node.name: node for node in spec.nodes}
     varies = {name: any(map(is_example, bound.output)) for name, bound in bounds.items()}
-    sites = [site for bound in bounds.values() for site in bound.reads if not varies[nodes[site.node].inputs[site.slot]]]
+    sites = [(site, nodes[site.node].inputs[site.slot]) for bound in bounds.values() for site in bound.reads]
+    sites = [(site, source) for site, source in sites if not varies[source]]
     if not sites:
         return []
     meets = _meets(spec, varies)
-    carried = {
-        name: set().union(*(units(axis) for axis in bounds[name].letters.values()))
-        for name in set().union(*meets.values())
-    }
-
-    def looks_at_a_weight(site: Site) -> bool:
-        read = units(site.labels)
-        return bool(read) and any(read <= carried[x] for x in meets.get(nodes[site.node].inputs[site.slot], ()))
-
-    return [site for site in sites if looks_at_a_weight(site)]
+    carried: dict[str, set[int]] = {}
+    for name in set[str]().union(*meets.values()):
+        carried[name] = set[int]().union(*(units(axis) for axis in bounds[name].letters.values()))
+    read = {id(site): units(site.labels) for site, _ in sites}
+    return [site for site, x in sites if read[id(site)] and any(read[id(site)] <= carried[n] for n in meets[x])]
 
 
 def _meets(spec: Spec, varies: Mapping[str, bool]) -> dict[str, set[str]]:

@@ -153,7 +153,8 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
     "more targets than inputs": (
         lambda: measure(batches=(W.x, torch.cat([W.y, W.y]))),
         ValueError,
-        "A batch has one or more examples, as many inputs as targets; received [5, 10].",
+        "A batch has one or more examples, as many inputs as targets; received [5, 10]. Targets of another structure "
+        "need split=..., a loss of the whole batch per_example=False.",
     ),
     "a list of tensors for a batch": (
         lambda: measure(batches=[W.x, W.y]),
@@ -215,7 +216,8 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
     "a loss that is not finite": (
         lambda: measure(batches=[(W.x, W.y), (W.x * torch.nan, W.y)]),
         ValueError,
-        "Losses have to be finite; that of batch 1 is not. Check its inputs and the parameters.",
+        "Losses have to be finite; that of batch 1 is not. Check its inputs and the parameters. A loss that compares "
+        "examples has to be measured of the whole batch, per_example=False.",
     ),
     "a loss of several numbers": (
         lambda: measure(loss=lambda outputs, targets: outputs),

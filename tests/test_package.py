@@ -30,7 +30,7 @@ STAGES = (
     {"lean"},
     {"loss", "taps"},
     {"gates", "cost"},
-    {"frozen"},
+    {"frozen", "gated"},
     {"plan"},
     {"criteria"},
     {"oracle", "balance"},

@@ -121,8 +121,10 @@ def _arguments(inputs: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any
             "Example inputs are a tensor, a tuple of the positional arguments or a dict of arguments by name; "
             f"received {type(inputs).__name__}."
         )
-    plain: Any = _each_tensor(lambda x: x.contiguous(), (tuple(positional), dict(kwargs or {})))
-    return plain
+    found: tuple[tuple[Any, ...], dict[str, Any]] = _each_tensor(
+        lambda x: x.contiguous(), (tuple(positional), dict(kwargs or {}))
+    )
+    return found
 
 
 def _leave_cache(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
@@ -136,7 +138,7 @@ def _leave_cache(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
 def _network(twin: nn.Module, example: Any, opened: _Open, module: nn.Module) -> tuple[Params, Spec]:
     """Capture the twin of a module, in inference and in training."""
     names = {id(leaf): path for path, leaf in twin.named_buffers()}
-    tracked = {names[id(part.running_mean)]: part for part in twin.modules() if _cumulative(part)}
+    tracked: dict[str, Any] = {names[id(part.running_mean)]: part for part in twin.modules() if _cumulative(part)}
     program = _export(twin.eval(), example, opened)
     said = ""
     try:
@@ -303,7 +305,8 @@ class _Reader:
             return {key: bounds[name].shape for key, name in self.convert.names.items() if name in bounds}
 
         ranges = self.sizes.ranges(shapes)
-        made = {n.name: replace(n, layer=replace(n.layer, ranges=ranges[names[n.name]])) for n in spec.inputs}
+        made: dict[str, Any] = {n.name: n.layer for n in spec.inputs}
+        made = {x: replace(spec[x], layer=replace(layer, ranges=ranges[names[x]])) for x, layer in made.items()}
         return replace(spec, nodes=tuple(made.get(node.name, node) for node in spec.nodes))
 
     def _inputs(self) -> None:

@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
@@ -139,7 +139,7 @@ class Sizes:
         """All sizes around the example's, in equal steps, of which the guards say what they say of the example's."""
         bounds, here = self.env.var_to_range[symbol], int(self.numbers[symbol])
         source = " and ".join(f"({PythonPrinter().doprint(guard)})" for guard in guards) or "True"
-        told = eval(f"lambda {symbol}: {source}", {"math": math})  # noqa: S307, torch's own guards as torch prints them
+        told = eval(f"lambda {symbol}: {source}", {"math": math})
         least = max(int(bounds.lower), here - _SCANNED)
         most = None if bounds.upper in (int_oo, sympy.oo) else int(bounds.upper)
         last = here + _SCANNED if most is None else min(most, here + _SCANNED)
@@ -157,7 +157,7 @@ class Sizes:
     def _proven(self, guard: Any, free: Mapping[Any, Range]) -> bool:
         """A guard on several sizes says the same at all that they may be."""
         several = guard.free_symbols & free.keys()
-        if not several or guard.free_symbols == several and len(several) == 1:
+        if not several or (guard.free_symbols == several and len(several) == 1):
             return True
         ranges = {s: ValueRanges(a, int_oo if b is None else b) for s, (a, b, _) in free.items()}
         ranges |= {s: ValueRanges(n, n) for s, n in self.numbers.items() if s not in free}

@@ -34,7 +34,7 @@ class Difference(Exception):
 
 
 # Operators that say in a graph of inference what training does. They survive every decomposition.
-_OPERATORS = torch.library.Library("taylorfx", "DEF")
+_OPERATORS: Any = torch.library.Library("taylorfx", "DEF")  # type: ignore[no-untyped-call]
 _OPERATORS.define("dropout(Tensor x, float p, int[]? alone, bool alpha) -> Tensor")
 _OPERATORS.define(
     "spectral_norm(Tensor weight, Tensor u, Tensor v, int dim, int steps, float eps, bool left) -> Tensor"
@@ -232,7 +232,8 @@ class _Pair:
 
     def _draws(self, node: fx.Node) -> bool:
         """A step of drawing noise."""
-        name, (x, *rest) = _name(node), node.args or (None,)
+        arguments: Any = node.args or (None,)
+        name, (x, *rest) = _name(node), arguments
         if name in ("empty", "new_empty"):
             self.noise[node] = 1.0, tuple(rest[0] if rest else x)
         elif x in self.noise and name in ("bernoulli_", "bernoulli") and rest:
@@ -292,4 +293,4 @@ def _place(node: fx.Node) -> str:
     """Where in the module a node comes from, and what it is."""
     stack = node.meta.get("nn_module_stack") or {}
     path = next((path for path, _ in reversed(stack.values())), "") if stack else ""
-    return f"{path or 'the module itself'} ({str(node.target)})"
+    return f"{path or 'the module itself'} ({node.target!s})"
