@@ -174,7 +174,8 @@ def iterate(
     if criterion is not None:
         needs(criterion)
     _check_repair(repair, batches)
-    whole, measured = couple(params, spec), {"loss": loss, "per_example": per_example, "split": split}
+    measured: dict[str, Any] = {"loss": loss, "per_example": per_example, "split": split}
+    whole = couple(params, spec)
     given.on(whole)
 
     def choose(params: Params, spec: Spec, coupling: Coupling, asked: Budgets, rules: Constraints) -> Plan:
