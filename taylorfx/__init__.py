@@ -69,7 +69,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Budget", "BudgetError", "CaptureError", "Cost", "Coupling", "Fidelity", "FileError", "Flops", "Interval",
-    "Latency", "LeastSquares", "LikeError", "Means", "Measured", "Memory", "Moments", "Needs", "Node", "Oracle", "Order",
+    "Latency", "LeastSquares", "LikeError", "Means", "Measured", "Memory", "Moments", "Needs", "Node", "Oracle",
+    "Order",
     "Parameters", "Params", "Place", "Plan", "PlanError", "Remove", "Repair", "SelectionError", "Spec", "SpecError",
     "Statistics", "Timings", "Units", "Value", "activation_mean", "activation_std", "apoz", "apply", "balance",
     "batchnorm_scale", "check", "combine", "compat", "compensate", "compose", "concat", "couple", "cross_entropy",

@@ -1,7 +1,7 @@
 """Sizes of a captured graph: its own symbols become the example's numbers, and which other sizes it takes is proven.
 
-The export leaves every size open that the module leaves open. The network that is made of the graph holds numbers, those
-of the example, and the graph's symbols say where another size would change them:
+The export leaves every size open that the module leaves open. The network that is made of the graph holds numbers,
+those of the example, and the graph's symbols say where another size would change them:
 
     x: (N, 3, h, w)      the symbols of an input's axes, with the sizes of the example
     h > 16, h % 8 == 0   what the module itself asked about them while it ran (guards)

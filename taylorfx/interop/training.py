@@ -185,7 +185,7 @@ class _Pair:
         if not all(k in free or self._equal(a, b) for k, (a, b) in enumerate(zip(one, two, strict=True))):
             return False
         if name == "scaled_dot_product_attention":
-            other.args, other.kwargs = (*two[:4], one[4], *two[5:6]), dict(zip(("scale", "enable_gqa"), two[6:]))
+            other.args, other.kwargs = (*two[:4], one[4], two[5]), {"scale": two[6], "enable_gqa": two[7]}
         return name not in ("batch_norm", "instance_norm") or bool(one[5])
 
     def _equal(self, one: Any, other: Any) -> bool:
