@@ -92,7 +92,9 @@ class Sizes:
             shapes: the shapes that the network gives the graph's values, for inputs of these shapes.
         """
         axes = list(itertools.chain(*self.axes.values()))
-        single = {x for x in axes if x in self.numbers and axes.count(x) == 1}  # others are equal, or parts of each other
+        single = {
+            x for x in axes if x in self.numbers and axes.count(x) == 1
+        }  # others are equal, or parts of each other
         single -= self.fixed | {s for x in axes if x not in self.numbers for s in _symbols([x])}
         guards = [guard.expr.xreplace(self.env.replacements) for guard in self.env.guards] if single else []
         free = {s: self._range(s, [g for g in guards if g.free_symbols == {s}]) for s in single}
@@ -148,7 +150,9 @@ class Sizes:
                 other = sizes[s] + step * (rank + k)
                 sizes[s] = sympy.Integer(other) if most is None or other <= most else sympy.Integer(least)
             sizes |= dict.fromkeys(self.examples, sympy.Integer(1))
-            wanted = {name: tuple(int(_expression(n).xreplace(sizes)) for n in shape) for name, shape in self.shapes.items()}
+            wanted = {
+                name: tuple(int(_expression(n).xreplace(sizes)) for n in shape) for name, shape in self.shapes.items()
+            }
             try:
                 found = shapes({name: wanted[name][1:] for name in self.axes})
             except ValueError:

@@ -36,7 +36,9 @@ class Difference(Exception):
 # Operators that say in a graph of inference what training does. They survive every decomposition.
 _OPERATORS = torch.library.Library("taylorfx", "DEF")
 _OPERATORS.define("dropout(Tensor x, float p, int[]? alone, bool alpha) -> Tensor")
-_OPERATORS.define("spectral_norm(Tensor weight, Tensor u, Tensor v, int dim, int steps, float eps, bool left) -> Tensor")
+_OPERATORS.define(
+    "spectral_norm(Tensor weight, Tensor u, Tensor v, int dim, int steps, float eps, bool left) -> Tensor"
+)
 _OPERATORS.impl("dropout", lambda x, p, alone, alpha: x.clone(), "CompositeExplicitAutograd")
 _OPERATORS.impl(
     "spectral_norm", lambda weight, u, v, dim, steps, eps, left: weight.clone(), "CompositeExplicitAutograd"
