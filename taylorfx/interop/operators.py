@@ -280,7 +280,8 @@ ALONG_SECOND = (
 
 CONVERTERS: dict[str, Callable[[Convert, fx.Node], None]] = {
     **dict.fromkeys(
-        ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), parametric.convolution
+        ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+        parametric.convolution,
     ),
     "linear": _linear,
     "_native_batch_norm_legit_no_training": parametric.batch_norm,

@@ -32,10 +32,10 @@ def convolution(c: Convert, node: fx.Node) -> None:
         raise Unmapped
     weight = tensor_node(node.args[1])
     if not all(n is None or n.name in c.paths for n in (weight, bias)):
-        groups, numbers = argument(node, 6, "groups", 1), (stride, padding, argument(node, 5, "dilation", 1))
+        groups, numbers = argument(node, 6, "groups", 1), [stride, padding, argument(node, 5, "dilation", 1)]
         if transposed:
             extra, groups = argument(node, 5, "output_padding", 0), argument(node, 6, "groups", 1)
-            numbers = (stride, padding, argument(node, 7, "dilation", 1), extra)
+            numbers = [stride, padding, argument(node, 7, "dilation", 1), extra]
         if examples >= 0 or not isinstance(groups, int) or isinstance(padding, str):
             raise Unmapped
         stride, padding, dilation, *spare = [(n,) * rank if isinstance(n, int) else each(n) for n in numbers]

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from taylorfx.layers.base import Layer, Leaves, Shape, ShapeError, broadcast, names
 from taylorfx.layers.activation import Dropout
 from taylorfx.layers.attention import attention_weights
+from taylorfx.layers.base import Layer, Leaves, Shape, ShapeError, broadcast, names
 from taylorfx.layers.shape import refine
 
 __all__ = [
@@ -33,10 +33,10 @@ DTYPE = "dtype"
 """``("dtype", "float32")`` stands for ``torch.float32``."""
 
 
-STATISTICS = ("var", "std", "var_mean", "std_mean")
+STATISTICS = ("var", "std", "var_mean", "std_mean", "cosine_similarity")
 """Operators along axes that may shrink: what they say of the rest then changes."""
 
-SUMS = ("linalg_vector_norm", "cosine_similarity")
+SUMS = ("linalg_vector_norm",)
 """Operators along axes that may shrink, to whose value what is silenced adds nothing."""
 
 COUNT = "examples"
