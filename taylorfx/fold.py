@@ -24,8 +24,8 @@ from taylorfx.tree import Params, flatten, unflatten
 
 __all__ = ["fold"]
 
-NORMS = (L.BatchNorm1d, L.BatchNorm2d, L.BatchNorm3d, L.InstanceNorm2d)
-TRANSPOSED = (L.ConvTranspose1d, L.ConvTranspose2d)
+NORMS = (L.BatchNorm1d, L.BatchNorm2d, L.BatchNorm3d, L.InstanceNorm1d, L.InstanceNorm2d, L.InstanceNorm3d)
+TRANSPOSED = (L.ConvTranspose1d, L.ConvTranspose2d, L.ConvTranspose3d)
 WRITERS = (L.Linear, L.Conv1d, L.Conv2d, L.Conv3d, *TRANSPOSED)
 
 

@@ -258,4 +258,4 @@ def _fresh(node: Node) -> bool:
     layer = node.layer.layer if isinstance(node.layer, Over) else node.layer
     if type(layer) is L.Add:
         return len(node.inputs) > 1
-    return type(layer) in (L.Conv2d, L.Conv3d, L.ConvTranspose2d, _Scale)
+    return type(layer) in (L.Conv2d, L.Conv3d, L.ConvTranspose2d, L.ConvTranspose3d, _Scale)

@@ -19,7 +19,7 @@ import taylorfx as tfx
 from taylorfx.labels import Ties, shape_of
 from taylorfx.layers import LAYERS, ShapeError
 from taylorfx.spec import propagate
-from taylorfx.testing import random_params
+from taylorfx.testing import check_layer, random_params
 
 # Written alike for taylorfx and for torch.nn, positional arguments included; then the shapes of the inputs.
 TWINS: list[tuple[str, tuple[int, ...]]] = [
@@ -40,6 +40,7 @@ TWINS: list[tuple[str, tuple[int, ...]]] = [
     ("ConvTranspose2d(4, 6, 3, 2, 1, 1)", (3, 4, 5, 4)),
     ("ConvTranspose2d(4, 6, (3, 2), stride=(3, 2), output_padding=(2, 0), groups=2, dilation=(1, 2))", (3, 4, 5, 4)),
     ("ConvTranspose2d(4, 4, 2, groups=4, bias=False)", (3, 4, 5, 4)),
+    ("ConvTranspose3d(4, 6, (3, 2, 1), (2, 1, 2), 1, (1, 0, 1), groups=2)", (2, 4, 4, 4, 3)),
     ("Linear(5, 7)", (3, 5)),
     ("Linear(5, 7, False)", (3, 2, 4, 5)),
     ("Embedding(11, 5)", (3, 4)),
@@ -53,6 +54,8 @@ TWINS: list[tuple[str, tuple[int, ...]]] = [
     ("BatchNorm2d(4, affine=False, track_running_stats=False)", (3, 4, 3, 2)),
     ("BatchNorm3d(4)", (3, 4, 3, 2, 2)),
     ("BatchNorm3d(4, momentum=None, affine=False)", (3, 4, 3, 2, 2)),
+    ("InstanceNorm1d(4, track_running_stats=True)", (3, 4, 5)),
+    ("InstanceNorm3d(4, affine=True, track_running_stats=True)", (3, 4, 3, 2, 2)),
     ("InstanceNorm2d(4)", (3, 4, 3, 2)),
     ("InstanceNorm2d(4, 1e-3, 0.2, True, True)", (3, 4, 3, 2)),
     ("InstanceNorm2d(4, momentum=None, track_running_stats=True)", (3, 4, 3, 2)),
@@ -75,6 +78,7 @@ TWINS: list[tuple[str, tuple[int, ...]]] = [
     ("Softmax(1)", (3, 4, 5)),
     ("Softmax(dim=-1)", (3, 4, 5)),
     ("Dropout(0.3)", (3, 4)),
+    ("RReLU(0.1, 0.3)", (3, 40)),
     ("MaxPool1d(3)", (3, 4, 10)),
     ("MaxPool1d(3, 2, 1, 2, ceil_mode=True)", (3, 4, 10)),
     ("MaxPool2d(3, 2)", (3, 4, 8, 7)),
@@ -198,12 +202,36 @@ def graph(heard: str, out: tfx.Layer, **parameters: tfx.Layer) -> tfx.Spec:
     return tfx.Spec((*start, *leaves, tfx.Node("out", out, tuple(heard.split()))), ("out",))
 
 
-def recurrent(text: str) -> Reference:
-    """The first result of torch's layer."""
+def recurrent(text: str, result: str = "sequence") -> Reference:
+    """One result of torch's layer."""
     module = eval(text, vars(nn)).double()
 
+    def reference(leaves: Leaves, x: Tensor, *start: Tensor) -> Tensor:
+        state = (start or None) if isinstance(module, nn.LSTM) or not start else start[0]
+        named = {path.removeprefix("layer."): leaf for path, leaf in leaves.items()}
+        sequence, last = functional_call(module, named, (x, state))
+        hidden, cell = last if isinstance(last, tuple) else (last, None)
+        return {"sequence": sequence, "hidden": hidden, "cell": cell}[result]
+
+    return reference
+
+
+def started(layer: tfx.Layer, count: int, *shape: int) -> tfx.Spec:
+    """A recurrent layer that starts from states of its own, given for every example."""
+    names = [f"start{k}" for k in range(count)]
+    begun = [tfx.Node(f"wide{k}", tfx.Expand((-1, 1, -1), 1), (name, "x")) for k, name in enumerate(names)]
+    states = [tfx.Node(name, tfx.Parameter(shape)) for name in names]
+    inputs = ("x", *(node.name for node in begun))
+    return tfx.Spec((tfx.Node("x", tfx.Input()), *states, *begun, tfx.Node("out", layer, inputs)), ("out",))
+
+
+def begun(text: str, result: str = "sequence") -> Reference:
+    """torch's layer from the states of `started`."""
+
     def reference(leaves: Leaves, x: Tensor) -> Tensor:
-        return functional_call(module, {path.removeprefix("layer."): leaf for path, leaf in leaves.items()}, x)[0]
+        start = [leaf.expand(-1, len(x), -1) for path, leaf in leaves.items() if "start" in path]
+        own = {path.replace("layer.out", "layer"): leaf for path, leaf in leaves.items() if "start" not in path}
+        return recurrent(text, result)(own, x, *start)
 
     return reference
 
@@ -229,6 +257,17 @@ OTHERS: list[tuple[str, Any, Reference, tuple[Any, ...]]] = [
         "GRU(4, 3, 2, batch_first=True, bidirectional=True)", "RNN(4, 3, 2, batch_first=True)",
         "RNN(4, 3, 3, batch_first=True, nonlinearity='relu')",
     )),
+    ("LSTM, from given states", started(tfx.LSTM(4, 3, 2, batch_first=True, result="cell"), 2, 2, 1, 3),
+     begun("LSTM(4, 3, 2, batch_first=True)", "cell"), ((3, 5, 4),)),
+    ("GRU, from given states", started(tfx.GRU(4, 3, batch_first=True, bidirectional=True), 1, 2, 1, 3),
+     begun("GRU(4, 3, batch_first=True, bidirectional=True)"), ((3, 5, 4),)),
+    ("weight norm of the whole", graph("w g", w=tfx.Parameter((4, 3)), g=tfx.Parameter(()), out=tfx.WeightNorm(None)),
+     lambda p: p["layer.g"] * p["layer.w"] / p["layer.w"].norm(), ()),
+    ("spectral norm", graph("w", w=tfx.Parameter((4, 3, 2)), out=tfx.SpectralNorm((4, 3, 2), 1)),
+     lambda p: p["layer.w"] / (p["layer.out.u"] @ p["layer.w"].transpose(0, 1).flatten(1) @ p["layer.out.v"]), ()),
+    ("convolve, transposed", graph("x w b", w=tfx.Parameter((4, 3, 3, 2)), b=tfx.Parameter(6),
+                                   out=tfx.ConvolveTransposed((2, 2), (1, 0), (1, 0), (1, 2), 2)),
+     lambda p, x: F.conv_transpose2d(x, p["layer.w"], p["layer.b"], 2, (1, 0), (1, 0), 2, (1, 2)), ((3, 4, 5, 4),)),
     ("weight norm", graph("w g", w=tfx.Parameter((4, 3)), g=tfx.Parameter((4, 1)), out=tfx.WeightNorm()),
      lambda p: p["layer.g"] * F.normalize(p["layer.w"], dim=1), ()),
     ("weight norm, last axis", graph("w g", w=tfx.Parameter((4, 3)), g=tfx.Parameter((1, 3)), out=tfx.WeightNorm(1)),
@@ -341,7 +380,7 @@ def test_a_layer_equals_torch_in_value_and_gradients(case: Case) -> None:
 
 @every_twin
 def test_two_steps_of_training_equal_torch_in_values_gradients_and_running_statistics(case: Case) -> None:
-    if isinstance(case.part, tfx.Dropout):
+    if isinstance(case.part, (tfx.Dropout, tfx.RReLU)):
         pytest.skip("draws from a generator of its own; see below")
     states: list[Mapping[str, Tensor]] = []
 
@@ -495,3 +534,66 @@ def test_a_parameter_starts_at_its_fill_with_noise_of_its_deviation() -> None:
     assert abs(value.mean().item() - 2) < 0.02
     assert abs(value.std().item() - 0.5) < 0.02
     assert torch.equal(tfx.Parameter(3, fill=1.5).init(torch.Generator())["value"], torch.full((3,), 1.5))
+
+
+def padded(length: int) -> Tensor:
+    """What a causal decoder may look at: two of three examples are padded on the left, one of them nearly whole."""
+    keep = torch.ones(3, length, dtype=torch.bool)
+    keep[1, :2] = keep[2, : length - 1] = False
+    return keep[:, None, None, :] & torch.ones(length, length, dtype=torch.bool).tril()
+
+
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_queries_that_may_attend_nowhere_get_zeros_as_in_torch(dtype: torch.dtype, added: bool) -> None:
+    q, k, v = torch.randn(3, 3, 2, 6, 4, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    keep = padded(6)
+    mask = torch.zeros(keep.shape, dtype=dtype).masked_fill(~keep, -torch.inf) if added else keep
+    ours = partial(tfx.ScaledDotProduct(0.5).apply, {})
+
+    def torchs(*inputs: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(*inputs, scale=0.5)
+
+    def flat(*inputs: Tensor) -> Tensor:
+        packed = [x.transpose(1, 2).flatten(2) for x in inputs[:3]]
+        return heads(tfx.Attention(2, 4, scale=0.5).apply({}, *packed, inputs[3]), 2)
+
+    for function in (ours, flat):
+        value, pull = torch.func.vjp(lambda *x: function(*x, mask), q, k, v)  # noqa: B023
+        expected, other = torch.func.vjp(lambda *x: torchs(*x, mask), q, k, v)
+        assert_close(value, expected)
+        assert_close(pull(expected), other(expected))
+        assert value[1, :, :2].abs().max() == 0
+        each = torch.func.vmap(lambda *x: function(*(y[None] for y in x))[0])(q, k, v, mask)  # noqa: B023
+        assert_close(each, value)
+
+
+@pytest.mark.parametrize("order", [-1.0, 0.0, 0.5, 1.0, 2.0, torch.inf, -torch.inf])
+def test_norms_are_exact_where_zeros_do_not_change_them(order: float) -> None:
+    layer = tfx.Along("linalg_vector_norm.default", (SLOT[0], order, (1,), True), dims=(1,), lengths=(1,))
+    coupling = check_layer(layer, (5, 3))
+    assert len(coupling) == 8
+    assert coupling.exact[:5].all() == (order >= 0)
+
+
+def test_rrelu_draws_slopes_as_torch_does() -> None:
+    x = torch.randn(50, generator=torch.Generator().manual_seed(1))
+    value, _ = tfx.RReLU(0.1, 0.4).train({}, x, generator=torch.Generator().manual_seed(3))
+    torch.manual_seed(3)
+    assert_close(value, F.rrelu(x, 0.1, 0.4, training=True))
+    with pytest.raises(ValueError, match="generator"):
+        tfx.RReLU().train({}, x, generator=None)
+
+
+def test_what_drops_out_between_recurrent_layers_and_in_attention_is_what_torch_drops() -> None:
+    x = torch.randn(3, 5, 4, dtype=torch.float64)
+    module = nn.LSTM(4, 3, 3, batch_first=True, dropout=0.4, bidirectional=True).double()
+    layer = tfx.LSTM(4, 3, 3, True, True, 0.4, True, "hidden")
+    value, _ = layer.train(dict(module.named_parameters()), x, generator=torch.Generator().manual_seed(2))
+    torch.manual_seed(2)
+    assert_close(value, module(x)[1][0])
+    q = torch.randn(3, 2, 5, 4, dtype=torch.float64)
+    dropping = tfx.ScaledDotProduct(0.5, dropout=0.3)
+    attended, _ = dropping.train({}, q, q, q, generator=torch.Generator().manual_seed(2))
+    torch.manual_seed(2)
+    assert_close(attended, F.scaled_dot_product_attention(q, q, q, dropout_p=0.3, scale=0.5))

@@ -26,6 +26,12 @@ SEVERAL = {
 }  # fmt: skip
 """Operators along axes that have several results, and which argument names the axes."""
 
+OVER_SPACE = (
+    "max_pool1d_with_indices", "max_pool2d_with_indices", "max_pool3d_with_indices", "adaptive_max_pool1d",
+    "adaptive_max_pool2d", "adaptive_max_pool3d",
+)  # fmt: skip
+"""Operators on every map alone that have several results."""
+
 SEPARATE = {
     "gather": (1, "dim", None), "scatter": (1, "dim", None), "scatter_add": (1, "dim", None),
     "index_select": (1, "dim", None), "diff": (2, "dim", -1), "im2col": None, "col2im": None, "grid_sampler": None,
@@ -233,6 +239,8 @@ class Convert:
         source, index = node.args
         assert isinstance(source, fx.Node)
         assert isinstance(index, int)
+        if node.name in self.names:
+            return  # written where its source was
         name = str(source.target)
         try:
             if source.name in self.names and index == 0:
@@ -241,6 +249,8 @@ class Convert:
                 self.constant(node, self.constants[source.name][index], node.name)
             elif name.startswith(("aten.split", "aten.chunk", "aten.unbind")):
                 self._piece(node, source, index, name.startswith("aten.unbind"))
+            elif name.split(".")[1] in OVER_SPACE:
+                self.maps(node, index, source)
             elif name.split(".")[1] in SEVERAL:
                 self.along(node, *SEVERAL[name.split(".")[1]], index, source)
             else:
@@ -273,6 +283,13 @@ class Convert:
         if kept != rest:
             raise Unmapped
         self.operator(node, L.Along, item, source, dims=dims, lengths=None if after == before else lengths)
+
+    def maps(self, node: fx.Node, item: int | None = None, source: fx.Node | None = None) -> None:
+        """An operator on every map alone."""
+        shape, axis = measured(node)
+        if axis != 0 or len(shape) < 3 or any(len(measured(n)[0]) != len(shape) for n in _tensors(source or node)):
+            raise Unmapped
+        self.operator(node, L.Maps, item, source, space=shape[2:])
 
     def slice(self, node: fx.Node, x: fx.Node, dim: int, start: int, stop: int, *, drop: bool = False) -> None:
         shape, axis = measured(x)

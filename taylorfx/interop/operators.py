@@ -9,79 +9,13 @@ import torch
 from torch import fx
 
 from taylorfx import layers as L
-from taylorfx.interop import movement
+from taylorfx.interop import movement, parametric
 from taylorfx.interop.convert import Convert, Unmapped, argument, measured, tensor_node
 from taylorfx.layers import Layer
 from taylorfx.layers.operators import DTYPE, SLOT
 from taylorfx.spec import Node
 
 __all__ = ["CONVERTERS"]
-
-
-def _convolution(c: Convert, node: fx.Node) -> None:
-    x, bias = tensor_node(node.args[0]), argument(node, 2, "bias")
-    shape, examples = measured(tensor_node(node.args[1]))
-    rank = len(shape) - 2
-    transposed = "transpose" in str(node.target)
-    stride, padding = argument(node, 3, "stride", 1), argument(node, 4, "padding", 0)
-
-    def each(value: Any) -> Any:
-        return value if isinstance(value, (int, str)) else tuple(value) * (rank if len(value) == 1 else 1)
-
-    if len(measured(x)[0]) != rank + 2:
-        raise Unmapped
-    weight = tensor_node(node.args[1])
-    if not all(n is None or n.name in c.paths for n in (weight, bias)):
-        groups, numbers = argument(node, 6, "groups", 1), (stride, padding, argument(node, 5, "dilation", 1))
-        if transposed or examples >= 0 or not isinstance(groups, int) or isinstance(padding, str):
-            raise Unmapped
-        stride, padding, dilation = [(n,) * rank if isinstance(n, int) else each(n) for n in numbers]
-        c.add(
-            node,
-            L.Convolve(stride, padding, dilation, groups),
-            [c.tensor(n) for n in (x, weight, bias) if n is not None],
-        )
-        return
-    leaves = {name: c.path(n) for name, n in (("weight", weight), ("bias", bias)) if n is not None}
-    if transposed:
-        kind: Any = {1: L.ConvTranspose1d, 2: L.ConvTranspose2d}.get(rank)
-        extra, groups = argument(node, 5, "output_padding", 0), argument(node, 6, "groups", 1)
-        dilation = argument(node, 7, "dilation", 1)
-        if kind is None:
-            raise Unmapped
-        layer: Layer = kind(
-            shape[0], shape[1] * groups, shape[2:], stride=each(stride), padding=each(padding), dilation=each(dilation),
-            groups=groups, bias=bias is not None, output_padding=each(extra),
-        )  # fmt: skip
-    else:
-        dilation, groups = argument(node, 5, "dilation", 1), argument(node, 6, "groups", 1)
-        forward = {1: L.Conv1d, 2: L.Conv2d, 3: L.Conv3d}[rank]
-        layer = forward(shape[1] * groups, shape[0], shape[2:], each(stride), each(padding), each(dilation), groups,
-                        bias is not None)  # fmt: skip
-    c.add(node, layer, (c.tensor(x),), leaves=leaves)
-
-
-def _weight_norm(c: Convert, node: fx.Node) -> None:
-    c.add(node, L.WeightNorm(argument(node, 2, "dim", 0)), [c.tensor(tensor_node(n)) for n in node.args[:2]])
-
-
-def _recurrent(c: Convert, node: fx.Node) -> None:
-    """Recurrent layers whose states start at zero; of their results, the sequence of states."""
-    arguments: Any = node.args
-    x, start, weights, bias, layers, _, _, both, batch_first = arguments
-    starts = start if isinstance(start, (list, tuple)) else [start]
-    kind = str(node.target).split(".")[1]
-    zeros = all(str(getattr(n, "target", "")).split(".")[1:2] in (["zeros"], ["new_zeros"]) for n in starts)
-    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if bias else 2]
-    suffixes = [f"l{k}{way}" for k in range(layers) for way in (("", "_reverse") if both else ("",))]
-    if not zeros or len(weights) != len(names) * len(suffixes):  # a projection has one more weight
-        raise Unmapped
-    leaves = dict(zip((f"{n}_{s}" for s in suffixes for n in names), map(c.path, weights), strict=True))
-    rows, width = c.tensors[leaves["weight_ih_l0"]].shape
-    form: dict[str, Any] = {"nonlinearity": kind.removeprefix("rnn_")} if kind.startswith("rnn") else {}
-    layer: Any = {"lstm": L.LSTM, "gru": L.GRU}.get(kind, L.RNN)
-    made = layer(width, rows // layer.parts, layers, bias, batch_first, both, **form)
-    c.add(node, made, (c.tensor(tensor_node(x)),), leaves=leaves)
 
 
 def _linear(c: Convert, node: fx.Node) -> None:
@@ -96,62 +30,6 @@ def _linear(c: Convert, node: fx.Node) -> None:
     product = c.add(node, L.MatMul(), (c.tensor(x), turned), tag="_product" if bias is not None else "")
     if bias is not None:
         c.add(node, L.Add(), (product, c.tensor(tensor_node(bias))))
-
-
-def _batch_norm(c: Convert, node: fx.Node) -> None:
-    arguments: Any = node.args[:7]
-    x, weight, bias, mean, var, momentum, eps = arguments
-    rank = len(measured(tensor_node(x))[0])
-    kind = {2: L.BatchNorm1d, 3: L.BatchNorm1d, 4: L.BatchNorm2d, 5: L.BatchNorm3d}.get(rank)
-    if kind is None or (weight is None) != (bias is None):
-        raise Unmapped
-    leaves = {} if weight is None else {"weight": c.path(weight), "bias": c.path(bias)}
-    leaves |= {"running_mean": c.path(mean), "running_var": c.path(var)}
-    home = leaves["running_mean"].rpartition(".")[0]
-    leaves["num_batches_tracked"] = f"{home}.num_batches_tracked" if home else "num_batches_tracked"
-    c.tensors.setdefault(leaves["num_batches_tracked"], torch.zeros((), dtype=torch.long))
-    features = len(c.tensors[leaves["running_mean"]])
-    momentum = None if leaves["running_mean"] in c.cumulative else momentum
-    c.add(node, kind(features, eps, momentum, weight is not None), (c.tensor(tensor_node(x)),), leaves=leaves)
-
-
-def _instance_norm(c: Convert, node: fx.Node) -> None:
-    arguments: Any = node.args
-    x, weight, bias, _, _, own, momentum, eps = arguments[:8]
-    features = measured(tensor_node(x))[0]
-    if len(features) != 4 or (weight is None) != (bias is None) or not own:
-        raise Unmapped
-    leaves = {} if weight is None else {"weight": c.path(weight), "bias": c.path(bias)}
-    layer = L.InstanceNorm2d(features[1], eps, momentum, affine=weight is not None)
-    c.add(node, layer, (c.tensor(tensor_node(x)),), leaves=leaves)
-
-
-def _layer_norm(c: Convert, node: fx.Node) -> None:
-    x, shape, weight, bias = (
-        argument(node, k, name) for k, name in enumerate(("input", "normalized_shape", "weight", "bias"))
-    )
-    if weight is None and bias is not None:
-        raise Unmapped
-    leaves = {name: c.path(value) for name, value in (("weight", weight), ("bias", bias)) if value is not None}
-    eps, affine = argument(node, 4, "eps", 1e-5), weight is not None
-    layer = L.LayerNorm(tuple(shape), eps, affine, bias is not None or not affine)
-    c.add(node, layer, (c.tensor(tensor_node(x)),), leaves=leaves)
-
-
-def _rms_norm(c: Convert, node: fx.Node) -> None:
-    weight = argument(node, 2, "weight")
-    leaves = {} if weight is None else {"weight": c.path(weight)}
-    layer = L.RMSNorm(tuple(node.args[1]), argument(node, 3, "eps"), weight is not None)  # type: ignore[arg-type]
-    c.add(node, layer, (c.tensor(tensor_node(node.args[0])),), leaves=leaves)
-
-
-def _group_norm(c: Convert, node: fx.Node) -> None:
-    x, groups, weight, bias = (argument(node, k, n) for k, n in enumerate(("input", "num_groups", "weight", "bias")))
-    if (weight is None) != (bias is None):
-        raise Unmapped
-    leaves = {} if weight is None else {"weight": c.path(weight), "bias": c.path(bias)}
-    layer = L.GroupNorm(groups, measured(tensor_node(x))[0][1], argument(node, 4, "eps", 1e-5), weight is not None)
-    c.add(node, layer, (c.tensor(tensor_node(x)),), leaves=leaves)
 
 
 def _embedding(c: Convert, node: fx.Node) -> None:
@@ -178,16 +56,21 @@ def _simple(kind: Callable[..., Layer], *fields: tuple[str, Any]) -> Callable[[C
 
 
 def _hardtanh(c: Convert, node: fx.Node) -> None:
-    if (argument(node, 1, "min_val", -1.0), argument(node, 2, "max_val", 1.0)) != (0, 6):
+    if (argument(node, 1, "min_val", -1.0), argument(node, 2, "max_val", 1.0)) == (0, 6):
+        c.add(node, L.ReLU6(), (c.tensor(tensor_node(node.args[0])),))
+    else:
+        c.pointwise(node)
+
+
+def _rrelu(c: Convert, node: fx.Node) -> None:
+    if argument(node, 3, "training", False):
         raise Unmapped
-    c.add(node, L.ReLU6(), (c.tensor(tensor_node(node.args[0])),))
+    limits = float(argument(node, 1, "lower", 1 / 8)), float(argument(node, 2, "upper", 1 / 3))
+    c.add(node, L.RReLU(*limits), (c.tensor(tensor_node(node.args[0])),))
 
 
 def _maps(c: Convert, node: fx.Node) -> None:
-    shape, axis = measured(node)
-    if axis != 0 or len(shape) < 3:
-        raise Unmapped
-    c.operator(node, L.Maps, space=shape[2:])
+    c.maps(node)
 
 
 def _max_pool2d(c: Convert, node: fx.Node) -> None:
@@ -305,7 +188,17 @@ def _attention(c: Convert, node: fx.Node) -> None:
     grouped = grouped and shapes[0][-3] != shapes[1][-3]
     scale = shapes[0][-1] ** -0.5 if scale is None else scale
     inputs = [q, k, v, *([tensor_node(mask)] if mask is not None else [])]
-    c.add(node, L.ScaledDotProduct(scale, causal, grouped), [c.tensor(x) for x in inputs])
+    layer = L.ScaledDotProduct(scale, causal, grouped, argument(node, 4, "dropout_p", 0.0))
+    c.add(node, layer, [c.tensor(x) for x in inputs])
+
+
+def _cosine_similarity(c: Convert, node: fx.Node) -> None:
+    one, other = tensor_node(node.args[0]), tensor_node(node.args[1])
+    shape, axis = measured(one)
+    dim = argument(node, 2, "dim", 1) % len(shape)
+    if measured(one) != measured(other) or dim == axis:
+        raise Unmapped
+    c.operator(node, L.Along, dims=(dim,), lengths=(0,))
 
 
 def _glu(c: Convert, node: fx.Node) -> None:
@@ -365,7 +258,18 @@ def _spectral_norm(c: Convert, node: fx.Node) -> None:
     c.add(node, layer, (c.tensor(weight),), leaves={"u": c.path(u), "v": c.path(v)})
 
 
-UNTAGGED = ("zero", "fill", "zeros_like", "ones_like", "full_like", "where", "__and__", "__or__", "masked_fill")
+UNTAGGED = (
+    "log_sigmoid",
+    "zero",
+    "fill",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "where",
+    "__and__",
+    "__or__",
+    "masked_fill",
+)
 """Pointwise operators that torch does not tag as such."""
 
 ALONG_SECOND = (
@@ -375,18 +279,23 @@ ALONG_SECOND = (
 """Operators whose second argument says along which axes they work."""
 
 CONVERTERS: dict[str, Callable[[Convert, fx.Node], None]] = {
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d"), _convolution),
+    **dict.fromkeys(
+        ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+        parametric.convolution,
+    ),
     "linear": _linear,
-    "_native_batch_norm_legit_no_training": _batch_norm,
-    "instance_norm": _instance_norm,
-    "layer_norm": _layer_norm,
-    "rms_norm": _rms_norm,
-    "group_norm": _group_norm,
+    "_native_batch_norm_legit_no_training": parametric.batch_norm,
+    "_native_batch_norm_legit": parametric.untracked,
+    "instance_norm": parametric.instance_norm,
+    "layer_norm": parametric.layer_norm,
+    "rms_norm": parametric.rms_norm,
+    "group_norm": parametric.group_norm,
     "embedding": _embedding,
     "prelu": _prelu,
     "relu": _simple(L.ReLU),
     "relu6": _simple(L.ReLU6),
     "hardtanh": _hardtanh,
+    "rrelu": _rrelu,
     "leaky_relu": _simple(L.LeakyReLU, ("negative_slope", 0.01)),
     "gelu": _simple(L.GELU, ("approximate", "none")),
     "silu": _simple(L.SiLU),
@@ -404,7 +313,9 @@ CONVERTERS: dict[str, Callable[[Convert, fx.Node], None]] = {
     **dict.fromkeys(
         ("avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d", "max_pool3d", "adaptive_avg_pool1d",
          "adaptive_avg_pool3d", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d",
-         "upsample_bicubic2d", "upsample_linear1d", "upsample_trilinear3d"),
+         "upsample_bicubic2d", "upsample_linear1d", "upsample_trilinear3d", "_upsample_nearest_exact1d",
+         "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
+         "_upsample_lanczos2d_aa", "max_unpool2d", "max_unpool3d"),
         _maps,
     ),
     **dict.fromkeys(("softmax", "_softmax"), _softmax),
@@ -426,9 +337,9 @@ CONVERTERS: dict[str, Callable[[Convert, fx.Node], None]] = {
     **dict.fromkeys(("mean", "sum", "amax", "amin"), _reduce),
     **dict.fromkeys(("matmul", "bmm", "mm", "mv", "dot", "vdot"), _matmul),
     "tensordot": _tensordot,
-    "_weight_norm": _weight_norm,
+    "_weight_norm": parametric.weight_norm,
     "spectral_norm": _spectral_norm,
-    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _recurrent),
+    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), parametric.recurrent),
     **dict.fromkeys(("zeros", "ones", "full", "new_zeros", "new_ones", "new_full"), _filled),
     "addmm": _addmm,
     "einsum": _einsum,
@@ -441,6 +352,7 @@ CONVERTERS: dict[str, Callable[[Convert, fx.Node], None]] = {
     **dict.fromkeys(UNTAGGED, _pointwise),
     **dict.fromkeys(ALONG_SECOND, movement.along(1, "dim")),
     "linalg_vector_norm": movement.along(2, "dim"),
+    "cosine_similarity": _cosine_similarity,
     "roll": movement.along(2, "dims"),
     **dict.fromkeys(
         ("clone", "contiguous", "alias", "detach", "detach_", "lift_fresh_copy", "_to_copy", "to", "type_as"), _identity

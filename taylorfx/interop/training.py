@@ -64,6 +64,7 @@ _TRAINS: Mapping[str, tuple[int, ...]] = {
     "gru": (6,),
     "rnn_tanh": (6,),
     "rnn_relu": (6,),
+    **dict.fromkeys(("rrelu", "rrelu_"), (3,)),
     "scaled_dot_product_attention": (4,),
 }
 """Arguments in which an operator may differ in training: a flag, a momentum, a probability of dropout."""

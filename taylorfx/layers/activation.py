@@ -13,7 +13,7 @@ from taylorfx.layers.base import Layer, Leaves, Shape, names
 
 __all__ = [
     "ELU", "GELU", "Dropout", "Hardsigmoid", "Hardswish", "Identity", "LeakyReLU", "Mish", "PReLU",
-    "ReLU", "ReLU6", "SiLU", "Sigmoid", "Softmax", "Softplus", "Tanh",
+    "RReLU", "ReLU", "ReLU6", "SiLU", "Sigmoid", "Softmax", "Softplus", "Tanh",
 ]  # fmt: skip
 
 _SELU = 1.7580993408473766
@@ -178,6 +178,25 @@ class Dropout(_Elementwise):
         scale = ((_SELU**2 * self.p + 1) * (1 - self.p)) ** -0.5
         shift = (noise - 1).mul_(_SELU * scale).add_(_SELU * scale * self.p)
         return x * noise.mul_(scale) + shift, {}
+
+
+@dataclass(frozen=True)
+class RReLU(_Elementwise):
+    """``torch.nn.RReLU``: in training every negative number draws its slope from ``[lower, upper)``."""
+
+    lower: float = 1 / 8
+    upper: float = 1 / 3
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        return F.rrelu(inputs[0], self.lower, self.upper)
+
+    def train(
+        self, params: Leaves, *inputs: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        if generator is None:
+            raise ValueError("RReLU draws random numbers in training; received no generator. Pass generator=...")
+        value: Tensor = torch.ops.aten.rrelu(inputs[0], self.lower, self.upper, True, generator)
+        return value, {}
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ class Attention(Layer):
 
     Inputs: query ``(N, T, num_heads head_dim)``, key ``(N, S, num_kv_heads head_dim)``, value ``(N, S, num_kv_heads
     v_head_dim)``, and optionally a mask: ``(N, S)`` or ``(N, 1 or num_heads, T or 1, S)``; boolean (true: attend) or
-    added to the scores. Output ``(N, T, num_heads v_head_dim)``.
+    added to the scores. Output ``(N, T, num_heads v_head_dim)``; a query that may attend nowhere gets zeros, as torch's
+    fused attention gives it.
 
     Each of the ``h`` key heads serves ``r`` query heads. Key heads ``h``, places ``r`` in every group of query heads,
     query/key dimensions ``k`` and value dimensions ``v`` are units. ``scale`` stays that of the original ``head_dim``
@@ -77,4 +78,15 @@ class Attention(Layer):
             else:
                 mask = torch.unflatten(mask, 1, (1, 1) if mask.shape[1] == 1 else (heads, self.num_heads // heads))
             scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-        return torch.einsum("nhrts,nshv->nthrv", torch.softmax(scores, -1), v).flatten(2)
+        weights = attention_weights(scores) if len(inputs) == 4 else torch.softmax(scores, -1)
+        return torch.einsum("nhrts,nshv->nthrv", weights, v).flatten(2)
+
+
+def attention_weights(scores: Tensor) -> Tensor:
+    """The softmax of scores over the last axis; zeros, without any derivative, in rows that are masked whole.
+
+    A softmax of nothing but minus infinity is NaN, and so is its derivative even where nothing depends on it. Such a
+    row is therefore taken out before and after.
+    """
+    nowhere = scores.detach().amax(-1, keepdim=True) == -math.inf
+    return torch.softmax(scores.masked_fill(nowhere, 0.0), -1).masked_fill(nowhere, 0.0)

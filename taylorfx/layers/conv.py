@@ -13,7 +13,10 @@ from torch.nn import functional as F
 
 from taylorfx.layers.base import Layer, Leaves, Shape, ShapeError, as_tuple, positive, uniform
 
-__all__ = ["Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "Convolve"]
+__all__ = [
+    "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "Convolve",
+    "ConvolveTransposed",
+]  # fmt: skip
 
 Ints = int | tuple[int, ...]
 
@@ -185,6 +188,18 @@ class ConvTranspose2d(_Transposed):
 
 
 @dataclass(frozen=True)
+class ConvTranspose3d(_Transposed):
+    """``torch.nn.ConvTranspose3d``: ``(N, in_channels, D, H, W)`` to ``(N, out_channels, D', H', W')``."""
+
+    rank: ClassVar[int] = 3
+    multiplies: ClassVar[tuple[str, ...]] = ("g o i K L M D H W",)
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        bias, dilation = self._bias(params), _numbers(self.dilation)
+        return F.conv_transpose3d(inputs[0], params["weight"], bias, *self._window(), self.groups, dilation)
+
+
+@dataclass(frozen=True)
 class Convolve(Layer):
     """``torch.nn.functional.conv1d``, ``conv2d``, ``conv3d`` with a weight that is computed: the second input.
 
@@ -219,4 +234,44 @@ class Convolve(Layer):
         function: Any = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(self.stride)]
         bias = inputs[2] if len(inputs) > 2 else None
         made: Tensor = function(*inputs[:2], bias, self.stride, self.padding, self.dilation, self.groups)
+        return made
+
+
+@dataclass(frozen=True)
+class ConvolveTransposed(Layer):
+    """``torch.nn.functional.conv_transpose1d``, ``2d``, ``3d`` with a weight that is computed: the second input.
+
+    A third input is the bias. The weight is the same for all examples, as in `Convolve`.
+    """
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    output_padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+
+    multiplies: ClassVar[tuple[str, ...]] = ("g o i K L M D H W",)
+
+    def __str__(self) -> str:
+        return repr(self)
+
+    def signature(self, *shapes: Shape) -> str:
+        before, kernel, after = _SPATIAL[len(self.stride)]
+        bias = ", (g o)" if len(shapes) > 2 else ""
+        return f"B (g i) {before}, (g i) o {kernel}{bias} -> B (g o) {after}"
+
+    def fields(self, *shapes: Shape) -> Mapping[str, str]:
+        return {"groups": "g"}
+
+    def sizes(self, known: Mapping[str, int]) -> Mapping[str, int]:
+        before, kernel, after = map(str.split, _SPATIAL[len(self.stride)])
+        steps = zip(before, kernel, self.stride, self.padding, self.output_padding, self.dilation, strict=True)
+        sizes = ((known[x] - 1) * s + extra - 2 * p + d * (known[k] - 1) + 1 for x, k, s, p, extra, d in steps)
+        return positive(self, dict(zip(after, sizes, strict=True)))
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        function: Any = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[len(self.stride)]
+        bias = inputs[2] if len(inputs) > 2 else None
+        options = (self.stride, self.padding, self.output_padding, self.groups, self.dilation)
+        made: Tensor = function(*inputs[:2], bias, *options)
         return made

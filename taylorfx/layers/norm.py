@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from taylorfx.layers.base import Layer, Leaves, Shape, as_tuple, names
 
 __all__ = [
-    "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "GroupNorm", "InstanceNorm2d", "LayerNorm", "RMSNorm",
-    "SpectralNorm", "WeightNorm",
+    "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "GroupNorm", "InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d",
+    "LayerNorm", "RMSNorm", "SpectralNorm", "WeightNorm",
 ]  # fmt: skip
 
 
@@ -119,13 +119,12 @@ class BatchNorm3d(_Tracked):
 
 
 @dataclass(frozen=True)
-class InstanceNorm2d(_Tracked):
-    """``torch.nn.InstanceNorm2d``: ``(N, num_features, H, W)``, every map normalized alone."""
+class _Instance(_Tracked):
+    """Every map of every example is normalized alone."""
 
     affine: bool = False
     track_running_stats: bool = False
 
-    space: ClassVar[str] = "H W"
     across: ClassVar[bool] = False
 
     def normalize(
@@ -133,6 +132,27 @@ class InstanceNorm2d(_Tracked):
     ) -> Tensor:
         weight, bias = (params["weight"], params["bias"]) if self.affine else (None, None)
         return F.instance_norm(x, mean, var, weight, bias, own, momentum, self.eps)
+
+
+@dataclass(frozen=True)
+class InstanceNorm1d(_Instance):
+    """``torch.nn.InstanceNorm1d``: ``(N, num_features, L)``, every map normalized alone."""
+
+    space: ClassVar[str] = "L"
+
+
+@dataclass(frozen=True)
+class InstanceNorm2d(_Instance):
+    """``torch.nn.InstanceNorm2d``: ``(N, num_features, H, W)``, every map normalized alone."""
+
+    space: ClassVar[str] = "H W"
+
+
+@dataclass(frozen=True)
+class InstanceNorm3d(_Instance):
+    """``torch.nn.InstanceNorm3d``: ``(N, num_features, D, H, W)``, every map normalized alone."""
+
+    space: ClassVar[str] = "D H W"
 
 
 @dataclass(frozen=True)
@@ -223,21 +243,24 @@ class RMSNorm(_Last):
 class WeightNorm(Layer):
     """``torch.nn.utils.parametrizations.weight_norm``: a direction, normalized over all axes but ``dim``, and a scale.
 
-    Salimans & Kingma 2016 (arXiv 1602.07868, eq. 2): ``w = g v / ||v||``.
+    Salimans & Kingma 2016 (arXiv 1602.07868, eq. 2): ``w = g v / ||v||``. Without ``dim`` the norm is that of the whole
+    tensor, and the scale is a single number.
     """
 
-    dim: int = 0
+    dim: int | None = 0
 
     inexact: ClassVar[tuple[str, ...]] = tuple(f"x{k}" for k in range(8))
 
     def signature(self, *shapes: Shape) -> str:
-        direction, scale = names(len(shapes[0])), ["1"] * len(shapes[0])
-        direction[self.dim] = scale[self.dim] = "o"
+        direction = names(len(shapes[0]))
+        scale = [] if self.dim is None else ["1"] * len(direction)
+        if self.dim is not None:
+            direction[self.dim] = scale[self.dim] = "o"
         return f"{' '.join(direction)}, {' '.join(scale)} -> {' '.join(direction)}"
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         direction, scale = inputs
-        others = [k for k in range(direction.ndim) if k != self.dim % direction.ndim]
+        others = [k for k in range(direction.ndim) if self.dim is None or k != self.dim % direction.ndim]
         weight: Tensor = direction * (scale / torch.linalg.vector_norm(direction, dim=others, keepdim=True))
         return weight
 

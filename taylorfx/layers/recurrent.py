@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from taylorfx.layers.activation import Dropout
 from taylorfx.layers.base import Layer, Leaves, Shape, ShapeError, uniform
 
 __all__ = ["GRU", "LSTM", "RNN"]
@@ -20,8 +21,10 @@ __all__ = ["GRU", "LSTM", "RNN"]
 class _Recurrent(Layer):
     """What the recurrent layers share: ``(N, T, input_size)`` (with ``batch_first``) to ``(N, T, D hidden_size)``.
 
-    The value is the sequence of states (torch's first result), which start at zero; ``D`` is 2 if bidirectional.
-    Between layers there is no dropout.
+    ``D`` is 2 if bidirectional. ``result`` chooses one of torch's results: the ``"sequence"`` of states, the last
+    ``"hidden"`` state or, of an LSTM, the last ``"cell"`` state, ``(D num_layers, N, hidden_size)``. States start at
+    zero; further inputs, shaped as the last states, are those to start from. In training what goes from layer to layer
+    drops out with probability ``dropout``.
     """
 
     input_size: int
@@ -29,15 +32,21 @@ class _Recurrent(Layer):
     num_layers: int = 1
     bias: bool = True
     batch_first: bool = False
+    dropout: float = 0.0
     bidirectional: bool = False
+    result: str = "sequence"
 
     multiplies: ClassVar[tuple[str, ...]] = ("T D G H i", "T D G H J", "T D G H E M", "T D G H J M")
     parts: ClassVar[int] = 1
     """How many matrices of ``hidden_size`` rows lie above each other: one per gate."""
+    results: ClassVar[tuple[str, ...]] = ("sequence", "hidden")
 
     def __post_init__(self) -> None:
+        Dropout(self.dropout)
         if not 1 <= self.num_layers <= 1000:
             raise ShapeError(f"{type(self).__name__} has 1 to 1,000 layers; received num_layers={self.num_layers}.")
+        if self.result not in self.results:
+            raise ShapeError(f"{type(self).__name__} gives out one of {self.results}; received {self.result!r}.")
 
     def _suffixes(self, *layers: int) -> list[str]:
         ways = ("", "_reverse") if self.bidirectional else ("",)
@@ -50,7 +59,9 @@ class _Recurrent(Layer):
             leaves += [f"weight_ih_{suffix}: R {heard}", f"weight_hh_{suffix}: R J"]
             leaves += [f"bias_ih_{suffix}: R", f"bias_hh_{suffix}: R"] if self.bias else []
         order = "B T" if self.batch_first else "T B"
-        return f"{order} i, {', '.join(leaves)} -> {order} E"
+        start = ", Y B J" * (len(shapes) - 1)
+        made = f"{order} E" if self.result == "sequence" else "Y B J"
+        return f"{order} i{start}, {', '.join(leaves)} -> {made}"
 
     def fields(self, *shapes: Shape) -> Mapping[str, str]:
         return {"input_size": "i", "hidden_size": "J"}
@@ -58,6 +69,7 @@ class _Recurrent(Layer):
     def letters(self, *shapes: Shape) -> dict[str, int]:
         ways = 2 if self.bidirectional else 1
         sizes = {"E": ways * self.hidden_size, "R": self.parts * self.hidden_size, "M": self.num_layers - 1}
+        sizes["Y"] = ways * self.num_layers
         return {**super().letters(*shapes), **sizes, "D": ways, "G": self.parts, "H": self.hidden_size}
 
     def init(self, generator: torch.Generator) -> dict[str, Tensor]:
@@ -71,43 +83,77 @@ class _Recurrent(Layer):
         """The next state, from what the input and the last state contribute to the gates."""
         raise NotImplementedError
 
-    def _unrolled(self, x: Tensor, params: Leaves) -> Tensor:
-        """The same step by step, which ``torch.func.vmap`` can vectorize: ``(T, N, ...)``."""
+    def _leaves(self, params: Leaves, suffix: str) -> list[Tensor]:
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if self.bias else 2]
+        return [params[f"{name}_{suffix}"] for name in names]
+
+    def _start(self, x: Tensor, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The states to start from, ``(D num_layers, N, hidden_size)``, of ``x``, ``(T, N, input_size)``."""
+        zeros = x.new_zeros(len(self._suffixes()), x.shape[1], self.hidden_size)
+        return given or (zeros,) * (len(self.results) - 1)
+
+    def _unrolled(self, x: Tensor, start: tuple[Tensor, ...], params: Leaves) -> tuple[Tensor, ...]:
+        """All results step by step, which ``torch.func.vmap`` can vectorize: ``x`` is ``(T, N, input_size)``."""
+        last: list[tuple[Tensor, ...]] = []
         for layer in range(self.num_layers):
             ways: list[Tensor] = []
             for suffix in self._suffixes(layer):
-                ih, hh = params[f"weight_ih_{suffix}"], params[f"weight_hh_{suffix}"]
-                biases = [params[f"bias_{way}_{suffix}"] if self.bias else None for way in ("ih", "hh")]
-                heard = F.linear(x, ih, biases[0])
-                zero = heard[0, :, : self.hidden_size] * 0
-                state: tuple[Tensor, ...] = (zero, zero)
+                ih, hh, *biases = self._leaves(params, suffix)
+                heard = F.linear(x, ih, *biases[:1])
+                state = tuple(one[len(last)] for one in start)
                 states: list[Tensor] = []
                 for one in heard.flip(0) if suffix.endswith("reverse") else heard:
-                    state = self._step(one, F.linear(state[0], hh, biases[1]), state)
+                    state = self._step(one, F.linear(state[0], hh, *biases[1:]), state)
                     states.append(state[0])
+                last.append(state)
                 ways.append(torch.stack(states[::-1] if suffix.endswith("reverse") else states))
             x = torch.cat(ways, -1)
-        return x
+        return x, *map(torch.stack, zip(*last, strict=True))
+
+    def _layers(
+        self, x: Tensor, start: tuple[Tensor, ...], params: Leaves, layers: Sequence[int]
+    ) -> tuple[Tensor, ...]:
+        """All results of some of the layers by torch's own operator: ``x`` is ``(T, N, ...)``."""
+        weights = [leaf for suffix in self._suffixes(*layers) for leaf in self._leaves(params, suffix)]
+        state: Any = start if len(start) > 1 else start[0]
+        options = (self.bias, len(layers), 0.0, False, self.bidirectional, False)
+        made: tuple[Tensor, ...] = self._function()(x, state, weights, *options)
+        return made
+
+    def _chosen(self, results: tuple[Tensor, ...]) -> Tensor:
+        result = results[self.results.index(self.result)]
+        return result.transpose(0, 1) if self.batch_first and self.result == "sequence" else result
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
-        (x,) = inputs
-        if any(torch._C._functorch.is_batchedtensor(t) for t in (x, *params.values())):
-            made = self._unrolled(x.transpose(0, 1) if self.batch_first else x, params)
-            return made.transpose(0, 1) if self.batch_first else made
-        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if self.bias else 2]
-        weights = [params[f"{name}_{suffix}"] for suffix in self._suffixes() for name in names]
-        start: Any = x.new_zeros(len(self._suffixes()), x.shape[0 if self.batch_first else 1], self.hidden_size)
-        start = (start, start) if isinstance(self, LSTM) else start
-        options = (self.bias, self.num_layers, 0.0, False, self.bidirectional, self.batch_first)
-        states: Tensor = self._function()(x, start, weights, *options)[0]
-        return states
+        x = inputs[0].transpose(0, 1) if self.batch_first else inputs[0]
+        start = self._start(x, inputs[1:])
+        if any(torch._C._functorch.is_batchedtensor(t) for t in (*inputs, *params.values())):
+            return self._chosen(self._unrolled(x, start, params))
+        return self._chosen(self._layers(x, start, params, range(self.num_layers)))
+
+    def train(
+        self, params: Leaves, *inputs: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.dropout == 0 or self.num_layers == 1:
+            return self.apply(params, *inputs), {}
+        x = inputs[0].transpose(0, 1) if self.batch_first else inputs[0]
+        start, ways = self._start(x, inputs[1:]), 2 if self.bidirectional else 1
+        last: list[tuple[Tensor, ...]] = []
+        for layer in range(self.num_layers):
+            if layer:
+                x, _ = Dropout(self.dropout).train({}, x, generator=generator)
+            own = tuple(one[ways * layer : ways * (layer + 1)] for one in start)
+            x, *state = self._layers(x, own, params, [layer])
+            last.append(tuple(state))
+        return self._chosen((x, *map(torch.cat, zip(*last, strict=True)))), {}
 
 
 @dataclass(frozen=True)
 class LSTM(_Recurrent):
-    """``torch.nn.LSTM``: its sequence of states."""
+    """``torch.nn.LSTM``: one of its results."""
 
     parts: ClassVar[int] = 4
+    results: ClassVar[tuple[str, ...]] = ("sequence", "hidden", "cell")
 
     def _function(self) -> Any:
         return torch.lstm
@@ -120,7 +166,7 @@ class LSTM(_Recurrent):
 
 @dataclass(frozen=True)
 class GRU(_Recurrent):
-    """``torch.nn.GRU``: its sequence of states."""
+    """``torch.nn.GRU``: one of its results."""
 
     parts: ClassVar[int] = 3
 
@@ -136,7 +182,7 @@ class GRU(_Recurrent):
 
 @dataclass(frozen=True)
 class RNN(_Recurrent):
-    """``torch.nn.RNN``: its sequence of states."""
+    """``torch.nn.RNN``: one of its results."""
 
     nonlinearity: str = "tanh"
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from taylorfx.layers.activation import Dropout
+from taylorfx.layers.attention import attention_weights
 from taylorfx.layers.base import Layer, Leaves, Shape, ShapeError, broadcast, names
 from taylorfx.layers.operators import COUNT, DTYPE, DTYPES, SLOT, check_arguments, operator
 from taylorfx.layers.shape import refine
@@ -25,8 +27,11 @@ __all__ = [
     "ScaledDotProduct", "View",
 ]  # fmt: skip
 
-STATISTICS = ("var", "std", "linalg_vector_norm")
+STATISTICS = ("var", "std", "var_mean", "std_mean", "cosine_similarity")
 """Operators along axes that may shrink: what they say of the rest then changes."""
+
+SUMS = ("linalg_vector_norm",)
+"""Operators along axes that may shrink, to whose value what is silenced adds nothing."""
 
 
 def fill(template: Any, inputs: tuple[Tensor, ...]) -> Any:
@@ -115,8 +120,10 @@ class Elementwise(_Operator):
 class Along(_Operator):
     """An operator that works along ``dims``, which it holds rigid, and passes the other axes.
 
-    Statistics (variance, standard deviation, norm) do not hold them: they are then of the positions that stay.
-    ``lengths`` are the new sizes along ``dims`` where they change; 0 where the axis is gone.
+    Statistics (variance, standard deviation) do not hold them: they are then of the positions that stay. Norms do not
+    either, and zeros do not change them, except those of negative order, which are small where an entry is.
+    ``lengths`` are the new sizes along ``dims`` where they change; 0 where the axis is gone. Several inputs have the
+    same axes.
     """
 
     dims: tuple[int, ...] = ()
@@ -124,16 +131,20 @@ class Along(_Operator):
 
     @property
     def inexact(self) -> tuple[str, ...]:  # type: ignore[override]
-        return tuple(f"g{k}" for k in range(len(self.dims))) if self.op.split(".")[0] in STATISTICS else ()
+        name = self.op.split(".")[0]
+        order: Any = dict(self.kwargs).get("ord", self.args[1] if self.args[1:] else 2)
+        moves = name in STATISTICS or (name == "linalg_vector_norm" and order < 0)
+        return tuple(f"g{k}" for k in range(len(self.dims))) if moves else ()
 
     def signature(self, *shapes: Shape) -> str | None:
         given = names(len(shapes[0]))
         made = list(given)
+        free = self.op.split(".")[0] in (*STATISTICS, *SUMS)
         for k, dim in enumerate(self.dims):
-            given[dim] = made[dim] = f"g{k}" if self.inexact else f"G{k}"
+            given[dim] = made[dim] = f"g{k}" if free else f"G{k}"
             if self.lengths is not None:
                 made[dim] = f"M{k}" if self.lengths[k] else ""
-        return f"{' '.join(given)} -> {' '.join(made)}"
+        return f"{', '.join([' '.join(given)] * len(shapes))} -> {' '.join(made)}"
 
     def letters(self, *shapes: Shape) -> dict[str, int]:
         return {f"M{k}": n for k, n in enumerate(self.lengths or ()) if n}
@@ -141,13 +152,16 @@ class Along(_Operator):
 
 @dataclass(frozen=True)
 class Maps(_Operator):
-    """An operator on every map alone, ``(N, C, ...)`` to ``(N, C, *space)``: resampling, unusual pooling."""
+    """An operator on every map alone, ``(N, C, ...)`` to ``(N, C, *space)``: resampling, unusual pooling.
+
+    Of several inputs, each has a map for every channel.
+    """
 
     space: Shape = ()
 
     def signature(self, *shapes: Shape) -> str | None:
-        given = " ".join(f"G{k}" for k in range(len(shapes[0]) - 2))
-        return f"B c {given} -> B c {' '.join(f'M{k}' for k in range(len(self.space)))}"
+        given = [f"B c {' '.join(f'G{j}_{k}' for k in range(len(shape) - 2))}" for j, shape in enumerate(shapes)]
+        return f"{', '.join(given)} -> B c {' '.join(f'M{k}' for k in range(len(self.space)))}"
 
     def letters(self, *shapes: Shape) -> dict[str, int]:
         return {f"M{k}": n for k, n in enumerate(self.space)}
@@ -275,13 +289,15 @@ def _letter(name: str) -> str:
 class ScaledDotProduct(Layer):
     """``torch.nn.functional.scaled_dot_product_attention``: ``(N, h, T, k)``, ``(N, h, S, k)``, ``(N, h, S, v)``.
 
-    A fourth input is the mask. ``scale`` stays that of the original dimension. With ``grouped``, every key head serves
-    several query heads.
+    A fourth input is the mask; a query that may attend nowhere gets zeros. ``scale`` stays that of the original
+    dimension. With ``grouped``, every key head serves several query heads. In training, weights drop out with
+    probability ``dropout``.
     """
 
     scale: float
     causal: bool = False
     grouped: bool = False
+    dropout: float = 0.0
 
     multiplies: ClassVar[tuple[str, ...]] = ("x0 x1 x2 x3 h r T S k", "x0 x1 x2 x3 h r T S v")
 
@@ -307,6 +323,15 @@ class ScaledDotProduct(Layer):
         return {"h": shapes[1][-3]} if shapes else {}
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        return self._attend(inputs)
+
+    def train(
+        self, params: Leaves, *inputs: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        drop = Dropout(self.dropout)
+        return self._attend(inputs, lambda weights: drop.train({}, weights, generator=generator)[0]), {}
+
+    def _attend(self, inputs: tuple[Tensor, ...], drop: Callable[[Tensor], Tensor] = lambda weights: weights) -> Tensor:
         q, k, v, *mask = inputs
         if self.grouped:
             q, k, v = q.unflatten(-3, (k.shape[-3], -1)), k.unsqueeze(-3), v.unsqueeze(-3)  # type: ignore[no-untyped-call]
@@ -316,7 +341,7 @@ class ScaledDotProduct(Layer):
             scores = scores.masked_fill(~past, -math.inf)
         for bias in mask:
             scores = scores.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else scores + bias
-        result = torch.softmax(scores, -1) @ v
+        result = drop(attention_weights(scores) if mask else torch.softmax(scores, -1)) @ v
         return result.flatten(-4, -3) if self.grouped else result
 
 
