@@ -355,7 +355,7 @@ class _Binder:
             return
         for letter in unknown:
             self.sizes[letter] = size // known
-        wide = [x for x in product if self.sizes[x] > 1 or (x == "B" and is_example(given))]
+        wide = [x for x in product if self.sizes[x] > 1 or (x in ("B", "N") and is_example(given))]
         for letter in product:
             if letter not in wide:
                 self.bound.setdefault(letter, rigid(1))

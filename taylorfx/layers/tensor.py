@@ -99,13 +99,15 @@ class Captured(_Operator):
     def signature(self, *shapes: Shape) -> str | None:
         inputs = [[f"U{k}_{j}" for j in range(len(shape))] for k, shape in enumerate(shapes)]
         made = [f"M{j}" for j in range(len(self.shape))]
-        for letters, axis in zip([*inputs, made], [*self.given, self.made], strict=True):
-            if axis >= 0:
-                letters[axis] = "B" if self.apart else "N"
+        whole = "B" if self.apart else "N"
+        for letters, shape, axis in zip([*inputs, made], [*shapes, self.shape], [*self.given, self.made], strict=True):
+            if axis >= 0:  # where an example has several positions, as tokens that experts share out, they are a factor
+                letters[axis] = whole if shape[axis] == 1 else f"({whole} {letters[axis]})"
         return f"{', '.join(map(' '.join, inputs))} -> {' '.join(made)}"
 
     def letters(self, *shapes: Shape) -> dict[str, int]:
-        return {f"M{j}": n for j, n in enumerate(self.shape)}
+        given = {f"U{k}_{j}": n for k, shape in enumerate(shapes) for j, n in enumerate(shape)}
+        return {"B" if self.apart else "N": 1, **given, **{f"M{j}": n for j, n in enumerate(self.shape)}}
 
 
 @dataclass(frozen=True)
