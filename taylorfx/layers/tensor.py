@@ -338,6 +338,9 @@ class ScaledDotProduct(Layer):
             past = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
             scores = scores.masked_fill(~past, -math.inf)
         for bias in mask:
+            if self.grouped and bias.ndim > 2:  # its heads become groups of heads, as the queries' do
+                groups = (1, 1) if bias.shape[-3] == 1 else (scores.shape[-4], -1)
+                bias = bias.unflatten(-3, groups)  # type: ignore[no-untyped-call]
             scores = scores.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else scores + bias
         result = drop(attention_weights(scores) if mask else torch.softmax(scores, -1)) @ v
         return result.flatten(-4, -3) if self.grouped else result
