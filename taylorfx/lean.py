@@ -7,8 +7,8 @@ Once differentiated by the gates and thrown away, a network need not keep what o
 - activations that need only their own result, and sums, are written over an input that is theirs alone;
 - positions that nobody hears are not computed (`taylorfx.unheard`);
 - slices that take an axis apart are parts of one, whose gradients are written into one tensor;
-- attention is torch's fused one, which keeps no scores and cannot be differentiated twice, nor by its mask; but not where
-  the mask is added to the scores, in which the fused derivative can be wrong.
+- attention is torch's fused one, which keeps no scores and cannot be differentiated twice, nor by its mask; but not
+  where the mask is added to the scores: the fused derivative can be wrong there.
 """
 
 from __future__ import annotations
