@@ -148,8 +148,9 @@ def main() -> None:
             progress.update(tasks[what], completed=done)  # type: ignore[arg-type]
 
         sources = load(
-            options.classes, options.size, train_per_face=options.per_face, seed=options.seed, progress=report
-        )
+            options.classes, options.size, train_per_face=options.per_face, train_at_least=options.at_least,
+            seed=options.seed, progress=report,
+        )  # fmt: skip
     train, test = (normalized(part, device) for part in sources)
     console.print(
         f"{options.classes} characters of {options.size}x{options.size}: {len(train.images):,} images of "
@@ -231,10 +232,17 @@ def plot(curves: dict[str, list[Point]], path: Path) -> None:
 
 
 PRESETS = {
-    "small": {"classes": 60, "size": 32, "width": 0.5, "per_face": 4, "epochs": 8, "maps_per_step": 24, "tune": 60},
-    "smoke": {"classes": 12, "size": 32, "width": 0.125, "per_face": 6, "epochs": 6, "maps_per_step": 16, "tune": 12},
+    "small": {
+        "classes": 60, "size": 32, "width": 0.5, "per_face": 4, "at_least": 56, "epochs": 8, "maps_per_step": 24,
+        "tune": 60,
+    },
+    "smoke": {
+        "classes": 12, "size": 32, "width": 0.125, "per_face": 6, "at_least": 84, "epochs": 6, "maps_per_step": 16,
+        "tune": 12,
+    },
     "full": {
-        "classes": 3036, "size": 96, "width": 1.0, "per_face": 12, "epochs": 15, "maps_per_step": 1, "tune": 250,
+        "classes": 3036, "size": 96, "width": 1.0, "per_face": 12, "at_least": 168, "epochs": 15, "maps_per_step": 1,
+        "tune": 250,
     },
 }  # fmt: skip
 
@@ -250,6 +258,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--size", type=int, help="side of an image in pixels")
     parser.add_argument("--width", type=float, help="share of the original's widths")
     parser.add_argument("--per-face", type=int, help="training images of a character in each face")
+    parser.add_argument("--at-least", type=int, help="training images of a character in all faces together, at least")
     parser.add_argument("--epochs", type=int, help="epochs of training")
     parser.add_argument("--maps-per-step", type=int, help="maps that leave at once; the original took 1")
     parser.add_argument("--tune", type=int, help="SGD steps after each; the original took 250")

@@ -17,14 +17,19 @@ Sources, all of them free:
 The split is by design: ``TEST_FACES`` are never trained on; KanjiVG and ``TRAIN_FACES`` are never tested on, with one
 exception. Where no handwriting or brush face of ``TEST_FACES`` is installed (so with pip alone), KanjiVG under stronger
 distortion is tested as well: that measures robustness to distortion, not to another hand; see ``designs``.
-With pip alone KanjiVG is the only design to train on: ask for more images of it, ``train_per_face=20`` or so.
+With pip alone KanjiVG is the only design to train on: ``train_at_least`` draws more images of it instead.
+
+The extra ``test`` installs both packages, ``kanjivg`` and ``japanize-matplotlib``; otherwise they are downloaded once.
+The environment variable ``TAYLORFX_FONTS`` names the folders of typefaces; where it is empty, no typeface is used that
+pip does not bring, so that every machine draws the same images.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import importlib.metadata
 import json
+import math
 import os
 import re
 import shutil
@@ -50,6 +55,7 @@ TRAIN_FACES = (  # file names without suffix: print (gothic, rounded, mincho), h
 HANDWRITTEN_TEST_FACES = ("setofont", "kouzan-mouhitsu-gyosho")  # a pen; a semi-cursive brush, the hardest
 TEST_FACES = ("ipaexg", "ipaexm", *HANDWRITTEN_TEST_FACES)
 FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", str(Path.home() / ".local" / "share" / "fonts"))
+FONTS_VARIABLE = "TAYLORFX_FONTS"
 KANJIVG_VARIABLE = "TAYLORFX_KANJIVG"
 
 HIRAGANA = tuple(
@@ -99,10 +105,11 @@ def load(
     size: int,
     *,
     train_per_face: int,
+    train_at_least: int = 1,
     test_per_face: int = 2,
     seed: int = 0,
     cache: Path | None = None,
-    font_folders: Sequence[Path | str] = FONT_FOLDERS,
+    font_folders: Sequence[Path | str] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> tuple[Characters, Characters]:
     """Render ``(train, test)``; the same arguments and faces give the same images, kept in ``cache`` as ``.npz``.
@@ -110,11 +117,14 @@ def load(
     Args:
         classes: number of characters, the first of ``alphabet``.
         size: side of the images in pixels, at least 16.
-        train_per_face: images per character and training face.
+        train_per_face: images per character and training face, at least.
+        train_at_least: images per character of all training faces together, at least: where few typefaces are
+            installed, each face is drawn more often, and a network trains as long as where there are many.
         test_per_face: images per character and test face.
         seed: of every random number.
-        cache: folder of downloads and arrays, by default ``~/.cache/taylorfx``.
-        font_folders: searched recursively for the typefaces of the module's table; ``()`` leaves what pip gives.
+        cache: folder of downloads and arrays, by default ``taylorfx`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
+        font_folders: searched recursively for the typefaces of the module's table; ``()`` leaves what pip gives. By
+            default ``$TAYLORFX_FONTS``, folders between ``os.pathsep``, or where that is not set, the system's.
         progress: called with ``("render train" or "render test", characters done, characters in all)``.
 
     The environment variable ``TAYLORFX_KANJIVG`` may name KanjiVG's wheel or its folder of SVG files; without it the
@@ -124,14 +134,15 @@ def load(
         ValueError: an argument is out of range.
         RuntimeError: the designs found leave a character without an image.
     """
-    given = {"train_per_face": train_per_face, "test_per_face": test_per_face, "size": size}
+    given = {"train_per_face": train_per_face, "train_at_least": train_at_least, "test_per_face": test_per_face}
+    given |= {"size": size}
     for name, value in given.items():
         if value < (least := 16 if name == "size" else 1):
             raise ValueError(f"{name} must be at least {least}, got {value}")
     characters = alphabet(classes)
-    cache = Path.home() / ".cache" / "taylorfx" if cache is None else Path(cache)
+    cache = caches() / "taylorfx" if cache is None else Path(cache)
     cache.mkdir(parents=True, exist_ok=True)
-    sources = find_sources(font_folders, cache)
+    sources = find_sources(installed_fonts() if font_folders is None else font_folders, cache)
     train = tuple(face for face in ("kanjivg", *TRAIN_FACES) if face in sources)
     test = tuple(face for face in TEST_FACES if face in sources)
     if "kanjivg" in sources and not set(test) & set(HANDWRITTEN_TEST_FACES):
@@ -148,7 +159,8 @@ def load(
     if not stored.exists():
         designs = {face: (pen if face == "kanjivg" else typeface)(path, size) for face, path in sources.items()}
         arrays: dict[str, np.ndarray] = {}
-        for split, faces, count in (("train", train, train_per_face), ("test", test, test_per_face)):
+        per_face = max(train_per_face, math.ceil(train_at_least / len(train)))
+        for split, faces, count in (("train", train, per_face), ("test", test, test_per_face)):
             chosen = {face: designs[face] for face in faces}
             arrays |= render(split, characters, chosen, count, size=size, seed=seed, progress=progress)
         partial = cache / f"partial-{os.getpid()}-{stored.name}"
@@ -162,21 +174,40 @@ def load(
     )
 
 
+def caches() -> Path:
+    """The user's folder of caches; the XDG specification ignores a variable that is empty."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
+def installed_fonts() -> list[str]:
+    """The folders that ``TAYLORFX_FONTS`` names, none where it is empty; the system's where it is not set."""
+    named = os.environ.get(FONTS_VARIABLE)
+    return list(FONT_FOLDERS) if named is None else [folder for folder in named.split(os.pathsep) if folder]
+
+
+def installed(package: str, path: str) -> Path | None:
+    """A file or folder of an installed package, which is not imported."""
+    try:
+        found = Path(str(importlib.metadata.distribution(package).locate_file(path)))
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return found if found.exists() else None
+
+
 def find_sources(font_folders: Sequence[Path | str], cache: Path) -> dict[str, Path]:
     """Where each design is: KanjiVG's wheel or folder, the table's typefaces, IPAexGothic from pip if need be."""
     files = sorted(path for folder in font_folders for path in Path(folder).rglob("*.[ot]t[fc]"))
     found = {path.stem: path for path in files if path.stem in TRAIN_FACES + TEST_FACES}
     if "ipaexg" not in found:
-        package = importlib.util.find_spec("japanize_matplotlib")  # its import fails where distutils is gone
-        installed = Path(package.origin).parent / "fonts" / "ipaexg.ttf" if package and package.origin else None
-        font = installed or fetch("japanize-matplotlib", "japanize*/**/ipaexg.ttf", cache)
+        font = installed("japanize-matplotlib", "japanize_matplotlib/fonts/ipaexg.ttf")
+        font = font or fetch("japanize-matplotlib", "japanize*/**/ipaexg.ttf", cache)
         found |= {"ipaexg": font} if font else {}
     if named := os.environ.get(KANJIVG_VARIABLE):
         if not (Path(named).is_file() or (Path(named) / "03042.svg").exists()):
             raise RuntimeError(f"{KANJIVG_VARIABLE} must name KanjiVG's wheel or folder of SVG files, got {named}")
         return found | {"kanjivg": Path(named)}
-    wheel = fetch("kanjivg", "kanjivg-*.whl", cache)
-    return found | ({"kanjivg": wheel} if wheel else {})
+    strokes = installed("kanjivg", "kanji") or fetch("kanjivg", "kanjivg-*.whl", cache)
+    return found | ({"kanjivg": strokes} if strokes else {})
 
 
 def fetch(package: str, pattern: str, cache: Path) -> Path | None:

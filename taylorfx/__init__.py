@@ -23,6 +23,7 @@ from taylorfx.build import concat, inline, multihead_attention, residual, serial
 from taylorfx.cost import Cost, Timings, flops, memory, parameters
 from taylorfx.coupling import Coupling, Place, couple
 from taylorfx.criteria import (
+    Needs,
     activation_mean,
     activation_std,
     apoz,
@@ -45,7 +46,8 @@ from taylorfx.criteria import (
 from taylorfx.fidelity import Fidelity, Interval, fidelity
 from taylorfx.fold import fold
 from taylorfx.forecast import exact_second_order, path_integral, plan_path_integral, plan_second_order
-from taylorfx.gates import curvature, derivatives, gated_loss, gates, gradient, measure
+from taylorfx.gated import curvature, gated_loss, gradient
+from taylorfx.gates import derivatives, gates, measure
 from taylorfx.joint import expected_change, joint
 from taylorfx.layers import *
 from taylorfx.loss import cross_entropy
@@ -57,7 +59,7 @@ from taylorfx.repair import Means, Repair, compensate, means, recalibrate
 from taylorfx.selection import select
 from taylorfx.spec import Node, Spec, SpecError, apply, check, init, partition, train
 from taylorfx.statistics import Moments, Statistics
-from taylorfx.store import cut_file, from_json, load, save, to_json
+from taylorfx.store import FileError, cut_file, from_json, load, save, to_json
 from taylorfx.tree import Params, combine, flatten, unflatten
 
 if typing.TYPE_CHECKING:
@@ -66,14 +68,15 @@ if typing.TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "Budget", "BudgetError", "CaptureError", "Cost", "Coupling", "Fidelity", "Flops", "Interval", "Latency",
-    "LeastSquares", "LikeError", "Means", "Measured", "Memory", "Moments", "Node", "Oracle", "Order", "Parameters",
-    "Params", "Place", "Plan", "PlanError", "Remove", "Repair", "SelectionError", "Spec", "SpecError", "Statistics",
-    "Timings", "Units", "Value", "activation_mean", "activation_std", "apoz", "apply", "balance", "batchnorm_scale",
-    "check", "combine", "compat", "compensate", "compose", "concat", "couple", "cross_entropy", "curvature", "cut",
-    "cut_file", "derivatives", "distributed", "exact_second_order", "expand", "expected_change", "fidelity",
-    "fisher", "flatten", "flops", "fold", "from_json", "from_torch", "gated_loss", "gates", "gradient", "init",
-    "inline", "iterate", "joint", "layers", "load", "means", "measure", "memory", "multihead_attention",
+    "Budget", "BudgetError", "CaptureError", "Cost", "Coupling", "Fidelity", "FileError", "Flops", "Interval",
+    "Latency", "LeastSquares", "LikeError", "Means", "Measured", "Memory", "Moments", "Needs", "Node", "Oracle",
+    "Order",
+    "Parameters", "Params", "Place", "Plan", "PlanError", "Remove", "Repair", "SelectionError", "Spec", "SpecError",
+    "Statistics", "Timings", "Units", "Value", "activation_mean", "activation_std", "apoz", "apply", "balance",
+    "batchnorm_scale", "check", "combine", "compat", "compensate", "compose", "concat", "couple", "cross_entropy",
+    "curvature", "cut", "cut_file", "derivatives", "distributed", "exact_second_order", "expand", "expected_change",
+    "fidelity", "fisher", "flatten", "flops", "fold", "from_json", "from_torch", "gated_loss", "gates", "gradient",
+    "init", "inline", "iterate", "joint", "layers", "load", "means", "measure", "memory", "multihead_attention",
     "of_weights", "oracle", "parameters", "partition", "path_integral", "per_layer_l2", "per_layer_max",
     "per_layer_mean", "plan_path_integral", "plan_second_order", "prune", "random", "recalibrate", "reconstruct",
     "reorder", "residual", "rule", "save", "schedule", "second_order", "select", "serial", "signed", "taylor",

@@ -19,12 +19,13 @@ Shapes, coupling, cutting, resizing and counting are all read from signatures, s
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
-__all__ = ["Axis", "Pattern", "Signature", "SignatureError", "expand", "letters", "parse", "size", "solve"]
+__all__ = ["Axis", "Pattern", "Signature", "SignatureError", "expand", "letters", "parse", "products", "size", "solve"]
 
 Product = tuple[str, ...]
 """The letters of one product, slowest first; ``("g", "i")`` for ``(g i)``, ``("c",)`` for ``c``, ``()`` for ``1``."""
@@ -267,6 +268,19 @@ def _solve(fields: tuple[tuple[str, str], ...], values: tuple[int | tuple[int, .
         if unknown:
             sizes[unknown[0]] = number // known
     return sizes
+
+
+def products(texts: Sequence[str], sizes: Mapping[str, int]) -> int:
+    """The multiply-adds of matrix products, each given by the letters whose sizes multiply to its own.
+
+    >>> products(("o i",), {"o": 4, "i": 3})
+    12
+    """
+    total = 0
+    for text in texts:
+        names = letters(pattern(text))
+        total += math.prod(n for x, n in sizes.items() if x in names or (x[0] == "_" and "..." in names))
+    return total
 
 
 def show(axes: Pattern) -> str:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from taylorfx import axes as language
 from taylorfx.coupling import Coupling, Place, couple
-from taylorfx.criteria import Criterion, fisher
+from taylorfx.criteria import Criterion, fisher, name_of, needs
 from taylorfx.gates import measure
 from taylorfx.labels import Labels
 from taylorfx.loss import Batch, Loss, cross_entropy, each_batch
@@ -129,8 +129,13 @@ def balance(
     different orders in different groups are left as they are: ``print(order)`` shows the others.
 
     Raises:
-        ValueError: as `taylorfx.measure` does.
+        ValueError: for a criterion of anything else than statistics, and as `taylorfx.measure` does.
     """
+    need = needs(criterion)
+    if need.of != "statistics":
+        raise ValueError(
+            f"Channels are balanced by a criterion of statistics; received {name_of(criterion)}, one of {need.of}."
+        )
     coupling = couple(params, spec)
     families = _families(coupling)
     batches = [*each_batch(batches)]
@@ -139,8 +144,10 @@ def balance(
         chosen = [f for f in families if f.scope not in ranks and _fine(coupling, [f], at_writes=at_writes)]
         channels = _fine(coupling, chosen, at_writes=at_writes)
         if channels is not None:
-            stats = measure(params, spec, batches, channels, loss=loss, at_writes=at_writes)
-            scores = criterion(stats, channels)  # type: ignore[arg-type]
+            stats = measure(
+                params, spec, batches, channels, loss=loss, at_writes=at_writes, moments=need.moments, rows=need.rows
+            )
+            scores = criterion(stats, channels)
             shapes = [(len(f.groups), len(f.positions)) for f in chosen]
             parts = torch.split(scores, [groups * positions for groups, positions in shapes])
             for family, part, shape in zip(chosen, parts, shapes, strict=True):

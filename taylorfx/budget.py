@@ -38,7 +38,8 @@ class BudgetError(SelectionError):
 class Budget(ABC):
     """What may remain: a share of the whole (a float up to 1) or an absolute number (an int).
 
-    A new kind is one subclass: ``cost`` says what to count; a `Cost` has prices, too (`select(per_cost=True)`).
+    A new kind is one subclass: ``cost`` says what to count. A `Cost` has prices, too; any other function of the kept
+    units, ``(units,)``, has none, so that ``per_cost=True`` refuses it.
     """
 
     amount: float | int
@@ -170,8 +171,18 @@ def pricing(budgets: Sequence[Budget], costs: Sequence[Callable[[Mask], float]])
     """What leaves with each unit, ``(units,)`` and above 0, as a share of what may remain, where these are kept.
 
     Of several budgets, which have these costs, the fullest counts by far most. None if none has prices.
+
+    Raises:
+        BudgetError: for a budget of a kind of its own whose cost is no `Cost`, and so without prices.
     """
-    both = zip(budgets, costs, strict=True)
+    both = [*zip(budgets, costs, strict=True)]
+    unpriced = [one for one, cost in both if not isinstance(cost, Cost) and not isinstance(one, (Units, Measured))]
+    if unpriced:
+        raise BudgetError(
+            "per_cost=True weighs scores by what leaves with a unit, which a `Cost` says (`marginal`); the cost of "
+            f"{', '.join(type(one).__name__ for one in unpriced)} is another function. Let its `cost` return a "
+            "taylorfx.Cost, or select with per_cost=False."
+        )
     priced = [(cost, one.limit(cost.total)) for one, cost in both if isinstance(cost, Cost) and cost.total]
     if not priced:
         return None
@@ -187,6 +198,12 @@ def pricing(budgets: Sequence[Budget], costs: Sequence[Callable[[Mask], float]])
 
 
 def each_budget(budget: Budgets) -> tuple[Budget, ...]:
-    """The budgets, of which there may be one."""
+    """The budgets, of which there may be one.
+
+    Raises:
+        BudgetError: if there is none.
+    """
     several: Sequence[Any] = budget if isinstance(budget, (tuple, list)) else [budget]
+    if not several:
+        raise BudgetError("A budget, or several, say what may remain; received none.")
     return tuple(one if isinstance(one, Budget) else Units(one) for one in several)

@@ -17,6 +17,7 @@ from torch import Tensor
 from taylorfx.fold import TRANSPOSED
 from taylorfx.fold import WRITERS as CONSUMERS
 from taylorfx.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, Layer, Linear
+from taylorfx.layers.base import computes_as
 from taylorfx.plan import Plan
 from taylorfx.spec import Node, Spec
 from taylorfx.tree import Params, flatten, merge, unflatten
@@ -30,8 +31,8 @@ NORMS = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
 
 
 def consumers(spec: Spec) -> list[Node]:
-    """The linear layers and convolutions, in order."""
-    return [node for node in spec if isinstance(node.layer, CONSUMERS)]
+    """The linear layers and convolutions, in order; a subclass that computes something else is neither."""
+    return [node for node in spec if computes_as(node.layer, CONSUMERS)]
 
 
 def sharing(spec: Spec, leaf: str) -> list[list[Node]]:
@@ -81,7 +82,7 @@ def _norm(spec: Spec, node: Node) -> str | None:
         return None
     layer, path = hearers[0].layer, hearers[0].path("running_mean")
     channels = not isinstance(node.layer, Linear)  # a norm takes the last axis of a linear layer for positions
-    tracked = channels and isinstance(layer, NORMS) and layer.track_running_stats
+    tracked = channels and computes_as(layer, NORMS) and layer.track_running_stats  # type: ignore[attr-defined]
     return path if tracked and sum(path in map(other.path, other.layer.buffers) for other in spec) == 1 else None
 
 

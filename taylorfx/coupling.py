@@ -25,8 +25,10 @@ from scipy.sparse.csgraph import connected_components
 from taylorfx.axes import Signature, expand
 from taylorfx.labels import EXAMPLE, Bound, Labeled, Labels, Site, Ties, length
 from taylorfx.layers import Shape
+from taylorfx.limits import Room
 from taylorfx.spec import Node, Spec, check, propagate
 from taylorfx.tree import Params
+from taylorfx.weights import of_weights
 
 __all__ = ["Coupling", "Place", "couple"]
 
@@ -157,7 +159,7 @@ def couple(params: Params, spec: Spec) -> Coupling:
         ShapeError: if an input's shape is not declared, or the layers do not fit each other.
     """
     check(params, spec)
-    ties = Ties()
+    ties = Ties(room=Room.beside(spec.shapes.values()))
     bounds = propagate(spec, ties)
     for name in spec.outputs:
         for axis in bounds[name].output:
@@ -264,11 +266,17 @@ class _Solver:
         for f in present[np.argsort(first)].tolist():
             renumber[f] = names.setdefault(scopes[f], len(names))
         units_of = self._units(number)
+        weights = of_weights(self.spec, self.bounds, lambda axis: self._units_along(axis, number))
+        dropped = set(map(id, weights))
+        looked = [np.array(sorted(self._units_along(site.labels, number))) for site in weights]
+        exact = ~inexact[units]
+        exact[np.concatenate([np.zeros(0, np.int64), *looked])] = False
         found = [
-            units_of[k] if k in units_of else np.full((1, length(axis)), -1)
+            units_of[k] if k in units_of else np.broadcast_to(np.int64(-1), (1, length(axis)))
             for k, axis in enumerate(self.columns[:axes])
         ]
-        keys = [(len(axis), axis.tobytes()) for axis in found]  # other labels may be the same units
+        # Other labels may be the same units; an axis without any is told by its length.
+        keys = [(len(axis), axis.tobytes() if k in units_of else axis.size) for k, axis in enumerate(found)]
         different = dict(zip(keys, found, strict=True))
         place = {key: k for k, key in enumerate(different)}
         axis_of = {axis: place[keys[k]] for axis, k in shown.items()}
@@ -277,7 +285,7 @@ class _Solver:
             scopes=tuple(names),
             scope=renumber[family],
             index=origin[units] - starts[family],
-            exact=~inexact[units],
+            exact=exact,
             frozen=reasons,
             axes=tuple(different.values()),
             parameters={path: tuple([axis_of[id(x)] for x in found]) for path, found in ties.parameters.items()},
@@ -285,10 +293,15 @@ class _Solver:
                 name: {x: axis_of[id(axis)] for x, axis in bound.letters.items()} for name, bound in self.bounds.items()
             },
             bounds=self.bounds,
-            reads=self._places((site for bound in bounds for site in bound.reads), sites, units_of),
+            reads=self._places((site for x in bounds for site in x.reads if id(site) not in dropped), sites, units_of),
             writes=self._places((site for bound in bounds for site in bound.writes), sites, units_of),
             mixing=tuple(ties.mixing),
         )
+
+    def _units_along(self, axis: Labeled, number: Labels) -> set[int]:
+        """The units of an axis."""
+        classes = [self._classes_of(f.labels) for f in axis if f.labels is not None and f.labels is not EXAMPLE]
+        return {u for each in classes for u in number[each].tolist() if u >= 0}
 
     def _numbers(self, axes: Iterable[Labeled]) -> dict[int, int]:
         """The number of each axis among the different ones, by its identity."""
@@ -297,6 +310,7 @@ class _Solver:
             key = tuple([value for f in axis for value in (f.size, id(f.labels))])
             numbers[identity] = number = self.table.setdefault(key, len(self.columns))
             if number == len(self.columns):
+                self.ties.room.take(sum(length(axis) for f in axis if f.labels is not None))
                 self.columns.append(axis)
         return numbers
 
@@ -328,6 +342,11 @@ class _Solver:
 
         for labels, reason in self.ties.frozen:
             hold(self._classes_of(labels), reason)
+        read = np.zeros(count + 1, bool)
+        for site in (site for bound in self.bounds.values() for site in bound.reads):
+            for labels in (f.labels for f in site.labels if f.labels is not None and f.labels is not EXAMPLE):
+                read[self._classes_of(labels)] = True
+        hold(np.flatnonzero(~(read | held)[:-1]), "no layer consumes it")
         lowest, highest = (end.reduceat(self.spread, self.starts, 1) for end in (np.minimum, np.maximum))
         alone = (lowest == highest) & (lowest >= 0) & (self.owners < axes)
         for one in np.unique(lowest[alone]):
@@ -341,7 +360,7 @@ class _Solver:
         owners: list[int] = []
         for column, axis in enumerate(self.columns):
             size = inner = length(axis)
-            for factor in axis:
+            for factor in axis if size else ():
                 inner //= factor.size
                 if factor.labels is not None and factor.labels is not EXAMPLE:
                     labels = factor.labels if inner == 1 else np.repeat(factor.labels, inner)

@@ -103,7 +103,7 @@ class _Folder:
     def _writer(self, name: str) -> tuple[Node, int]:
         """Who writes a value, perhaps through a permutation, and the axis in it of the writer's channels."""
         node, layer = self.nodes[name], self.nodes[name].layer
-        turned = layer.dims if isinstance(layer, L.Permute) and self.heard[name] == 1 else None
+        turned = layer.dims if type(layer) is L.Permute and self.heard[name] == 1 else None
         writer = self.nodes[node.inputs[0]] if turned else node
         axis = 1 if type(writer.layer) is not L.Linear else len(self.shapes.get(writer.name, ())) - 1
         return writer, [d % len(turned) for d in turned].index(axis) if turned and axis > 0 else axis

@@ -16,22 +16,28 @@ Sundararajan et al. 2017 (arXiv 1703.01365), which share the change out among th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar, cast
 
 import numpy as np
+import optree
 import torch
 from torch import Tensor
 
 from taylorfx.coupling import Coupling
-from taylorfx.gates import curvature, gradient
-from taylorfx.loss import Batch, Loss, cross_entropy, each_batch, examples, own
-from taylorfx.oracle import Network, alone, apart, ones, split
+from taylorfx.criteria import Needs
+from taylorfx.gated import Network, bend, either, slope
+from taylorfx.loss import Batch, Loss, Objective, Split, cross_entropy, each_batch, own
+from taylorfx.oracle import alone, apart, ones, parted
 from taylorfx.plan import Plan
 from taylorfx.spec import Spec
 from taylorfx.tree import Params
 
 __all__ = ["exact_second_order", "path_integral", "plan_path_integral", "plan_second_order"]
 
+T = TypeVar("T")
 
+
+@Needs("network")
 def exact_second_order(
     params: Params,
     spec: Spec,
@@ -39,6 +45,8 @@ def exact_second_order(
     coupling: Coupling,
     *,
     loss: Loss = cross_entropy,
+    per_example: bool = True,
+    split: Split | None = None,
     chunk: int = 8,
 ) -> Tensor:
     """``-E[g_u] + 1/2 E[H_uu]``, ``(units,)``: what `second_order` estimates, with the diagonal of the Hessian itself.
@@ -49,17 +57,18 @@ def exact_second_order(
     Raises:
         ValueError: for no or empty batches, or ones of another network.
     """
-    whole = ones(params, coupling)
+    whole, objective = ones(params, coupling), Objective(loss, per_example, split)
 
     def score(network: Network, some: list[int]) -> Tensor:
         along = torch.zeros(len(some), len(whole)).to(whole)
         along[range(len(some)), some] = 1
-        slope, bend = torch.func.vmap(lambda v: curvature(*network, whole, v, loss=loss))(along)
-        return _own(bend / 2 - slope, some)
+        first, second = _each(lambda v, plain: bend(network, whole, v, objective, plain=plain), along)
+        return _own(second / 2 - first, some)
 
-    return _scores(params, spec, batches, coupling, chunk, score)
+    return _scores(params, spec, batches, coupling, objective, chunk, score)
 
 
+@Needs("network")
 def path_integral(
     params: Params,
     spec: Spec,
@@ -68,6 +77,8 @@ def path_integral(
     *,
     nodes: int = 4,
     loss: Loss = cross_entropy,
+    per_example: bool = True,
+    split: Split | None = None,
     chunk: int = 1,
 ) -> Tensor:
     """``-int_0^1 E[g_u] dm_u`` with all other gates at one, ``(units,)``: the oracle, as ``nodes`` grow.
@@ -79,30 +90,39 @@ def path_integral(
         ValueError: for no nodes, no or empty batches, or ones of another network.
     """
     whole, points, weights = ones(params, coupling), *_quadrature(nodes)
+    objective = Objective(loss, per_example, split)
 
     def score(network: Network, some: list[int]) -> Tensor:
         at = whole.repeat(nodes, len(some), 1)
         at[:, range(len(some)), some] = whole.new_tensor(points)[:, None]
-        slope = torch.func.vmap(lambda v: gradient(*network, v, loss=loss))(at.flatten(0, 1))
-        return -whole.new_tensor(weights) @ _own(slope, some * nodes).reshape(nodes, len(some))
+        slopes = _each(lambda v, plain: slope(network, v, objective, plain=plain), at.flatten(0, 1))
+        return -whole.new_tensor(weights) @ _own(slopes, some * nodes).reshape(nodes, len(some))
 
-    return _scores(params, spec, batches, coupling, chunk, score)
+    return _scores(params, spec, batches, coupling, objective, chunk, score)
 
 
 def plan_second_order(
-    params: Params, spec: Spec, batches: Batch | Iterable[Batch], plan: Plan, *, loss: Loss = cross_entropy
+    params: Params,
+    spec: Spec,
+    batches: Batch | Iterable[Batch],
+    plan: Plan,
+    *,
+    loss: Loss = cross_entropy,
+    per_example: bool = True,
+    split: Split | None = None,
 ) -> Tensor:
     """``-E[g].v + 1/2 v'E[H]v``: the change of the loss under a plan to second order, from one product with ``H``.
 
     Raises:
         ValueError: for no or empty batches, or ones of another network.
     """
+    objective = Objective(loss, per_example, split)
 
     def change(network: Network, whole: Tensor, leaving: Tensor) -> Tensor:
-        slope, bend = curvature(*network, whole, leaving, loss=loss)
-        return (bend / 2 - slope) @ leaving
+        first, second = either(lambda plain: bend(network, whole, leaving, objective, plain=plain))
+        return (second / 2 - first) @ leaving
 
-    return _changes(params, spec, batches, plan, change)
+    return _changes(params, spec, batches, plan, objective, change)
 
 
 def plan_path_integral(
@@ -113,6 +133,8 @@ def plan_path_integral(
     *,
     nodes: int = 4,
     loss: Loss = cross_entropy,
+    per_example: bool = True,
+    split: Split | None = None,
 ) -> Tensor:
     """``-v int_0^1 E[g(1 - t v)] dt``, ``(units,)``: each unit's share of the change of the loss under a plan.
 
@@ -122,12 +144,14 @@ def plan_path_integral(
         ValueError: for no nodes, no or empty batches, or ones of another network.
     """
     points, weights = _quadrature(nodes)
+    objective = Objective(loss, per_example, split)
 
     def change(network: Network, whole: Tensor, leaving: Tensor) -> Tensor:
-        slopes = [gradient(*network, whole - t * leaving, loss=loss) for t in points]
+        at = [whole - t * leaving for t in points]
+        slopes = either(lambda plain: [slope(network, v, objective, plain=plain) for v in at])
         return -leaving * sum(w * slope for w, slope in zip(weights, slopes, strict=True))
 
-    return _changes(params, spec, batches, plan, change)
+    return _changes(params, spec, batches, plan, objective, change)
 
 
 def _quadrature(nodes: int) -> tuple[list[float], list[float]]:
@@ -148,14 +172,15 @@ def _scores(
     spec: Spec,
     batches: Batch | Iterable[Batch],
     coupling: Coupling,
+    objective: Objective,
     chunk: int,
     score: Callable[[Network, list[int]], Tensor],
 ) -> Tensor:
     """The mean over the examples of what some units together score on a part of the network."""
-    parts = split(params, coupling, range(len(coupling)))
+    parts = parted(params, coupling, range(len(coupling)))
     total, count = ones(params, coupling) * 0, 0
-    for batch in _singly(params, spec, batches, coupling):
-        count += examples(*batch, spec)
+    for batch in _singly(params, spec, batches, coupling, objective):
+        count += objective.observations(batch[0], spec)
         for some, network in alone(params, batch, coupling, parts, chunk):
             total[some] += score(network, some).detach()
     return total / _some(count)
@@ -166,22 +191,37 @@ def _changes(
     spec: Spec,
     batches: Batch | Iterable[Batch],
     plan: Plan,
+    objective: Objective,
     change: Callable[[Network, Tensor, Tensor], Tensor],
 ) -> Tensor:
     """The mean over the examples of what the plan as a whole changes."""
     whole = ones(params, plan.coupling)
     leaving = torch.from_numpy(~plan.keep).to(whole)
     total, count = torch.zeros(()).to(whole), 0
-    for inputs, targets in _singly(params, spec, batches, plan.coupling):
-        count += examples(inputs, targets, spec)
+    for inputs, targets in _singly(params, spec, batches, plan.coupling, objective):
+        count += objective.observations(inputs, spec)
         total = total + change((params, spec, inputs, targets, plan.coupling), whole, leaving).detach()
     return total / _some(count)
 
 
-def _singly(params: Params, spec: Spec, batches: Batch | Iterable[Batch], coupling: Coupling) -> Iterator[Batch]:
+def _singly(
+    params: Params, spec: Spec, batches: Batch | Iterable[Batch], coupling: Coupling, objective: Objective
+) -> Iterator[Batch]:
     own(params, spec, coupling)
     for batch in each_batch(batches):
-        yield from apart(batch, coupling)
+        yield from apart(batch, coupling, objective)
+
+
+def _each(function: Callable[[Tensor, bool], T], points: Tensor) -> T:
+    """The function of every row, which also takes whether the loss is called plainly: side by side, if it is not."""
+
+    def all_of_them(plain: bool) -> T:
+        if not plain:
+            return torch.func.vmap(lambda v: function(v, False))(points)
+        single: list[Any] = [function(v, True) for v in points]
+        return cast(T, optree.tree_map(lambda *x: torch.stack(x), *single))
+
+    return either(all_of_them)
 
 
 def _some(count: int) -> int:

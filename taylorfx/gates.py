@@ -13,26 +13,40 @@ Weights are not differentiated: one ``torch.func.vjp`` runs over the activations
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import optree
 import torch
 from torch import Tensor
 
-from taylorfx.coupling import Coupling, Place
+from taylorfx.coupling import Coupling
 from taylorfx.layers import Conv2d, ShapeError
 from taylorfx.lean import lean
-from taylorfx.loss import Batch, Loss, cross_entropy, each_batch, examples, one_by_one, own, per_example
-from taylorfx.spec import Inputs, Spec, apply, bind_inputs, evaluate
+from taylorfx.loss import (
+    Batch,
+    Loss,
+    Objective,
+    Parted,
+    Split,
+    Unvectorized,
+    cross_entropy,
+    each_batch,
+    fingerprint,
+    one_by_one,
+    own,
+    refuse_flat,
+)
+from taylorfx.spec import Inputs, Spec, bind_inputs, evaluate
 from taylorfx.statistics import Moments, Statistics
-from taylorfx.taps import Taps, followed
+from taylorfx.taps import Sums, Taps, followed
 from taylorfx.tree import Params, flatten
 
-__all__ = ["Gates", "curvature", "derivatives", "gated_loss", "gates", "gradient", "measure"]
+__all__ = ["Gates", "derivatives", "gates", "measure"]
 
 Gates = dict[tuple[str, int, int], Tensor]
 """Factors at the reads, by node, input and axis, ready to broadcast."""
@@ -72,6 +86,8 @@ def measure(
     coupling: Coupling,
     *,
     loss: Loss = cross_entropy,
+    per_example: bool = True,
+    split: Split | None = None,
     moments: bool = False,
     rows: bool = False,
     at_writes: bool = False,
@@ -86,8 +102,14 @@ def measure(
 
     Args:
         batches: one batch ``(inputs, targets)`` (a tuple), or any other iterable of batches.
-        loss: called on each example as a batch of one (by ``torch.func.vmap``), so that a mean and a sum over the
-            batch mean the same: the derivative is that of the example's own loss.
+        loss: called on each example as a batch of one, so that a mean and a sum over the batch mean the same: the
+            derivative is that of the example's own loss. By ``torch.func.vmap``, or one example after the other where
+            the loss looks at numbers (``item``, branches, numpy) or the targets are lists with one entry per example.
+        per_example: otherwise the loss is called on each batch as it is, and the batch is one observation: for losses
+            that compare examples. The derivatives are those of that number by gates that all examples share; of a
+            mean over examples, therefore, the mean of the per-example ones.
+        split: ``split(targets, k)`` gives the targets of example ``k`` as those of a batch of one, where they are
+            neither tensors nor lists with one entry per example.
         moments: also sum the activations that are read (for `activation_mean`, `activation_std`, `apoz`).
         rows: also keep every example's derivatives (for `joint`): four bytes for each example and unit.
         at_writes: differentiate where activations are made instead of where they are read (for `compat`).
@@ -103,44 +125,65 @@ def measure(
             does so on a CPU, where it is faster.
         micro_batch: run at most so many examples at a time, which bounds the memory; the statistics are the same.
 
-    A network whose layers mix examples (``coupling.mixing``) is measured one example at a time.
+    A network whose layers mix examples (``coupling.mixing``) is measured one example at a time, unless the loss is of
+    the whole batch. A list without a batch, an empty share of the data, gives `Statistics.neutral`.
 
     Raises:
-        ValueError: for no or empty batches, targets that do not match, losses that are not finite, or micro-batches
-            in training, where examples hear each other.
+        ValueError: for a used up iterator or empty batches, targets that do not match, losses that are not finite or
+            do not change with the outputs, or micro-batches where a batch is more than its examples: in training, or
+            with a loss of the whole batch. What the loss raises itself comes as it is.
     """
+    objective = Objective(loss, per_example, split)
     run = _scoring(
-        params, spec, coupling, loss=loss, moments=moments, at_writes=at_writes, training=training, around=around or {},
+        params, spec, coupling, objective, moments=moments, at_writes=at_writes, training=training, around=around or {},
         generator=generator, fold=fold, channels_last=channels_last, micro_batch=micro_batch,
     )  # fmt: skip
-    total: Statistics | None = None
+    total, first = Statistics.neutral(coupling.names), None
+    networks = (fingerprint(params, coupling),)
     finite: list[Tensor] = []
     for batch in each_batch(batches):
-        losses, summed, mean, found = run(*batch)
-        finite.append(losses.isfinite().all())
-        one = Statistics(
-            n=len(losses),
-            batches=1,
-            loss=losses.sum(),
-            sum=summed.sum(0),
-            sum_abs=summed.abs().sum(0),
-            sum_sq=summed.square().sum(0),
-            sum_abs_mean=mean.abs().sum(0),
-            sum_batch_abs=summed.sum(0).abs(),
-            sum_batch_sq=summed.mean(0).square(),
-            moments=found,
-            rows=summed if rows else None,
-            units=coupling.names,
-        )
-        total = one if total is None else total + one
-    if total is None:
-        raise ValueError("There is nothing to measure: received no batch. Was the iterator already used up?")
-    if not torch.stack(finite).all():
-        first = torch.stack(finite).logical_not().nonzero()[0].item()
-        raise ValueError(
-            f"Losses have to be finite; that of batch {first} is not. Check its inputs and the parameters."
-        )
+        first = first or batch
+        scored = run(*batch)
+        finite.append(scored[0].isfinite().all())
+        total = total + _summed(*scored, rows=rows, units=coupling.names, per_example=per_example, networks=networks)
+    if first is None:
+        if isinstance(batches, Iterator):
+            raise ValueError("There is nothing to measure: received no batch. Was the iterator already used up?")
+        return total
+    _refuse_infinite(torch.stack(finite), per_example)
+    if len(coupling):
+        whole = objective.parted(*first, spec)
+        refuse_flat(objective, params, spec, whole, total.sum_abs.max() / total.n, total.loss / total.n)
     return total
+
+
+def _refuse_infinite(finite: Tensor, per_example: bool) -> None:
+    if not finite.all():
+        way_out = " A loss that compares examples has to be measured of the whole batch, per_example=False."
+        raise ValueError(
+            f"Losses have to be finite; that of batch {finite.logical_not().nonzero()[0].item()} is not. Check its "
+            f"inputs and the parameters.{way_out * per_example}"
+        )
+
+
+def _summed(
+    losses: Tensor, summed: Tensor, mean: Tensor, moments: Moments | None, *, rows: bool, **alike: Any
+) -> Statistics:
+    """The statistics of one batch."""
+    return Statistics(
+        n=len(losses),
+        batches=1,
+        loss=losses.sum(),
+        sum=summed.sum(0),
+        sum_abs=summed.abs().sum(0),
+        sum_sq=summed.square().sum(0),
+        sum_abs_mean=mean.abs().sum(0),
+        sum_batch_abs=summed.sum(0).abs(),
+        sum_batch_sq=summed.mean(0).square(),
+        moments=moments,
+        rows=summed if rows else None,
+        **alike,
+    )
 
 
 def derivatives(
@@ -151,6 +194,8 @@ def derivatives(
     coupling: Coupling,
     *,
     loss: Loss = cross_entropy,
+    per_example: bool = True,
+    split: Split | None = None,
     moments: bool = False,
     at_writes: bool = False,
     training: bool = False,
@@ -162,6 +207,8 @@ def derivatives(
 ) -> tuple[Tensor, Tensor, Tensor, Moments | None]:
     """The losses ``(N,)`` and gate derivatives ``(N, units)`` of one batch, summed and averaged over positions.
 
+    With ``per_example=False`` they are those of one observation, ``(1,)`` and ``(1, units)``.
+
     This is `measure` before it sums over the examples; the arguments are the same. Neither can be differentiated in its
     turn, as the backward pass frees and writes over what it has used; `gradient` can.
 
@@ -169,8 +216,9 @@ def derivatives(
         ValueError: as `measure`, or if ``torch.func.grad``, ``jvp`` or the like follow the parameters or inputs.
     """
     run = _scoring(
-        params, spec, coupling, loss=loss, moments=moments, at_writes=at_writes, training=training, around=around or {},
-        generator=generator, fold=fold, channels_last=channels_last, micro_batch=micro_batch,
+        params, spec, coupling, Objective(loss, per_example, split), moments=moments, at_writes=at_writes,
+        training=training, around=around or {}, generator=generator, fold=fold, channels_last=channels_last,
+        micro_batch=micro_batch,
     )  # fmt: skip
     return run(inputs, targets)
 
@@ -183,6 +231,7 @@ def _scoring(
     params: Params,
     spec: Spec,
     coupling: Coupling,
+    objective: Objective,
     *,
     moments: bool,
     around: Gates,
@@ -206,8 +255,8 @@ def _scoring(
         networks = [lean(params, coupling, channels_last=channels_last, whole=whole), *networks]
     sums = Sums.at(coupling.writes if at_writes else coupling.reads, len(coupling), params)
     return partial(
-        _derivatives, networks, coupling=coupling, sums=sums, moments=moments, around=around, training=training,
-        channels_last=bool(channels_last), **options,
+        _derivatives, networks, coupling=coupling, pace=Pace(objective), sums=sums, moments=moments, around=around,
+        training=training, channels_last=bool(channels_last), **options,
     )  # fmt: skip
 
 
@@ -227,6 +276,34 @@ def _derivatives(networks: Sequence[tuple[Params, Spec]], *batch: Any, **options
         return _of_batch(*networks[-1], *batch, **options)
 
 
+@dataclass
+class Pace:
+    """How a loss is called, batch after batch: vectorized, until that has turned out not to be possible."""
+
+    objective: Objective
+    plain: bool = False
+
+    def __call__(self, run: Callable[..., Pass], inputs: Inputs, targets: Any) -> Pass:
+        """What ``run`` gives, which takes the batch and whether the loss is called plainly."""
+        if self.plain or isinstance(targets, Parted) or not self.objective.per_example:
+            return run(inputs, targets, plain=True)
+        with suppress(Unvectorized):
+            return run(inputs, targets, plain=False)
+        result = run(inputs, targets, plain=True)  # what it raises is the user's own error
+        self.plain = True
+        warnings.warn(SLOW, stacklevel=2)
+        return result
+
+
+SLOW = (
+    "torch.func.vmap cannot run the loss, which is called on one example after the other: the result is the same, and "
+    "slower for large batches. A loss without item(), numpy, masks of booleans and branches on data is vectorized."
+)
+
+Pass = tuple[Tensor, Tensor, Tensor, Tensor]
+"""The losses, the derivatives summed and averaged over positions, and the sums of activations."""
+
+
 def _of_batch(
     params: Params,
     spec: Spec,
@@ -234,6 +311,7 @@ def _of_batch(
     targets: Any,
     *,
     coupling: Coupling,
+    pace: Pace,
     sums: Sums,
     moments: bool,
     training: bool,
@@ -241,21 +319,22 @@ def _of_batch(
     micro_batch: int | None,
     **options: Any,
 ) -> Scored:
-    count = examples(inputs, targets, spec)
-    _refuse_followed(bind_inputs(spec, (inputs,)).values())
-    if micro_batch is not None and (micro_batch < 1 or training):
+    inputs, targets = pace.objective.parted(inputs, targets, spec)
+    per_example, given = pace.objective.per_example, bind_inputs(spec, (inputs,))
+    _refuse_followed(given.values())
+    if micro_batch is not None and (micro_batch < 1 or training or not per_example):
         raise ValueError(
-            f"Micro-batches have one or more examples, and are not for training; received micro_batch={micro_batch}, "
-            f"training={training}."
+            "Micro-batches have one or more examples, and are not for training nor for a loss of the whole batch; "
+            f"received micro_batch={micro_batch}, training={training}, per_example={per_example}."
         )
-    alone = not training and (coupling.mixing or any(place.example is None for place in sums.places))
-    run: Callable[..., tuple[Tensor, ...]] = partial(
-        _one_pass, params, spec, sums=sums, moments=moments, training=training,
+    alone = per_example and not training and (coupling.mixing or any(place.example is None for place in sums.places))
+    run: Callable[..., Pass] = partial(
+        _one_pass, params, spec, objective=pace.objective, sums=sums, moments=moments, training=training,
         channels_last=channels_last and not alone, **options,
     )  # fmt: skip
-    if alone:
-        run = partial(_apart_by_vmap, run, spec)
+    run = partial(_apart_by_vmap, run, spec) if alone else partial(pace, run)
     whole: Any = (inputs, targets)
+    count = len(next(iter(given.values())))
     size = micro_batch or count
     parts = [run(*optree.tree_map(lambda x: x[k : k + size], whole)) for k in range(0, count, size)]  # noqa: B023
     *rows, tallies = zip(*parts, strict=True)
@@ -263,54 +342,18 @@ def _of_batch(
     return each, summed, mean, Moments(*sum(tallies)) if moments else None
 
 
-def _apart_by_vmap(
-    run: Callable[..., tuple[Tensor, ...]], spec: Spec, inputs: Inputs, targets: Any
-) -> tuple[Tensor, ...]:
-    """Every example as a batch of one: vectorized, or one after the other where an operator cannot be."""
+def _apart_by_vmap(run: Callable[..., Pass], spec: Spec, inputs: Inputs, targets: Any) -> Pass:
+    """Every example as a batch of one: vectorized, or one after the other where an operator or the loss cannot be."""
     batch: Any = (inputs, targets)
-    try:
-        each, summed, mean, tally = torch.func.vmap(run)(*optree.tree_map(lambda x: x.unsqueeze(1), batch))
-    except (RuntimeError, ShapeError):  # if that was not the reason, it comes again
-        rows = [run(*one) for one in one_by_one(batch, spec)]
-        each, summed, mean, tally = (torch.stack(column) for column in zip(*rows, strict=True))
+    found: Any = None
+    if not isinstance(targets, Parted):
+        with suppress(RuntimeError, ShapeError, Unvectorized):  # if that was not the reason, it comes again
+            found = torch.func.vmap(partial(run, plain=False))(*optree.tree_map(lambda x: x.unsqueeze(1), batch))
+    if found is None:
+        rows = [run(*one, plain=True) for one in one_by_one(batch, spec)]
+        found = tuple(torch.stack(column) for column in zip(*rows, strict=True))
+    each, summed, mean, tally = found
     return each.squeeze(1), summed.squeeze(1), mean.squeeze(1), tally.sum(0)
-
-
-@dataclass(frozen=True)
-class Sums:
-    """Which units' derivatives those at all places are; made once for all batches, as a copy to a device waits for it.
-
-    Attributes:
-        index: the units of all columns: one for every index of a place, and one more for every further unit that gates
-            it. Where none does, it is one past the last.
-        shares: for every row of units of a place, one by how many of its columns are the unit's.
-        dtype: in which is summed: that of the parameters, single precision at least.
-    """
-
-    places: tuple[Place, ...]
-    units: int
-    index: Tensor
-    shares: tuple[Tensor, ...]
-    dtype: torch.dtype
-
-    @staticmethod
-    def at(places: Sequence[Place], units: int, params: Params) -> Sums:
-        real = next((x for x in flatten(params).values() if x.is_floating_point()), torch.zeros(()))
-        kind: dict[str, Any] = {"dtype": torch.promote_types(real.dtype, torch.float32), "device": real.device}
-        rows = [row for place in places for row in place.units % (units + 1)]
-        index = np.concatenate([np.zeros(0, np.int64), *rows])
-        shares = np.concatenate([np.zeros(0), *(1 / np.bincount(row)[row] for row in rows)])
-        split = torch.split(torch.as_tensor(shares, **kind), [len(row) for row in rows])
-        return Sums(tuple(places), units, torch.as_tensor(index, device=real.device), split, kind["dtype"])
-
-    def __call__(self, height: int, found: Mapping[str, Tensor], spread: Mapping[str, float] | None = None) -> Tensor:
-        """The sums over each unit's columns, ``(height, units)``; given how far they are spread, of their means."""
-        keys = [str(place.key) for place in self.places for _ in place.units]
-        columns = [found[key].to(self.dtype) for key in keys]
-        if spread is not None:
-            columns = [x * share / spread[key] for x, share, key in zip(columns, self.shares, keys, strict=True)]
-        zero = torch.zeros(height, self.units + 1, dtype=self.dtype, device=self.index.device)
-        return zero.index_add(1, self.index, torch.cat([zero[:, :0], *columns], 1))[:, :-1]
 
 
 def _one_pass(
@@ -319,32 +362,49 @@ def _one_pass(
     inputs: Inputs,
     targets: Any,
     *,
+    plain: bool,
+    objective: Objective,
     sums: Sums,
-    loss: Loss,
     moments: bool,
     training: bool,
     around: Gates,
     generator: torch.Generator | None,
     channels_last: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Pass:
     count = len(next(iter(bind_inputs(spec, (inputs,)).values())))
     kind: dict[str, Any] = {"dtype": sums.dtype, "device": sums.index.device}
     zeros = {str(place.key): torch.zeros(count, place.units.shape[1], **kind) for place in sums.places}
     spread: dict[str, float] = {}  # how many positions of an example each index of a read stands for
 
-    def losses(given: Mapping[str, Tensor]) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
+    def network(given: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
         taps = Taps(params, spec, sums.places, given, around, moments=moments)
         laid_out = _channels_last(spec, inputs) if channels_last else inputs  # not held for the backward pass
         outputs, _ = evaluate(params, spec, (laid_out,), tap=taps, training=training, generator=generator)
         spread.update(taps.spread)
-        each = per_example(loss, outputs, targets)
-        return each, (each.detach(), taps.seen)
+        return outputs, taps.seen
 
-    pulled: Any = torch.func.vjp(losses, zeros, has_aux=True)
-    each, pull, (found, seen) = pulled
-    (grads,) = pull(torch.ones_like(each), retain_graph=False, create_graph=False)
+    def losses(given: Mapping[str, Tensor]) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
+        outputs, seen = network(given)
+        each = objective.vectorized(outputs, targets)
+        return each, (each.detach(), seen)
+
+    if plain:  # the loss stays outside of the transform, where it may look at numbers
+        outputs, pull, seen = torch.func.vjp(network, zeros, has_aux=True)  # type: ignore[misc]
+        each, slopes = objective.slopes(outputs, targets)
+    else:
+        slopes, pull, (each, seen) = torch.func.vjp(losses, zeros, has_aux=True)  # type: ignore[misc]
+        slopes = torch.ones_like(slopes)
+    try:
+        (grads,) = pull(slopes, retain_graph=False, create_graph=False)
+    except RuntimeError as error:
+        if plain or "inplace operation" not in str(error):
+            raise
+        raise Unvectorized from error  # a loss that writes over the outputs gets copies of its own when it is plain
     tally = sums(4, seen) if moments else each.new_zeros(0)
-    return found, sums(count, grads), sums(count, grads, spread), tally
+    summed, mean = sums(count, grads), sums(count, grads, spread)
+    if not objective.per_example:
+        summed, mean = summed.sum(0, keepdim=True), mean.sum(0, keepdim=True)
+    return each, summed, mean, tally
 
 
 def _channels_last(spec: Spec, inputs: Inputs) -> Inputs:
@@ -353,45 +413,6 @@ def _channels_last(spec: Spec, inputs: Inputs) -> Inputs:
         name: x.to(memory_format=torch.channels_last) if name in images and isinstance(x, Tensor) and x.ndim == 4 else x
         for name, x in bind_inputs(spec, (inputs,)).items()
     }
-
-
-def gated_loss(
-    params: Params, spec: Spec, inputs: Inputs, targets: Any, coupling: Coupling, values: Tensor,
-    *, loss: Loss = cross_entropy,
-) -> Tensor:  # fmt: skip
-    """The loss as a function of the gates: ``(N,)``, of every example, at gates ``(units,)`` or ``(N, units)``."""
-    return per_example(loss, apply(params, spec, inputs, gates=gates(coupling, values)), targets)
-
-
-def gradient(
-    params: Params, spec: Spec, inputs: Inputs, targets: Any, coupling: Coupling, values: Tensor,
-    *, loss: Loss = cross_entropy,
-) -> Tensor:  # fmt: skip
-    """Derivatives by the gates at any ``values`` of them; `derivatives` has those at one, with less memory.
-
-    Returns:
-        In the shape of the values: at ``(units,)`` those of the sum of the examples' losses, at ``(N, units)`` each
-        example's own.
-    """
-    pulled: Any = torch.func.vjp(partial(gated_loss, params, spec, inputs, targets, coupling, loss=loss), values)
-    each, pull = pulled
-    (grad,) = pull(torch.ones_like(each))
-    return torch.as_tensor(grad)
-
-
-def curvature(
-    params: Params, spec: Spec, inputs: Inputs, targets: Any, coupling: Coupling, values: Tensor, direction: Tensor,
-    *, loss: Loss = cross_entropy,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The `gradient` at ``values`` and its change along ``direction``, ``H v`` with the Hessian by the gates.
-
-    All are ``(units,)``, of the sum of the examples' losses. Forward over reverse (Pearlmutter 1994, "Fast exact
-    multiplication by the Hessian"): some four forward passes, and the Hessian itself never exists.
-    """
-    slope = partial(gradient, params, spec, inputs, targets, coupling, loss=loss)
-    with torch.enable_grad():  # without it some backward passes are fused, and then cannot be differentiated
-        moved: Any = torch.func.jvp(slope, (values,), (direction,))
-    return moved[0], moved[1]
 
 
 def _among(gate: Tensor, shape: Sequence[int], axis: int, before: int) -> Tensor:

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from taylorfx.budget import Budget, BudgetError, Budgets, SelectionError, Units, each_budget, pricing
+from taylorfx.constraints import Constraints
 from taylorfx.coupling import Coupling
 from taylorfx.plan import Plan
 from taylorfx.selection import select
@@ -65,10 +66,12 @@ def joint(
     Raises:
         SelectionError: if the statistics have no rows or are of other units; and what `select` raises.
     """
+    budgets, given = each_budget(budget), Constraints.of(constraints)
+    given.on(coupling)
+    constraints = given.options  # globs that were an iterator are used more than once
     rows = _rows(stats, coupling)
     if rounds < 1:
         raise SelectionError(f"Joint selection takes at least one round; received {rounds}.")
-    budgets = each_budget(budget)
     costs = [one.cost(coupling) for one in budgets]
     prices = pricing(budgets, costs) if per_cost else None
     keep = np.ones(len(coupling), bool)
@@ -93,7 +96,7 @@ def joint(
             continue
         keep = plan.keep
     if swaps and not cautious:
-        free = coupling.exact if constraints.get("exact_only") else np.ones(len(coupling), bool)
+        free = coupling.exact if given.exact_only else np.ones(len(coupling), bool)
         better = _swap(rows, coupling, plan.keep.copy(), mean, half, free)
         limits = [max(one.limit(n), cost(plan.keep)) for one, n, cost in zip(budgets, totals, costs, strict=True)]
         fits = all(cost(better) <= limit for cost, limit in zip(costs, limits, strict=True))
@@ -116,6 +119,8 @@ def expected_change(stats: Statistics, plan: Plan) -> Tensor:
 def _rows(stats: Statistics, coupling: Coupling) -> Tensor:
     if stats.units != coupling.names:
         raise SelectionError(f"Statistics are of the coupling's {len(coupling)} units; received some of others.")
+    if not stats.n:
+        raise SelectionError("Statistics of no batch say nothing about any unit. Was the iterator already used up?")
     if stats.rows is None:
         raise SelectionError("Joint selection needs every example's derivatives: measure(..., rows=True).")
     if not stats.rows.isfinite().all():

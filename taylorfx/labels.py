@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from taylorfx import axes as language
 from taylorfx.layers import Layer, Shape, ShapeError
+from taylorfx.limits import Room
 
 __all__ = [
     "EXAMPLE", "Bound", "Factor", "Labeled", "Labels", "Site", "Ties", "bind", "is_example", "length", "rigid",
@@ -129,12 +130,14 @@ class Ties:
     origins: list[tuple[int, str]] = field(default_factory=list)
     mixing: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
+    room: Room = field(default_factory=Room)
     parameters: dict[str, tuple[Labeled, ...]] = field(default_factory=dict)
 
     def fresh(self, size: int, scope: str) -> Labeled:
         """New labels. A single position gets none: a network cannot lose the last of an axis."""
         if size == 1 or not self.labeled:
             return rigid(size)
+        self.room.take(size)
         self.origins.append((self.count, scope))
         self.count += size
         return (Factor(size, np.arange(self.count - size, self.count)),)
@@ -398,6 +401,7 @@ class _Binder:
         flats = [(length(part), self.ties.flat(part, self.name)) for part in map(self._product, axis)]
         if all(labels is None for _, labels in flats):
             return rigid(sum(n for n, _ in flats))
+        self.ties.room.take(sum(n for n, _ in flats))
         labels = np.concatenate([np.full(n, -1) if labels is None else labels for n, labels in flats])
         return (Factor(len(labels), labels),)
 

@@ -1,30 +1,40 @@
-"""Batches and their losses, example by example.
+"""Batches and their losses, example by example or as a whole.
 
-Derivatives and changes of the loss are those of every single example: a loss is a function of one example's outputs and
-targets, and its mean or sum over a batch are taken afterwards.
+Derivatives and changes of the loss are those of single observations. By default these are the examples: a loss is a
+function of one example's outputs and targets, and its mean or sum over a batch are taken afterwards. A loss that
+compares examples (contrastive) has the whole batch for its observation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import optree
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from taylorfx.coupling import Coupling
-from taylorfx.spec import Inputs, Spec, bind_inputs, check
-from taylorfx.tree import Params
+from taylorfx.spec import Inputs, Spec, apply, bind_inputs, check
+from taylorfx.tree import Params, flatten
 
-__all__ = ["Batch", "Loss", "cross_entropy", "each_batch", "examples", "one_by_one", "own", "per_example"]
+__all__ = [
+    "Batch", "Loss", "Objective", "Parted", "Split", "Unvectorized", "cross_entropy", "each_batch", "fingerprint",
+    "one_by_one", "own", "refuse_flat",
+]  # fmt: skip
 
 Batch = tuple[Inputs, Any]
 """``(inputs, targets)``."""
 
 Loss = Callable[[Any, Any], Tensor]
 """``loss(outputs, targets)``, called on every example as a batch of one, so that mean and sum are the same."""
+
+Split = Callable[[Any, int], Any]
+"""``split(targets, k)``: the targets of example ``k`` as those of a batch of one."""
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -37,6 +47,11 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     if not isinstance(outputs, Tensor) or outputs.ndim < 2:
         found = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ValueError(f"Cross entropy takes scores of classes, (N, classes, ...); received {found}. Give a loss.")
+    if not isinstance(targets, Tensor):
+        raise ValueError(
+            f"Targets of cross entropy are a tensor, classes or their probabilities; received {type(targets).__name__}."
+            " Give a loss."
+        )
     classes, expected = outputs.shape[1], (outputs.shape[0], *outputs.shape[2:])
     fits = targets.shape == (outputs.shape if targets.is_floating_point() else expected)
     if not fits or targets.device != outputs.device:
@@ -54,34 +69,196 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     return losses if losses.ndim == 1 else losses.flatten(1).mean(1)
 
 
-def per_example(loss: Loss, outputs: Any, targets: Any) -> Tensor:
-    """The loss of every example, ``(N,)``."""
-    if loss is cross_entropy:
-        return cross_entropy(outputs, targets)
+class Unvectorized(Exception):
+    """``torch.func.vmap`` cannot run the loss: by what it computes, or by the structure of its targets."""
 
-    def one(output: Any, target: Any) -> Tensor:
-        output, target = (optree.tree_map(lambda x: x[None], tree) for tree in (output, target))
-        value: Any = loss(output, target)
+
+@dataclass(frozen=True, eq=False)
+class Parted:
+    """Targets that are not tensors of all examples: each example's own, as those of a batch of one."""
+
+    each: tuple[Any, ...]
+
+    def __len__(self) -> int:
+        return len(self.each)
+
+    def __getitem__(self, some: slice) -> Parted:
+        return Parted(self.each[some])
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss, and what it is a function of: one example, or the whole batch.
+
+    Attributes:
+        loss: ``loss(outputs, targets)``, a tensor of one number.
+        per_example: it is called on each example as a batch of one; otherwise on the batch, which is one observation.
+        split: takes the targets apart, where they are not tensors (or lists) with one entry per example.
+    """
+
+    loss: Loss
+    per_example: bool = True
+    split: Split | None = None
+
+    def __post_init__(self) -> None:
+        if self.split is not None and not self.per_example:
+            raise ValueError(
+                "A loss of the whole batch takes its targets as they are; received per_example=False and a split. "
+                "Leave one of them out."
+            )
+
+    def parted(self, inputs: Inputs, targets: Any, spec: Spec) -> Batch:
+        """The batch, with targets that can be sliced along the examples as the inputs can."""
+        tensors = [x for x in bind_inputs(spec, (inputs,)).values() if isinstance(x, Tensor) and x.ndim]
+        if self.split is None and self.per_example:
+            count = len(tensors[0]) if tensors else None
+            targets = targets if isinstance(targets, Parted) else _by_example(targets, count)
+        sizes = {len(x) for x in tensors}
+        if self.split is not None and len(sizes) == 1 and not isinstance(targets, Parted):
+            targets = Parted(tuple(self.split(targets, k) for k in range(*sizes)))
+        if self.per_example:
+            sizes |= {_size(x) for x in optree.tree_leaves(targets)}
+        if len(sizes) != 1 or not min(sizes):
+            way_out = " Targets of another structure need split=..., a loss of the whole batch per_example=False."
+            raise ValueError(
+                f"A batch has one or more examples, as many inputs as targets; received {sorted(sizes)}."
+                f"{way_out * (len(sizes) > 1)}"
+            )
+        return inputs, targets
+
+    def observations(self, inputs: Inputs, spec: Spec) -> int:
+        """How many losses a batch has."""
+        return len(next(iter(bind_inputs(spec, (inputs,)).values()))) if self.per_example else 1
+
+    def vectorized(self, outputs: Any, targets: Any) -> Tensor:
+        """The loss of every example, ``(N,)``, by ``torch.func.vmap``.
+
+        Raises:
+            Unvectorized: if that cannot be; `plain` then tells whether the loss itself is at fault.
+        """
+        if isinstance(targets, Parted) or not self.per_example:
+            raise Unvectorized
+        if self.loss is cross_entropy:
+            return cross_entropy(outputs, targets)
+        _same_length(outputs, targets)
+        try:
+            return torch.func.vmap(self._one)(*(optree.tree_map(lambda x: x[:, None], x) for x in (outputs, targets)))
+        except Exception as error:  # of any kind: numpy, for one, has its own; the loss runs again without vmap
+            raise Unvectorized from error
+
+    def plain(self, outputs: Any, targets: Any) -> Tensor:
+        """The losses, ``(N,)`` or ``(1,)`` of the whole batch, by plain calls: what they raise is the user's own.
+
+        They are given copies of the outputs, which they may write over as in training.
+        """
+        if not self.per_example:
+            return self._one(optree.tree_map(torch.clone, outputs), targets)[None]
+        count = _same_length(outputs, targets)
+
+        def example(k: int) -> Tensor:
+            mine: Any = optree.tree_map(lambda x: x[k : k + 1].clone(), outputs)
+            wanted: Any = optree.tree_map(lambda x: x[k : k + 1], targets)
+            return self._one(mine, wanted.each[0] if isinstance(wanted, Parted) else wanted)
+
+        return torch.stack([example(k) for k in range(count)])
+
+    def slopes(self, outputs: Any, targets: Any) -> tuple[Tensor, Any]:
+        """The `plain` losses, and the derivatives of their sum by the outputs: ordinary autograd, without transforms.
+
+        So a loss may look at numbers: copy to numpy, branch on data, match boxes.
+        """
+        leaves, tree = optree.tree_flatten(outputs)
+        free = [x.detach().requires_grad_(x.is_floating_point() or x.is_complex()) for x in leaves]
+        with torch.enable_grad():
+            each = self.plain(tree.unflatten(free), targets)
+        wanted = [x for x in free if x.requires_grad]
+        if not each.requires_grad or not wanted:
+            return each.detach(), optree.tree_map(torch.zeros_like, outputs)
+        grads = iter(torch.autograd.grad(each.sum(), wanted, materialize_grads=True))
+        return each.detach(), tree.unflatten([next(grads) if x.requires_grad else torch.zeros_like(x) for x in free])
+
+    def _one(self, outputs: Any, targets: Any) -> Tensor:
+        value: Any = self.loss(outputs, targets)
         if not isinstance(value, Tensor) or value.numel() != 1:
             found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"A loss is a tensor with one number per example; received {found}. Sum or average it.")
+            what = "example" if self.per_example else "batch"
+            raise ValueError(f"A loss is a tensor with one number per {what}; received {found}. Sum or average it.")
         return value.sum()
 
-    return torch.func.vmap(one)(outputs, targets)
+
+def _size(x: Any) -> int:
+    return len(x) if isinstance(x, Parted) or (isinstance(x, Tensor) and x.ndim) else 0
 
 
-def examples(inputs: Inputs, targets: Any, spec: Spec) -> int:
-    """The number of examples of a batch, which all its tensors share."""
-    tensors: Sequence[Any] = [*bind_inputs(spec, (inputs,)).values(), *optree.tree_leaves(targets)]
-    sizes = {len(x) for x in tensors if isinstance(x, Tensor) and x.ndim}
-    if len(sizes) != 1 or not min(sizes):
-        raise ValueError(f"A batch has one or more examples, as many inputs as targets; received {sorted(sizes)}.")
+def _same_length(outputs: Any, targets: Any) -> int:
+    """The number of examples, which all outputs have for their first size."""
+    sizes = {_size(x) for tree in (outputs, targets) for x in optree.tree_leaves(tree)}
+    if len(sizes) != 1:
+        shapes = ", ".join(str(tuple(x.shape)) for x in optree.tree_leaves(outputs))
+        raise ValueError(
+            f"A loss per example takes outputs whose first axis runs over the examples; received shapes {shapes}. Put "
+            "that axis first in the network, or take the loss of the whole batch: per_example=False."
+        )
     return sizes.pop()
 
 
+def _by_example(targets: Any, count: int | None) -> Any:
+    """Targets as they are, if they are tensors; if lists lie among them with one entry per example, parted."""
+
+    def entries(x: Any) -> bool:
+        return isinstance(x, (list, tuple)) and _has_entries(x, count)
+
+    leaves = optree.tree_leaves(targets, is_leaf=entries)
+    if all(isinstance(x, Tensor) for x in leaves):
+        return targets
+    strange = sorted({type(x).__name__ for x in leaves if not isinstance(x, (Tensor, np.ndarray)) and not entries(x)})
+    sizes = {len(x) if getattr(x, "ndim", 1) else 0 for x in leaves if hasattr(x, "__len__")} | {count}
+    if strange or count is None or len(sizes) != 1:
+        raise ValueError(
+            f"Targets are tensors or lists with one entry per example, here {count}; received "
+            f"{', '.join(strange) or f'such of {sorted(map(str, sizes))}'}. Targets of another structure need "
+            "split=..., a loss of the whole batch per_example=False."
+        )
+    return Parted(tuple(optree.tree_map(lambda x, k=k: x[k : k + 1], targets, is_leaf=entries) for k in range(count)))
+
+
+def _has_entries(x: Sequence[Any], count: int | None) -> bool:
+    """Whether a list has one entry per example, as detectors have it; it may also hold things that are of all examples.
+
+    ::
+
+        [{"boxes": (3, 4)}, {"boxes": (2, 4)}]    2 examples: a dict is always an example's
+        (starts (8,), ends (8,))                  8 examples: tensors of all
+        [(2, 4), (2, 4)]                          2 examples: there is no telling
+    """
+    if count is None or len(x) != count:
+        return False
+    if all(isinstance(entry, Mapping) for entry in x) or not all(_is_of_all(entry, count) for entry in x):
+        return True
+    if (
+        count > 1
+        and len({(type(entry), getattr(entry, "dtype", None), getattr(entry, "shape", None)) for entry in x}) == 1
+    ):
+        kind = f"{type(x[0]).__name__}s of {len(x[0])}"
+        raise ValueError(
+            f"A list of targets has an entry for each example, or tensors of all; received {count} {kind} for {count} "
+            "examples, which can be either. Give split=..., or tensors of all in a dict."
+        )
+    return False
+
+
+def _is_of_all(x: Any, count: int) -> bool:
+    """Whether something can be of all examples."""
+    if isinstance(x, (Tensor, np.ndarray)):
+        return bool(x.ndim) and len(x) == count
+    if isinstance(x, Mapping):
+        return all(_is_of_all(value, count) for value in x.values())
+    return isinstance(x, (list, tuple)) and (len(x) == count or all(_is_of_all(value, count) for value in x))
+
+
 def one_by_one(batch: Batch, spec: Spec) -> list[Batch]:
-    """The examples of a batch as batches of one."""
-    count, whole = examples(*batch, spec), cast(Any, batch)
+    """The examples of a parted batch as batches of one."""
+    count, whole = len(next(iter(bind_inputs(spec, (batch[0],)).values()))), cast(Any, batch)
     return [cast(Batch, optree.tree_map(lambda x, k=k: x[k : k + 1], whole)) for k in range(count)]
 
 
@@ -102,3 +279,106 @@ def own(params: Params, spec: Spec, coupling: Coupling) -> None:
             "Couple again: couple(params, spec)."
         )
     check(params, spec)
+
+
+def refuse_flat(
+    objective: Objective,
+    params: Params,
+    spec: Spec,
+    batch: Batch,
+    largest: Tensor,
+    mean: Tensor,
+    *,
+    values: bool = False,
+) -> None:
+    """Refuse a loss that is the same whatever the outputs are, since it says nothing about any unit.
+
+    That is looked for where all that was measured is zero or may be rounding: of a few examples, at their outputs, at
+    smaller ones and at each other's. So a loss that is flat only here (a margin that all examples keep) passes.
+
+    Args:
+        batch: a parted one.
+        largest: the largest mean magnitude of what the loss changes by, over the units.
+        mean: the mean loss.
+        values: the loss itself is compared, which needs no derivatives (for the oracle).
+    """
+    if largest > 1e3 * torch.finfo(largest.dtype).eps * mean.abs().clamp(min=1):
+        return
+    some = one_by_one(batch, spec)[:4] if objective.per_example else [batch]
+    with torch.no_grad():
+        outputs = [apply(params, spec, inputs) for inputs, _ in some]
+    for k, (_, targets) in enumerate(some):
+        scales = (1, 0.5, 1e-3, -1) if values else (1, 0.5, 1e-3)
+        points = [optree.tree_map(lambda x, c=c: x * c if x.is_floating_point() else x, outputs[k]) for c in scales]
+        same = _same_value if values else _without_slope
+        if not same(objective, [*points, outputs[k - 1]], targets):
+            return
+    if objective.per_example:
+        raise ValueError(
+            "A loss has to change with the outputs; received one of which the derivatives by the outputs of an example "
+            "alone are zero, or rounding. If it compares the examples of a batch (contrastive), measure it as a loss "
+            "of the whole batch, per_example=False; if it detaches, rounds or counts, give one that is differentiable."
+        )
+    raise ValueError(
+        "A loss has to change with the outputs; received one of which the derivatives by the outputs of a whole batch "
+        "are zero, or rounding. If it detaches, rounds or counts, give one that is differentiable."
+    )
+
+
+def _same_value(objective: Objective, points: Sequence[Any], targets: Any) -> bool:
+    """Whether the loss is the same at all these outputs, up to rounding."""
+
+    def spread(points: Sequence[Any], targets: Any) -> Tensor:
+        losses = torch.cat([objective.plain(outputs, targets) for outputs in points])
+        return (losses - losses[0]).abs().max() / losses[0].abs().clamp(min=1)
+
+    with torch.no_grad():
+        try:
+            return bool(spread([_double(x) for x in points], _double(targets)) <= 1e-12)
+        except Exception:  # the loss may hold tensors of its own, of another precision
+            return bool(spread(points, targets) == 0)
+
+
+def _without_slope(objective: Objective, points: Sequence[Any], targets: Any) -> bool:
+    """Whether the derivatives at all these outputs are zero or, as a higher precision tells, rounding."""
+
+    def steepness(outputs: Any, targets: Any) -> float:
+        slopes = optree.tree_leaves(objective.slopes(outputs, targets)[1])
+        pairs = [(x, s) for x, s in zip(optree.tree_leaves(outputs), slopes, strict=True) if x.numel()]
+        return max(float(s.abs().max()) * (float(x.abs().max()) or 1.0) for x, s in pairs)
+
+    def flat(outputs: Any) -> bool:
+        coarse = steepness(outputs, targets)
+        try:
+            fine = steepness(_double(outputs), _double(targets))
+        except Exception:  # as above
+            return coarse == 0
+        return fine <= 1e-12 or fine <= 1e-4 * coarse
+
+    return all(map(flat, points))
+
+
+def _double(tree: Any) -> Any:
+    if isinstance(tree, Parted):
+        return Parted(tuple(map(_double, tree.each)))
+    return optree.tree_map(
+        lambda x: x.to(torch.float64) if isinstance(x, Tensor) and x.is_floating_point() else x, tree
+    )
+
+
+def fingerprint(params: Params, coupling: Coupling) -> str:
+    """What tells networks apart, their parameters and units, as text: their dtypes and two digests.
+
+    Of a parameter the shape and some 4,000 of its numbers count, evenly spread, so that this costs next to nothing.
+    """
+    leaves, values = flatten(params), hashlib.sha256()
+    for path, leaf in leaves.items():
+        flat = leaf.detach().resolve_conj().resolve_neg().flatten()
+        some = flat[:: max(1, -(-len(flat) // 2**12))].contiguous()
+        values.update(f"{path} {leaf.dtype} {tuple(leaf.shape)} ".encode())
+        values.update(some.view(torch.uint8).cpu().numpy().tobytes())
+    units = hashlib.sha256(repr(coupling.names).encode())
+    for place in coupling.reads:
+        units.update(f"{place.key} {place.units.shape} ".encode() + place.units.tobytes())
+    dtypes = "/".join(sorted({str(leaf.dtype).removeprefix("torch.") for leaf in leaves.values()}))
+    return f"{dtypes}, parameters {values.hexdigest()[:12]}, units {units.hexdigest()[:12]}"

@@ -18,18 +18,20 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import optree
 import torch
 from torch import Tensor
 
 from taylorfx.coupling import Coupling
-from taylorfx.gates import gated_loss
+from taylorfx.gated import Network, either, gated, rows
+from taylorfx.gates import gates
 from taylorfx.labels import Labels
 from taylorfx.layers import Input
-from taylorfx.loss import Batch, Loss, cross_entropy, each_batch, examples, one_by_one, own
-from taylorfx.spec import Inputs, Node, Spec, bind_inputs, evaluate
+from taylorfx.loss import Batch, Loss, Objective, Split, cross_entropy, each_batch, one_by_one, own, refuse_flat
+from taylorfx.spec import Node, Spec, apply, bind_inputs, evaluate
 from taylorfx.tree import Params, flatten, unflatten
 
-__all__ = ["Network", "Oracle", "alone", "apart", "ones", "oracle", "split"]
+__all__ = ["Oracle", "alone", "apart", "ones", "oracle", "parted"]
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ def oracle(
     coupling: Coupling,
     *,
     loss: Loss = cross_entropy,
+    per_example: bool = True,
+    split: Split | None = None,
     units: Sequence[int] | None = None,
     chunk: int | None = None,
     progress: bool = False,
@@ -104,37 +108,44 @@ def oracle(
 
     Args:
         batches: one batch ``(inputs, targets)`` (a tuple), or any other iterable of batches.
-        loss: called on each example as a batch of one, as in `measure`.
+        loss, per_example, split: as in `measure`. With ``per_example=False`` a batch counts as one example.
         units: the numbers of the units to ask about; all by default.
         chunk: how many units to leave out side by side, under ``torch.func.vmap``. By default as many as make a batch
             of 64 examples on the CPU and of 4,096 elsewhere; with larger ones the CPU is slower than one by one.
         progress: draw a progress bar (needs rich).
 
     Units that are not ``coupling.exact`` are silenced, not cut: norms go on to count their channels. A network whose
-    layers mix examples is asked one example at a time.
+    layers mix examples is asked one example at a time, unless the loss is of the whole batch.
 
     Raises:
-        ValueError: for units that there are not, no or empty batches, or losses that are not finite.
+        ValueError: for units that there are not, no or empty batches, or losses that are not finite or do not change
+            with the outputs.
         ImportError: if a progress bar is asked for without rich.
     """
     own(params, spec, coupling)
     chosen = _chosen(units, coupling)
-    parts = split(params, coupling, chosen)
+    objective, parts = Objective(loss, per_example, split), parted(params, coupling, chosen)
     total: Oracle | None = None
-    known = [examples(*batch, spec) for batch in each_batch(batches)] if isinstance(batches, Sequence) else None
+    first: Batch | None = None
+    known = None
+    if isinstance(batches, Sequence):
+        known = [objective.observations(objective.parted(*batch, spec)[0], spec) for batch in each_batch(batches)]
     with torch.no_grad(), _bar(progress, sum(known) * len(chosen) if known else None) as advance:
-        for one in (x for batch in each_batch(batches) for x in apart(batch, coupling)):
-            asked = _ask(params, one, coupling, chosen, parts, loss, chunk, advance)
+        for one in (x for batch in each_batch(batches) for x in apart(batch, coupling, objective)):
+            first = first or one
+            asked = _ask(params, one, coupling, chosen, parts, objective, chunk, advance)
             total = asked if total is None else total + asked
-    if total is None:
+    if total is None or first is None:
         raise ValueError("There is nothing to ask: received no batch. Was the iterator already used up?")
     bad = [name for name, good in zip(total.units, total.sum_abs.sum(0).isfinite().tolist(), strict=True) if not good]
     if bad or not total.loss.isfinite():
         raise ValueError(
             f"Losses have to be finite; that of the network itself is {total.loss.item():.3g}, and {len(bad)} of "
             f"{len(chosen)} units change it to what is not{', first ' + bad[0] if bad else ''}. Check the inputs and "
-            "the parameters."
+            "the parameters; a loss that compares examples has to be asked for the whole batch, per_example=False."
         )
+    largest, mean = total.mean_absolute().max(), total.loss / total.n
+    refuse_flat(objective, params, spec, first, largest, mean, values=True)
     return total
 
 
@@ -144,18 +155,18 @@ def _ask(
     coupling: Coupling,
     units: Sequence[int],
     parts: Sequence[Part],
-    loss: Loss,
+    objective: Objective,
     chunk: int | None,
     advance: Callable[[int], None],
 ) -> Oracle:
     """The oracle of one batch."""
     whole, place = ones(params, coupling), {unit: k for k, unit in enumerate(units)}
-    base = gated_loss(params, coupling.spec, *batch, coupling, whole, loss=loss).to(whole.dtype)
+    base = _changed((params, coupling.spec, *batch, coupling), whole[None], objective)[0].to(whole.dtype)
     sums = whole.new_zeros(2, 2, len(units))  # of the changes and of their absolute values, by halves
     for some, network in alone(params, batch, coupling, parts, chunk):
         off = whole.repeat(len(some), 1)
         off[range(len(some)), some] = 0
-        changes = _rows(partial(gated_loss, *network, loss=loss), off) - base
+        changes = _changed(network, off, objective).to(whole.dtype) - base
         both = torch.stack([changes, changes.abs()])  # (2, units, N)
         halves = [both[..., half::2].sum(-1) for half in (0, 1)]
         sums[:, :, [place[unit] for unit in some]] = torch.stack(halves, 1)
@@ -163,8 +174,21 @@ def _ask(
     return Oracle(len(base), base.sum(), sums[0], sums[1], tuple(coupling.names[unit] for unit in units))
 
 
-Network = tuple[Params, Spec, Inputs, Any, Coupling]
-"""Parameters, spec, inputs, targets and coupling: what a loss needs besides the values of the gates."""
+def _changed(network: Network, points: Tensor, objective: Objective) -> Tensor:
+    """The losses with the gates at each of the points, ``(points, N)``; side by side, and the loss, too, if it can."""
+
+    def outputs(values: Tensor) -> Any:
+        params, spec, inputs, _, coupling = network
+        return apply(params, spec, inputs, gates=gates(coupling, values))
+
+    def losses(plain: bool) -> Tensor:
+        if not plain:
+            return rows(partial(gated, network, objective=objective, plain=False), points)
+        found = rows(outputs, points)
+        each = (optree.tree_map(lambda x, k=k: x[k], found) for k in range(len(points)))
+        return torch.stack([objective.plain(one, network[3]) for one in each])
+
+    return either(losses)
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,7 +233,7 @@ def alone(
             yield list(part.units[start : start + chunk]), (part.params, part.spec, heard, targets, part.coupling)
 
 
-def split(params: Params, coupling: Coupling, units: Sequence[int]) -> list[Part]:
+def parted(params: Params, coupling: Coupling, units: Sequence[int]) -> list[Part]:
     """The units by where they are read, each kind with its part of the network."""
     read = np.zeros((len(coupling.reads), len(coupling) + 1), bool)
     for k, place in enumerate(coupling.reads):
@@ -242,20 +266,16 @@ def _part(params: Params, coupling: Coupling, read: Labels, units: tuple[int, ..
     )
 
 
-def apart(batch: Batch, coupling: Coupling) -> list[Batch]:
-    """The batch; its examples one at a time where layers would let them hear each other."""
-    return one_by_one(batch, coupling.spec) if coupling.mixing else [batch]
+def apart(batch: Batch, coupling: Coupling, objective: Objective) -> list[Batch]:
+    """The batch, parted; its examples one at a time where layers would mix them, and the loss does not."""
+    batch = objective.parted(*batch, coupling.spec)
+    return one_by_one(batch, coupling.spec) if coupling.mixing and objective.per_example else [batch]
 
 
 def ones(params: Params, coupling: Coupling) -> Tensor:
     """All gates at one, ``(units,)``, in single precision or better, where the parameters are."""
     real = next((x for x in flatten(params).values() if x.is_floating_point()), torch.ones(()))
     return torch.ones(len(coupling), dtype=torch.promote_types(real.dtype, torch.float32), device=real.device)
-
-
-def _rows(function: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
-    """The function of every row; a single one as it is, for functions that ``vmap`` cannot do."""
-    return function(points[0])[None] if len(points) == 1 else torch.func.vmap(function)(points)
 
 
 def _chosen(units: Sequence[int] | None, coupling: Coupling) -> list[int]:

@@ -9,9 +9,10 @@ is put back in closed form, from the activations on a few batches:
 | `reconstruct` | kept weights and biases, by least squares | He et al. 2017, arXiv 1707.06168 |
 | `recalibrate` | the running statistics of batch norms | Li et al. 2020, arXiv 2007.02491 |
 
-The first two take the original parameters and the plan, cut, and return the smaller network's parameters and spec; the
-last works on any network. Repaired are linear layers and convolutions of every kind; what else mixes activations
-(matrix products, attention between heads) has no weights of its own and stays as it is. A layer without a bias that has
+All take the original parameters and the plan, cut, and return the smaller network's parameters and spec; the last works
+on any network, too. Repaired are linear layers and convolutions of every kind; what else mixes activations (matrix
+products, attention between heads) has no weights of its own and stays as it is, and so does a subclass of a layer that
+computes something else. A layer without a bias that has
 to be shifted: where a batch norm is all that hears it, the norm's running mean moves, which is the same; elsewhere the
 layer gains a bias.
 
@@ -25,6 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -33,6 +35,7 @@ from taylorfx.consumers import CONSUMERS, NORMS, kept_channels, lost, sharing, s
 from taylorfx.coupling import Coupling
 from taylorfx.gates import Gates
 from taylorfx.layers import Linear
+from taylorfx.layers.base import computes_as
 from taylorfx.loss import Batch
 from taylorfx.plan import Plan, cut
 from taylorfx.spec import Inputs, Node, Spec, evaluate
@@ -91,7 +94,7 @@ def means(params: Params, spec: Spec, batches: Batches, coupling: Coupling) -> M
     Raises:
         ValueError: for no batches.
     """
-    readers = {place.node for place in coupling.reads if isinstance(spec[place.node].layer, CONSUMERS)}
+    readers = {place.node for place in coupling.reads if computes_as(spec[place.node].layer, CONSUMERS)}
     count: dict[str, int] = dict.fromkeys(readers, 0)
     total: dict[str, Tensor] = {}
 
@@ -148,17 +151,35 @@ def compensate(params: Params, plan: Plan, batches: Batches | Means) -> tuple[Pa
     return small, spec
 
 
-def recalibrate(params: Params, spec: Spec, batches: Batches) -> Params:
+@overload
+def recalibrate(params: Params, spec: Spec, batches: Batches) -> Params: ...
+@overload
+def recalibrate(params: Params, spec: Plan, batches: Batches) -> tuple[Params, Spec]: ...
+def recalibrate(params: Params, spec: Spec | Plan, batches: Batches) -> Params | tuple[Params, Spec]:
     """The parameters with the running statistics of batch norms estimated anew; nothing else changes.
 
     One pass in which batch norms run in training mode and all other layers in inference; the statistics are the plain
     averages of those of the batches, as ``torch.nn.BatchNorm2d`` with ``momentum=None`` computes them. Later norms
     hear what the earlier ones make of the same batch, so take batches as large as in training.
+
+    Args:
+        params: those of the network; with a plan the original ones.
+        spec: a network, or a plan: cut is then first, as the other repairs do.
+        batches: ``(inputs, targets)``, or an iterable of such; the targets are not looked at.
+
+    Returns:
+        The network's parameters; with a plan parameters and spec of the smaller network.
     """
+    if isinstance(spec, Plan):
+        return _recalibrated(cut(params, spec), spec.spec, batches), spec.spec
+    return _recalibrated(params, spec, batches)
+
+
+def _recalibrated(params: Params, spec: Spec, batches: Batches) -> Params:
     norms = {
-        node.name: replace(node, layer=replace(node.layer, momentum=None))
+        node.name: replace(node, layer=replace(node.layer, momentum=None))  # type: ignore[call-arg]
         for node in spec
-        if isinstance(node.layer, NORMS) and node.layer.track_running_stats
+        if computes_as(node.layer, NORMS) and node.layer.track_running_stats  # type: ignore[attr-defined]
     }
     leaves = flatten(params)
     fresh = {path: torch.zeros_like(leaves[path]) for node in norms.values() for path in _buffers(node)}

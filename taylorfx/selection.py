@@ -14,23 +14,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from functools import cache
-from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from taylorfx.budget import Budget, BudgetError, Budgets, SelectionError, Units, each_budget, pricing
+from taylorfx.budget import Budget, BudgetError, Budgets, Flops, Remove, SelectionError, Units, each_budget, pricing
+from taylorfx.constraints import Constraints, Rules
+from taylorfx.cost import Cost
 from taylorfx.coupling import Coupling
+from taylorfx.frozen import held as held_by
 from taylorfx.labels import Labels
 from taylorfx.plan import Plan
 
-__all__ = ["by_scope", "select"]
+__all__ = ["foresee", "select"]
 
 Mask = NDArray[np.bool_]
-T = TypeVar("T", int, float)
 
 
 def select(
@@ -75,22 +75,15 @@ def select(
         SelectionError: for scores that are not finite or globs that match nothing.
     """
     budgets = each_budget(budget)
-    rules = (
-        _together(coupling, uniform),
-        by_scope(coupling, floor, "floor", 1),
-        by_scope(coupling, most, "most", 1.0),
-        by_scope(coupling, multiple, "multiple", 1),
-    )
-    protected = _protected(coupling, protect)
-    if exact_only:
-        protected |= ~coupling.exact
+    constraints = Constraints(protect, floor, most, multiple, uniform, per_layer, isomorphic, exact_only)
+    rules = constraints.on(coupling)
     classes = coupling.scope if per_layer else _classes(coupling)[coupling.scope] if isomorphic else None
 
     def rank(values: NDArray[np.float64]) -> Plan:
         values = values if classes is None else _quantiles(values, classes)
-        held = protected | _last_of_axis(values, coupling)
+        held = rules.protected | _last_of_axis(values, coupling)
         while True:
-            step, count = _steps(values, coupling, held, *rules)
+            step, count = _steps(values, coupling, held, rules)
             empty = np.flatnonzero(coupling.counts(step >= count) == 0)
             if not len(empty):
                 return Plan(
@@ -103,6 +96,53 @@ def select(
     values, costs = _finite(scores, coupling), [one.cost(coupling) for one in budgets]
     prices = pricing(budgets, costs) if per_cost else None
     return _search(values, prices, rank) if prices else rank(values)
+
+
+def foresee(coupling: Coupling, *, budget: Budgets, constraints: Constraints, per_cost: bool) -> None:
+    """Raise, before anything is measured, what `select` would raise whatever the scores are.
+
+    Which units stay can decide what an axis costs that holds a part of a scope, so such an axis counts as one index
+    here: a budget that only some scores can meet is left to them. What a function of the user's says is not asked.
+    """
+    budgets, rules = each_budget(budget), constraints.on(coupling)
+    costs = [one.cost(coupling) for one in budgets]
+    if per_cost:
+        pricing(budgets, costs)
+    step, count = _steps(np.zeros(len(coupling)), coupling, rules.protected, rules)
+    keep = step >= count
+    whole = np.array([_whole(coupling, axis) for axis in coupling.axes], bool)
+    least = np.where(whole, np.maximum(coupling.counts(keep), 1), 1) if len(coupling.axes) else np.zeros(0, np.int64)
+
+    def lowest(one: Budget, cost: Callable[[Mask], float]) -> tuple[float, float]:
+        if isinstance(cost, Cost):
+            return cost.of(least), cost.total
+        return (float(keep.sum()), float(len(coupling))) if isinstance(one, Units) else (0.0, 0.0)
+
+    bounds = [(one, *lowest(one, cost)) for one, cost in zip(budgets, costs, strict=True)]
+    if any(low > one.limit(total) for one, low, total in bounds if total):
+        select(torch.zeros(len(coupling)), coupling, budget=budgets, **constraints.options)
+    all_stay = [isinstance(one.amount, float) and one.amount == 1 and not isinstance(one, Remove) for one in budgets]
+    if not len(coupling) and not all(all_stay[k] for k, one in enumerate(budgets) if isinstance(one, Units)):
+        raise BudgetError(
+            f"The network has no unit that could leave; the budget is {' and '.join(map(str, budgets))}. "
+            f"{held_by(coupling)}".rstrip()
+        )
+
+
+def _whole(coupling: Coupling, axis: Labels) -> bool:
+    """How many of its indices stay depends on nothing but how many units of each scope stay.
+
+    Every scope has all its units on it equally often; of an axis with factors, every combination of them is there once.
+    """
+    sizes = coupling.sizes
+    if len(axis) == 1:
+        times = np.bincount(axis[axis >= 0], minlength=len(coupling))
+        return all(len({*times[coupling.scope == s].tolist()}) == 1 for s in np.unique(coupling.scope[axis[axis >= 0]]))
+    scopes = [np.unique(coupling.scope[row]).tolist() if (row >= 0).all() else [] for row in axis]
+    if any(len(one) != 1 for one in scopes):
+        return False
+    full = math.prod(int(sizes[one]) for (one,) in scopes)
+    return bool(full == axis.shape[1] == np.unique(axis, axis=1).shape[1])
 
 
 PRICES = 16
@@ -174,56 +214,6 @@ def _classes(coupling: Coupling) -> Labels:
     return np.array([numbers[form] for form in forms], np.int64)
 
 
-def _together(coupling: Coupling, globs: str | Sequence[str]) -> list[list[int]]:
-    """The scopes in groups that keep the same number of units; most are alone."""
-    globs = (globs,) if isinstance(globs, str) else globs
-    _all_match(coupling, globs, "uniform")
-    groups: dict[str | int, list[int]] = {}
-    for k, name in enumerate(coupling.scopes):
-        groups.setdefault(next((glob for glob in globs if fnmatchcase(name, glob)), k), []).append(k)
-    unequal = [
-        f"for {glob!r} {', '.join(f'{coupling.scopes[k]} of {coupling.sizes[k]}' for k in group)}"
-        for glob, group in groups.items()
-        if len(group) > 1 and len({*coupling.sizes[group].tolist()}) > 1
-    ]
-    if unequal:
-        raise SelectionError(
-            f"uniform takes scopes of as many units; received {'; '.join(unequal)}. Give each size a glob of its own."
-        )
-    return list(groups.values())
-
-
-def _protected(coupling: Coupling, globs: str | Sequence[str]) -> Mask:
-    globs = (globs,) if isinstance(globs, str) else globs
-    chosen = [any(fnmatchcase(name, glob) for glob in globs) for name in coupling.scopes]
-    _all_match(coupling, globs, "protect")
-    return np.array(chosen, bool)[coupling.scope]
-
-
-def _all_match(coupling: Coupling, globs: Sequence[str], what: str) -> None:
-    known = (*coupling.scopes, *coupling.frozen)
-    unknown = [glob for glob in globs if not any(fnmatchcase(name, glob) for name in known)]
-    if unknown:
-        raise SelectionError(
-            f"Globs name scopes of the network; {what} received {', '.join(map(repr, unknown))}, which match nothing. "
-            f"The scopes are {', '.join(known)}."
-        )
-
-
-def by_scope(coupling: Coupling, value: T | Mapping[str, T], what: str, default: T) -> list[T]:
-    """One number per scope, from a number for all or a mapping from globs."""
-    if not isinstance(value, Mapping):
-        value = {"*": value}
-    else:
-        _all_match(coupling, tuple(value), what)
-    least, largest = int(what == "multiple"), 1 if what == "most" else math.inf
-    bad = [f"{n} for {glob!r}" for glob, n in value.items() if not least <= n <= largest]
-    if bad:
-        above = " and at most 1" if what == "most" else ""
-        raise SelectionError(f"{what} is at least {least}{above}; received {', '.join(bad)}.")
-    return [next((n for glob, n in value.items() if fnmatchcase(name, glob)), default) for name in coupling.scopes]
-
-
 def _last_of_axis(values: NDArray[np.float64], coupling: Coupling) -> Mask:
     """The best unit of every axis that is only a part of a scope (a slice): no axis may lose all of its indices.
 
@@ -253,10 +243,7 @@ def _steps(
     values: NDArray[np.float64],
     coupling: Coupling,
     held: Mask,
-    groups: Sequence[Sequence[int]],
-    floors: Sequence[int],
-    most: Sequence[float],
-    multiples: Sequence[int],
+    rules: Rules,
 ) -> tuple[Labels, int]:
     """The step at which each unit leaves, and the number of steps, which stands for never."""
     order = _order(values)
@@ -265,16 +252,18 @@ def _steps(
     loose = loose[np.argsort(short[loose], kind="stable")]  # scope by scope, in the order to leave
     scope = coupling.scope[loose]
     free, sizes = np.bincount(scope, minlength=len(coupling.scopes)), coupling.sizes.tolist()
-    offset, first, width, steps = rules = np.zeros((4, len(coupling.scopes)), np.int64)  # of the bundles of each scope
+    offset, first, width, steps = bundled = np.zeros(
+        (4, len(coupling.scopes)), np.int64
+    )  # of the bundles of each scope
     count = 0
-    for group in groups:
+    for group in rules.groups:
         size = sizes[group[0]]
-        least = max(size - min([free[k] for k in group]), *[floors[k] for k in group], 1)
-        least = max(least, math.ceil((1 - min([most[k] for k in group])) * size - 1e-9))
-        bundle = math.lcm(*[multiples[k] for k in group])
+        least = max(size - min([free[k] for k in group]), *[rules.floors[k] for k in group], 1)
+        least = max(least, math.ceil((1 - min([rules.most[k] for k in group])) * size - 1e-9))
+        bundle = math.lcm(*[rules.multiples[k] for k in group])
         begin, leaving = size % bundle or bundle, size - -(-least // bundle) * bundle
         number = (leaving - begin) // bundle + 1 if leaving >= begin else 0
-        rules[:, group] = [[count], [begin], [bundle], [number]]
+        bundled[:, group] = [[count], [begin], [bundle], [number]]
         count += number
     position = np.arange(len(loose)) - (np.cumsum(free) - free)[scope]
     bundles = (position - first[scope]) // width[scope] + 1
@@ -296,7 +285,7 @@ def _shortest(
     """The fewest steps after which all budgets hold; for `Units` alone, after which it holds exactly."""
 
     def after(cost: Callable[[Mask], float]) -> Callable[[int], float]:
-        return cache(lambda n: cost(step >= n))
+        return cache(lambda n: _real(cost(step >= n)))
 
     costs = [after(cost) for cost in counted]
     limits = [budget.limit(cost(0)) for budget, cost in zip(budgets, costs, strict=True)]
@@ -312,10 +301,11 @@ def _shortest(
             for budget, cost, limit in zip(budgets, costs, limits, strict=True)
             if cost(steps) > limit
         ]
-        frozen = f" Frozen are {', '.join(coupling.frozen)}: see coupling.frozen." if coupling.frozen else ""
+        frozen = held_by(coupling, "FLOPs" if any(isinstance(one, Flops) for one in budgets) else "parameters")
+        nothing = "" if len(coupling) else "The network has no unit that could leave. "
         raise BudgetError(
-            f"The budget is {', and '.join(missed)}. Loosen floor, most, multiple, uniform or protect, or ask for no "
-            f"less.{frozen}"
+            f"{nothing}The budget is {', and '.join(missed)}. Loosen floor, most, multiple, uniform or protect, or ask "
+            f"for no less. {frozen}".rstrip()
         )
     while low < high:
         middle = (low + high) // 2
@@ -330,6 +320,12 @@ def _shortest(
             f"{' or '.join(f'{n:,.0f}' for n in near)} as the nearest."
         )
     return low
+
+
+def _real(cost: float) -> float:
+    if not math.isfinite(cost):
+        raise BudgetError(f"A cost is a finite number; received {cost}. Look at the budget's `cost`.")
+    return cost
 
 
 def _number(value: float, whole: Callable[[float], int] = round) -> str:

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from taylorfx import axes as language
-from taylorfx.labels import EXAMPLE, Bound, Factor, Labeled, Ties, bind, rigid
+from taylorfx.interface import Interface
+from taylorfx.labels import Ties
 from taylorfx.layers import Input, Layer, Shape, ShapeError
+from taylorfx.sizes import propagate
 from taylorfx.text import columns
 from taylorfx.tree import Params, flatten, merge, unflatten
 
@@ -79,7 +81,7 @@ class Spec:
     """A network: nodes in the order of evaluation, and the names of those whose values it gives out.
 
     Immutable, hashable, comparable; ``print(spec)`` shows it as a table. One output is given out as a tensor, several
-    as a tuple; with ``keys``, one for each, as a dict.
+    as a tuple; with ``keys``, one for each, as a dict. ``interface`` is what a captured module is beyond its nodes.
 
     Raises:
         SpecError: for duplicate names, inputs that no node has, or a cycle: all of them at once.
@@ -88,6 +90,7 @@ class Spec:
     nodes: tuple[Node, ...]
     outputs: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
+    interface: Interface | None = None
 
     def __post_init__(self) -> None:
         nodes = tuple(self.nodes)
@@ -156,7 +159,7 @@ class Spec:
             count = sum(n for path, n in sizes.items() if path not in seen)
             seen.update(sizes)
             bound = bounds.get(node.name)
-            cost = flops(node.layer, bound.sizes) if bound else 0
+            cost = 2 * language.products(node.layer.multiplies, bound.sizes) if bound else 0
             total, work = total + count, work + cost
             shape = "x".join(map(str, bound.shape[1:])) if bound else "-"
             shared = "shared" if sizes and not count else f"{count:,}" if count else ""
@@ -173,7 +176,7 @@ class Spec:
                 f"received {len(shapes)}."
             )
         declared = dict(zip(names, shapes, strict=True))
-        made = {n.name: replace(n, layer=replace(n.layer, shape=declared[n.name])) for n in self.inputs}  # type: ignore[type-var]
+        made = {n.name: replace(n, layer=replace(n.layer, shape=declared[n.name])) for n in self.inputs}  # type: ignore[call-arg]
         return replace(self, nodes=tuple(made.get(n.name, n) for n in self.nodes))
 
 
@@ -211,57 +214,17 @@ def _order(nodes: tuple[Node, ...], outputs: tuple[str, ...]) -> tuple[Node, ...
     return tuple(ordered)
 
 
-def propagate(spec: Spec, ties: Ties) -> dict[str, Bound]:
-    """Carry shapes and labels through the network, from its inputs to its outputs.
-
-    Raises:
-        ShapeError: if the declared inputs and the layers do not fit, or an input declares no shape; all at once.
-    """
-    bounds: dict[str, Bound] = {}
-    for node in spec.nodes:
-        if isinstance(node.layer, Input):
-            if node.layer.shape is None:
-                ties.errors.append(
-                    f"{node.name}: the shape of the input is not known; declare it, Input((channels, height, width)), "
-                    "or use spec.at(shape)"
-                )
-            elif wrong := node.layer.refusal(_sizes(node.layer.shape)):
-                ties.errors.append(f"{node.name}: {wrong}")
-            else:
-                example: Labeled = rigid(1) if node.layer.alone else (Factor(1, EXAMPLE),)
-                if node.layer.alone:
-                    ties.mixing.append(f"{node.name}: the network takes one example at a time")
-                bounds[node.name] = Bound((example, *map(rigid, _sizes(node.layer.shape))))
-        elif all([x in bounds for x in node.inputs]):  # noqa: C419
-            try:
-                bounds[node.name] = bind(node.layer, node.name, node.paths, [bounds[x] for x in node.inputs], ties)
-            except ShapeError as error:
-                ties.errors.append(str(error))
-    if ties.errors:
-        raise ShapeError("Layers and their inputs have to fit; received:\n  " + "\n  ".join(ties.errors))
-    return bounds
-
-
-def _sizes(shape: Shape | int) -> Shape:
-    return shape if isinstance(shape, tuple) else (shape,)
-
-
-def flops(layer: Layer, sizes: Mapping[str, int]) -> int:
-    """Floating-point operations for one example: two per multiply-add of every matrix product, as torch counts."""
-    total = 0
-    for text in layer.multiplies:
-        names = language.letters(language.pattern(text))
-        total += 2 * math.prod(n for x, n in sizes.items() if x in names or (x[0] == "_" and "..." in names))
-    return total
-
-
 def init(
     spec: Spec, generator: torch.Generator, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> dict[str, Any]:
     """Fresh parameters, distributed as torch initializes its layers; shared ones are drawn once."""
     leaves: dict[str, Tensor] = {}
     for node in spec.nodes:
-        for leaf, tensor in node.layer.init(generator).items():
+        try:
+            fresh = node.layer.init(generator)
+        except RuntimeError as error:
+            raise SpecError(f"{node.name}: {node.layer} cannot be initialized: {error}") from error
+        for leaf, tensor in fresh.items():
             if node.path(leaf) not in leaves:
                 leaves[node.path(leaf)] = tensor.to(device, dtype if tensor.is_floating_point() else None)
     params = unflatten(leaves)
@@ -457,8 +420,9 @@ def _explain(params: Params, spec: Spec, values: Mapping[str, Any], node: Node, 
 
 
 def partition(params: Params, spec: Spec) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Separate what is trained from what is not (running statistics); `combine` puts them back together."""
-    buffers = {node.path(leaf) for node in spec.nodes for leaf in node.layer.buffers}
+    """Separate what is trained from what is not (running statistics, frozen parameters); `combine` joins them again."""
+    buffers = {*(spec.interface.frozen if spec.interface else ())}
+    buffers |= {node.path(leaf) for node in spec.nodes for leaf in node.layer.buffers}
     leaves = flatten(params)
     return (
         unflatten((path, leaf) for path, leaf in leaves.items() if path not in buffers),

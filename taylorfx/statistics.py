@@ -26,18 +26,23 @@ class Moments:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Additive sums of per-example gate derivatives ``g``: batches, processes and machines are all one ``+``.
+    """Additive sums of gate derivatives ``g`` of observations: batches, processes and machines are all one ``+``.
+
+    An observation is an example or, measured with ``per_example=False``, a whole batch. Statistics without any, of
+    which there are `neutral` ones, change nothing that they are added to.
 
     Attributes:
-        n: the number of examples.
+        n: the number of observations.
         batches: the number of batches.
-        loss: the sum of the examples' losses.
-        sum, sum_abs, sum_sq: ``(units,)``, of ``g``, ``|g|`` and ``g^2`` over the examples.
+        loss: the sum of the observations' losses.
+        sum, sum_abs, sum_sq: ``(units,)``, of ``g``, ``|g|`` and ``g^2`` over the observations.
         sum_abs_mean: of ``|g|`` where each read is averaged over its positions (the paper's eq. 8 to the letter).
         sum_batch_abs, sum_batch_sq: over batches, of the absolute sum and of the squared mean of a batch's ``g``.
         moments: of the activations at the reads, if asked for.
-        rows: ``(n, units)``, every example's ``g``, if asked for: the factor of the Gram matrix ``E[g g']``.
+        rows: ``(n, units)``, every observation's ``g``, if asked for: the factor of the Gram matrix ``E[g g']``.
         units: the units' names, by which statistics tell whether they are of the same coupling.
+        per_example: the observations are examples.
+        networks: what tells the measured networks apart (dtypes, digests of parameters and units), each once.
     """
 
     n: int
@@ -52,24 +57,39 @@ class Statistics:
     moments: Moments | None = None
     rows: Tensor | None = None
     units: tuple[str, ...] = ()
+    per_example: bool = True
+    networks: tuple[str, ...] = ()
+
+    @staticmethod
+    def neutral(units: tuple[str, ...]) -> Statistics:
+        """The statistics of no batch, with ``coupling.names``: ``stats + neutral`` is ``stats``."""
+        names = ("sum", "sum_abs", "sum_sq", "sum_abs_mean", "sum_batch_abs", "sum_batch_sq")
+        zeros: dict[str, Any] = {name: torch.zeros(len(units)) for name in names}
+        return Statistics(n=0, batches=0, loss=torch.zeros(()), units=units, **zeros)
 
     def __add__(self, other: Statistics | int) -> Statistics:
         if isinstance(other, int) and other == 0:  # the start of Python's sum()
             return self
         if not isinstance(other, Statistics):
             return NotImplemented
-        kinds = [
-            f"{len(x.sum)} units{' with moments' * (x.moments is not None)}{' with rows' * (x.rows is not None)}"
-            for x in (self, other)
-        ]
-        if self.units != other.units or kinds[0] != kinds[1]:
+        kinds = [x._kind() for x in (self, other)]
+        one_is_neutral = not (self.n and other.n)
+        if self.units != other.units or (kinds[0] != kinds[1] and not one_is_neutral):
             raise ValueError(
                 "Statistics add up when they are of the same units, with or without moments and rows alike; "
                 f"received {' and '.join(kinds)}. Measure both with one coupling and the same options."
             )
-        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self) if f.name != "units"}
-        sums: dict[str, Any] = {name: None if a is None else a + b for name, (a, b) in pairs.items() if name != "rows"}
+        if one_is_neutral:
+            return self if self.n else other
+        summed = [f.name for f in fields(self) if f.name not in ("rows", "units", "per_example", "networks")]
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in summed}
+        sums: dict[str, Any] = {name: None if a is None else a + b for name, (a, b) in pairs.items()}
         rows = None if self.rows is None or other.rows is None else torch.cat([self.rows, other.rows])
-        return replace(self, **sums, rows=rows)
+        networks = tuple(dict.fromkeys((*self.networks, *other.networks)))
+        return replace(self, **sums, rows=rows, networks=networks)
 
     __radd__ = __add__
+
+    def _kind(self) -> str:
+        also = " with moments" * (self.moments is not None) + " with rows" * (self.rows is not None)
+        return f"{len(self.sum)} units{also}{' of whole batches' * (not self.per_example)}"

@@ -28,7 +28,7 @@ from taylorfx.spec import Node, Spec
 from taylorfx.tree import Params, flatten
 from taylorfx.unheard import Found, Only
 
-__all__ = ["Taps", "followed"]
+__all__ = ["Sums", "Taps", "followed"]
 
 KEEPERS = (L.GELU, L.SiLU, L.Mish, L.Hardswish, L.Softplus, L.LayerNorm)
 """They keep their input for their derivative."""
@@ -250,3 +250,40 @@ def activation(x: Tensor, axis: int) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     count = torch.full((x.shape[axis],), x.numel() // x.shape[axis], dtype=wide.dtype, device=x.device)
     return torch.stack([count, wide.sum(rest), wide.square().sum(rest), (wide == 0).to(wide.dtype).sum(rest)])
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Which units' derivatives those at all places are; made once for all batches, as a copy to a device waits for it.
+
+    Attributes:
+        index: the units of all columns: one for every index of a place, and one more for every further unit that gates
+            it. Where none does, it is one past the last.
+        shares: for every row of units of a place, one by how many of its columns are the unit's.
+        dtype: in which is summed: that of the parameters, single precision at least.
+    """
+
+    places: tuple[Place, ...]
+    units: int
+    index: Tensor
+    shares: tuple[Tensor, ...]
+    dtype: torch.dtype
+
+    @staticmethod
+    def at(places: Sequence[Place], units: int, params: Params) -> Sums:
+        real = next((x for x in flatten(params).values() if x.is_floating_point()), torch.zeros(()))
+        kind: dict[str, Any] = {"dtype": torch.promote_types(real.dtype, torch.float32), "device": real.device}
+        rows = [row for place in places for row in place.units % (units + 1)]
+        index = np.concatenate([np.zeros(0, np.int64), *rows])
+        shares = np.concatenate([np.zeros(0), *(1 / np.bincount(row)[row] for row in rows)])
+        split = torch.split(torch.as_tensor(shares, **kind), [len(row) for row in rows])
+        return Sums(tuple(places), units, torch.as_tensor(index, device=real.device), split, kind["dtype"])
+
+    def __call__(self, height: int, found: Mapping[str, Tensor], spread: Mapping[str, float] | None = None) -> Tensor:
+        """The sums over each unit's columns, ``(height, units)``; given how far they are spread, of their means."""
+        keys = [str(place.key) for place in self.places for _ in place.units]
+        columns = [found[key].to(self.dtype) for key in keys]
+        if spread is not None:
+            columns = [x * share / spread[key] for x, share, key in zip(columns, self.shares, keys, strict=True)]
+        zero = torch.zeros(height, self.units + 1, dtype=self.dtype, device=self.index.device)
+        return zero.index_add(1, self.index, torch.cat([zero[:, :0], *columns], 1))[:, :-1]

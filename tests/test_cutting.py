@@ -18,7 +18,7 @@ from torch import Tensor
 
 import taylorfx as tfx
 from taylorfx import plan as cutting
-from taylorfx import store
+from taylorfx.store import files
 from taylorfx.testing import network, networks, random_plan
 
 SEEDS = st.integers(0, 2**16)
@@ -152,7 +152,7 @@ def test_cutting_file_to_file_is_cutting_in_memory(tmp_path_factory, net, seed, 
     plan = random_plan(net.coupling, torch.Generator().manual_seed(seed))
     tfx.save(folder / "whole", params, net.spec)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store, "_ROWS", rows)
+        patch.setattr(files, "_ROWS", rows)
         tfx.cut_file(folder / "whole", folder / "small", plan)
     tfx.save(folder / "other", tfx.cut(tfx.load(folder / "whole")[0], plan), plan.spec)
     same_file(folder / "small", folder / "other")

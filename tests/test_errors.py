@@ -126,7 +126,8 @@ BUDGET = (
 
 LEAST = (
     "The budget is {}; the constraints allow no less than {}. Loosen floor, most, multiple, uniform or protect, or ask "
-    "for no less. Frozen are fc: see coupling.frozen."
+    "for no less. Frozen are layers with {}: {} by fc (Linear: an output of the network). Outputs keep their size: "
+    "other layers have to make up for them. coupling.frozen says it of every layer."
 )
 
 STATISTICS = (
@@ -152,7 +153,8 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
     "more targets than inputs": (
         lambda: measure(batches=(W.x, torch.cat([W.y, W.y]))),
         ValueError,
-        "A batch has one or more examples, as many inputs as targets; received [5, 10].",
+        "A batch has one or more examples, as many inputs as targets; received [5, 10]. Targets of another structure "
+        "need split=..., a loss of the whole batch per_example=False.",
     ),
     "a list of tensors for a batch": (
         lambda: measure(batches=[W.x, W.y]),
@@ -214,7 +216,8 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
     "a loss that is not finite": (
         lambda: measure(batches=[(W.x, W.y), (W.x * torch.nan, W.y)]),
         ValueError,
-        "Losses have to be finite; that of batch 1 is not. Check its inputs and the parameters.",
+        "Losses have to be finite; that of batch 1 is not. Check its inputs and the parameters. A loss that compares "
+        "examples has to be measured of the whole batch, per_example=False.",
     ),
     "a loss of several numbers": (
         lambda: measure(loss=lambda outputs, targets: outputs),
@@ -320,8 +323,11 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
     ),
     "a layer class that is not known": (
         lambda: tfx.from_json(tfx.to_json(W.spec).replace('"Conv2d"', '"Conv9d"').replace('"ReLU"', '"mine.ReLU"')),
-        tfx.SpecError,
-        "A spec is read with its layer classes at hand; not known: Conv9d, mine.ReLU. Import them.",
+        tfx.FileError,
+        "This document is no network's:\n"
+        "  nodes[1].layer: not known: 'Conv9d'. Import the class before, or update taylorfx\n"
+        "  nodes[3].layer: not known: 'mine.ReLU'. Import the class before, or update taylorfx\n"
+        "  nodes[4].layer: not known: 'Conv9d'. Import the class before, or update taylorfx",
     ),
     "dropout without a generator": (
         lambda: tfx.train(W.params, W.spec, W.x),
@@ -405,10 +411,10 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
         "Every unit has to pass a batch norm with a scale; units of conv2 pass none. Take another criterion.",
     ),
     "activations that were not measured": (
-        lambda: tfx.prune(W.params, W.spec, (W.x, W.y), budget=tfx.Flops(0.5), criterion=tfx.apoz),
+        lambda: tfx.apoz(measure(), W.coupling),
         ValueError,
-        "This criterion looks at activations, of which the statistics say nothing; measure(..., moments=True), or "
-        "prune(..., moments=True).",
+        "This criterion looks at activations, of which the statistics say nothing; measure(..., moments=True). A "
+        "function of your own that `prune` calls and that looks at them is marked, tfx.Needs(moments=True).",
     ),
     # scores, constraints, budgets
     "scores that are not finite": (
@@ -445,7 +451,48 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
         "uniform takes scopes of as many units; received for 'conv*' conv1 of 6, conv2 of 8. Give each size a glob of "
         "its own.",
     ),
-    "a negative floor": (lambda: select(floor=-1), tfx.SelectionError, "floor is at least 0; received -1 for '*'."),
+    **{
+        f"a floor of {floor}": (
+            lambda floor=floor: select(floor=floor),
+            tfx.SelectionError,
+            f"floor is at least 1; received {floor} for '*'.",
+        )
+        for floor in (0, -1)
+    },
+    "a floor of no unit for one layer": (
+        lambda: select(floor={"conv1": 0, "conv2": 2}),
+        tfx.SelectionError,
+        "floor is at least 1; received 0 for 'conv1'.",
+    ),
+    **{
+        f"a {what} of {value!r}": (
+            lambda what=what, value=value: select(**{what: value}),
+            tfx.SelectionError,
+            f"{what} is {rule}; received {value!r} for '*'.",
+        )
+        for what, value, rule in (
+            ("floor", 2.5, "a whole number, at least 1"),
+            ("floor", True, "a whole number, at least 1"),
+            ("multiple", "8", "a whole number, at least 1"),
+            ("most", None, "a number, at least 0 and at most 1"),
+        )
+    },
+    "several constraints that are wrong": (
+        lambda: select(protect="y", floor=0, most=2.0),
+        tfx.SelectionError,
+        "floor is at least 1; received 0 for '*'. most is at least 0 and at most 1; received 2.0 for '*'. Globs name "
+        "scopes of the network; protect received 'y', which match nothing. The scopes are conv1, conv2, fc.",
+    ),
+    "a glob that is no string": (
+        lambda: select(protect=[3]),
+        tfx.SelectionError,
+        "protect takes a glob or several, strings like 'layer1.*'; received [3].",
+    ),
+    "no budget": (
+        lambda: select(budget=[]),
+        tfx.BudgetError,
+        "A budget, or several, say what may remain; received none.",
+    ),
     "a most above one": (
         lambda: select(most={"conv1": 1.5}),
         tfx.SelectionError,
@@ -468,12 +515,12 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
     "a budget below the reachable": (
         lambda: select(budget=tfx.Flops(0.05)),
         tfx.BudgetError,
-        LEAST.format("at most 5.0% of the FLOPs, a limit of 269 in 5,376", "384"),
+        LEAST.format("at most 5.0% of the FLOPs, a limit of 269 in 5,376", "384", "3.6% of the FLOPs", "3.6%"),
     ),
     "a number where a share was meant": (
         lambda: select(budget=tfx.Flops(1)),
         tfx.BudgetError,
-        LEAST.format("1 FLOPs, a limit of 1 in 5,376", "384"),
+        LEAST.format("1 FLOPs, a limit of 1 in 5,376", "384", "3.6% of the FLOPs", "3.6%"),
     ),
     "several budgets of which two are below the reachable": (
         lambda: select(budget=(tfx.Flops(0.05), tfx.Units(0.5), tfx.Parameters(5))),
@@ -482,6 +529,8 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
             "at most 5.0% of the FLOPs, a limit of 269 in 5,376; the constraints allow no less than 384, and 5 "
             "parameters, a limit of 5 in 611",
             "37",
+            "3.6% of the FLOPs",
+            "3.6%",
         ),
     ),
     "a measure that is no number": (
@@ -492,7 +541,7 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
     "a budget below the floor": (
         lambda: select(budget=tfx.Units(9), floor=5),
         tfx.BudgetError,
-        LEAST.format("9 units, a limit of 9 in 14", "10"),
+        LEAST.format("9 units, a limit of 9 in 14", "10", "16.2% of the parameters", "16.2%"),
     ),
     "more units than there are": (
         lambda: select(budget=tfx.Units(15)),

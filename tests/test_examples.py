@@ -21,10 +21,10 @@ import taylorfx as tfx
 ROOT = Path(__file__).parent.parent
 
 
-def run(example: str, *options: str, launcher: tuple[str, ...] = ()) -> str:
-    """What an example prints, run as a user would run it."""
+def run(example: str, *options: str, launcher: tuple[str, ...] = (), **variables: str) -> str:
+    """What an example prints, run as a user would run it, with some more environment variables."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **variables}
     done = subprocess.run(
         [sys.executable, *launcher, str(ROOT / "examples" / example), *options],
         env=environment, capture_output=True, text=True, encoding="utf-8", timeout=300, check=False,
@@ -136,17 +136,22 @@ def plain_vgg11_bn(classes: int, width: float) -> nn.Module:
 
 
 def test_the_japanese_characters_lose_nine_maps_of_ten_in_the_originals_loop(tmp_path: Path) -> None:
+    """Typefaces that happen to be installed are hidden, so that every machine trains on the same 1,008 images.
+
+    Over the seeds 0 to 9 the unpruned accuracy was .916 or more: a margin of .41 above the .5 that is demanded.
+    """
     try:
-        printed = run("japanese_characters.py", "--smoke", "--plot", str(tmp_path / "plot.png"))
+        printed = run("japanese_characters.py", "--smoke", "--plot", str(tmp_path / "plot.png"), TAYLORFX_FONTS="")
     except AssertionError as error:
-        if "rendering needs a face" in str(error):
-            pytest.skip("no Japanese typeface here, and none could be downloaded")
+        if "rendering needs a design" in str(error) and "CI" not in os.environ:
+            pytest.skip("KanjiVG is not installed, and could not be downloaded: pip install -e '.[test]'")
         raise
+    assert re.search(r"1,008\s+images", printed), printed
     found = re.findall(r"(\w+): (\d+) -> (\d+) maps, accuracy ([\d.]+) -> ([\d.]+), ([\d.]+)x fewer MACs", printed)
     assert [name for name, *_ in found] == ["taylor", "compat"], printed
     for _, before, after, accuracy, _, fewer in found:
         assert int(after) <= 0.1 * int(before) + 1
-        assert float(accuracy) > 0.5
+        assert float(accuracy) > 0.5, "it has learned before it is pruned"
         assert float(fewer) > 10
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 

@@ -139,7 +139,7 @@ def test_what_comes_out_lives_as_a_module_does():
     assert out.float()(x.float()).dtype == torch.float32
     out = out.double()
     assert_close(torch.compile(out, fullgraph=True, backend="aot_eager")(x), expected, **CLOSE)
-    program = torch.export.export(out, (x,), dynamic_shapes=(({0: torch.export.Dim.DYNAMIC},),))
+    program = torch.export.export(out, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
     assert_close(program.module()(x[:2]), expected[:2], **CLOSE)
     optimizer = torch.optim.SGD(out.train().parameters(), lr=0.1)
     before = out(x).square().mean()
@@ -364,7 +364,7 @@ def test_what_comes_out_goes_to_onnx_and_computes_the_same_there(tmp_path):
         _, x, params, spec, _ = captured(name)
         plan = random_plan(tfx.couple(params, spec), torch.Generator().manual_seed(0))
         out, x = to_torch(tfx.cut(params, plan), plan.spec).eval().float(), x.float()
-        shapes = (({0: torch.export.Dim.DYNAMIC},),)
+        shapes = ({0: torch.export.Dim.DYNAMIC},)
         torch.onnx.export(out, (x,), tmp_path / "m.onnx", dynamo=True, dynamic_shapes=shapes, verbose=False)
         session = runtime.InferenceSession(str(tmp_path / "m.onnx"))
         for batch in (x, x[:2]):

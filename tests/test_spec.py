@@ -1,4 +1,4 @@
-"""Networks as values: building, comparing, printing, storing."""
+"""Networks as values: building, comparing, printing."""
 
 import pytest
 import torch
@@ -7,32 +7,6 @@ from constructs import CONSTRUCTS
 import taylorfx as tfx
 from taylorfx import Input, Node, Spec, concat, inline, residual, serial
 from taylorfx.testing import assert_trees_equal, network
-
-
-@pytest.mark.parametrize("name", CONSTRUCTS)
-def test_a_spec_survives_json_and_a_file(name, tmp_path):
-    net = network(CONSTRUCTS[name])
-    again = tfx.from_json(tfx.to_json(net.spec))
-    assert again == net.spec
-    assert hash(again) == hash(net.spec)
-    tfx.save(tmp_path / "net.safetensors", net.params, net.spec)
-    params, spec = tfx.load(tmp_path / "net.safetensors")
-    assert spec == net.spec
-    assert_trees_equal(params, net.params)
-
-
-def test_a_file_without_a_spec_is_refused(tmp_path):
-    from safetensors.torch import save_file
-
-    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(tfx.SpecError, match="has its spec in the header"):
-        tfx.load(tmp_path / "other.safetensors")
-
-
-def test_unknown_layers_in_json_are_all_named():
-    text = tfx.to_json(CONSTRUCTS["chain"]).replace("Conv2d", "a.B").replace("ReLU", "c.D")
-    with pytest.raises(tfx.SpecError, match=r"not known: a.B, c.D"):
-        tfx.from_json(text)
 
 
 def test_builders_name_parts_as_torch_names_children():

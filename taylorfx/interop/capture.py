@@ -9,6 +9,7 @@ A module that is made for a fixed number of examples is captured for one at a ti
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import operator
@@ -16,6 +17,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import is_dataclass, replace
+from enum import Enum
 from typing import Any
 
 import torch
@@ -23,9 +25,10 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind, OutputKind
 
+from taylorfx.interop.calls import dotted, off_path, read_interface
 from taylorfx.interop.convert import RULES, Convert, Unmapped
 from taylorfx.interop.operators import CONVERTERS
-from taylorfx.interop.sizes import Sizes
+from taylorfx.interop.sizes import Plain, Sizes
 from taylorfx.interop.training import Difference, align, twin
 from taylorfx.labels import Ties
 from taylorfx.layers import Input, Shape
@@ -67,21 +70,43 @@ def from_torch(
     _refuse(module, args, kwargs)
     original = twin(module)
     _leave_cache(original, kwargs)
+    network = _opened(original, (args, kwargs), module)
+    if unused := off_path(module, network[1].shapes):
+        warnings.warn(
+            f"{type(module).__name__} does not use all of its parameters in inference; no part of the network, nor of "
+            f"what to_torch gives back without `like`: {', '.join(unused)}.",
+            stacklevel=2,
+        )
+    return network
+
+
+def _opened(twin: nn.Module, example: Any, module: nn.Module) -> tuple[Params, Spec]:
+    """Capture with as much left open as can be."""
     # An example of one would be taken for a constant: two of it say the same.
-    several = _each_tensor(lambda x: x.repeat(2, *[1] * (x.ndim - 1)) if len(x) == 1 else x, (args, kwargs))
+    several = _each_tensor(lambda x: x.repeat(2, *[1] * (x.ndim - 1)) if len(x) == 1 else x, example)
+    with contextlib.suppress(Exception):  # which the next try meets again, or which comes of the open sizes
+        return _network(twin, several, _Open.SIZES, module)
     try:
-        return _network(original, several)
+        return _network(twin, several, _Open.EXAMPLES, module)
     except Exception as error:  # torch.export raises whatever the module's own code raises
         try:
-            network = _network(original, _each_tensor(lambda x: x[:1], (args, kwargs)), alone=True)
+            network = _network(twin, _each_tensor(lambda x: x[:1], example), _Open.NOTHING, module)
         except Exception:
-            raise CaptureError(_causes(original, several, error)) from error
+            raise CaptureError(_causes(twin, several, error)) from error
         warnings.warn(
             f"{type(module).__name__} is captured for one example at a time, since its number of examples is fixed: "
             f"{_first_line(error)}",
-            stacklevel=2,
+            stacklevel=3,
         )
         return network
+
+
+class _Open(Enum):
+    """What a capture leaves open: every size that the module leaves open, the number of examples, or nothing."""
+
+    SIZES = "sizes"
+    EXAMPLES = "examples"
+    NOTHING = "nothing"
 
 
 def _arguments(inputs: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -96,8 +121,10 @@ def _arguments(inputs: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any
             "Example inputs are a tensor, a tuple of the positional arguments or a dict of arguments by name; "
             f"received {type(inputs).__name__}."
         )
-    plain: Any = _each_tensor(lambda x: x.contiguous(), (tuple(positional), dict(kwargs or {})))
-    return plain
+    found: tuple[tuple[Any, ...], dict[str, Any]] = _each_tensor(
+        lambda x: x.contiguous(), (tuple(positional), dict(kwargs or {}))
+    )
+    return found
 
 
 def _leave_cache(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
@@ -108,33 +135,33 @@ def _leave_cache(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
             config.use_cache = False  # type: ignore[union-attr]
 
 
-def _network(module: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]], *, alone: bool = False) -> Any:
-    """Capture a module, in inference and in training, on an example."""
-    names = {id(leaf): path for path, leaf in module.named_buffers()}
-    tracked = {names[id(part.running_mean)]: part for part in module.modules() if _cumulative(part)}
-    program = _export(module.eval(), example, alone)
+def _network(twin: nn.Module, example: Any, opened: _Open, module: nn.Module) -> tuple[Params, Spec]:
+    """Capture the twin of a module, in inference and in training."""
+    names = {id(leaf): path for path, leaf in twin.named_buffers()}
+    tracked: dict[str, Any] = {names[id(part.running_mean)]: part for part in twin.modules() if _cumulative(part)}
+    program = _export(twin.eval(), example, opened)
     said = ""
     try:
         for part in tracked.values():
             part.momentum = 0.1  # what it is, a batch number, is no constant
-        align(program, _export(module.train(), example, alone))
+        align(program, _export(twin.train(), example, opened))
     except Difference as difference:
         said = f"{difference}"
     except Exception as error:
         said = f"anywhere, since it cannot be captured in training mode ({_first_line(error)})"
         align(program, None)
     finally:
-        module.eval()
+        twin.eval()
         for part in tracked.values():
             part.momentum = None
     with torch.no_grad(), _quiet():
         program = program.run_decompositions({})
-    network = _Reader(program, alone=alone, cumulative=frozenset(tracked)).read()
+    network = _Reader(program, opened, frozenset(tracked)).read(module)
     if said:
         warnings.warn(
             f"{type(module).__name__} does something else in training than in inference, at {said}: its copy trains "
             "there as it infers.",
-            stacklevel=3,
+            stacklevel=4,
         )
     return network
 
@@ -151,7 +178,7 @@ def _each_tensor(function: Any, tree: Any) -> Any:
 def _refuse(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Refuse what could be captured wrongly or not at all, all of it at once."""
     leaves = torch.utils._pytree.tree_flatten_with_path((args, kwargs))[0]
-    inputs = {f"input {_dotted(path[1:])}": x for path, x in leaves if isinstance(x, Tensor)}
+    inputs = {f"input {dotted(path[1:])}": x for path, x in leaves if isinstance(x, Tensor)}
     if not inputs:
         raise CaptureError("from_torch runs the module on an example; received no tensor. Pass example inputs.")
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers()), **inputs}
@@ -184,13 +211,14 @@ def _refuse(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         raise CaptureError(f"from_torch cannot take {type(module).__name__}:\n  " + "\n  ".join(errors))
 
 
-def _export(module: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]], alone: bool) -> ExportedProgram:
-    """The module as a graph in which every size that it leaves open is open; ``alone``: none is."""
+def _export(module: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]], opened: _Open) -> ExportedProgram:
+    """The module as a graph."""
     shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
     for tensor in torch.utils._pytree.tree_leaves(example):
-        if isinstance(tensor, Tensor) and not alone:
-            shapes[tensor] = {k: Dim.AUTO if k else Dim.DYNAMIC for k in range(tensor.ndim)}
-    with torch.no_grad(), _quiet():
+        if isinstance(tensor, Tensor) and opened is not _Open.NOTHING:
+            axes = range(tensor.ndim) if opened is _Open.SIZES else range(1)
+            shapes[tensor] = {k: Dim.AUTO if k else Dim.DYNAMIC for k in axes}
+    with torch.no_grad(), _quiet(), Plain():
         return torch.export.export(module, *example, dynamic_shapes=shapes, strict=False)
 
 
@@ -234,25 +262,19 @@ def _first_line(error: Exception) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _dotted(path: Sequence[Any]) -> str:
-    """The place of a leaf in a tree: ``hidden_states.0``."""
-    names = ("key", "idx", "name")  # of an entry of a dict, a sequence, a dataclass
-    return ".".join(str(next(getattr(key, name) for name in names if hasattr(key, name))) for key in path)
-
-
 class _Reader:
     """Walks an exported graph in its order and writes nodes."""
 
-    def __init__(self, program: ExportedProgram, *, alone: bool, cumulative: frozenset[str]) -> None:
+    def __init__(self, program: ExportedProgram, opened: _Open, cumulative: frozenset[str]) -> None:
         self.program = program
-        self.convert = Convert(alone=alone, cumulative=cumulative)
+        self.convert = Convert(alone=opened is _Open.NOTHING, cumulative=cumulative)
         self.placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
         given = [self.placeholders[name] for name in program.graph_signature.user_inputs if isinstance(name, str)]
         self.given = [node for node in given if isinstance(node.meta.get("val"), Tensor)]
         """The tensors that the module takes; numbers and None are in the graph."""
         self.sizes = Sizes(program, self.given)
 
-    def read(self) -> tuple[Params, Spec]:
+    def read(self, module: nn.Module) -> tuple[Params, Spec]:
         self._inputs()
         for node in self.program.graph.nodes:
             if node.op == "call_function":
@@ -268,6 +290,7 @@ class _Reader:
         nodes = tuple(node for node in self.convert.nodes if node.name in used or isinstance(node.layer, Input))
         named = all(isinstance(key, str) for key in outputs)
         spec = Spec(nodes, tuple(outputs.values()), tuple(map(str, outputs)) if named else ())
+        spec = replace(spec, interface=read_interface(module, self.program, self.convert.names, spec))
         wanted = set(spec.shapes)
         leaves = {path: self.convert.tensors[path] for path in self.convert.tensors if path in wanted}
         return unflatten(leaves), self._sized(spec)
@@ -282,7 +305,8 @@ class _Reader:
             return {key: bounds[name].shape for key, name in self.convert.names.items() if name in bounds}
 
         ranges = self.sizes.ranges(shapes)
-        made = {n.name: replace(n, layer=replace(n.layer, ranges=ranges[names[n.name]])) for n in spec.inputs}
+        made: dict[str, Any] = {n.name: n.layer for n in spec.inputs}
+        made = {x: replace(spec[x], layer=replace(layer, ranges=ranges[names[x]])) for x, layer in made.items()}
         return replace(spec, nodes=tuple(made.get(node.name, node) for node in spec.nodes))
 
     def _inputs(self) -> None:
@@ -320,7 +344,7 @@ class _Reader:
         if not leaves:
             raise CaptureError("A captured module gives out at least one tensor; this one gives out none.")
         named = isinstance(tree, Mapping) or is_dataclass(tree)
-        found = {_dotted(path) if named else k: self.convert.names.get(x) for k, (path, x) in enumerate(leaves)}
+        found = {dotted(path) if named else k: self.convert.names.get(x) for k, (path, x) in enumerate(leaves)}
         missing = [str(key) for key, name in found.items() if name is None]
         if missing:
             raise CaptureError(f"A captured module computes what it gives out; {', '.join(missing)} is a parameter.")

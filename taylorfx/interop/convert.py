@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from taylorfx import layers as L
 from taylorfx.layers import Layer, Shape
-from taylorfx.layers.tensor import COUNT, DTYPE, SLOT
+from taylorfx.layers.operators import COUNT, DTYPE, SLOT
 from taylorfx.spec import Node
 
 __all__ = ["Convert", "Unmapped", "argument", "measured", "tensor_node"]
@@ -67,7 +67,9 @@ class Convert:
         shape, axis = measured(node)
         if axis != 0 and not self.alone:
             raise ValueError(f"{node.name} does not have the examples along axis 0")
-        self.add(node, L.Input(shape[1:], self.alone), ())
+        dtype = node.meta["val"].dtype
+        named = None if dtype.is_floating_point else str(dtype).removeprefix("torch.")
+        self.add(node, L.Input(shape[1:], self.alone, dtype=named), ())
         if axis == 0 and self.reference is None:
             self.reference = self.names[node.name]
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from typing import Any
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.utils._pytree import tree_flatten_with_path
 
-from taylorfx.layers import Input
+from taylorfx.interop.calls import bind, dotted, example_of, interface_of, off_path
+from taylorfx.layers import Embedding, Input
 from taylorfx.spec import Spec, apply
 from taylorfx.tree import Params, flatten
 
 __all__ = ["LikeError", "resized"]
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class LikeError(ValueError):
@@ -22,18 +27,27 @@ class LikeError(ValueError):
 
 
 def resized(
-    params: Params, spec: Spec, like: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, Any] | None
-) -> nn.Module:
+    params: Params,
+    spec: Spec,
+    like: M,
+    example_inputs: Any,
+    example_kwargs: Mapping[str, Any] | None,
+    unchanged: Sequence[str],
+) -> M:
     """A copy of the module with these parameters, proven equal to the spec on the example."""
     module = copy.deepcopy(like)
     leaves = flatten(params)
-    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    own: dict[str, Tensor] = {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
     strange = [path for path in leaves if path not in own and not path.startswith("constants.")]
     if strange:
         raise LikeError(
             f"The parameters are the module's own, by name; {type(like).__name__} has no {', '.join(strange)}. "
             "Give the module that was captured."
         )
+    _refuse_left_over(module, leaves, own, unchanged)
     changed = {id(own[path]): leaf.detach().clone() for path, leaf in leaves.items() if path in own}
     for part in module.modules():
         for table in (part._parameters, part._buffers):
@@ -48,6 +62,28 @@ def resized(
     return module
 
 
+def _refuse_left_over(
+    module: nn.Module, leaves: Mapping[str, Tensor], own: Mapping[str, Tensor], unchanged: Sequence[str]
+) -> None:
+    """Refuse to leave parameters outside the network at their old sizes, unless nothing else changes its size."""
+    names = [*own, *(name for name, _ in module.named_modules(remove_duplicate=False) if name)]
+    if unknown := [name for name in unchanged if name not in names]:
+        raise LikeError(
+            f"Unchanged are parameters and submodules of {type(module).__name__}, by name; it has no "
+            f"{', '.join(map(repr, unknown))}."
+        )
+    if all(leaf.shape == own[path].shape for path, leaf in leaves.items() if path in own):
+        return
+    left = [x for x in off_path(module, leaves) if not any(f"{x}.".startswith(f"{name}.") for name in unchanged)]
+    if left:
+        homes = list(dict.fromkeys(path.partition(".")[0] for path in left))
+        raise LikeError(
+            f"Smaller layers of {type(module).__name__} would leave parameters that are not in the network at their "
+            f"old sizes: {', '.join(left)}. Remove them from the module, capture a call that uses them, or say that "
+            f"what they consume keeps its size: to_torch(..., like=..., unchanged={homes})."
+        )
+
+
 def _set_fields(part: nn.Module, layer: Any) -> None:
     """The sizes that a layer and its module both write down."""
     for name in layer.fields():
@@ -57,14 +93,24 @@ def _set_fields(part: nn.Module, layer: Any) -> None:
 
 
 def _compare(module: nn.Module, params: Params, spec: Spec, inputs: Any, kwargs: Mapping[str, Any] | None) -> None:
+    interface = interface_of(spec)
     if inputs is None and not kwargs:
-        inputs = _random(params, spec)
-    args = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs or ())
-    named = dict(kwargs or {})
+        args, named = example_of(interface, _random(params, spec))
+    else:
+        args = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs or ())
+        named = dict(kwargs or {})
+    try:
+        given = bind(interface, args, named)
+    except TypeError as error:
+        raise LikeError(f"The example is a call of {type(module).__name__} as it was captured. {error}") from error
+    own = inspect.signature(module.forward)
+    supplied, plain = own.bind(*args, **named).arguments, ("POSITIONAL_OR_KEYWORD", "KEYWORD_ONLY")
+    for x in interface.arguments:  # what the network holds as a value, where that is not the module's default
+        if x.name not in supplied and x.default and x.kind in plain and x.default[0] != own.parameters[x.name].default:
+            named[x.name] = x.default[0]
     modes = {part: part.training for part in module.modules()}
-    tensors = [x for x in torch.utils._pytree.tree_leaves((args, named)) if isinstance(x, Tensor)]
     with torch.no_grad():
-        expected = apply(params, spec, tensors)
+        expected = apply(params, spec, given)
         try:
             found = module.eval()(*args, **named)
         except Exception as error:  # whatever the module's own code raises
@@ -74,10 +120,17 @@ def _compare(module: nn.Module, params: Params, spec: Spec, inputs: Any, kwargs:
             ) from error
     for part, mode in modes.items():
         part.training = mode
-    pair = (torch.utils._pytree.tree_leaves(x) for x in (found, expected))
-    one, other = ([x for x in leaves if isinstance(x, Tensor)] for leaves in pair)
+    leaves: list[tuple[Any, Tensor]] = [
+        (dotted(path), x) for path, x in tree_flatten_with_path(found)[0] if isinstance(x, Tensor)
+    ]
+    if spec.keys:  # what else a module gives out (a cache, where the network was captured without) is left alone
+        leaves = [(key, x) for key, x in leaves if key in expected]
+    else:
+        expected = dict(enumerate(expected if isinstance(expected, tuple) else (expected,)))
+        leaves = list(enumerate(x for _, x in leaves))
+    largest = max((float(x.abs().max()) for x in expected.values() if x.numel()), default=0.0)
     try:
-        assert_close(one, other, rtol=1e-4, atol=1e-4 * max(float(x.abs().max()) for x in other))
+        assert_close(dict(leaves), expected, rtol=1e-4, atol=1e-4 * largest)
     except AssertionError as error:
         raise LikeError(
             f"The forward of {type(module).__name__} computes something else with smaller layers: {error} It has their "
@@ -85,8 +138,21 @@ def _compare(module: nn.Module, params: Params, spec: Spec, inputs: Any, kwargs:
         ) from error
 
 
-def _random(params: Params, spec: Spec) -> tuple[Tensor, ...]:
-    real = next(x for x in flatten(params).values() if x.is_floating_point())
+def _random(params: Params, spec: Spec) -> dict[str, Tensor]:
+    """Two examples: normal numbers, tokens that every embedding of them has, and ones for masks."""
+    real = next((x for x in flatten(params).values() if x.is_floating_point()), torch.empty(()))
     generator = torch.Generator().manual_seed(0)
-    shapes = [node.layer.shape for node in spec.inputs if isinstance(node.layer, Input)]
-    return tuple(torch.randn((2, *(s if isinstance(s, tuple) else ())), generator=generator).to(real) for s in shapes)
+    inputs: dict[str, Tensor] = {}
+    for node in spec.inputs:
+        assert isinstance(node.layer, Input)
+        shape = (1 if node.layer.alone else 2, *(node.layer.shape if isinstance(node.layer.shape, tuple) else ()))
+        readers = [x.layer for x in spec if node.name in x.inputs]
+        rows = [layer.num_embeddings for layer in readers if isinstance(layer, Embedding)]
+        if node.layer.dtype is None:
+            x = torch.randn(shape, generator=generator).to(real)
+        elif rows:
+            x = torch.randint(min(rows), shape, generator=generator)
+        else:
+            x = torch.ones(shape)
+        inputs[node.name] = x.to(real.device, getattr(torch, node.layer.dtype or "", real.dtype))
+    return inputs

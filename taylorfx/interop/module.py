@@ -2,59 +2,100 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
+from taylorfx.interface import Interface
+from taylorfx.interop.calls import bind, interface_of
 from taylorfx.interop.like import resized
-from taylorfx.spec import Spec, apply, check, partition, train
+from taylorfx.spec import Spec, apply, check, train
 from taylorfx.tree import Params, flatten, unflatten
 
 __all__ = ["SpecModule", "to_torch"]
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class SpecModule(nn.Module):
     """A network as a module: it trains, moves, copies, pickles, compiles and saves like any other.
 
     ``spec`` is the network; parameters and buffers lie in submodules by the paths that they have in the tree. In
-    training mode it moves its running statistics and draws dropout from torch's own generator.
+    training mode it moves its running statistics and draws dropout from torch's own generator. ``forward`` has the
+    arguments of the module that was captured, or one for every input, by its name.
     """
+
+    def __new__(cls, params: Params | None = None, spec: Spec | None = None) -> SpecModule:
+        # A signature is a class's own: torch.export, compilers and trainers read it from the function.
+        own: Any = cls  # which mypy takes for no key of a cache
+        return super().__new__(cls if spec is None else _called(own, interface_of(spec)))
 
     def __init__(self, params: Params, spec: Spec) -> None:
         super().__init__()
         check(params, spec)
         self.spec = spec
-        trained = flatten(partition(params, spec)[0])
-        self._paths = tuple(flatten(params))
-        for path, leaf in flatten(params).items():
+        self._interface = interface = interface_of(spec)
+        buffers = {node.path(leaf) for node in spec.nodes for leaf in node.layer.buffers}
+        leaves = flatten(params)
+        self._paths = tuple(leaves)
+        for path, leaf in leaves.items():
             owner, name = _owner(self, path, create=True)
             leaf = leaf.detach().clone()
-            if path in trained and leaf.is_floating_point():
-                owner.register_parameter(name, nn.Parameter(leaf))
+            if path not in buffers and (leaf.is_floating_point() or leaf.is_complex()):
+                owner.register_parameter(name, nn.Parameter(leaf, requires_grad=path not in interface.frozen))
             else:
-                owner.register_buffer(name, leaf, persistent=not path.startswith("constants."))
+                saved = not path.startswith("constants.") and path not in interface.transient
+                owner.register_buffer(name, leaf, persistent=saved)
+        self._buffer_paths = tuple(path for path in leaves if path in buffers)
+        _tie(self, interface, leaves)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        base = next(cls for cls in type(self).__mro__ if "_interface_of_class" not in vars(cls))
+        return _blank, (base, self._interface), self.__dict__
 
     def tree(self) -> Params:
         """The parameters and buffers as they are now, as a tree."""
         return unflatten((path, getattr(*_owner(self, path))) for path in self._paths)
 
-    def forward(self, *inputs: Tensor, **named: Tensor) -> Any:
-        given: Any = (dict(named),) if named and not inputs else inputs
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The network's outputs.
+
+        Raises:
+            TypeError: naming every argument that was not captured.
+            ShapeError: if the inputs do not fit.
+        """
+        given = bind(self._interface, args, kwargs)
         if not self.training:
-            return apply(self.tree(), self.spec, *given)
-        device = next((x.device for x in (*inputs, *named.values())), torch.device("cpu"))
-        generator = None
-        if not torch.compiler.is_compiling():
-            generator = torch.Generator(device).manual_seed(int(torch.randint(2**62, ())))
-        outputs, new = train(self.tree(), self.spec, *given, generator=generator)
+            return apply(self.tree(), self.spec, given)
+        device = next((x.device for x in given.values()), torch.device("cpu"))
+        generator = None if torch.compiler.is_compiling() else _generator(device)
+        outputs, new = train(self.tree(), self.spec, given, generator=generator)
+        moved = flatten(new)
         with torch.no_grad():
-            for path, leaf in flatten(partition(new, self.spec)[1]).items():
+            for path in self._buffer_paths:
                 buffer = getattr(*_owner(self, path))
-                if leaf is not buffer:
-                    buffer.copy_(leaf)
+                if moved[path] is not buffer:
+                    buffer.copy_(moved[path])
         return outputs
+
+
+@overload
+def to_torch(
+    params: Params,
+    spec: Spec,
+    *,
+    like: M,
+    example_inputs: Any = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    unchanged: Sequence[str] = (),
+) -> M: ...
+
+
+@overload
+def to_torch(params: Params, spec: Spec, *, like: None = None) -> SpecModule: ...
 
 
 def to_torch(
@@ -64,21 +105,77 @@ def to_torch(
     like: nn.Module | None = None,
     example_inputs: Any = None,
     example_kwargs: Mapping[str, Any] | None = None,
+    unchanged: Sequence[str] = (),
 ) -> nn.Module:
     """A module that computes what the spec computes; its ``state_dict`` has the parameters' paths as names.
 
+    It comes in inference mode, has the arguments of the captured module's ``forward`` (what was not captured is refused
+    by name), keeps names that share a tensor tied, and does not train what was captured frozen.
+
     Args:
         like: the module that was captured. The result is then of its own class, its layers made smaller (their tensors
-            and the fields that say their sizes), if its ``forward`` computes with them what the spec does.
+            and the fields that say their sizes), if its ``forward`` computes with them what the spec does. Modes and
+            ``requires_grad`` are those of ``like``.
         example_inputs, example_kwargs: what to compare on, as for `from_torch`; by default random numbers of the
-            shapes that the spec's inputs declare.
+            shapes and types that the spec's inputs declare.
+        unchanged: parameters and submodules of ``like`` that are not in the network and stay as they are, by name:
+            an auxiliary head of training whose inputs keep their sizes. Whether they do is not known here.
 
     Raises:
         SpecError: if the parameters do not fit the spec.
         LikeError: if the module's own ``forward`` fails with smaller layers, or computes something else: sizes that it
-            has written down stay as they were. Without ``like`` there is always a module.
+            has written down stay as they were. Without ``like`` there is always a module. Also if something was cut
+            and the module has parameters that are not in the network, all of which are listed.
     """
-    return SpecModule(params, spec) if like is None else resized(params, spec, like, example_inputs, example_kwargs)
+    if like is None:
+        return SpecModule(params, spec).eval()
+    return resized(params, spec, like, example_inputs, example_kwargs, unchanged)
+
+
+@lru_cache(maxsize=256)
+def _called(cls: Any, interface: Interface) -> type[SpecModule]:
+    """The same class with a ``forward`` of these arguments."""
+
+    def forward(self: SpecModule, *args: Any, **kwargs: Any) -> Any:
+        return cls.forward(self, *args, **kwargs)
+
+    forward.__doc__, forward.__signature__ = cls.forward.__doc__, interface.signature("self")  # type: ignore[attr-defined]
+    names = ("__module__", "__qualname__", "__doc__")
+    own = {"forward": forward, "_interface_of_class": interface, **{name: getattr(cls, name) for name in names}}
+    return type(cls.__name__, (cls,), own)
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    """The one that torch itself draws from on this device."""
+    if device.type == "cpu":
+        return torch.default_generator
+    backend: Any = torch.get_device_module(device)
+    generators = backend.default_generators
+    found: torch.Generator = generators[backend.current_device() if device.index is None else device.index]
+    return found
+
+
+def _blank(cls: Any, interface: Interface) -> SpecModule:
+    """A module before its state comes, for copies and pickles."""
+    blank: SpecModule = nn.Module.__new__(_called(cls, interface))
+    return blank
+
+
+def _tie(module: SpecModule, interface: Interface, leaves: Mapping[str, Tensor]) -> None:
+    """Give submodules and tensors their second names; a name whose first one is gone has no second."""
+    known = dict(module.named_modules())
+    for second, first in sorted(interface.ties, key=lambda tie: tie[1] not in leaves):  # tensors before submodules
+        if second in leaves or not (first in leaves or first in known):
+            continue
+        owner, name = _owner(module, second, create=True)
+        if first in leaves:
+            home, own = _owner(module, first)
+            if own in home._parameters:
+                owner.register_parameter(name, home._parameters[own])
+            else:
+                owner.register_buffer(name, getattr(home, own), persistent=own not in home._non_persistent_buffers_set)
+        else:
+            owner.add_module(name, known[first])
 
 
 def _owner(module: nn.Module, path: str, *, create: bool = False) -> tuple[nn.Module, str]:

@@ -12,7 +12,7 @@ from taylorfx import layers as L
 from taylorfx.interop import movement, parametric
 from taylorfx.interop.convert import Convert, Unmapped, argument, measured, tensor_node
 from taylorfx.layers import Layer
-from taylorfx.layers.tensor import DTYPE, SLOT
+from taylorfx.layers.operators import DTYPE, SLOT
 from taylorfx.spec import Node
 
 __all__ = ["CONVERTERS"]

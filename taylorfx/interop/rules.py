@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from taylorfx.interop.convert import RULES, Convert, Unmapped, measured
 from taylorfx.layers import Layer, Shape
+from taylorfx.layers.operators import admit
 
 __all__ = ["Value", "rule"]
 
@@ -29,7 +30,7 @@ def rule(operator: str) -> Callable[[Rule], Rule]:
     The function is called with the operator's arguments, a `Value` in the place of every tensor. It returns the layer
     that hears those tensors in their order (a parameter among them is a tensor like any other), or ``None`` where it
     has no rule: the operator then stays as it was captured, and freezes what touches it. A rule holds for the whole
-    process, as the operator does.
+    process, as the operator does; files may then name the operator, too.
 
     >>> import taylorfx as tfx
     >>> @tfx.rule("aten::erf")
@@ -60,6 +61,7 @@ def rule(operator: str) -> Callable[[Rule], Rule]:
             c.add(node, layer, inputs)
 
         RULES[operator] = convert
+        admit(operator)
         return function
 
     return register

@@ -1,7 +1,7 @@
 """Sizes of a captured graph: its own symbols become the example's numbers, and which other sizes it takes is proven.
 
-The export leaves every size open that the module leaves open. The network that is made of the graph holds numbers, those
-of the example, and the graph's symbols say where another size would change them:
+The export leaves every size open that the module leaves open. The network that is made of the graph holds numbers,
+those of the example, and the graph's symbols say where another size would change them:
 
     x: (N, 3, h, w)      the symbols of an input's axes, with the sizes of the example
     h > 16, h % 8 == 0   what the module itself asked about them while it ran (guards)
@@ -17,23 +17,42 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
+from torch.overrides import TorchFunctionMode
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.printers import PythonPrinter
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 from taylorfx.layers import Shape
 
-__all__ = ["Range", "Sizes"]
+__all__ = ["Plain", "Range", "Sizes"]
 
 Range = tuple[int, int | None, int]
 """The sizes of an axis: the least, the greatest (none: no bound), and the step between them."""
 
+_OPERATIONS = 10
+"""The longest size that is followed, in operations."""
+
 _SCANNED = 1024
 """Up to which size an axis' guards are tried one by one."""
+
+
+class Plain(TorchFunctionMode):
+    """Ends an export in which sizes become long expressions: torch then reasons for minutes about each of them.
+
+    Raises:
+        OverflowError: within the export.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for n in result.shape if isinstance(result, Tensor) else ():
+            if isinstance(n, torch.SymInt) and n.node.expr.count_ops() > _OPERATIONS:
+                raise OverflowError(f"a size of {n}")
+        return result
 
 
 class Sizes:
@@ -76,14 +95,21 @@ class Sizes:
         return node if isinstance(number, _SYMBOLIC) else number
 
     def _number(self, value: Any) -> Any:
-        if isinstance(value, _SYMBOLIC) and _symbols([value]) - self.examples:
+        if self._is_number(value):
             expression = _expression(value).xreplace(self.numbers)
             if expression.free_symbols:
-                return self.env.create_symintnode(expression, hint=None)
+                return self.env.create_symintnode(expression, hint=value.node.hint)
             return value.node.pytype(expression)
-        if isinstance(value, Tensor) and any(_symbols([n]) - self.examples for n in value.shape):
+        if isinstance(value, Tensor) and any(map(self._is_number, value.shape)):
             return value.new_empty([self._number(n) for n in value.shape])
         return type(value)(map(self._number, value)) if isinstance(value, (list, tuple)) else value
+
+    def _is_number(self, value: Any) -> bool:
+        """A size that is no plain number yet, and that more than the number of examples makes."""
+        if not isinstance(value, _SYMBOLIC):
+            return False
+        found = _symbols([value])
+        return not found or not found <= self.examples
 
     def ranges(self, shapes: Callable[[Mapping[str, Shape]], Mapping[str, Shape]]) -> dict[str, tuple[Range, ...]]:
         """The sizes that every axis of every input takes, but for axis 0.
@@ -113,7 +139,7 @@ class Sizes:
         """All sizes around the example's, in equal steps, of which the guards say what they say of the example's."""
         bounds, here = self.env.var_to_range[symbol], int(self.numbers[symbol])
         source = " and ".join(f"({PythonPrinter().doprint(guard)})" for guard in guards) or "True"
-        told = eval(f"lambda {symbol}: {source}", {"math": math, "torch": torch})  # noqa: S307, torch's own guards as torch prints them
+        told = eval(f"lambda {symbol}: {source}", {"math": math, "torch": torch})
         least = max(int(bounds.lower), here - _SCANNED)
         most = None if bounds.upper in (int_oo, sympy.oo) else int(bounds.upper)
         last = here + _SCANNED if most is None else min(most, here + _SCANNED)
@@ -131,7 +157,7 @@ class Sizes:
     def _proven(self, guard: Any, free: Mapping[Any, Range]) -> bool:
         """A guard on several sizes says the same at all that they may be."""
         several = guard.free_symbols & free.keys()
-        if not several or guard.free_symbols == several and len(several) == 1:
+        if not several or (guard.free_symbols == several and len(several) == 1):
             return True
         ranges = {s: ValueRanges(a, int_oo if b is None else b) for s, (a, b, _) in free.items()}
         ranges |= {s: ValueRanges(n, n) for s, n in self.numbers.items() if s not in free}

@@ -34,7 +34,7 @@ class Difference(Exception):
 
 
 # Operators that say in a graph of inference what training does. They survive every decomposition.
-_OPERATORS = torch.library.Library("taylorfx", "DEF")
+_OPERATORS: Any = torch.library.Library("taylorfx", "DEF")  # type: ignore[no-untyped-call]
 _OPERATORS.define("dropout(Tensor x, float p, int[]? alone, bool alpha) -> Tensor")
 _OPERATORS.define(
     "spectral_norm(Tensor weight, Tensor u, Tensor v, int dim, int steps, float eps, bool left) -> Tensor"
@@ -129,6 +129,10 @@ def _insert(graph: fx.Graph, node: fx.Node, x: fx.Node, arguments: tuple[Any, ..
     return ours
 
 
+_IDENTITIES = ("alias", "clone", "contiguous", "detach", "detach_", "lift_fresh_copy")
+"""Operators that give their input."""
+
+
 class _Pair:
     """Walks the two graphs; ``seen`` says which value of inference stands for one of training."""
 
@@ -139,25 +143,39 @@ class _Pair:
         """Noise of training, ``bernoulli(shape) / keep``: the probability to keep, and the shape."""
         self.noisy: dict[Any, fx.Node] = {}
         """Values that training multiplies by noise, and what stands for them in inference."""
+        self.waiting = deque(filter(_computes, inference.graph.nodes))
+        """The steps of inference that have not been met in training."""
+        self.roots: dict[Any, Any] = {}
+        """What stands behind a value that only copies it."""
+        self.counters: set[Any] = set()
 
     def walk(self) -> None:
         places = {_home(item): node for item, node in _inputs(self.inference)}
         self.seen = {node: places[_home(item)] for item, node in _inputs(self.training) if _home(item) in places}
-        waiting = deque(node for node in self.inference.graph.nodes if _computes(node))
-        for node in self.training.graph.nodes:
-            if not _computes(node):
-                continue
-            if waiting and self._same(node, waiting[0]):
-                self.seen[node] = waiting.popleft()
-                self._follow(node, self.seen[node])
-            elif not (self._counts(node) or self._draws(node) or self._multiplies(node)):
+        for node in filter(_computes, self.training.graph.nodes):
+            steps = (self._matches, self._passes, self._counts, self._draws, self._multiplies)
+            if not any(step(node) for step in steps):
                 raise Difference(_place(node))
-        if waiting:
-            raise Difference(_place(waiting[0]))
+        if rest := [node for node in self.waiting if _name(node) not in _IDENTITIES]:
+            raise Difference(_place(rest[0]))
         one, other = (next(reversed(p.graph.nodes)) for p in (self.training, self.inference))
         if not self._equal(one.args, other.args):
             raise Difference("its outputs")
         self._follow(one, other)
+
+    def _matches(self, node: fx.Node) -> bool:
+        """The next step of inference is the same one."""
+        for other in self.waiting:
+            if self._same(node, other):
+                while self.waiting.popleft() is not other:
+                    pass
+                self.seen[node] = other
+                self._follow(node, other)
+                return True
+            if _name(other) not in _IDENTITIES:
+                return False
+            self.roots[other] = other.args[0]
+        return False
 
     def _same(self, node: fx.Node, other: fx.Node) -> bool:
         """The same operator on the same values, but for what it is told of training."""
@@ -168,7 +186,7 @@ class _Pair:
         if not all(k in free or self._equal(a, b) for k, (a, b) in enumerate(zip(one, two, strict=True))):
             return False
         if name == "scaled_dot_product_attention":
-            other.args, other.kwargs = (*two[:4], one[4], *two[5:6]), dict(zip(("scale", "enable_gqa"), two[6:]))
+            other.args, other.kwargs = (*two[:4], one[4], two[5]), {"scale": two[6], "enable_gqa": two[7]}
         return name not in ("batch_norm", "instance_norm") or bool(one[5])
 
     def _equal(self, one: Any, other: Any) -> bool:
@@ -178,7 +196,7 @@ class _Pair:
             value = one.meta.get("val")
             if isinstance(value, torch.SymInt):
                 return str(value) == str(other.meta.get("val"))
-            return self.seen.get(one) is other
+            return self._root(self.seen.get(one)) is self._root(other)
         return type(one) is type(other) and bool(one == other)
 
     def _follow(self, node: fx.Node, other: fx.Node) -> None:
@@ -191,14 +209,32 @@ class _Pair:
             return type(other)([self._behind(a, b) for a, b in zip(one, other, strict=True)])
         return self.noisy.get(one, other) if isinstance(one, fx.Node) else other
 
+    def _root(self, node: Any) -> Any:
+        while node in self.roots:
+            node = self.roots[node]
+        return node
+
+    def _passes(self, node: fx.Node) -> bool:
+        """A copy of what inference does not copy."""
+        if _name(node) not in _IDENTITIES or node.args[0] not in self.seen:
+            return False
+        self.seen[node] = self.seen[node.args[0]]
+        if node.args[0] in self.noisy:
+            self.noisy[node] = self.noisy[node.args[0]]
+        return True
+
     def _counts(self, node: fx.Node) -> bool:
         """A batch norm counts its batches."""
         x: Any = node.args[0] if node.args else None
-        return _name(node) == "add_" and isinstance(x, fx.Node) and x.op == "placeholder" and x.meta["val"].ndim == 0
+        if _name(node) != "add_" or not (x in self.counters or (x.op == "placeholder" and x.meta["val"].ndim == 0)):
+            return False
+        self.counters.add(node)
+        return True
 
     def _draws(self, node: fx.Node) -> bool:
         """A step of drawing noise."""
-        name, (x, *rest) = _name(node), node.args or (None,)
+        arguments: Any = node.args or (None,)
+        name, (x, *rest) = _name(node), arguments
         if name in ("empty", "new_empty"):
             self.noise[node] = 1.0, tuple(rest[0] if rest else x)
         elif x in self.noise and name in ("bernoulli_", "bernoulli") and rest:
@@ -258,4 +294,4 @@ def _place(node: fx.Node) -> str:
     """Where in the module a node comes from, and what it is."""
     stack = node.meta.get("nn_module_stack") or {}
     path = next((path for path, _ in reversed(stack.values())), "") if stack else ""
-    return f"{path or 'the module itself'} ({str(node.target)})"
+    return f"{path or 'the module itself'} ({node.target!s})"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import ClassVar
 
@@ -12,7 +12,18 @@ from torch import Tensor
 
 from taylorfx import axes
 
-__all__ = ["Layer", "Leaves", "Shape", "ShapeError", "as_tuple", "broadcast", "names", "positive", "uniform"]
+__all__ = [
+    "Layer",
+    "Leaves",
+    "Shape",
+    "ShapeError",
+    "as_tuple",
+    "broadcast",
+    "computes_as",
+    "names",
+    "positive",
+    "uniform",
+]
 
 Shape = tuple[int, ...]
 """The sizes of a tensor's axes; in layers the example axis counts as one, in `Input` it is left out."""
@@ -126,6 +137,33 @@ class Layer:
             if new != (old if isinstance(old, tuple) else (old,)):
                 changes[field] = new if isinstance(old, tuple) else new[0]
         return replace(self, **changes) if changes else self
+
+
+def computes_as(layer: Layer, kinds: Sequence[type[Layer]]) -> bool:
+    """Whether what is known of these kinds of layers is true of this one.
+
+    So it is of the kinds themselves, and of subclasses that override nothing that a kind defines, be it a method or a
+    class attribute. A subclass that does may compute something else and is like any layer that nothing is known of.
+
+    >>> import taylorfx as tfx
+    >>> class Doubled(tfx.Linear):
+    ...     def apply(self, params, *inputs):
+    ...         return 2 * super().apply(params, *inputs)
+    >>> computes_as(tfx.Linear(2, 3), [tfx.Linear]), computes_as(Doubled(2, 3), [tfx.Linear])
+    (True, False)
+    """
+    for kind in kinds:
+        if isinstance(layer, kind):
+            below = type(layer).__mro__[: type(layer).__mro__.index(kind)]
+            own = {name for cls in below for name in vars(cls)}
+            if not any(name in own and _known(kind, name) for name in dir(kind)):
+                return True
+    return False
+
+
+def _known(kind: type[Layer], name: str) -> bool:
+    """A name that says what a kind computes: no field, and nothing that Python or ``dataclass`` writes."""
+    return name == "__post_init__" or not (name.startswith("__") or name in {field.name for field in fields(kind)})
 
 
 _WINDOW = ("kernel_size", "stride", "padding", "output_padding", "dilation", "output_size")

@@ -43,6 +43,8 @@ class _Recurrent(Layer):
 
     def __post_init__(self) -> None:
         Dropout(self.dropout)
+        if not 1 <= self.num_layers <= 1000:
+            raise ShapeError(f"{type(self).__name__} has 1 to 1,000 layers; received num_layers={self.num_layers}.")
         if self.result not in self.results:
             raise ShapeError(f"{type(self).__name__} gives out one of {self.results}; received {self.result!r}.")
 
@@ -183,6 +185,11 @@ class RNN(_Recurrent):
     """``torch.nn.RNN``: one of its results."""
 
     nonlinearity: str = "tanh"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise ShapeError(f"RNN has the nonlinearity 'tanh' or 'relu'; received {self.nonlinearity!r}.")
 
     def _function(self) -> Any:
         return {"tanh": torch.rnn_tanh, "relu": torch.rnn_relu}[self.nonlinearity]

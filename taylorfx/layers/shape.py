@@ -25,6 +25,7 @@ __all__ = [
 class Input(Layer):
     """Where a network takes a tensor in; ``shape`` is that of one example, without the example axis.
 
+    ``dtype`` is named where it is not that of the parameters: ``"int64"`` for tokens, ``"bool"`` for masks.
     With ``alone`` the network takes batches of one example: it was captured from a module that is made for a fixed
     number of them. ``ranges`` are the sizes that each axis of ``shape`` takes: the least, the greatest (none: no
     bound) and the step between them; an empty tuple means any.
@@ -33,10 +34,17 @@ class Input(Layer):
     shape: Shape | int | None = None
     alone: bool = False
     ranges: tuple[tuple[int, int | None, int], ...] = ()
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
         if self.shape is not None:
             as_tuple(self, 1 if isinstance(self.shape, int) else len(self.shape), "shape")
+        if any(step < 1 for _, _, step in self.ranges):
+            raise ShapeError(f"Sizes go in steps of at least 1; received ranges={self.ranges!r}.")
+        if self.dtype is not None and not isinstance(getattr(torch, str(self.dtype), None), torch.dtype):
+            raise ShapeError(
+                f"Input takes the name of one of torch's dtypes, such as 'int64'; received {self.dtype!r}."
+            )
 
     def refusal(self, shape: Shape) -> str:
         """What is wrong with an example of this shape, by axis of a batch; empty if nothing is."""

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from taylorfx.layers.activation import Dropout
 from taylorfx.layers.attention import attention_weights
 from taylorfx.layers.base import Layer, Leaves, Shape, ShapeError, broadcast, names
+from taylorfx.layers.operators import COUNT, DTYPE, DTYPES, SLOT, check_arguments, operator
 from taylorfx.layers.shape import refine
 
 __all__ = [
@@ -26,21 +27,11 @@ __all__ = [
     "ScaledDotProduct", "View",
 ]  # fmt: skip
 
-SLOT = "$"
-"""``("$", k)`` in a template of arguments stands for input ``k``."""
-
-DTYPE = "dtype"
-"""``("dtype", "float32")`` stands for ``torch.float32``."""
-
-
 STATISTICS = ("var", "std", "var_mean", "std_mean", "cosine_similarity")
 """Operators along axes that may shrink: what they say of the rest then changes."""
 
 SUMS = ("linalg_vector_norm",)
 """Operators along axes that may shrink, to whose value what is silenced adds nothing."""
-
-COUNT = "examples"
-"""``("examples", 4)`` stands for four times the number of examples, that is the length of the last input."""
 
 
 def fill(template: Any, inputs: tuple[Tensor, ...]) -> Any:
@@ -49,7 +40,7 @@ def fill(template: Any, inputs: tuple[Tensor, ...]) -> Any:
         if len(template) == 2 and template[0] == SLOT:
             return inputs[template[1]]
         if len(template) == 2 and template[0] == DTYPE:
-            return getattr(torch, template[1])
+            return DTYPES[template[1]]
         if len(template) == 2 and template[0] == COUNT:
             return len(inputs[-1]) * template[1]
         return [fill(item, inputs) for item in template]
@@ -58,7 +49,11 @@ def fill(template: Any, inputs: tuple[Tensor, ...]) -> Any:
 
 @dataclass(frozen=True)
 class _Operator(Layer):
-    """An ATen operator with the arguments that it was captured with; ``item`` chooses one of several results."""
+    """An ATen operator with the arguments that it was captured with; ``item`` chooses one of several results.
+
+    Raises:
+        ShapeError: if the operator is none that a network may name, or takes other arguments.
+    """
 
     op: str
     args: tuple[Any, ...] = ()
@@ -69,9 +64,16 @@ class _Operator(Layer):
     def title(self) -> str:
         return self.op.removesuffix(".default")
 
+    def __post_init__(self) -> None:
+        check_arguments(self.op, self.args, self.kwargs, self.item)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Out of a pickle: the operator is looked up now, since torch.compile cannot follow how."""
+        self.__dict__.update(state)
+        operator(self.op)
+
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
-        *space, packet, overload = self.op.split(".")
-        function = getattr(getattr(getattr(torch.ops, *(space or ["aten"])), packet), overload)
+        function = operator(self.op)
         kwargs = {name: fill(value, inputs) for name, value in self.kwargs}
         result: Any = function(*(fill(value, inputs) for value in self.args), **kwargs)
         chosen: Tensor = result if self.item is None else result[self.item]
@@ -346,6 +348,12 @@ class ScaledDotProduct(Layer):
         return result.flatten(-4, -3) if self.grouped else result
 
 
+REDUCTIONS: dict[str, Callable[..., Tensor]] = {
+    "mean": torch.mean, "sum": torch.sum, "amax": torch.amax, "amin": torch.amin
+}  # fmt: skip
+"""What `Reduce` may do, by name."""
+
+
 @dataclass(frozen=True)
 class Reduce(Layer):
     """A reduction over some axes (``mean``, ``sum``, ``amax``, ``amin``), whose positions it reads.
@@ -356,6 +364,10 @@ class Reduce(Layer):
     op: str
     dims: tuple[int, ...]
     keepdim: bool = False
+
+    def __post_init__(self) -> None:
+        if self.op not in REDUCTIONS:
+            raise ShapeError(f"Reduce takes one of {', '.join(REDUCTIONS)}; received {self.op!r}.")
 
     @property
     def inexact(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -370,7 +382,7 @@ class Reduce(Layer):
         return f"{' '.join(letters)} -> {' '.join(made)}"
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
-        result: Tensor = getattr(torch, self.op)(inputs[0], self.dims, keepdim=self.keepdim)
+        result: Tensor = REDUCTIONS[self.op](inputs[0], self.dims, keepdim=self.keepdim)
         return result
 
 
@@ -420,3 +432,28 @@ class Gather(Layer):
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         index: list[Tensor | None] = [None] * self.dim
         return torch.ops.aten.index(inputs[0], [*index, inputs[1]])  # type: ignore[no-any-return]
+
+
+def runs_operator(cls: type[Layer]) -> bool:
+    """Layers of this class run an operator that they name."""
+    return issubclass(cls, _Operator)
+
+
+def operator_of(layer: Layer) -> str | None:
+    """The name of the operator that a layer runs, ``"add.Tensor"``; none where it runs code of its own."""
+    return layer.op if isinstance(layer, _Operator) else None
+
+
+def slots(layer: Layer) -> int:
+    """How many inputs the arguments of an operator are filled with."""
+
+    def highest(template: Any) -> int:
+        if not isinstance(template, tuple):
+            return 0
+        if len(template) == 2 and template[0] == SLOT:
+            return int(template[1]) + 1
+        if len(template) == 2 and template[0] == COUNT:
+            return 1
+        return max(map(highest, template), default=0)
+
+    return highest((layer.args, layer.kwargs)) if isinstance(layer, _Operator) else 0

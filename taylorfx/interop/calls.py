@@ -1,0 +1,234 @@
+"""The call of a module: its arguments as they were captured, and what a later call gives for them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, TensorArgument
+from torch.utils._pytree import tree_flatten_with_path, tree_unflatten
+
+from taylorfx.interface import Argument, Fixed, Interface
+from taylorfx.spec import Spec
+
+__all__ = ["bind", "dotted", "example_of", "interface_of", "off_path", "read_interface"]
+
+
+def dotted(path: Sequence[Any]) -> str:
+    """The place of a leaf in a tree: ``hidden_states.0``."""
+    names = ("key", "idx", "name")  # of an entry of a dict, a sequence, a dataclass
+    return ".".join(str(next(getattr(key, name) for name in names if hasattr(key, name))) for key in path)
+
+
+# Capturing: what the module says about itself.
+
+
+@dataclass(frozen=True)
+class _Input:
+    """The place of a tensor among the arguments of a captured call, by the name of its Input node."""
+
+    name: str
+
+
+def read_interface(module: nn.Module, program: ExportedProgram, inputs: Mapping[str, str], spec: Spec) -> Interface:
+    """The interface of a captured module.
+
+    Args:
+        inputs: the names of the Input nodes, by the placeholders of the graph.
+        spec: the network, whose parameters have the module's names.
+    """
+    leaves, transient = [], []
+    for item in program.graph_signature.input_specs:
+        if item.kind is InputKind.USER_INPUT:
+            tensor = isinstance(item.arg, TensorArgument)
+            leaves.append(_Input(inputs[item.arg.name]) if tensor else getattr(item.arg, "value", None))
+        elif item.kind is InputKind.BUFFER and not item.persistent and item.target in spec.shapes:
+            transient.append(str(item.target))
+    args, kwargs = tree_unflatten(leaves, program.call_spec.in_spec)
+    own = inspect.signature(module.forward)
+    bound = own.bind(*args, **kwargs)
+    bound.apply_defaults()
+    arguments = tuple(_argument(own.parameters[name], value) for name, value in bound.arguments.items())
+    trained = dict(module.named_parameters(remove_duplicate=False))
+    frozen = tuple(path for path in spec.shapes if path in trained and not trained[path].requires_grad)
+    return Interface(arguments, tuple(_ties(module, spec)), frozen, tuple(transient))
+
+
+def _argument(own: inspect.Parameter, value: Any) -> Argument:
+    leaves = [(dotted(path), leaf) for path, leaf in tree_flatten_with_path(value)[0]]
+    inputs = tuple((place, leaf.name) for place, leaf in leaves if isinstance(leaf, _Input))
+    fixed = tuple((place, _plain(leaf)) for place, leaf in leaves if not isinstance(leaf, _Input))
+    default: tuple[()] | tuple[Fixed] = () if own.default is own.empty else (_plain(own.default),)
+    if default and len(fixed) == 1 and not fixed[0][0]:
+        default = (fixed[0][1],)
+    return Argument(own.name, own.kind.name, default, inputs, fixed)
+
+
+def _plain(value: Any) -> Fixed:
+    return value if isinstance(value, Fixed) else str(value)
+
+
+def _ties(module: nn.Module, spec: Spec) -> Iterator[tuple[str, str]]:
+    """The second names of submodules and tensors that are in the network under another one."""
+    aliased: list[str] = []
+    for name, first in _seconds(module.named_modules(remove_duplicate=False), spec):
+        if not any(name.startswith(f"{x}.") for x in aliased):
+            aliased.append(name)
+            yield name, first
+    for table in (module.named_parameters, module.named_buffers):
+        for name, first in _seconds(table(remove_duplicate=False), spec):
+            if not any(name.startswith(f"{x}.") for x in aliased):
+                yield name, first
+
+
+def _seconds(named: Iterator[tuple[str, Any]], spec: Spec) -> Iterator[tuple[str, str]]:
+    groups: dict[int, list[str]] = {}
+    for name, value in named:
+        groups.setdefault(id(value), []).append(name)
+    homes = {path[:k] for path in spec.shapes for k in (*_dots(path), len(path))}
+    for names in groups.values():
+        first = next((name for name in names if name in homes), None)
+        if first is not None:
+            yield from ((name, first) for name in names if name not in homes)
+
+
+def _dots(path: str) -> Iterator[int]:
+    return (k for k, letter in enumerate(path) if letter == ".")
+
+
+def off_path(module: nn.Module, paths: Mapping[str, Any]) -> list[str]:
+    """The parameters of a module that are not in a network, under none of their names."""
+    named = list(module.named_parameters(remove_duplicate=False))
+    captured = {id(parameter) for name, parameter in named if name in paths}
+    return list(dict.fromkeys(name for name, parameter in named if id(parameter) not in captured))
+
+
+# Calling.
+
+
+def interface_of(spec: Spec) -> Interface:
+    """The interface of a network: what was captured with it, or an argument for every input."""
+    names = [node.name for node in spec.inputs]
+    interface = spec.interface or Interface()
+    if interface.inputs == set(names):
+        return interface
+    return replace(interface, arguments=Interface.of(names).arguments)
+
+
+def bind(interface: Interface, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a call by the names of the Input nodes.
+
+    Raises:
+        TypeError: naming everything that was not captured, or that was captured as something else.
+    """
+    errors: list[str] = []
+    values = _sort(interface, args, kwargs, errors)
+    found: dict[str, Tensor] = {}
+    for x in interface.arguments:
+        if x.name not in values:
+            errors += [f"{_where(x, place)}: missing; it was captured as a tensor" for place, _ in x.inputs]
+            continue
+        leaves, fixed = _leaves(values[x.name]), dict(x.fixed)
+        for place, node in x.inputs:
+            if place in leaves and isinstance(leaves[place], Tensor):
+                found[node] = leaves.pop(place)
+            else:
+                kind = type(leaves.pop(place)).__name__ if place in leaves else "none"
+                errors.append(f"{_where(x, place)}: it was captured as a tensor; received {kind}")
+        for place, leaf in leaves.items():
+            if place not in fixed:
+                errors.append(f"{_where(x, place)}: it was not captured; received {_said(leaf)}")
+            elif isinstance(leaf, Tensor) or _plain(leaf) != fixed[place]:
+                errors.append(f"{_where(x, place)}: it was captured as {fixed[place]!r}; received {_said(leaf)}")
+    if errors:
+        taken = interface.signature()
+        raise TypeError(
+            f"The network takes what was captured with it, forward{taken}; received:\n  "
+            + "\n  ".join(errors)
+            + "\nLeave it out, or capture the module with it: from_torch(module, example_inputs, example_kwargs=...)."
+        )
+    return found
+
+
+def _sort(interface: Interface, args: tuple[Any, ...], kwargs: Mapping[str, Any], errors: list[str]) -> dict[str, Any]:
+    """What a call gives, by argument, as Python's own calls do it."""
+    values: dict[str, Any] = {}
+    rest: Sequence[Any] = args
+    for x in interface.arguments:
+        if x.kind == "VAR_POSITIONAL":
+            values[x.name], rest = tuple(rest), ()
+        elif x.kind.startswith("POSITIONAL") and rest:
+            values[x.name], rest = rest[0], rest[1:]
+    errors += [f"argument {len(args) - len(rest) + k}: there is no such argument" for k in range(len(rest))]
+    by_name = {x.name for x in interface.arguments if x.kind in ("POSITIONAL_OR_KEYWORD", "KEYWORD_ONLY")}
+    others = [x.name for x in interface.arguments if x.kind == "VAR_KEYWORD"]
+    extra: dict[str, Any] = {}
+    for name, value in kwargs.items():
+        if name not in by_name:
+            extra[name] = value
+        elif name in values:
+            errors.append(f"{name}: it is given by position and by name")
+        else:
+            values[name] = value
+    if others:
+        values[others[0]] = extra
+    else:
+        errors += [f"{name}: there is no such argument; received {_said(value)}" for name, value in extra.items()]
+    return values
+
+
+def _leaves(value: Any) -> dict[str, Any]:
+    """The values of an argument by place."""
+    if isinstance(value, (Tensor, bool, int, float, str)) or value is None:  # as a compiler follows it
+        return {"": value}
+    return {dotted(path): leaf for path, leaf in tree_flatten_with_path(value)[0]}
+
+
+def _where(argument: Argument, place: str) -> str:
+    if argument.kind == "VAR_KEYWORD":
+        return place
+    return f"{argument.name}.{place}" if place else argument.name
+
+
+def _said(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(_plain(value))
+
+
+def example_of(interface: Interface, inputs: Mapping[str, Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments and keywords of a module's own call that hand it these tensors: the inverse of `bind`."""
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    by_position = True
+    by_name = all(x.kind in ("POSITIONAL_OR_KEYWORD", "KEYWORD_ONLY", "VAR_KEYWORD") for x in interface.arguments)
+    for x in interface.arguments:
+        places = {**dict(x.fixed), **{place: inputs[node] for place, node in x.inputs}}
+        value = _nested(places)
+        if x.kind == "VAR_POSITIONAL":
+            args += value or []
+        elif x.kind == "VAR_KEYWORD":
+            kwargs |= value or {}
+        elif by_name and not x.inputs and x.default == tuple(places.values()):
+            by_position = False  # left out
+        elif by_position and x.kind != "KEYWORD_ONLY":
+            args.append(value)
+        else:
+            kwargs[x.name] = value
+    return tuple(args), kwargs
+
+
+def _nested(places: Mapping[str, Any]) -> Any:
+    """A value from its places: a list where they are numbers, a dict where they are names."""
+    if not places:
+        return None
+    if "" in places:
+        return places[""]
+    parts: dict[str, dict[str, Any]] = {}
+    for place, leaf in places.items():
+        key, _, below = place.partition(".")
+        parts.setdefault(key, {})[below] = leaf
+    values = {key: _nested(part) for key, part in parts.items()}
+    return list(values.values()) if all(key.isdigit() for key in values) else values
