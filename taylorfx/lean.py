@@ -7,7 +7,8 @@ Once differentiated by the gates and thrown away, a network need not keep what o
 - activations that need only their own result, and sums, are written over an input that is theirs alone;
 - positions that nobody hears are not computed (`taylorfx.unheard`);
 - slices that take an axis apart are parts of one, whose gradients are written into one tensor;
-- attention is torch's fused one, which keeps no scores and cannot be differentiated twice, nor by its mask.
+- attention is torch's fused one, which keeps no scores and cannot be differentiated twice, nor by its mask; but not
+  where the mask is added to the scores: the fused derivative can be wrong there.
 """
 
 from __future__ import annotations
@@ -210,6 +211,10 @@ class Fused(_For):
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         (q, k, v), mask = inputs[:3], inputs[3] if inputs[3:] else None
+        if mask is not None and mask.is_floating_point():
+            # A row in which the lowest number of the dtype is added everywhere has equal weights. The fused kernel's
+            # backward pass takes them for 1 each, as their number is lost in the logarithm of their sum.
+            return self.layer.apply(params, *inputs)
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.layer.causal, scale=self.layer.scale)
 
 

@@ -139,9 +139,7 @@ class Sizes:
         """All sizes around the example's, in equal steps, of which the guards say what they say of the example's."""
         bounds, here = self.env.var_to_range[symbol], int(self.numbers[symbol])
         source = " and ".join(f"({PythonPrinter().doprint(guard)})" for guard in guards) or "True"
-        told = eval(
-            f"lambda {symbol}: {source}", {"math": math, "torch": torch}
-        )  # torch's own
+        told = eval(f"lambda {symbol}: {source}", {"math": math, "torch": torch})
         least = max(int(bounds.lower), here - _SCANNED)
         most = None if bounds.upper in (int_oo, sympy.oo) else int(bounds.upper)
         last = here + _SCANNED if most is None else min(most, here + _SCANNED)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from taylorfx.layers.base import Layer, Leaves, Shape, ShapeError
+from taylorfx.layers.activation import Dropout
+from taylorfx.layers.base import Layer, Leaves, Shape, ShapeError, names
 
-__all__ = ["Attention"]
+__all__ = ["Attention", "ScaledDotProduct"]
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,69 @@ class Attention(Layer):
             scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
         weights = attention_weights(scores) if len(inputs) == 4 else torch.softmax(scores, -1)
         return torch.einsum("nhrts,nshv->nthrv", weights, v).flatten(2)
+
+
+@dataclass(frozen=True)
+class ScaledDotProduct(Layer):
+    """``torch.nn.functional.scaled_dot_product_attention``: ``(N, h, T, k)``, ``(N, h, S, k)``, ``(N, h, S, v)``.
+
+    A fourth input is the mask; a query that may attend nowhere gets zeros. ``scale`` stays that of the original
+    dimension. With ``grouped``, every key head serves several query heads. In training, weights drop out with
+    probability ``dropout``.
+    """
+
+    scale: float
+    causal: bool = False
+    grouped: bool = False
+    dropout: float = 0.0
+
+    multiplies: ClassVar[tuple[str, ...]] = ("x0 x1 x2 x3 h r T S k", "x0 x1 x2 x3 h r T S v")
+
+    @property
+    def separate(self) -> tuple[str, ...]:  # type: ignore[override]
+        return () if self.causal else ("T",)
+
+    def signature(self, *shapes: Shape) -> str | None:
+        q, k, _, *mask = shapes
+        lead = names(len(q) - 3)
+        heads = "(h r)" if self.grouped else "h"
+        text = f"{' '.join(lead)} {heads} T k, {' '.join(lead)} h S k, {' '.join(lead)} h S v"
+        if mask:
+            letters = [*lead, heads, "T", "S"]
+            wide = [*q[:-1], k[-2]]
+            offset = len(letters) - len(mask[0])
+            text += ", " + " ".join(
+                "1" if n == 1 != wide[offset + j] else letters[offset + j] for j, n in enumerate(mask[0])
+            )
+        return f"{text} -> {' '.join(lead)} {heads} T v"
+
+    def letters(self, *shapes: Shape) -> dict[str, int]:
+        return {"h": shapes[1][-3]} if shapes else {}
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        return self._attend(inputs)
+
+    def train(
+        self, params: Leaves, *inputs: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        drop = Dropout(self.dropout)
+        return self._attend(inputs, lambda weights: drop.train({}, weights, generator=generator)[0]), {}
+
+    def _attend(self, inputs: tuple[Tensor, ...], drop: Callable[[Tensor], Tensor] = lambda weights: weights) -> Tensor:
+        q, k, v, *mask = inputs
+        if self.grouped:
+            q, k, v = q.unflatten(-3, (k.shape[-3], -1)), k.unsqueeze(-3), v.unsqueeze(-3)  # type: ignore[no-untyped-call]
+        scores = q @ k.transpose(-1, -2) * self.scale
+        if self.causal:
+            past = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+            scores = scores.masked_fill(~past, -math.inf)
+        for bias in mask:
+            if self.grouped and bias.ndim > 2:  # its heads become groups of heads, as the queries' do
+                groups = (1, 1) if bias.shape[-3] == 1 else (scores.shape[-4], -1)
+                bias = bias.unflatten(-3, groups)  # type: ignore[no-untyped-call]
+            scores = scores.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else scores + bias
+        result = drop(attention_weights(scores) if mask else torch.softmax(scores, -1)) @ v
+        return result.flatten(-4, -3) if self.grouped else result
 
 
 def attention_weights(scores: Tensor) -> Tensor:

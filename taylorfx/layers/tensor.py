@@ -16,15 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from taylorfx.layers.activation import Dropout
-from taylorfx.layers.attention import attention_weights
 from taylorfx.layers.base import Layer, Leaves, Shape, ShapeError, broadcast, names
 from taylorfx.layers.operators import COUNT, DTYPE, DTYPES, SLOT, check_arguments, operator
 from taylorfx.layers.shape import refine
 
 __all__ = [
     "Along", "Captured", "Einsum", "Elementwise", "Expand", "Gather", "Maps", "MatMul", "Pad", "Reduce",
-    "ScaledDotProduct", "View",
+    "View",
 ]  # fmt: skip
 
 STATISTICS = ("var", "std", "var_mean", "std_mean", "cosine_similarity")
@@ -285,66 +283,6 @@ class Einsum(Layer):
 
 def _letter(name: str) -> str:
     return name if name.islower() else f"{name.lower()}_"
-
-
-@dataclass(frozen=True)
-class ScaledDotProduct(Layer):
-    """``torch.nn.functional.scaled_dot_product_attention``: ``(N, h, T, k)``, ``(N, h, S, k)``, ``(N, h, S, v)``.
-
-    A fourth input is the mask; a query that may attend nowhere gets zeros. ``scale`` stays that of the original
-    dimension. With ``grouped``, every key head serves several query heads. In training, weights drop out with
-    probability ``dropout``.
-    """
-
-    scale: float
-    causal: bool = False
-    grouped: bool = False
-    dropout: float = 0.0
-
-    multiplies: ClassVar[tuple[str, ...]] = ("x0 x1 x2 x3 h r T S k", "x0 x1 x2 x3 h r T S v")
-
-    @property
-    def separate(self) -> tuple[str, ...]:  # type: ignore[override]
-        return () if self.causal else ("T",)
-
-    def signature(self, *shapes: Shape) -> str | None:
-        q, k, _, *mask = shapes
-        lead = names(len(q) - 3)
-        heads = "(h r)" if self.grouped else "h"
-        text = f"{' '.join(lead)} {heads} T k, {' '.join(lead)} h S k, {' '.join(lead)} h S v"
-        if mask:
-            letters = [*lead, heads, "T", "S"]
-            wide = [*q[:-1], k[-2]]
-            offset = len(letters) - len(mask[0])
-            text += ", " + " ".join(
-                "1" if n == 1 != wide[offset + j] else letters[offset + j] for j, n in enumerate(mask[0])
-            )
-        return f"{text} -> {' '.join(lead)} {heads} T v"
-
-    def letters(self, *shapes: Shape) -> dict[str, int]:
-        return {"h": shapes[1][-3]} if shapes else {}
-
-    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
-        return self._attend(inputs)
-
-    def train(
-        self, params: Leaves, *inputs: Tensor, generator: torch.Generator | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        drop = Dropout(self.dropout)
-        return self._attend(inputs, lambda weights: drop.train({}, weights, generator=generator)[0]), {}
-
-    def _attend(self, inputs: tuple[Tensor, ...], drop: Callable[[Tensor], Tensor] = lambda weights: weights) -> Tensor:
-        q, k, v, *mask = inputs
-        if self.grouped:
-            q, k, v = q.unflatten(-3, (k.shape[-3], -1)), k.unsqueeze(-3), v.unsqueeze(-3)  # type: ignore[no-untyped-call]
-        scores = q @ k.transpose(-1, -2) * self.scale
-        if self.causal:
-            past = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-            scores = scores.masked_fill(~past, -math.inf)
-        for bias in mask:
-            scores = scores.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else scores + bias
-        result = drop(attention_weights(scores) if mask else torch.softmax(scores, -1)) @ v
-        return result.flatten(-4, -3) if self.grouped else result
 
 
 REDUCTIONS: dict[str, Callable[..., Tensor]] = {
