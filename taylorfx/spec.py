@@ -298,7 +298,10 @@ def evaluate(
     if not torch.compiler.is_compiling():
         check(params, spec)
     values = bind_inputs(spec, inputs)
-    if any(getattr(node.layer, "alone", False) and len(values[node.name]) != 1 for node in spec.inputs):
+    alone = [node for node in spec.inputs if node.layer.alone and len(values[node.name]) != 1]  # type: ignore[attr-defined]
+    if alone and not training and all(node.layer.apart for node in alone):  # type: ignore[attr-defined]
+        return _one_by_one(params, spec, values, tap), params
+    if alone:
         raise ShapeError(
             "This network takes one example at a time: it was captured from a module made for a fixed number of them. "
             "Give batches of one."
@@ -330,6 +333,18 @@ def evaluate(
     if spec.keys:
         return dict(zip(spec.keys, outputs, strict=True)), merge(params, moved)
     return outputs[0] if len(outputs) == 1 else outputs, merge(params, moved)
+
+
+def _one_by_one(params: Params, spec: Spec, values: Mapping[str, Tensor], tap: Tap | None) -> Any:
+    """The outputs for every example of a batch alone, joined along axis 0."""
+    count = max(map(len, values.values()))
+    given = [{name: x[k : k + 1] for name, x in values.items()} for k in range(count)]
+    found = [evaluate(params, spec, (one,), tap=tap)[0] for one in given]
+    if isinstance(found[0], Tensor):
+        return torch.cat(found)
+    if isinstance(found[0], Mapping):
+        return {name: torch.cat([one[name] for one in found]) for name in found[0]}
+    return tuple(map(torch.cat, zip(*found, strict=True)))
 
 
 def bind_inputs(spec: Spec, inputs: Sequence[Inputs]) -> dict[str, Any]:

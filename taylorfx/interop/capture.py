@@ -12,34 +12,25 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import operator
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import is_dataclass, replace
+from dataclasses import replace
 from enum import Enum
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
-from torch.export.graph_signature import InputKind, OutputKind
 
-from taylorfx.interop.calls import dotted, off_path, read_interface
-from taylorfx.interop.convert import RULES, Convert, Unmapped
-from taylorfx.interop.operators import CONVERTERS
-from taylorfx.interop.sizes import Plain, Sizes
+from taylorfx.interop.calls import dotted, off_path
+from taylorfx.interop.reader import CaptureError, Reader
+from taylorfx.interop.sizes import Plain
 from taylorfx.interop.training import Difference, align, twin
-from taylorfx.labels import Ties
-from taylorfx.layers import Input, Shape
-from taylorfx.spec import Node, Spec, propagate
-from taylorfx.tree import Params, unflatten
+from taylorfx.spec import Spec
+from taylorfx.tree import Params
 
-__all__ = ["CaptureError", "from_torch"]
-
-
-class CaptureError(ValueError):
-    """A module that cannot be captured; the message lists every cause that is known."""
+__all__ = ["from_torch"]
 
 
 def from_torch(
@@ -58,8 +49,10 @@ def from_torch(
         spec are named after the arguments of ``forward``. The outputs are the tensors that it returns: one, a tuple in
         their order, or a dict by the names that a dict or dataclass gives them (``"hidden_states.0"`` where nested).
 
-    A module that is made for a fixed number of examples is captured for one at a time, with a warning: the spec then
-    takes batches of one, and `measure` goes through a batch by itself.
+    A module that is made for a fixed number of examples is captured for one at a time, with a warning, and `measure`
+    goes through a batch by itself. A batch is then run example by example, if the module gives the example batch what
+    it gives its examples one by one; otherwise, and in training, the spec takes batches of one. None among the outputs
+    is left out.
 
     Raises:
         CaptureError: if the module, the example or the captured graph cannot be taken; every cause is listed.
@@ -98,7 +91,32 @@ def _opened(twin: nn.Module, example: Any, module: nn.Module) -> tuple[Params, S
             f"{_first_line(error)}",
             stacklevel=3,
         )
-        return network
+        return _apart(network) if _separates(twin, several) else network
+
+
+def _separates(twin: nn.Module, several: Any) -> bool:
+    """The module gives a batch what it gives its examples one by one."""
+
+    def run(example: Any) -> list[Tensor]:
+        args, kwargs = example
+        return [x for x in torch.utils._pytree.tree_leaves(twin(*args, **kwargs)) if isinstance(x, Tensor)]
+
+    count = len(next(x for x in torch.utils._pytree.tree_leaves(several) if isinstance(x, Tensor)))
+    try:
+        with torch.no_grad(), _quiet():
+            whole = run(several)
+            parts = [run(_each_tensor(lambda x, k=k: x[k : k + 1], several)) for k in range(count)]
+            joined = [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
+        return all(torch.allclose(a, b, 1e-4, 1e-5) for a, b in zip(whole, joined, strict=True))
+    except Exception:  # whatever the module's own code raises for fewer examples
+        return False
+
+
+def _apart(network: tuple[Params, Spec]) -> tuple[Params, Spec]:
+    params, spec = network
+    layers: dict[str, Any] = {node.name: node.layer for node in spec.inputs}
+    made = {name: replace(spec[name], layer=replace(layer, apart=True)) for name, layer in layers.items()}
+    return params, replace(spec, nodes=tuple(made.get(node.name, node) for node in spec.nodes))
 
 
 class _Open(Enum):
@@ -135,7 +153,7 @@ def _leave_cache(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
             config.use_cache = False  # type: ignore[union-attr]
 
 
-def _network(twin: nn.Module, example: Any, opened: _Open, module: nn.Module) -> tuple[Params, Spec]:
+def _network(twin: nn.Module, example: Any, opened: _Open, module: nn.Module) -> Any:
     """Capture the twin of a module, in inference and in training."""
     names = {id(leaf): path for path, leaf in twin.named_buffers()}
     tracked: dict[str, Any] = {names[id(part.running_mean)]: part for part in twin.modules() if _cumulative(part)}
@@ -156,7 +174,7 @@ def _network(twin: nn.Module, example: Any, opened: _Open, module: nn.Module) ->
             part.momentum = None
     with torch.no_grad(), _quiet():
         program = program.run_decompositions({})
-    network = _Reader(program, opened, frozenset(tracked)).read(module)
+    network = Reader(program, alone=opened is _Open.NOTHING, cumulative=frozenset(tracked)).read(module)
     if said:
         warnings.warn(
             f"{type(module).__name__} does something else in training than in inference, at {said}: its copy trains "
@@ -260,105 +278,3 @@ def _causes(module: nn.Module, example: tuple[Any, ...], error: Exception) -> st
 
 def _first_line(error: Exception) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-class _Reader:
-    """Walks an exported graph in its order and writes nodes."""
-
-    def __init__(self, program: ExportedProgram, opened: _Open, cumulative: frozenset[str]) -> None:
-        self.program = program
-        self.convert = Convert(alone=opened is _Open.NOTHING, cumulative=cumulative)
-        self.placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
-        given = [self.placeholders[name] for name in program.graph_signature.user_inputs if isinstance(name, str)]
-        self.given = [node for node in given if isinstance(node.meta.get("val"), Tensor)]
-        """The tensors that the module takes; numbers and None are in the graph."""
-        self.sizes = Sizes(program, self.given)
-
-    def read(self, module: nn.Module) -> tuple[Params, Spec]:
-        self._inputs()
-        for node in self.program.graph.nodes:
-            if node.op == "call_function":
-                try:
-                    self._call(node)
-                except (Unmapped, ValueError) as error:
-                    where = f"{node.format_node()}: {error or 'its sizes cannot be followed'}"
-                    raise CaptureError(f"from_torch follows shapes that are multiples of the batch; {where}") from error
-            elif node.op == "get_attr":
-                self.convert.constant(node, getattr(self.program.graph_module, node.target), node.target)
-        outputs = self._outputs()
-        used = _reachable(self.convert.nodes, list(outputs.values()))
-        nodes = tuple(node for node in self.convert.nodes if node.name in used or isinstance(node.layer, Input))
-        named = all(isinstance(key, str) for key in outputs)
-        spec = Spec(nodes, tuple(outputs.values()), tuple(map(str, outputs)) if named else ())
-        spec = replace(spec, interface=read_interface(module, self.program, self.convert.names, spec))
-        wanted = set(spec.shapes)
-        leaves = {path: self.convert.tensors[path] for path in self.convert.tensors if path in wanted}
-        return unflatten(leaves), self._sized(spec)
-
-    def _sized(self, spec: Spec) -> Spec:
-        """The inputs say which sizes they take."""
-        names = {self.convert.names[node.name]: node.name for node in self.given}
-
-        def shapes(given: Mapping[str, Shape]) -> dict[str, Shape]:
-            at = spec.at(*(given[names[node.name]] for node in spec.inputs))
-            bounds = propagate(at, Ties(labeled=False))
-            return {key: bounds[name].shape for key, name in self.convert.names.items() if name in bounds}
-
-        ranges = self.sizes.ranges(shapes)
-        made: dict[str, Any] = {n.name: n.layer for n in spec.inputs}
-        made = {x: replace(spec[x], layer=replace(layer, ranges=ranges[names[x]])) for x, layer in made.items()}
-        return replace(spec, nodes=tuple(made.get(node.name, node) for node in spec.nodes))
-
-    def _inputs(self) -> None:
-        state: dict[str, Any] = {**self.program.state_dict, **self.program.constants}
-        for item in self.program.graph_signature.input_specs:
-            node = self.placeholders[getattr(item.arg, "name", "")]
-            if item.kind is InputKind.USER_INPUT:
-                if node in self.given:
-                    self.convert.user_input(node)
-            elif item.kind is InputKind.CONSTANT_TENSOR and item.target is not None:
-                self.convert.constant(node, state[item.target], item.target)
-            elif item.target is not None and item.target in state:
-                self.convert.parameter(node, state[item.target], item.target)
-
-    def _call(self, node: fx.Node) -> None:
-        target: Any = node.target
-        if target is operator.getitem:
-            self.convert.getitem(node)
-        elif not isinstance(node.meta.get("val"), (Tensor, tuple, list)):
-            return  # arithmetic on sizes: read from the shapes of the tensors that use it
-        elif not self.convert.folded(node):
-            space, name = str(target).split(".")[:2]
-            own = RULES.get(f"{space}::{name}") or (CONVERTERS.get(name) if space in ("aten", "taylorfx") else None)
-            try:
-                (own or Convert.generic)(self.convert, node)
-            except Unmapped:
-                self.convert.captured(node)
-
-    def _outputs(self) -> dict[Any, str]:
-        """The nodes that are given out, by name if the module names them, otherwise by number."""
-        items = self.program.graph_signature.output_specs
-        values = [getattr(item.arg, "name", None) for item in items if item.kind is OutputKind.USER_OUTPUT]
-        tree = torch.utils._pytree.tree_unflatten(values, self.program.call_spec.out_spec)
-        leaves = [(path, x) for path, x in torch.utils._pytree.tree_flatten_with_path(tree)[0] if x is not None]
-        if not leaves:
-            raise CaptureError("A captured module gives out at least one tensor; this one gives out none.")
-        named = isinstance(tree, Mapping) or is_dataclass(tree)
-        found = {dotted(path) if named else k: self.convert.names.get(x) for k, (path, x) in enumerate(leaves)}
-        missing = [str(key) for key, name in found.items() if name is None]
-        if missing:
-            raise CaptureError(f"A captured module computes what it gives out; {', '.join(missing)} is a parameter.")
-        return {key: name for key, name in found.items() if name is not None}
-
-
-def _reachable(nodes: Sequence[Node], outputs: Sequence[str]) -> set[str]:
-    """The nodes that the outputs depend on."""
-    heard = {node.name: node.inputs for node in nodes}
-    found: set[str] = set()
-    waiting = list(outputs)
-    while waiting:
-        name = waiting.pop()
-        if name not in found:
-            found.add(name)
-            waiting += heard[name]
-    return found

@@ -126,8 +126,8 @@ class Convert:
         self.names[node.name] = name
         return name
 
-    def alias(self, node: fx.Node) -> None:
-        source = node.args[0]
+    def alias(self, node: fx.Node, position: int = 0) -> None:
+        source = node.args[position]
         assert isinstance(source, fx.Node)
         if source.name in self.counting:
             self.counting.add(node.name)

@@ -13,7 +13,7 @@ from taylorfx import layers as L
 from taylorfx.interop.convert import Convert, Unmapped, argument, measured, tensor_node
 
 __all__ = [
-    "along", "arange", "cat", "expand", "index", "pad", "parts", "permute", "repeat", "repeat_interleave", "select",
+    "along", "arange", "cat", "copy", "expand", "index", "pad", "parts", "permute", "repeat", "repeat_interleave", "select",
     "slice_axis", "slice_scatter", "stack", "view",
 ]  # fmt: skip
 
@@ -44,8 +44,8 @@ def permute(c: Convert, node: fx.Node) -> None:
     c.add(node, L.Permute(tuple(dims)), (c.tensor(x),))
 
 
-def expand(c: Convert, node: fx.Node) -> None:
-    x = tensor_node(node.args[0])
+def expand(c: Convert, node: fx.Node, position: int = 0) -> None:
+    x = tensor_node(node.args[position])
     (before, given), (after, made) = measured(x), measured(node)
     lead = len(after) - len(before)
     kept = [k >= lead and before[k - lead] == n and (k != made or given >= 0) for k, n in enumerate(after)]
@@ -53,12 +53,19 @@ def expand(c: Convert, node: fx.Node) -> None:
     if given >= 0 and given + lead != made:
         raise Unmapped
     if all(n == -1 for n in sizes):
-        c.alias(node)
+        c.alias(node, position)
         return
     fresh = made if given < 0 and made >= 0 else -1
     if fresh >= 0 and after[fresh] != 1:
         raise Unmapped
     c.add(node, L.Expand(sizes, fresh), (c.tensor(x), *([c.known_examples()] if fresh >= 0 else [])))
+
+
+def copy(c: Convert, node: fx.Node) -> None:
+    """What is written over the whole of a tensor stands in its place, in its shape and type."""
+    if tensor_node(node.args[1]).meta["val"].dtype != node.meta["val"].dtype:
+        raise Unmapped
+    expand(c, node, 1)
 
 
 def repeat(c: Convert, node: fx.Node) -> None:

@@ -221,10 +221,36 @@ def _pointwise(c: Convert, node: fx.Node) -> None:
 def _identity(c: Convert, node: fx.Node) -> None:
     source, dtype = tensor_node(node.args[0]), node.meta["val"].dtype
     if source.meta["val"].dtype != dtype:
-        made = (("dtype", (DTYPE, str(dtype).removeprefix("torch."))),)
-        c.add(node, L.Elementwise("_to_copy.default", ((SLOT, 0),), made), (c.tensor(source),))
+        _converted(c, node, source, dtype)
     else:
         c.alias(node)
+
+
+def _converted(c: Convert, node: fx.Node, source: fx.Node, dtype: torch.dtype) -> None:
+    made = (("dtype", (DTYPE, str(dtype).removeprefix("torch."))),)
+    c.add(node, L.Elementwise("_to_copy.default", ((SLOT, 0),), made), (c.tensor(source),))
+
+
+def _copy(c: Convert, node: fx.Node) -> None:
+    """An in-place write of another type is a conversion first."""
+    value, dtype = tensor_node(node.args[1]), node.meta["val"].dtype
+    if value.meta["val"].dtype == dtype:
+        movement.copy(c, node)
+    elif measured(value) == measured(node):
+        _converted(c, node, value, dtype)
+    else:
+        raise Unmapped
+
+
+def _complex(c: Convert, node: fx.Node) -> None:
+    """Pairs as complex numbers, whatever the layout of memory."""
+    x = tensor_node(node.args[0])
+    shape, axis = measured(x)
+    parts: list[str] = []
+    for k in range(2):
+        part = c.add(node, L.Slice(len(shape) - 1, k, k + 1), (c.tensor(x),), tag=f"_{k}")
+        parts.append(c.add(node, L.View(shape[:-1], axis, axis), (part,), tag=f"_part{k}"))
+    c.add(node, L.Elementwise("complex.default", ((SLOT, 0), (SLOT, 1))), parts)
 
 
 def _filled(c: Convert, node: fx.Node) -> None:
@@ -324,6 +350,8 @@ CONVERTERS: dict[str, Callable[[Convert, fx.Node], None]] = {
     ),
     **dict.fromkeys(("permute", "transpose", "t"), movement.permute),
     "expand": movement.expand,
+    "copy": _copy,
+    "view_as_complex": _complex,
     "arange": movement.arange,
     **dict.fromkeys(("repeat", "tile"), movement.repeat),
     "repeat_interleave": movement.repeat_interleave,

@@ -25,14 +25,16 @@ __all__ = [
 class Input(Layer):
     """Where a network takes a tensor in; ``shape`` is that of one example, without the example axis.
 
-    ``dtype`` is named where it is not that of the parameters: ``"int64"`` for tokens, ``"bool"`` for masks.
-    With ``alone`` the network takes batches of one example: it was captured from a module that is made for a fixed
-    number of them. ``ranges`` are the sizes that each axis of ``shape`` takes: the least, the greatest (none: no
-    bound) and the step between them; an empty tuple means any.
+    ``dtype`` is named where it is not that of the parameters: ``"int64"`` for tokens, ``"bool"`` for masks. With
+    ``alone`` the network takes batches of one example: it was captured from a module that is made for a fixed number of
+    them; ``apart`` says that the module treats every example alone, so that a batch is run example by example.
+    ``ranges`` are the sizes that each axis of ``shape`` takes: the least, the greatest (none: no bound) and the step
+    between them; an empty tuple means any.
     """
 
     shape: Shape | int | None = None
     alone: bool = False
+    apart: bool = False
     ranges: tuple[tuple[int, int | None, int], ...] = ()
     dtype: str | None = None
 
