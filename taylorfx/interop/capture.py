@@ -77,10 +77,13 @@ def _opened(twin: nn.Module, example: Any, module: nn.Module) -> tuple[Params, S
     """Capture with as much left open as can be."""
     # An example of one would be taken for a constant: two of it say the same.
     several = _each_tensor(lambda x: x.repeat(2, *[1] * (x.ndim - 1)) if len(x) == 1 else x, example)
+    network: tuple[Params, Spec]
     with contextlib.suppress(Exception):  # which the next try meets again, or which comes of the open sizes
-        return _network(twin, several, _Open.SIZES, module)
+        network = _network(twin, several, _Open.SIZES, module)
+        return network
     try:
-        return _network(twin, several, _Open.EXAMPLES, module)
+        network = _network(twin, several, _Open.EXAMPLES, module)
+        return network
     except Exception as error:  # torch.export raises whatever the module's own code raises
         try:
             network = _network(twin, _each_tensor(lambda x: x[:1], example), _Open.NOTHING, module)

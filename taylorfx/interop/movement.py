@@ -13,7 +13,8 @@ from taylorfx import layers as L
 from taylorfx.interop.convert import Convert, Unmapped, argument, measured, tensor_node
 
 __all__ = [
-    "along", "arange", "cat", "copy", "expand", "index", "pad", "parts", "permute", "repeat", "repeat_interleave", "select",
+    "along", "arange", "cat", "copy", "expand", "index", "pad", "parts", "permute", "repeat", "repeat_interleave",
+    "select",
     "slice_axis", "slice_scatter", "stack", "view",
 ]  # fmt: skip
 

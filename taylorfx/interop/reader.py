@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
@@ -164,11 +165,16 @@ def _refuse_rigid(node: Any) -> None:
             "instead."
         )
 
+    def number(size: Any) -> Any:  # of two examples: with symbols, torch would take notes of what is asked
+        if not isinstance(size, torch.SymInt):
+            return size
+        return int(size.node.expr.xreplace(dict.fromkeys(size.node.expr.free_symbols, sympy.Integer(2))))
+
     def differentiated(x: fx.Node) -> Any:
         value = x.meta.get("val")
         if not isinstance(value, Tensor):
-            return value
-        leaf = torch.empty_like(value)
+            return number(value)
+        leaf = torch.empty([number(n) for n in value.shape], dtype=value.dtype, device="meta")
         return leaf.requires_grad_() if leaf.is_floating_point() or leaf.is_complex() else leaf
 
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), differentiated)
