@@ -3,9 +3,15 @@
 The table says how many units the capture has to find: what is right for the construct, or none where it has to freeze.
 """
 
+import copy
+import functools
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+import taylorfx as tfx
 
 
 def net(forward, units, *, x=(2, 4, 4), **parts):
@@ -77,6 +83,39 @@ def class_token(m, x):
 def standardized(m, x):
     w = m.weight - m.weight.mean((1, 2, 3), keepdim=True)
     return m.head(flat(F.conv2d(x, w / (w.std((1, 2, 3), keepdim=True) + 1e-5), padding=1).relu()))
+
+
+def depth(m, x):
+    """Torchvision's stochastic depth, in the mode that drops whole examples."""
+    if not m.training:
+        return x
+    return x * torch.empty((x.shape[0], 1, 1, 1), dtype=x.dtype).bernoulli_(0.7).div_(0.7)
+
+
+def dropping_attention(m, x):
+    n, t, _ = x.shape
+    q, k, v = (layer(x).view(n, t, 2, 3).transpose(1, 2) for layer in (m.q, m.k, m.v))
+    p = 0.4 if m.training else 0.0
+    return m.head(F.scaled_dot_product_attention(q, k, v, dropout_p=p).transpose(1, 2).flatten(1))
+
+
+def written_in_place(m, x):
+    y = m.a(x).clone()
+    y[:, :2] = m.b(y)[:, :2].relu()
+    return m.head(flat(y))
+
+
+def rotated(m, x):
+    z = torch.view_as_complex(m.a(x).unflatten(-1, (2, 4)).transpose(-1, -2).contiguous())
+    return m.head(torch.view_as_real(z * torch.view_as_complex(m.turn))[..., 0].flatten(1))
+
+
+def experts(m, x):
+    """Weights of every example's own, with the examples as groups."""
+    n = x.shape[0]
+    w = (m.r(x.mean((2, 3))).softmax(1) @ m.w).view(-1, 4, 3, 3)
+    y = F.conv2d(m.a(x).reshape(1, -1, 4, 4), w, padding=1, groups=n).view(n, 4, 4, 4)
+    return m.head(y.mean((2, 3)))
 
 
 MODULES = {
@@ -171,4 +210,29 @@ MODULES = {
     "lstm and its state": net(lambda m, x: (lambda y, state: m.head(torch.cat([m.c(y[:, -1]), state[0][-1], state[1][0]], 1)))(*m.b(m.a(x))), 9, x=(3, 4), a=nn.Linear(4, 5), b=nn.LSTM(5, 3, 2, batch_first=True), c=nn.Linear(3, 4), head=head(10)),
     "gru from a given state": net(lambda m, x: m.head(m.b(m.a(x), m.c(x[:, 0])[None].tanh())[0].flatten(1)), 5, x=(3, 4), a=nn.Linear(4, 5), b=nn.GRU(5, 3, batch_first=True), c=nn.Linear(4, 3), head=head(9)),
     "pooled to its own size": net(lambda m, x: m.head(flat(F.adaptive_avg_pool2d(m.a(x), (4, None)))), 4, a=conv(), head=head()),
+    "drops out": net(lambda m, x: m.head(flat(m.d(m.a(x)))), 4, a=conv(), d=nn.Dropout(0.3), head=head()),
+    "drops out in place": net(lambda m, x: m.head(flat(m.d(m.a(x)).relu())), 4, a=conv(), d=nn.Dropout(0.3, inplace=True), head=head()),
+    "drops maps": net(lambda m, x: m.head(flat(F.dropout2d(m.a(x), 0.4, m.training))), 4, a=conv(), head=head()),
+    "drops out and keeps scale": net(lambda m, x: m.head(flat(m.e(m.d(m.a(x).selu())))), 4, a=conv(), d=nn.AlphaDropout(0.3), e=nn.FeatureAlphaDropout(0.3), head=head()),
+    "stochastic depth": net(lambda m, x: (lambda y: m.head(flat(y + depth(m, m.b(y).relu()))))(m.a(x)), 4, a=conv(), b=conv(4), head=head()),
+    "attention that drops out": net(dropping_attention, 8, x=(3, 4), q=nn.Linear(4, 6), k=nn.Linear(4, 6), v=nn.Linear(4, 6), head=head(18)),
+    "recurrent layers that drop out": net(lambda m, x: m.head(m.b(m.a(x))[0].flatten(1)), 5, x=(3, 4), a=nn.Linear(4, 5), b=nn.GRU(5, 4, 2, batch_first=True, dropout=0.4), head=head(12)),
+    "cumulative average": net(lambda m, x: m.head(flat(m.b(m.a(x)))), 4, a=conv(), b=nn.BatchNorm2d(4, momentum=None), head=head()),
+    "older norms of weights": net(lambda m, x: m.head(flat(m.b(m.a(x)))), 7, a=nn.utils.weight_norm(conv()), b=nn.utils.spectral_norm(conv(4, 3)), head=head(48)),
+    "used twice in training": net(lambda m, x: m.head(flat(m.b(m.c(m.b(m.a(x)))))), 4, a=conv(), b=nn.BatchNorm2d(4), c=conv(4), head=head()),
+    "written in place": net(written_in_place, 4, a=conv(), b=conv(4), head=head()),
+    "complex pairs": net(rotated, 4, x=(3, 4), a=nn.Linear(4, 8), turn=P(4, 2), head=head(12)),
+    "norm of a weight": net(lambda m, x: m.head(F.linear(m.a(x), m.w) / m.w.norm(dim=1)), 5, x=(4,), a=nn.Linear(4, 5), w=P(3, 5), head=head(3)),
+    "shared out among experts": net(experts, 4, a=conv(2, 4), r=nn.Linear(2, 3), w=P(3, 4 * 4 * 9), head=nn.Linear(4, 2)),
 }  # fmt: skip
+
+
+@functools.cache
+def captured(name):
+    """A module in inference mode and double precision, an example of three, and the network: not to be changed."""
+    module, shape, _ = MODULES[name]
+    module = copy.deepcopy(module).double().eval()
+    x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return module, x, *tfx.from_torch(module, x)

@@ -1,8 +1,6 @@
 """Putting a group's channels in order changes nothing, and lets every group drop its own least."""
 
-import copy
 import math
-import warnings
 
 import hypothesis.strategies as st
 import pytest
@@ -10,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from constructs import CONSTRUCTS
 from hypothesis import example, given
-from modules import MODULES
+from modules import MODULES, captured
 from torch.testing import assert_close
 
 import taylorfx as tfx
@@ -123,11 +121,7 @@ def test_what_can_be_balanced(name: str):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_an_ordered_module_is_the_same_module(name: str):
-    module, shape, _ = MODULES[name]
-    x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        params, spec = tfx.from_torch(copy.deepcopy(module).double().eval(), x)
+    _, x, params, spec = captured(name)
     net = Network(spec, params, (x, torch.zeros(3, dtype=torch.long)), tfx.couple(params, spec))
     order = shuffled(net, 1)
     moved = tfx.apply(tfx.reorder(params, order), spec, x)

@@ -1,6 +1,5 @@
 """What budgets count and how they are met: peak memory, latency, any measure, several at once; scopes side by side."""
 
-import copy
 import itertools
 import math
 import weakref
@@ -13,7 +12,7 @@ import pytest
 import torch
 from constructs import CONSTRUCTS
 from hypothesis import assume, example, given
-from modules import MODULES
+from modules import MODULES, captured
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -108,10 +107,7 @@ DIFFERENT = {"spectral norm": 2 * 3 * 36 + 2 * 3, "vector": 2 * 3 * 5, "last sta
 
 @pytest.mark.parametrize("name", MODULES)
 def test_flops_of_a_captured_module_are_those_that_torch_counts(name):
-    module, shape, _ = MODULES[name]
-    module = copy.deepcopy(module).double().eval()
-    x = torch.randn(3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    params, spec = tfx.from_torch(module, x)
+    module, x, params, spec = captured(name)
     coupling = tfx.couple(params, spec)
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         module(x[:1])
@@ -327,8 +323,8 @@ def test_every_layer_can_be_timed(name):
         net = network(CONSTRUCTS[name])
         coupling = net.coupling
     else:
-        module, shape, _ = MODULES[name]
-        coupling = tfx.couple(*tfx.from_torch(copy.deepcopy(module).eval(), torch.randn(3, *shape)))
+        _, _, params, spec = captured(name)
+        coupling = tfx.couple(params, spec)
     timings = tfx.Timings(batch=2, repeats=1)
     keep = random_plan(coupling, torch.Generator().manual_seed(0)).keep
     assert timings(coupling.spec) > 0

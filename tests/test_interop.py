@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from hypothesis import given, settings
-from modules import MODULES
+from modules import MODULES, captured
 from torch import nn
 from torch.testing import assert_close
 
@@ -18,17 +18,9 @@ from taylorfx.testing import assert_trees_equal, networks, random_plan
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 
 
-def captured(name):
-    module, shape, units = MODULES[name]
-    module = copy.deepcopy(module).double().eval()
-    x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    params, spec = from_torch(module, x)
-    return module, x, params, spec, units
-
-
 @pytest.mark.parametrize("name", MODULES)
 def test_a_captured_module_is_right_or_frozen(name):
-    module, x, params, spec, units = captured(name)
+    (module, x, params, spec), units = captured(name), MODULES[name][2]
     assert_close(tfx.apply(params, spec, x), module(x), **CLOSE)
     assert set(tfx.flatten(params)) >= {path for path, _ in module.named_parameters() if path in spec.shapes}
     assert tfx.from_json(tfx.to_json(spec)) == spec

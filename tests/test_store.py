@@ -14,7 +14,7 @@ import pytest
 import torch
 from constructs import CONSTRUCTS
 from hypothesis import HealthCheck, given, settings
-from modules import MODULES
+from modules import captured
 
 import taylorfx as tfx
 from taylorfx import layers as L
@@ -348,8 +348,7 @@ def documents():
     """Documents of networks as they are built and as they are captured."""
     found = [tfx.to_json(network(spec).spec) for spec in CONSTRUCTS.values()]
     for name in CAPTURED:
-        module, shape, _ = MODULES[name]
-        found.append(tfx.to_json(tfx.from_torch(module.eval(), torch.randn(2, *shape))[1]))
+        found.append(tfx.to_json(captured(name)[3]))
     return found
 
 
