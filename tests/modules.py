@@ -100,8 +100,8 @@ def dropping_attention(m, x):
 
 
 def written_in_place(m, x):
-    y = m.a(x).clone()
-    y[:, :2] = m.b(y)[:, :2].relu()
+    y, z = m.a(x).clone(), m.b(m.a(x))
+    y[:, :2] = z[:, :2].relu()
     return m.head(flat(y))
 
 
@@ -213,12 +213,11 @@ MODULES = {
     "drops out": net(lambda m, x: m.head(flat(m.d(m.a(x)))), 4, a=conv(), d=nn.Dropout(0.3), head=head()),
     "drops out in place": net(lambda m, x: m.head(flat(m.d(m.a(x)).relu())), 4, a=conv(), d=nn.Dropout(0.3, inplace=True), head=head()),
     "drops maps": net(lambda m, x: m.head(flat(F.dropout2d(m.a(x), 0.4, m.training))), 4, a=conv(), head=head()),
-    "drops out and keeps scale": net(lambda m, x: m.head(flat(m.e(m.d(m.a(x).selu())))), 4, a=conv(), d=nn.AlphaDropout(0.3), e=nn.FeatureAlphaDropout(0.3), head=head()),
+    "drops out and keeps scale": net(lambda m, x: m.head(flat(m.e(m.d(F.selu(m.a(x)))))), 4, a=conv(), d=nn.AlphaDropout(0.3), e=nn.FeatureAlphaDropout(0.3), head=head()),
     "stochastic depth": net(lambda m, x: (lambda y: m.head(flat(y + depth(m, m.b(y).relu()))))(m.a(x)), 4, a=conv(), b=conv(4), head=head()),
     "attention that drops out": net(dropping_attention, 8, x=(3, 4), q=nn.Linear(4, 6), k=nn.Linear(4, 6), v=nn.Linear(4, 6), head=head(18)),
     "recurrent layers that drop out": net(lambda m, x: m.head(m.b(m.a(x))[0].flatten(1)), 5, x=(3, 4), a=nn.Linear(4, 5), b=nn.GRU(5, 4, 2, batch_first=True, dropout=0.4), head=head(12)),
     "cumulative average": net(lambda m, x: m.head(flat(m.b(m.a(x)))), 4, a=conv(), b=nn.BatchNorm2d(4, momentum=None), head=head()),
-    "older norms of weights": net(lambda m, x: m.head(flat(m.b(m.a(x)))), 7, a=nn.utils.weight_norm(conv()), b=nn.utils.spectral_norm(conv(4, 3)), head=head(48)),
     "used twice in training": net(lambda m, x: m.head(flat(m.b(m.c(m.b(m.a(x)))))), 4, a=conv(), b=nn.BatchNorm2d(4), c=conv(4), head=head()),
     "written in place": net(written_in_place, 4, a=conv(), b=conv(4), head=head()),
     "complex pairs": net(rotated, 4, x=(3, 4), a=nn.Linear(4, 8), turn=P(4, 2), head=head(12)),

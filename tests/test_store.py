@@ -10,11 +10,11 @@ import pickle
 import time
 
 import hypothesis.strategies as st
+import modules
 import pytest
 import torch
 from constructs import CONSTRUCTS
 from hypothesis import HealthCheck, given, settings
-from modules import captured
 
 import taylorfx as tfx
 from taylorfx import layers as L
@@ -348,7 +348,7 @@ def documents():
     """Documents of networks as they are built and as they are captured."""
     found = [tfx.to_json(network(spec).spec) for spec in CONSTRUCTS.values()]
     for name in CAPTURED:
-        found.append(tfx.to_json(captured(name)[3]))
+        found.append(tfx.to_json(modules.captured(name)[3]))
     return found
 
 

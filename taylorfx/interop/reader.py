@@ -20,6 +20,7 @@ from taylorfx.interop.operators import CONVERTERS
 from taylorfx.interop.sizes import Sizes
 from taylorfx.labels import Ties
 from taylorfx.layers import Input, Shape
+from taylorfx.layers.operators import OWN
 from taylorfx.layers.operators import operator as resolve
 from taylorfx.layers.tensor import operator_of
 from taylorfx.sizes import propagate
@@ -180,9 +181,12 @@ def _refuse_rigid(node: Any) -> None:
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), differentiated)
     try:
         with torch.enable_grad():
-            target(*args, **kwargs)
+            found = [x for x in torch.utils._pytree.tree_leaves(target(*args, **kwargs)) if isinstance(x, Tensor)]
+            whole = [x.sum() for x in found if x.requires_grad and x.is_floating_point()]
+            if whole and node.target.namespace not in OWN:  # others say it only when it is asked for
+                torch.stack(whole).sum().backward()  # type: ignore[no-untyped-call]
     except Exception as error:
-        if "derivative" in str(error):
+        if "derivative" in str(error) or "autograd" in str(error):
             raise CaptureError(
                 f"Floating-point numbers pass through operators that have derivatives; {target} has none "
                 f"({node.format_node()}). Give it a rule, taylorfx.rule, or write it with other operators."
