@@ -58,5 +58,5 @@ def _meets(spec: Spec, varies: Mapping[str, bool]) -> dict[str, set[str]]:
                     waiting += nodes[name].inputs
     for name, found in meets.items():  # what is computed from a weight alone is of it, too
         if nodes[name].inputs:
-            found |= set.intersection(*(meets[x] for x in nodes[name].inputs))
+            found |= set.intersection(*(meets.get(x, set()) for x in nodes[name].inputs))
     return meets

@@ -107,7 +107,7 @@ def written_in_place(m, x):
 
 def rotated(m, x):
     z = torch.view_as_complex(m.a(x).unflatten(-1, (2, 4)).transpose(-1, -2).contiguous())
-    return m.head(torch.view_as_real(z * torch.view_as_complex(m.turn))[..., 0].flatten(1))
+    return m.head((z * torch.view_as_complex(m.turn)).real.flatten(1))
 
 
 def experts(m, x):
@@ -156,7 +156,7 @@ MODULES = {
     "channel softmax": net(lambda m, x: m.head(flat(m.a(x).softmax(1))), 0, a=conv(), head=head()),
     "local response norm": net(lambda m, x: m.head(flat(F.local_response_norm(m.a(x), 3))), 0, a=conv(), head=head()),
     "lstm": net(lambda m, x: m.head(m.b(m.a(x))[0][:, -1]), 5, x=(3, 4), a=nn.Linear(4, 5), b=nn.LSTM(5, 4, batch_first=True), head=head(4)),
-    "positional table": net(positions, 8, x=(3, 4), fc=nn.Linear(4, 5), table=P(6, 5), head=head(15)),
+    "positional table": net(positions, 5, x=(3, 4), fc=nn.Linear(4, 5), table=P(6, 5), head=head(15)),
     "learned token": net(class_token, 5, x=(3, 4), fc=nn.Linear(4, 5), token=P(1, 1, 5), head=head(5)),
     "buffer with channels": net(lambda m, x: m.head(flat((m.a(x) - m.mean[None, :, None, None]) * m.scale)), 4, a=conv(), mean=torch.arange(4.0), scale=torch.tensor(2.0), head=head()),
     "scalar parameter": net(lambda m, x: m.head(flat(m.a(x) * m.s.exp())), 4, a=conv(), s=P(), head=head()),

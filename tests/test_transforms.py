@@ -332,6 +332,8 @@ def test_jvp_of_a_layer_is_its_difference_quotient(case: Case, training: bool) -
             return tfx.train(params, case.spec, *inputs, generator=torch.Generator().manual_seed(0))[0]
         return tfx.apply(params, case.spec, *inputs)
 
+    if training and case.name == "spectral norm":
+        pytest.skip("torch's power iteration takes the weight for a constant, which a quotient does not")
     _, slope = jvp(call, (primals,), (direction,))
     assert_close(slope, difference(call, primals, direction, 1e-6), rtol=1e-5, atol=1e-5)
 
@@ -340,7 +342,7 @@ def test_jvp_of_a_layer_is_its_difference_quotient(case: Case, training: bool) -
 def test_vmap_over_training_inputs_gives_every_batch_its_own_statistics(case: Case) -> None:
     leaves = case.leaves()
     inputs = [torch.stack([x, x.flip(-1), x.roll(1, 0) // 2]) for x in case.inputs()]
-    if isinstance(case.part, tfx.Dropout):
+    if isinstance(case.part, (tfx.Dropout, tfx.RReLU)):
         pytest.skip("randomness differs between vmap and a loop")
 
     def step(*inputs: Tensor) -> tuple[Tensor, Leaves]:

@@ -143,7 +143,7 @@ def _arguments(inputs: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any
             f"received {type(inputs).__name__}."
         )
     found: tuple[tuple[Any, ...], dict[str, Any]] = _each_tensor(
-        lambda x: x.contiguous(), (tuple(positional), dict(kwargs or {}))
+        lambda x: x.contiguous() if x.layout is torch.strided else x, (tuple(positional), dict(kwargs or {}))
     )
     return found
 

@@ -188,7 +188,7 @@ class RReLU(_Elementwise):
     upper: float = 1 / 3
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
-        return F.rrelu(inputs[0], self.lower, self.upper)
+        return F.leaky_relu(inputs[0], (self.lower + self.upper) / 2)
 
     def train(
         self, params: Leaves, *inputs: Tensor, generator: torch.Generator | None
