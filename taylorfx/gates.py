@@ -16,7 +16,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -139,13 +139,12 @@ def measure(
         generator=generator, fold=fold, channels_last=channels_last, micro_batch=micro_batch,
     )  # fmt: skip
     total, first = Statistics.neutral(coupling.names), None
-    networks = (fingerprint(params, coupling),)
     finite: list[Tensor] = []
     for batch in each_batch(batches):
         first = first or batch
         scored = run(*batch)
         finite.append(scored[0].isfinite().all())
-        total = total + _summed(*scored, rows=rows, units=coupling.names, per_example=per_example, networks=networks)
+        total = total + _summed(*scored, rows=rows, units=coupling.names, per_example=per_example)
     if first is None:
         if isinstance(batches, Iterator):
             raise ValueError("There is nothing to measure: received no batch. Was the iterator already used up?")
@@ -154,7 +153,7 @@ def measure(
     if len(coupling):
         whole = objective.parted(*first, spec)
         refuse_flat(objective, params, spec, whole, total.sum_abs.max() / total.n, total.loss / total.n)
-    return total
+    return replace(total, networks=(fingerprint(params, coupling),))
 
 
 def _refuse_infinite(finite: Tensor, per_example: bool) -> None:
