@@ -176,7 +176,7 @@ def _step(params: tfx.Params, coupling: tfx.Coupling, x: dict[str, Tensor]) -> f
         module.train()
         before = loss()
         before.backward()
-        grads = {name: p.grad for name, p in module.named_parameters()}
+        grads = {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
         silent = [name for name, grad in grads.items() if grad is None]
         assert not silent, f"without a gradient: {silent}"
         square = sum(grad.square().sum() for grad in grads.values())

@@ -122,7 +122,8 @@ def needs(criterion: Any) -> Needs:
     called = callable(inner) and not isinstance(inner, (type, Tensor))
     mark = getattr(inner, "needs", getattr(inner.__call__, "needs", None)) if called else None
     found = mark if isinstance(mark, Needs) else Needs()
-    args, named = _arguments(criterion, found, *[None] * 5, {"loss": None}, None) if called else ((), {})
+    blank: dict[str, Any] = dict.fromkeys(("stats", "params", "spec", "batches", "coupling", "draw"))
+    args, named = _arguments(criterion, found, objective={"loss": None}, **blank) if called else ((), {})
     problem = unfit(criterion, *args, **named) if called else "it is not called"
     if problem:
         raise ValueError(
