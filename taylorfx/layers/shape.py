@@ -6,7 +6,7 @@ import itertools
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
 
 import torch
@@ -47,6 +47,10 @@ class Input(Layer):
             raise ShapeError(
                 f"Input takes the name of one of torch's dtypes, such as 'int64'; received {self.dtype!r}."
             )
+
+    def __str__(self) -> str:
+        """Without the ranges, which are long."""
+        return super(Input, replace(self, ranges=())).__str__()
 
     def refusal(self, shape: Shape) -> str:
         """What is wrong with an example of this shape, by axis of a batch; empty if nothing is."""
