@@ -105,11 +105,6 @@ def written_in_place(m, x):
     return m.head(flat(y))
 
 
-def rotated(m, x):
-    z = torch.view_as_complex(m.a(x).unflatten(-1, (2, 4)).transpose(-1, -2).contiguous())
-    return m.head((z * torch.view_as_complex(m.turn)).real.flatten(1))
-
-
 def experts(m, x):
     """Weights of every example's own, with the examples as groups."""
     n = x.shape[0]
@@ -219,10 +214,9 @@ MODULES = {
     "recurrent layers that drop out": net(lambda m, x: m.head(m.b(m.a(x))[0].flatten(1)), 5, x=(3, 4), a=nn.Linear(4, 5), b=nn.GRU(5, 4, 2, batch_first=True, dropout=0.4), head=head(12)),
     "cumulative average": net(lambda m, x: m.head(flat(m.b(m.a(x)))), 4, a=conv(), b=nn.BatchNorm2d(4, momentum=None), head=head()),
     "used twice in training": net(lambda m, x: m.head(flat(m.b(m.c(m.b(m.a(x)))))), 4, a=conv(), b=nn.BatchNorm2d(4), c=conv(4), head=head()),
-    "written in place": net(written_in_place, 4, a=conv(), b=conv(4), head=head()),
-    "complex pairs": net(rotated, 4, x=(3, 4), a=nn.Linear(4, 8), turn=P(4, 2), head=head(12)),
-    "norm of a weight": net(lambda m, x: m.head(F.linear(m.a(x), m.w) / m.w.norm(dim=1)), 5, x=(4,), a=nn.Linear(4, 5), w=P(3, 5), head=head(3)),
-    "shared out among experts": net(experts, 4, a=conv(2, 4), r=nn.Linear(2, 3), w=P(3, 4 * 4 * 9), head=nn.Linear(4, 2)),
+    "written in place": net(written_in_place, 6, a=conv(), b=conv(4), head=head()),
+    "norm of a weight": net(lambda m, x: m.head(F.linear(m.a(x), m.w) / m.w.norm(dim=1)), 8, x=(4,), a=nn.Linear(4, 5), w=P(3, 5), head=head(3)),
+    "shared out among experts": net(experts, 0, a=conv(2, 4), r=nn.Linear(2, 3), w=P(3, 4 * 4 * 9), head=nn.Linear(4, 2)),
 }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from modules import MODULES, captured, conv, flat, head, net
+from modules import MODULES, P, captured, conv, flat, head, net
 from torch import nn
 from torch.testing import assert_close
 
@@ -303,6 +303,19 @@ def test_random_numbers_in_inference_are_said():
     module, shape, _ = net(lambda m, x: m.head(flat(F.dropout(m.a(x), 0.5, training=True))), 4, a=conv(), head=head())
     with pytest.warns(UserWarning, match="draws random numbers in inference"):
         from_torch(module.eval(), torch.randn(3, *shape))
+
+
+def test_complex_pairs_do_not_depend_on_the_layout_of_memory():
+    def forward(m, x):
+        z = torch.view_as_complex(m.a(x).unflatten(-1, (2, 4)).transpose(-1, -2).contiguous())
+        return m.head((z * torch.view_as_complex(m.turn)).real.flatten(1))
+
+    module, shape, _ = net(forward, 0, x=(3, 4), a=nn.Linear(4, 8), turn=P(4, 2), head=head(12))
+    x = torch.randn(3, *shape)
+    params, spec = from_torch(module.eval(), x)
+    assert_close(tfx.apply(params, spec, x), module(x))
+    mine, theirs = step(to_torch(params, spec), x), step(module, x)
+    assert_close(mine[1], theirs[1])
 
 
 def test_memory_by_strides_is_refused():

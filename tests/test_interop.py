@@ -123,7 +123,7 @@ def test_what_comes_out_has_the_names_and_values_of_what_went_in():
 
 
 def test_what_comes_out_lives_as_a_module_does():
-    _, x, params, spec, _ = captured("squeeze and excitation")
+    _, x, params, spec = captured("squeeze and excitation")
     out = to_torch(params, spec).eval()
     expected = out(x)
     for other in (copy.deepcopy(out), pickle.loads(pickle.dumps(out))):
@@ -181,7 +181,7 @@ def test_arguments_that_are_no_tensors_are_part_of_the_network():
 
 
 def test_a_name_in_the_spec_is_the_modules_own():
-    _, _, _, spec, _ = captured("residual projection")
+    _, _, _, spec = captured("residual projection")
     assert [node.name for node in spec if node.layer.shapes()] == ["a", "b", "s", "head"]
 
 
@@ -256,8 +256,9 @@ def test_a_module_for_a_fixed_number_of_examples_is_captured_for_one_at_a_time()
     rows = tfx.derivatives(params, spec, x, targets, coupling)[1]
     whole = tfx.serial(tfx.Input((4,)), a=tfx.Linear(4, 6), relu=tfx.ReLU(), b=tfx.Linear(6, 3))
     assert_close(rows, tfx.derivatives(params, whole, x, targets, tfx.couple(params, whole))[1], **CLOSE)
+    assert_close(tfx.apply(params, spec, x), module(x), **CLOSE)  # one after the other
     with pytest.raises(tfx.ShapeError, match="one example at a time"):
-        tfx.apply(params, spec, x)
+        tfx.train(params, spec, x)
 
 
 def test_a_rule_from_outside_says_what_an_operator_becomes():
@@ -266,6 +267,17 @@ def test_a_rule_from_outside_says_what_an_operator_becomes():
         return x * x.sigmoid() * by
 
     bend.register_fake(lambda x, by: torch.empty_like(x))
+
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        s = x.sigmoid()
+        return grad * ctx.by * (s + x * s * (1 - s)), None
+
+    def setup(ctx, inputs, output):
+        ctx.by = inputs[1]
+        ctx.save_for_backward(inputs[0])
+
+    bend.register_autograd(backward, setup_context=setup)
 
     class Bent(nn.Module):
         def __init__(self):
@@ -353,7 +365,7 @@ def test_what_comes_out_goes_to_onnx_and_computes_the_same_there(tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     for name in ("squeeze and excitation", "attention by hand", "channel shuffle"):
-        _, x, params, spec, _ = captured(name)
+        _, x, params, spec = captured(name)
         plan = random_plan(tfx.couple(params, spec), torch.Generator().manual_seed(0))
         out, x = to_torch(tfx.cut(params, plan), plan.spec).eval().float(), x.float()
         shapes = ({0: torch.export.Dim.DYNAMIC},)

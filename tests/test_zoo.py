@@ -40,8 +40,7 @@ TEXT = {
     "llama": ["embed_tokens.weight"],
     "t5": ["decoder.embed_tokens.weight"],
     "clip": ["embeddings.class_embedding", "embeddings.patch_embedding.weight", "embeddings.position_embedding.weight"],
-    "whisper": [f"{side}.embed_{name}.weight" for side, name in (("encoder", "positions"), ("decoder", "tokens"),
-                                                                 ("decoder", "positions"))],
+    "whisper": ["decoder.embed_tokens.weight", "decoder.embed_positions.weight"],  # the encoder's positions are frozen
 }  # fmt: skip
 """What stays besides biases and norms, since the network gives out its residual stream: what is as wide on its own."""
 

@@ -217,7 +217,12 @@ def slice_scatter(c: Convert, node: fx.Node) -> None:
     dim, start, stop = (argument(node, *a) for a in ((2, "dim", 0), (3, "start", None), (4, "end", None)))
     shape, axis = measured(x)
     dim %= len(shape)
-    if dim == axis or argument(node, 5, "step", 1) != 1 or measured(source)[1] != axis:
+    if argument(node, 5, "step", 1) != 1 or measured(source)[1] != axis:
+        raise Unmapped
+    if measured(source) == measured(node):  # the whole axis
+        c.alias(node, 1)
+        return
+    if dim == axis:
         raise Unmapped
     start, stop, _ = slice(start, stop).indices(shape[dim])
     name, pieces = c.tensor(x), [c.tensor(source)]
