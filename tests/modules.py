@@ -92,6 +92,13 @@ def depth(m, x):
     return x * torch.empty((x.shape[0], 1, 1, 1), dtype=x.dtype).bernoulli_(0.7).div_(0.7)
 
 
+def kept(m, x):
+    """The same of the whole batch at once, written on its input."""
+    if m.training:
+        x.mul_(torch.empty((1, 1, 1, 1), dtype=x.dtype).bernoulli_(0.7).div_(0.7))
+    return x
+
+
 def dropping_attention(m, x):
     n, t, _ = x.shape
     q, k, v = (layer(x).view(n, t, 2, 3).transpose(1, 2) for layer in (m.q, m.k, m.v))
@@ -210,6 +217,7 @@ MODULES = {
     "drops maps": net(lambda m, x: m.head(flat(F.dropout2d(m.a(x), 0.4, m.training))), 4, a=conv(), head=head()),
     "drops out and keeps scale": net(lambda m, x: m.head(flat(m.e(m.d(F.selu(m.a(x)))))), 4, a=conv(), d=nn.AlphaDropout(0.3), e=nn.FeatureAlphaDropout(0.3), head=head()),
     "stochastic depth": net(lambda m, x: (lambda y: m.head(flat(y + depth(m, m.b(y).relu()))))(m.a(x)), 4, a=conv(), b=conv(4), head=head()),
+    "stochastic depth in place": net(lambda m, x: m.head(flat(kept(m, m.a(x)).relu())), 4, a=conv(), head=head()),
     "attention that drops out": net(dropping_attention, 8, x=(3, 4), q=nn.Linear(4, 6), k=nn.Linear(4, 6), v=nn.Linear(4, 6), head=head(18)),
     "recurrent layers that drop out": net(lambda m, x: m.head(m.b(m.a(x))[0].flatten(1)), 5, x=(3, 4), a=nn.Linear(4, 5), b=nn.GRU(5, 4, 2, batch_first=True, dropout=0.4), head=head(12)),
     "cumulative average": net(lambda m, x: m.head(flat(m.b(m.a(x)))), 4, a=conv(), b=nn.BatchNorm2d(4, momentum=None), head=head()),

@@ -64,10 +64,12 @@ def test_what_drops_out_is_drawn_from_torchs_own_generator():
         lambda m, x: m.head(flat(m.a(x) * 2 if m.training else m.a(x))),
         lambda m, x: m.head(flat(m.a(x))) if m.training else m.head(flat(m.a(x))).softmax(1),
         lambda m, x: m.head(flat(m.a(x) + torch.randn_like(m.a(x)) if m.training else m.a(x))),
+        lambda m, x: m.head(flat(m.a(x) * torch.empty(len(x), 1, 1, 1).bernoulli_(0.7) if m.training else m.a(x))),
+        lambda m, x: m.head(flat(m.a(x) + (m.seen.add_(1) * 0 if m.training else 0))),
     ],
 )
 def test_what_only_training_does_is_kept_or_said(forward):
-    module, shape, _ = net(forward, 4, a=conv(), head=head())
+    module, shape, _ = net(forward, 4, a=conv(), head=head(), seen=torch.tensor(0.0))
     with pytest.warns(UserWarning, match="does something else in training than in inference"):
         from_torch(module.eval(), torch.randn(3, *shape))
 

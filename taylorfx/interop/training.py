@@ -139,8 +139,8 @@ class _Pair:
     def __init__(self, inference: ExportedProgram, training: ExportedProgram) -> None:
         self.inference, self.training = inference, training
         self.seen: dict[Any, fx.Node] = {}
-        self.noise: dict[Any, tuple[float, tuple[Any, ...]]] = {}
-        """Noise of training, ``bernoulli(shape) / keep``: the probability to keep, and the shape."""
+        self.noise: dict[Any, tuple[float, tuple[Any, ...], bool]] = {}
+        """Noise of training, ``bernoulli(shape) / keep``: the probability to keep, the shape, and if it is divided."""
         self.noisy: dict[Any, fx.Node] = {}
         """Values that training multiplies by noise, and what stands for them in inference."""
         self.waiting = deque(filter(_computes, inference.graph.nodes))
@@ -226,7 +226,7 @@ class _Pair:
     def _counts(self, node: fx.Node) -> bool:
         """A batch norm counts its batches."""
         x: Any = node.args[0] if node.args else None
-        if _name(node) != "add_" or not (x in self.counters or (x.op == "placeholder" and x.meta["val"].ndim == 0)):
+        if _name(node) != "add_" or not (x in self.counters or str(x.target).endswith("num_batches_tracked")):
             return False
         self.counters.add(node)
         return True
@@ -236,11 +236,11 @@ class _Pair:
         arguments: Any = node.args or (None,)
         name, (x, *rest) = _name(node), arguments
         if name in ("empty", "new_empty"):
-            self.noise[node] = 1.0, tuple(rest[0] if rest else x)
+            self.noise[node] = 1.0, tuple(rest[0] if rest else x), False
         elif x in self.noise and name in ("bernoulli_", "bernoulli") and rest:
-            self.noise[node] = rest[0], self.noise[x][1]
-        elif x in self.noise and name in ("div_", "div") and rest == [self.noise[x][0]]:
-            self.noise[node] = self.noise[x]
+            self.noise[node] = rest[0], self.noise[x][1], False
+        elif x in self.noise and name in ("div_", "div") and rest == [self.noise[x][0]] and not self.noise[x][2]:
+            self.noise[node] = *self.noise[x][:2], True
         else:
             return False
         return True
@@ -250,15 +250,17 @@ class _Pair:
         pair: Any = node.args[:2]
         if _name(node) not in ("mul", "mul_") or len(pair) < 2 or pair[1] not in self.noise or pair[0] not in self.seen:
             return False
-        (keep, shape), x = self.noise[pair[1]], self.noisy.get(pair[0], self.seen[pair[0]])
+        (keep, shape, divided), x = self.noise[pair[1]], self.noisy.get(pair[0], self.seen[pair[0]])
         sizes = x.meta["val"].shape
-        if len(shape) != len(sizes) or not isinstance(keep, float):
+        if len(shape) != len(sizes) or not isinstance(keep, float) or not divided:
             return False
         alone = [k for k, (one, n) in enumerate(zip(shape, sizes, strict=True)) if one != 1 or n == 1]
         with (graph := self.inference.graph).inserting_after(x):
             ours = graph.call_function(torch.ops.taylorfx.dropout.default, (x, 1 - keep, alone, False))
         ours.meta = dict(x.meta)
         self.seen[node], self.noisy[node] = self.seen[pair[0]], ours
+        if _name(node) == "mul_":
+            self.noisy[pair[0]] = ours
         return True
 
 
