@@ -202,7 +202,7 @@ class Convert:
             (source,) = node.all_input_nodes  # of which only the dtype counts
             constants = {source.name: torch.zeros((), dtype=source.meta["val"].dtype)}
         known = all(n.name in constants for n in node.all_input_nodes)
-        if not known or name.startswith(("aten.rand", "aten.bernoulli")):
+        if not known or torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()):
             return False
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: constants[n.name])
         result = target(*args, **kwargs)
