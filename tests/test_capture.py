@@ -51,6 +51,14 @@ def test_a_training_step_of_the_copy_is_one_of_the_module(name):
     assert theirs[3]
 
 
+def test_the_row_of_padding_is_not_trained():
+    module = nn.Sequential(nn.Embedding(9, 4, padding_idx=1), nn.Linear(4, 3)).eval()
+    tokens = torch.arange(8).reshape(2, 4) % 3
+    mine, theirs = step(to_torch(*from_torch(module, tokens)), tokens), step(module, tokens)
+    assert_close(mine[1], theirs[1])
+    assert not mine[1]["0.weight"][1].any()
+
+
 def test_what_drops_out_is_drawn_from_torchs_own_generator():
     _, x, params, spec = captured("drops out")
     copied = to_torch(params, spec).train()

@@ -44,6 +44,7 @@ TWINS: list[tuple[str, tuple[int, ...]]] = [
     ("Linear(5, 7)", (3, 5)),
     ("Linear(5, 7, False)", (3, 2, 4, 5)),
     ("Embedding(11, 5)", (3, 4)),
+    ("Embedding(11, 5, padding_idx=2)", (3, 4)),
     ("BatchNorm1d(4)", (5, 4)),
     ("BatchNorm1d(4, 1e-3, 0.3)", (5, 4, 3)),
     ("BatchNorm1d(4, track_running_stats=False)", (5, 4, 3)),

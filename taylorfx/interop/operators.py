@@ -35,7 +35,9 @@ def _linear(c: Convert, node: fx.Node) -> None:
 def _embedding(c: Convert, node: fx.Node) -> None:
     path = c.path(node.args[0])
     rows, width = c.tensors[path].shape
-    c.add(node, L.Embedding(rows, width), (c.tensor(tensor_node(node.args[1])),), leaves={"weight": path})
+    padding: Any = argument(node, 2, "padding_idx", -1)
+    layer = L.Embedding(rows, width, None if padding < 0 else padding)
+    c.add(node, layer, (c.tensor(tensor_node(node.args[1])),), leaves={"weight": path})
 
 
 def _prelu(c: Convert, node: fx.Node) -> None:

@@ -45,10 +45,14 @@ class Linear(Layer):
 
 @dataclass(frozen=True)
 class Embedding(Layer):
-    """``torch.nn.Embedding``: integers ``(N, ...)`` to ``(N, ..., embedding_dim)``."""
+    """``torch.nn.Embedding``: integers ``(N, ...)`` to ``(N, ..., embedding_dim)``.
+
+    Row ``padding_idx``, if any, is not trained.
+    """
 
     num_embeddings: int
     embedding_dim: int
+    padding_idx: int | None = None
 
     def signature(self, *shapes: Shape) -> str:
         return "..., weight: V e -> ... e"
@@ -58,10 +62,13 @@ class Embedding(Layer):
 
     def init(self, generator: torch.Generator) -> dict[str, Tensor]:
         shape = (self.num_embeddings, self.embedding_dim)
-        return {"weight": torch.empty(shape, device=generator.device).normal_(generator=generator)}
+        weight = torch.empty(shape, device=generator.device).normal_(generator=generator)
+        if self.padding_idx is not None:
+            weight[self.padding_idx] = 0
+        return {"weight": weight}
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
-        return F.embedding(inputs[0], params["weight"])
+        return F.embedding(inputs[0], params["weight"], self.padding_idx)
 
 
 @dataclass(frozen=True)
