@@ -267,10 +267,8 @@ class _Solver:
             renumber[f] = names.setdefault(scopes[f], len(names))
         units_of = self._units(number)
         weights = of_weights(self.spec, self.bounds, lambda axis: self._units_along(axis, number))
-        dropped = set(map(id, weights))
-        looked = [np.array(sorted(self._units_along(site.labels, number))) for site in weights]
         exact = ~inexact[units]
-        exact[np.concatenate([np.zeros(0, np.int64), *looked])] = False
+        exact[list(set[int]().union(*weights.values()))] = False
         found = [
             units_of[k] if k in units_of else np.broadcast_to(np.int64(-1), (1, length(axis)))
             for k, axis in enumerate(self.columns[:axes])
@@ -293,15 +291,19 @@ class _Solver:
                 name: {x: axis_of[id(axis)] for x, axis in bound.letters.items()} for name, bound in self.bounds.items()
             },
             bounds=self.bounds,
-            reads=self._places((site for x in bounds for site in x.reads if id(site) not in dropped), sites, units_of),
+            reads=self._places((site for x in bounds for site in x.reads if id(site) not in weights), sites, units_of),
             writes=self._places((site for bound in bounds for site in bound.writes), sites, units_of),
             mixing=tuple(ties.mixing),
         )
 
     def _units_along(self, axis: Labeled, number: Labels) -> set[int]:
         """The units of an axis."""
-        classes = [self._classes_of(f.labels) for f in axis if f.labels is not None and f.labels is not EXAMPLE]
-        return {u for each in classes for u in number[each].tolist() if u >= 0}
+        return {u for u in number[self._classes_along(axis)].tolist() if u >= 0}
+
+    def _classes_along(self, axis: Labeled) -> Labels:
+        """All classes that stand behind the labels of an axis."""
+        labels = [f.labels for f in axis if f.labels is not None and f.labels is not EXAMPLE]
+        return np.concatenate([np.zeros(0, np.int64), *map(self._classes_of, labels)])
 
     def _numbers(self, axes: Iterable[Labeled]) -> dict[int, int]:
         """The number of each axis among the different ones, by its identity."""
@@ -344,8 +346,7 @@ class _Solver:
             hold(self._classes_of(labels), reason)
         read = np.zeros(count + 1, bool)
         for site in (site for bound in self.bounds.values() for site in bound.reads):
-            for labels in (f.labels for f in site.labels if f.labels is not None and f.labels is not EXAMPLE):
-                read[self._classes_of(labels)] = True
+            read[self._classes_along(site.labels)] = True
         hold(np.flatnonzero(~(read | held)[:-1]), "no layer consumes it")
         lowest, highest = (end.reduceat(self.spread, self.starts, 1) for end in (np.minimum, np.maximum))
         alone = (lowest == highest) & (lowest >= 0) & (self.owners < axes)

@@ -175,8 +175,11 @@ class Spec:
                 f"Shapes are as many as the network's Input nodes, {len(names)} ({', '.join(names)}); "
                 f"received {len(shapes)}."
             )
-        declared = dict(zip(names, shapes, strict=True))
-        made = {n.name: replace(n, layer=replace(n.layer, shape=declared[n.name])) for n in self.inputs}  # type: ignore[call-arg]
+        return self.declared({name: {"shape": shape} for name, shape in zip(names, shapes, strict=True)})
+
+    def declared(self, fields: Mapping[str, Mapping[str, Any]]) -> Spec:
+        """The same network whose `Input` nodes say this: their fields, by the names of the nodes."""
+        made = {name: replace(self[name], layer=replace(self[name].layer, **given)) for name, given in fields.items()}
         return replace(self, nodes=tuple(made.get(n.name, n) for n in self.nodes))
 
 

@@ -13,31 +13,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from taylorfx.labels import Bound, Labeled, Site, is_example
+from taylorfx.labels import Bound, Labeled, is_example
 from taylorfx.spec import Spec
 
 __all__ = ["of_weights"]
 
 
-def of_weights(spec: Spec, bounds: Mapping[str, Bound], units: Callable[[Labeled], set[int]]) -> list[Site]:
+def of_weights(spec: Spec, bounds: Mapping[str, Bound], units: Callable[[Labeled], set[int]]) -> dict[int, set[int]]:
     """The reads that look at a weight along axes whose units activations carry where the weight meets them.
 
     Args:
         bounds: every node's signature, bound to labels.
         units: the units of an axis.
+
+    Returns:
+        The units of each such read, by the identity of its `Site`.
     """
     nodes = {node.name: node for node in spec.nodes}
     varies = {name: any(map(is_example, bound.output)) for name, bound in bounds.items()}
     sites = [(site, nodes[site.node].inputs[site.slot]) for bound in bounds.values() for site in bound.reads]
     sites = [(site, source) for site, source in sites if not varies[source]]
     if not sites:
-        return []
+        return {}
     meets = _meets(spec, varies)
     carried: dict[str, set[int]] = {}
     for name in set[str]().union(*meets.values()):
         carried[name] = set[int]().union(*(units(axis) for axis in bounds[name].letters.values()))
-    read = {id(site): units(site.labels) for site, _ in sites}
-    return [site for site, x in sites if read[id(site)] and any(read[id(site)] <= carried[n] for n in meets[x])]
+    read = [(id(site), units(site.labels), meets[source]) for site, source in sites]
+    return {site: found for site, found, met in read if found and any(found <= carried[name] for name in met)}
 
 
 def _meets(spec: Spec, varies: Mapping[str, bool]) -> dict[str, set[str]]:

@@ -251,6 +251,7 @@ def test_any_bytes_are_a_network_or_a_file_error(tmp_path, whole, changes, data)
     plan = random_plan(NET.coupling, torch.Generator().manual_seed(0))
     with contextlib.suppress(tfx.FileError):
         params, spec = tfx.load(tmp_path / "x")
+        assert isinstance(spec, tfx.Spec)
         tfx.check(params, spec)
     with contextlib.suppress(tfx.FileError, tfx.PlanError):
         tfx.cut_file(tmp_path / "x", tmp_path / "y", plan)

@@ -15,7 +15,6 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import replace
 from enum import Enum
 from typing import Any
 
@@ -77,13 +76,10 @@ def _opened(twin: nn.Module, example: Any, module: nn.Module) -> tuple[Params, S
     """Capture with as much left open as can be."""
     # An example of one would be taken for a constant: two of it say the same.
     several = _each_tensor(lambda x: x.repeat(2, *[1] * (x.ndim - 1)) if len(x) == 1 else x, example)
-    network: tuple[Params, Spec]
     with contextlib.suppress(Exception):  # which the next try meets again, or which comes of the open sizes
-        network = _network(twin, several, _Open.SIZES, module)
-        return network
+        return _network(twin, several, _Open.SIZES, module)
     try:
-        network = _network(twin, several, _Open.EXAMPLES, module)
-        return network
+        return _network(twin, several, _Open.EXAMPLES, module)
     except Exception as error:  # torch.export raises whatever the module's own code raises
         try:
             network = _network(twin, _each_tensor(lambda x: x[:1], example), _Open.NOTHING, module)
@@ -94,7 +90,10 @@ def _opened(twin: nn.Module, example: Any, module: nn.Module) -> tuple[Params, S
             f"{_first_line(error)}",
             stacklevel=3,
         )
-        return _apart(network) if _separates(twin, several) else network
+        if _separates(twin, several):
+            params, spec = network
+            return params, spec.declared({node.name: {"apart": True} for node in spec.inputs})
+        return network
 
 
 def _separates(twin: nn.Module, several: Any) -> bool:
@@ -113,13 +112,6 @@ def _separates(twin: nn.Module, several: Any) -> bool:
         return all(torch.allclose(a, b, 1e-4, 1e-5) for a, b in zip(whole, joined, strict=True))
     except Exception:  # whatever the module's own code raises for fewer examples
         return False
-
-
-def _apart(network: tuple[Params, Spec]) -> tuple[Params, Spec]:
-    params, spec = network
-    layers: dict[str, Any] = {node.name: node.layer for node in spec.inputs}
-    made = {name: replace(spec[name], layer=replace(layer, apart=True)) for name, layer in layers.items()}
-    return params, replace(spec, nodes=tuple(made.get(node.name, node) for node in spec.nodes))
 
 
 class _Open(Enum):
@@ -156,7 +148,7 @@ def _leave_cache(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
             config.use_cache = False  # type: ignore[union-attr]
 
 
-def _network(twin: nn.Module, example: Any, opened: _Open, module: nn.Module) -> Any:
+def _network(twin: nn.Module, example: Any, opened: _Open, module: nn.Module) -> tuple[Params, Spec]:
     """Capture the twin of a module, in inference and in training."""
     names = {id(leaf): path for path, leaf in twin.named_buffers()}
     tracked: dict[str, Any] = {names[id(part.running_mean)]: part for part in twin.modules() if _cumulative(part)}

@@ -13,7 +13,7 @@ from taylorfx import layers as L
 from taylorfx.interop.convert import Convert, Unmapped, argument, measured, tensor_node
 
 __all__ = [
-    "along", "arange", "cat", "copy", "expand", "index", "pad", "parts", "permute", "repeat", "repeat_interleave",
+    "along", "arange", "cat", "expand", "index", "pad", "parts", "permute", "repeat", "repeat_interleave",
     "select",
     "slice_axis", "slice_scatter", "stack", "view",
 ]  # fmt: skip
@@ -60,13 +60,6 @@ def expand(c: Convert, node: fx.Node, position: int = 0) -> None:
     if fresh >= 0 and after[fresh] != 1:
         raise Unmapped
     c.add(node, L.Expand(sizes, fresh), (c.tensor(x), *([c.known_examples()] if fresh >= 0 else [])))
-
-
-def copy(c: Convert, node: fx.Node) -> None:
-    """What is written over the whole of a tensor stands in its place, in its shape and type."""
-    if tensor_node(node.args[1]).meta["val"].dtype != node.meta["val"].dtype:
-        raise Unmapped
-    expand(c, node, 1)
 
 
 def repeat(c: Convert, node: fx.Node) -> None:

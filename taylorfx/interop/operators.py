@@ -234,10 +234,10 @@ def _converted(c: Convert, node: fx.Node, source: fx.Node, dtype: torch.dtype) -
 
 
 def _copy(c: Convert, node: fx.Node) -> None:
-    """An in-place write of another type is a conversion first."""
+    """What is written over the whole of a tensor stands in its place, in its shape and type."""
     value, dtype = tensor_node(node.args[1]), node.meta["val"].dtype
     if value.meta["val"].dtype == dtype:
-        movement.copy(c, node)
+        movement.expand(c, node, 1)
     elif measured(value) == measured(node):
         _converted(c, node, value, dtype)
     else:

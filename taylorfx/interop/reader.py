@@ -85,9 +85,7 @@ class Reader:
             return {key: bounds[name].shape for key, name in self.convert.names.items() if name in bounds}
 
         ranges = self.sizes.ranges(shapes)
-        made: dict[str, Any] = {n.name: n.layer for n in spec.inputs}
-        made = {x: replace(spec[x], layer=replace(layer, ranges=ranges[names[x]])) for x, layer in made.items()}
-        return replace(spec, nodes=tuple(made.get(node.name, node) for node in spec.nodes))
+        return spec.declared({node.name: {"ranges": ranges[names[node.name]]} for node in spec.inputs})
 
     def _inputs(self) -> None:
         state: dict[str, Any] = {**self.program.state_dict, **self.program.constants}

@@ -176,9 +176,7 @@ class Sizes:
                 other = sizes[s] + step * (rank + k)
                 sizes[s] = sympy.Integer(other) if most is None or other <= most else sympy.Integer(least)
             sizes |= dict.fromkeys(self.examples, sympy.Integer(1))
-            wanted = {
-                name: tuple(int(_expression(n).xreplace(sizes)) for n in shape) for name, shape in self.shapes.items()
-            }
+            wanted = {name: tuple(int(n.xreplace(sizes)) for n in shape) for name, shape in self.shapes.items()}
             try:
                 found = shapes({name: wanted[name][1:] for name in self.axes})
             except ValueError:
