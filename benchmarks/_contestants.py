@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import taylorfx as tfx
-from taylorfx.criteria import Criterion
-from taylorfx.loss import Loss
+from taylorfx.scoring.criteria import Criterion
+from taylorfx.scoring.losses import Loss
 
 try:
     with warnings.catch_warnings():
@@ -46,7 +46,7 @@ Contestant = Callable[[Sequence[float]], Plans]
 Collect = Callable[[nn.Module, Loss, Batches], None]
 """Gives every parameter the ``.grad`` that an importance of Torch-Pruning looks at."""
 
-BUDGETS = {"FLOPs": (tfx.Flops, tfx.flops), "parameters": (tfx.Parameters, tfx.parameters)}
+BUDGETS = {"FLOPs": (tfx.Flops, tfx.cost.flops), "parameters": (tfx.Parameters, tfx.cost.parameters)}
 
 
 @dataclass(frozen=True)
@@ -171,20 +171,23 @@ def projected(outputs: Tensor, projections: Tensor) -> Tensor:
 def contestants(case: Case, seed: int) -> dict[str, Contestant]:
     """All of them by name, in the order of the tables; what they measure is measured once."""
     coupling = case.coupling
-    normed = bool(tfx.flatten(tfx.partition(case.params, case.spec)[1]))
+    normed = bool(tfx.tree.flatten(tfx.partition(case.params, case.spec)[1]))
     stats, raw = case.measure(rows=True), case.measure(at_writes=True, training=normed)
-    centers = tfx.means(case.params, case.spec, case.batches, coupling).centers(coupling)
+    centers = tfx.repair.means(case.params, case.spec, case.batches, coupling).centers(coupling)
     around = case.measure(rows=True, around=centers)
     per = f"per {case.by.removesuffix('s')}"
     scores = {
-        criterion.__name__: criterion(stats, coupling) for criterion in (tfx.taylor, tfx.fisher, tfx.second_order)
+        criterion.__name__: criterion(stats, coupling)
+        for criterion in (tfx.taylor, tfx.fisher, tfx.criteria.second_order)
     }
     priced = {f"{name} {per}": values for name, values in scores.items()}
     priced[f"taylor around the mean, {per}"] = tfx.taylor(around, coupling)
-    scores["weight_l2, per_layer_l2"] = tfx.weight_l2(case.params, coupling, normalizer=tfx.per_layer_l2)
-    scores["compat"] = tfx.compat(raw, coupling)
+    scores["weight_l2, per_layer_l2"] = tfx.criteria.weight_l2(
+        case.params, coupling, normalizer=tfx.criteria.per_layer_l2
+    )
+    scores["compat"] = tfx.criteria.compat(raw, coupling)
     generator = torch.Generator().manual_seed(seed)
-    scores |= {f"random {k}": tfx.random(coupling, generator) for k in range(DRAWS)}
+    scores |= {f"random {k}": tfx.criteria.random(coupling, generator) for k in range(DRAWS)}
     outputs = of_outputs(case, generator)
     return {
         "prune": Prune(case),

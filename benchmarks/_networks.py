@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import taylorfx as tfx
-from taylorfx.loss import Loss
+from taylorfx.scoring.losses import Loss
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from quickstart import digits
@@ -89,7 +89,7 @@ class Task:
     def module(self, params: tfx.Params) -> nn.Module:
         """The module with these parameters, in inference mode."""
         module = self.network().eval()
-        missing, strange = module.load_state_dict(tfx.flatten(params), strict=False)
+        missing, strange = module.load_state_dict(tfx.tree.flatten(params), strict=False)
         assert not strange, strange
         assert all(name.endswith("num_batches_tracked") for name in missing), missing
         return module

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import taylorfx as tfx
-from taylorfx.lean import lean
+from taylorfx.rewrite.lean import lean
 
 Size = tuple[int, int]
 """Examples, and their height and width or their tokens."""

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import taylorfx as tfx
-from taylorfx.testing import random_plan
+from taylorfx import layers as L
+from taylorfx.testing.strategies import random_plan
 
 Case = tuple[nn.Module, dict[str, Tensor]]
 """A module and three examples of its keyword arguments."""
@@ -119,11 +120,11 @@ def prove(module: nn.Module, inputs: Mapping[str, Tensor]) -> Proof:
         found = _outputs(tfx.apply(params, spec, x))
         cut = _outputs(tfx.apply(tfx.cut(params, plan), plan.spec, x))
         gated = _outputs(tfx.apply(params, spec, x, gates=plan.gates))
-    cost, none = tfx.parameters(coupling), np.zeros(len(coupling), bool)
+    cost, none = tfx.cost.parameters(coupling), np.zeros(len(coupling), bool)
     lengths = coupling.counts(none)
     frozen: dict[str, list[str]] = {}
-    trained = tfx.flatten(tfx.partition(params, spec)[0])
-    buffers = {node.name for node in spec if isinstance(node.layer, tfx.Buffer)}
+    trained = tfx.tree.flatten(tfx.partition(params, spec)[0])
+    buffers = {node.name for node in spec if isinstance(node.layer, L.Buffer)}
     for scope, reason in coupling.frozen.items():
         if scope not in buffers and scope.rpartition(".")[0] not in buffers:
             frozen.setdefault(reason, []).append(scope)
@@ -135,7 +136,7 @@ def prove(module: nn.Module, inputs: Mapping[str, Tensor]) -> Proof:
         staying=[path for path in trained if all(lengths[axis] for axis in coupling.parameters[path])],
         exact=float(coupling.exact.mean()) if len(coupling) else 1.0,
         frozen=frozen,
-        unmapped=dict(Counter(node.layer.op for node in spec if isinstance(node.layer, tfx.Captured))),
+        unmapped=dict(Counter(node.layer.op for node in spec if isinstance(node.layer, L.Captured))),
         mixing=list(coupling.mixing),
         captured=_error(found, expected),
         cut=_error(cut, gated),

@@ -11,8 +11,8 @@ from typing import Any
 
 from scipy.stats import t as student
 
-from taylorfx.fidelity import Interval
-from taylorfx.report import plot_frontier
+from taylorfx.report.plots import plot_frontier
+from taylorfx.truth.correlations import Interval
 
 REPAIRS = ("as cut", "compensated", "recalibrated", "reconstructed", "fine-tuned", "reconstructed, fine-tuned")
 RIVAL = "Torch-Pruning"

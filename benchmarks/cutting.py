@@ -30,8 +30,9 @@ from _transformers import Logits
 from torch import Tensor, nn
 
 import taylorfx as tfx
-from taylorfx.fidelity import Interval
-from taylorfx.report import plot_frontier
+from taylorfx import layers as L
+from taylorfx.report.plots import plot_frontier
+from taylorfx.truth.correlations import Interval
 
 MODELS = {
     "resnet50": "ResNet-50", "convnext_tiny": "ConvNeXt-T", "bert": "BERT-base", "densenet121": "DenseNet-121",
@@ -110,13 +111,13 @@ def ours(name: str, runs: int) -> dict[str, Any]:
         couple, coupling = timed(lambda spec=spec: tfx.couple(params, spec))
         select, plan = timed(lambda coupling=coupling: tfx.select(scores, coupling, budget=budget))
         cut, (small, _) = timed(lambda plan=plan: (tfx.cut(params, plan), plan.spec))
-        copy, fresh = timed(lambda small=small: copied(tfx.flatten(small)))
+        copy, fresh = timed(lambda small=small: copied(tfx.tree.flatten(small)))
         if turn:  # the first one warms up
             for step, found in zip(times, (couple, select, cut, copy), strict=True):
                 times[step].append(found)
-        kept = sum(x.nbytes for x in tfx.flatten(small).values())
+        kept = sum(x.nbytes for x in tfx.tree.flatten(small).values())
         del small, fresh
-    leaves = tfx.flatten(params).values()
+    leaves = tfx.tree.flatten(params).values()
     largest = max(x.nbytes for x in leaves)
     return {
         "nodes": len(spec), "units": len(coupling), "parameters": sum(x.numel() for x in leaves), "times": times,
@@ -148,27 +149,27 @@ def peer(name: str, runs: int) -> dict[str, Any]:
 
 def chain(nodes: int) -> tfx.Spec:
     """Linear layers of 64 with activations between them."""
-    return tfx.serial(tfx.Input((64,)), *(tfx.ReLU() if k % 2 else tfx.Linear(64, 64) for k in range(nodes - 1)))
+    return tfx.serial(tfx.Input((64,)), *(L.ReLU() if k % 2 else L.Linear(64, 64) for k in range(nodes - 1)))
 
 
 def dense(nodes: int) -> tfx.Spec:
     """Every third node concatenates two new features with all before them, which all layers behind it read."""
-    found, last = [tfx.Node("x", tfx.Input((8,))), tfx.Node("0", tfx.Linear(8, 8), "x")], "0"
+    found, last = [tfx.Node("x", tfx.Input((8,))), tfx.Node("0", L.Linear(8, 8), "x")], "0"
     for k in range((nodes - 2) // 3):
         found += [
-            tfx.Node(f"{k}.linear", tfx.Linear(8 + 2 * k, 2), last),
-            tfx.Node(f"{k}.relu", tfx.ReLU(), f"{k}.linear"),
-            tfx.Node(f"{k}.concat", tfx.Concat(1), (last, f"{k}.relu")),
+            tfx.Node(f"{k}.linear", L.Linear(8 + 2 * k, 2), last),
+            tfx.Node(f"{k}.relu", L.ReLU(), f"{k}.linear"),
+            tfx.Node(f"{k}.concat", L.Concat(1), (last, f"{k}.relu")),
         ]
         last = f"{k}.concat"
-    head = tfx.Node("head", tfx.Linear(8 + 2 * ((nodes - 2) // 3), 4), last)
+    head = tfx.Node("head", L.Linear(8 + 2 * ((nodes - 2) // 3), 4), last)
     return tfx.Spec((*found, head))
 
 
 def growth(kind: str, nodes: int) -> dict[str, Any]:
     """The best of three of every step on a chain or a dense graph."""
     spec = {"chain": chain, "dense": dense}[kind](nodes)
-    params = tfx.unflatten((path, torch.zeros(shape)) for path, shape in spec.shapes.items())
+    params = tfx.tree.unflatten((path, torch.zeros(shape)) for path, shape in spec.shapes.items())
     text, best = tfx.to_json(spec), {step: float("inf") for step in ("couple", "select", "cut")}
     for _ in range(3):
         spec = tfx.from_json(text)
@@ -183,10 +184,10 @@ def growth(kind: str, nodes: int) -> dict[str, Any]:
 
 def scoring(examples: int) -> float:
     """Seconds of CPU for measuring a small residual network on so many images, in batches of 64: the best of three."""
-    body = tfx.serial(tfx.Conv2d(16, 32, 3, padding=1), tfx.ReLU(), tfx.Conv2d(32, 16, 3, padding=1))
+    body = tfx.serial(L.Conv2d(16, 32, 3, padding=1), L.ReLU(), L.Conv2d(32, 16, 3, padding=1))
     spec = tfx.serial(
-        tfx.Input((3, 32, 32)), tfx.Conv2d(3, 16, 3, padding=1), tfx.residual(body), tfx.ReLU(),
-        tfx.AdaptiveAvgPool2d(1), tfx.Flatten(), tfx.Linear(16, 10),
+        tfx.Input((3, 32, 32)), L.Conv2d(3, 16, 3, padding=1), tfx.residual(body), L.ReLU(),
+        L.AdaptiveAvgPool2d(1), L.Flatten(), L.Linear(16, 10),
     )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     params = tfx.init(spec, generator)

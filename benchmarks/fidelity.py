@@ -21,34 +21,34 @@ from scipy.stats import t as student
 from torch import Tensor
 
 import taylorfx as tfx
-from taylorfx.report import plot_fidelity
+from taylorfx.report.plots import plot_fidelity
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # the network and the training of the quickstart
 from quickstart import digits, network
 from training import accuracy, learn, some
 
-TARGETS = (tfx.Oracle.signed, tfx.Oracle.absolute, tfx.Oracle.mean_absolute)
+TARGETS = (tfx.truth.Oracle.signed, tfx.truth.Oracle.absolute, tfx.truth.Oracle.mean_absolute)
 
 
 def scores(params: tfx.Params, spec: tfx.Spec, batches: list, coupling: tfx.Coupling) -> dict[str, Tensor]:
     """Every criterion there is, by its name."""
     stats = tfx.measure(params, spec, batches, coupling, moments=True)
     raw = tfx.measure(params, spec, batches, coupling, at_writes=True, training=True)
-    derivatives = (tfx.taylor, tfx.taylor_squared, tfx.fisher, tfx.signed, tfx.second_order)
-    activations = (tfx.activation_mean, tfx.activation_std, tfx.apoz)
-    weights = (tfx.weight_l1, tfx.weight_l2, tfx.batchnorm_scale)
+    derivatives = (tfx.taylor, tfx.criteria.taylor_squared, tfx.fisher, tfx.criteria.signed, tfx.criteria.second_order)
+    activations = (tfx.criteria.activation_mean, tfx.criteria.activation_std, tfx.criteria.apoz)
+    weights = (tfx.criteria.weight_l1, tfx.criteria.weight_l2, tfx.criteria.batchnorm_scale)
     return {
         **{criterion.__name__: criterion(stats, coupling) for criterion in (*derivatives, *activations)},
-        "taylor, as printed": tfx.taylor(stats, coupling, spatial_mean=True, normalizer=tfx.per_layer_l2),
+        "taylor, as printed": tfx.taylor(stats, coupling, spatial_mean=True, normalizer=tfx.criteria.per_layer_l2),
         **{criterion.__name__: criterion(params, coupling) for criterion in weights},
-        "compat": tfx.compat(raw, coupling),
-        "random": tfx.random(coupling, torch.Generator().manual_seed(0)),
-        "exact_second_order": tfx.exact_second_order(params, spec, batches, coupling),
-        "path_integral": tfx.path_integral(params, spec, batches, coupling),
+        "compat": tfx.criteria.compat(raw, coupling),
+        "random": tfx.criteria.random(coupling, torch.Generator().manual_seed(0)),
+        "exact_second_order": tfx.truth.exact_second_order(params, spec, batches, coupling),
+        "path_integral": tfx.truth.path_integral(params, spec, batches, coupling),
     }
 
 
-def one(seed: int, options: argparse.Namespace) -> list[tfx.Fidelity]:
+def one(seed: int, options: argparse.Namespace) -> list[tfx.truth.Fidelity]:
     """The fidelities of one trained network: on the images of the scores by each target, and on unseen ones."""
     generator = torch.Generator().manual_seed(seed)
     images, targets, test_images, test_targets = digits()
@@ -62,7 +62,7 @@ def one(seed: int, options: argparse.Namespace) -> list[tfx.Fidelity]:
     seen, unseen = (some(*part, options.examples, generator) for part in (scored, rest))
     start = time.process_time()
     same, other = (
-        tfx.oracle(params, spec, batches, coupling, progress=sys.stdout.isatty()) for batches in (seen, unseen)
+        tfx.truth.oracle(params, spec, batches, coupling, progress=sys.stdout.isatty()) for batches in (seen, unseen)
     )
     middle = time.process_time()
     found = scores(params, spec, seen, coupling)
@@ -71,8 +71,8 @@ def one(seed: int, options: argparse.Namespace) -> list[tfx.Fidelity]:
         f"{same.n} + {other.n} images; two oracles {middle - start:.0f} s, scores {time.process_time() - middle:.0f} s",
         flush=True,
     )
-    by_target = [tfx.fidelity(found, same, coupling, target=target) for target in TARGETS]
-    return [*by_target, tfx.fidelity(found, other, coupling)]
+    by_target = [tfx.truth.fidelity(found, same, coupling, target=target) for target in TARGETS]
+    return [*by_target, tfx.truth.fidelity(found, other, coupling)]
 
 
 def interval(values: list[float]) -> str:

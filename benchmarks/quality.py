@@ -137,9 +137,9 @@ def run(name: str, seed: int, options: argparse.Namespace) -> None:
             found[key]["latency"] = times[key] / times[""]
     ranked = {name: x for name, x in chosen.items() if isinstance(x, Ranked) and not (x.per_cost or another_draw(name))}
     if options.fidelity and ranked:
-        truth = tfx.oracle(params, spec, batches, case.coupling, loss=task.loss)
+        truth = tfx.truth.oracle(params, spec, batches, case.coupling, loss=task.loss)
         scores = {name: x.scores for name, x in ranked.items()}
-        compared = tfx.fidelity(scores, truth, case.coupling, resamples=1)
+        compared = tfx.truth.fidelity(scores, truth, case.coupling, resamples=1)
         found["fidelity"] = {name: x.value for name, x in compared.spearman.items()}
     kept.save()
     print(f"{kept.file.stem}: {time.process_time():.0f} s of CPU time so far", flush=True)
@@ -147,7 +147,7 @@ def run(name: str, seed: int, options: argparse.Namespace) -> None:
 
 def decide(chosen: Mapping[str, Contestant], shares: Sequence[float], kept: Kept) -> None:
     """Ask the contestants for the plans that are missing."""
-    flops, sizes = tfx.flops(kept.coupling), tfx.parameters(kept.coupling)
+    flops, sizes = tfx.cost.flops(kept.coupling), tfx.cost.parameters(kept.coupling)
     for name, choose in chosen.items():
         start, missing = time.process_time(), [s for s in shares if f"{name} @ {s}" not in kept.found]
         for share, plan in (answers(name, choose, missing) if missing else {}).items():

@@ -19,15 +19,16 @@ import torch
 from cutting import peak, timed
 
 import taylorfx as tfx
+from taylorfx import layers as L
 
 WIDTH, DEPTHS, EXAMPLES = 3_500, (1, 4, 16, 100), 512
 
 
 def network(depth: int) -> tuple[tfx.Params, tfx.Spec]:
     """A chain of linear layers, and parameters that take no memory."""
-    layers = [tfx.Linear(WIDTH, WIDTH) for _ in range(depth)]
-    spec = tfx.serial(tfx.Input((8,)), tfx.Linear(8, WIDTH), *layers[1:], tfx.Linear(WIDTH, 8))
-    return tfx.unflatten({path: torch.empty(shape, device="meta") for path, shape in spec.shapes.items()}), spec
+    layers = [L.Linear(WIDTH, WIDTH) for _ in range(depth)]
+    spec = tfx.serial(tfx.Input((8,)), L.Linear(8, WIDTH), *layers[1:], L.Linear(WIDTH, 8))
+    return tfx.tree.unflatten({path: torch.empty(shape, device="meta") for path, shape in spec.shapes.items()}), spec
 
 
 def one(depth: int, examples: int) -> dict[str, float]:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from training import arguments, learn, some
 
 import taylorfx as tfx
-from taylorfx.report import plot_fidelity
+from taylorfx.report.plots import plot_fidelity
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -46,14 +46,14 @@ def main() -> None:
     scores = {
         "taylor": tfx.taylor(stats, coupling),
         "fisher": tfx.fisher(stats, coupling),
-        "second order": tfx.second_order(stats, coupling),
-        "second order, exact": tfx.exact_second_order(params, spec, batches, coupling),
-        "path integral": tfx.path_integral(params, spec, batches, coupling),
-        "magnitude": tfx.weight_l2(params, coupling),
-        "random": tfx.random(coupling, generator),
+        "second order": tfx.criteria.second_order(stats, coupling),
+        "second order, exact": tfx.truth.exact_second_order(params, spec, batches, coupling),
+        "path integral": tfx.truth.path_integral(params, spec, batches, coupling),
+        "magnitude": tfx.criteria.weight_l2(params, coupling),
+        "random": tfx.criteria.random(coupling, generator),
     }
-    truth = tfx.oracle(params, spec, batches, coupling, progress=True)
-    found = tfx.fidelity(scores, truth, coupling)
+    truth = tfx.truth.oracle(params, spec, batches, coupling, progress=True)
+    found = tfx.truth.fidelity(scores, truth, coupling)
     print(found, end="\n\n")
     if options.plot:
         plot_fidelity(found).savefig(options.plot)
@@ -69,8 +69,8 @@ def main() -> None:
             forecasts = (
                 truth.signed()[torch.from_numpy(~plan.keep)].sum(),
                 tfx.expected_change(stats, plan),
-                tfx.plan_second_order(params, spec, batches, plan),
-                tfx.plan_path_integral(params, spec, batches, plan, nodes=8).sum(),
+                tfx.truth.plan_second_order(params, spec, batches, plan),
+                tfx.truth.plan_path_integral(params, spec, batches, plan, nodes=8).sum(),
                 loss(tfx.cut(params, plan), plan.spec, batches) - loss(params, spec, batches),
             )
             table.add_row(name, *(f"{float(value):.4f}" for value in forecasts))

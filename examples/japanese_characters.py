@@ -30,6 +30,7 @@ from torch import Tensor
 from training import accuracy, at_rest, cosine, fit, latency, sgd_step
 
 import taylorfx as tfx
+from taylorfx import layers as L
 
 WIDTHS = (96, 128, 160, 256, 256, 384, 384)
 POOLED = (True, True, True, False, True, False, True)
@@ -42,23 +43,23 @@ def network(classes: int, size: int, share: float = 1.0) -> tfx.Spec:
     channels, side, padding = 1, size, 0 if size >= 64 else 1
     for k, (width, pooled) in enumerate(zip(WIDTHS, POOLED, strict=True), start=1):
         width = max(4, round(share * width))
-        parts[f"conv{k}"] = tfx.Conv2d(channels, width, 3, padding=1)
-        parts[f"norm{k}"] = tfx.BatchNorm2d(width)
-        parts[f"act{k}"] = tfx.PReLU()
+        parts[f"conv{k}"] = L.Conv2d(channels, width, 3, padding=1)
+        parts[f"norm{k}"] = L.BatchNorm2d(width)
+        parts[f"act{k}"] = L.PReLU()
         if pooled:
-            parts[f"pool{k}"] = tfx.MaxPool2d(3, 2, padding)
+            parts[f"pool{k}"] = L.MaxPool2d(3, 2, padding)
             side = (side + 2 * padding - 3) // 2 + 1
         channels = width
     hidden = max(16, round(share * 1024))
     return tfx.serial(
         tfx.Input((1, size, size)),
         **parts,
-        flatten=tfx.Flatten(),
-        fc1=tfx.Linear(channels * side * side, hidden),
-        norm8=tfx.BatchNorm1d(hidden),
-        act8=tfx.PReLU(),
-        dropout=tfx.Dropout(0.5),
-        fc2=tfx.Linear(hidden, classes),
+        flatten=L.Flatten(),
+        fc1=L.Linear(channels * side * side, hidden),
+        norm8=L.BatchNorm1d(hidden),
+        act8=L.PReLU(),
+        dropout=L.Dropout(0.5),
+        fc2=L.Linear(hidden, classes),
     )
 
 
@@ -85,10 +86,10 @@ def normalized(characters: Characters, device: torch.device) -> Data:
 
 def point(params: tfx.Params, spec: tfx.Spec, test: Data) -> Point:
     """Maps, convolution multiply-adds and test accuracy of a network."""
-    widths = tuple(node.layer.out_channels for node in spec if isinstance(node.layer, tfx.Conv2d))
+    widths = tuple(node.layer.out_channels for node in spec if isinstance(node.layer, L.Conv2d))
     coupling = tfx.couple(params, spec)
-    linear = sum(2 * n.layer.in_features * n.layer.out_features for n in spec if isinstance(n.layer, tfx.Linear))
-    return Point(sum(widths), widths, (tfx.flops(coupling).total - linear) // 2, accuracy(params, spec, *test))
+    linear = sum(2 * n.layer.in_features * n.layer.out_features for n in spec if isinstance(n.layer, L.Linear))
+    return Point(sum(widths), widths, (tfx.cost.flops(coupling).total - linear) // 2, accuracy(params, spec, *test))
 
 
 def score(
@@ -97,7 +98,7 @@ def score(
     """One number per unit, by name."""
     if name == "compat":
         stats = tfx.measure(params, spec, batch, coupling, at_writes=True, training=True, generator=generator)
-        return tfx.compat(stats, coupling)
+        return tfx.criteria.compat(stats, coupling)
     return tfx.taylor(tfx.measure(params, spec, batch, coupling), coupling)
 
 
@@ -109,7 +110,7 @@ def shrink(
     The momentum is cut along, where the original began anew at every step and lost it.
     """
     momentum = at_rest(params, spec)
-    total = sum(node.layer.out_channels for node in spec if isinstance(node.layer, tfx.Conv2d))
+    total = sum(node.layer.out_channels for node in spec if isinstance(node.layer, L.Conv2d))
     goal = total - math.floor((1 - max(options.remove)) * total + 1e-9)
     gone = 0
     with Progress(transient=True) as progress:
@@ -172,7 +173,7 @@ def main() -> None:
         curve, marks = [start], sorted(options.remove)
         for small, smaller in shrink(name, params, spec, train, options, own):
             ends[name] = small, smaller
-            maps = sum(node.layer.out_channels for node in smaller if isinstance(node.layer, tfx.Conv2d))
+            maps = sum(node.layer.out_channels for node in smaller if isinstance(node.layer, L.Conv2d))
             reached = marks and maps <= (1 - marks[0]) * start.maps + 1e-9
             if reached or curve[-1].maps - maps >= start.maps / options.points or maps == 0:
                 curve.append(point(small, smaller, test))

@@ -87,15 +87,15 @@ def scores(study: Study, coupling: tfx.Coupling, generator: torch.Generator) -> 
     across layers unless each layer's is divided by its mean.
     """
     stats = tfx.measure(study.params, study.spec, batches(study.sample, 32), coupling, loss=study.loss)
-    taylor, second_order = tfx.taylor(stats, coupling), tfx.second_order(stats, coupling)
-    cost = tfx.flops(coupling).marginal()
+    taylor, second_order = tfx.taylor(stats, coupling), tfx.criteria.second_order(stats, coupling)
+    cost = tfx.cost.flops(coupling).marginal()
     return {
         "taylor": taylor,
         "taylor per FLOP": taylor / cost,
         "second order": second_order,
         "second order per FLOP": second_order / cost,
-        "weights": tfx.weight_l2(study.params, coupling, normalizer=tfx.per_layer_mean),
-        "random": tfx.random(coupling, generator),
+        "weights": tfx.criteria.weight_l2(study.params, coupling, normalizer=tfx.criteria.per_layer_mean),
+        "random": tfx.criteria.random(coupling, generator),
     }
 
 
@@ -146,7 +146,7 @@ def run(study: Study, options: Namespace) -> None:
     """Prune by every criterion to every budget, and print what is left of the quality."""
     console, start = Console(), time.perf_counter()
     coupling = tfx.couple(study.params, study.spec)
-    costs = [cost(coupling).total for cost in (tfx.parameters, tfx.flops)]
+    costs = [cost(coupling).total for cost in (tfx.cost.parameters, tfx.cost.flops)]
     console.print(f"{len(coupling):,} units, {costs[0]:,} parameters, {costs[1]:,} FLOPs", highlight=False)
     console.print(f"unpruned: {study.quality(inference(study.params, study.spec)):.1%}", highlight=False)
 

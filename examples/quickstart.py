@@ -25,6 +25,7 @@ from torch import Tensor
 from training import accuracy, at_rest, cosine, fit, latency
 
 import taylorfx as tfx
+from taylorfx import layers as L
 
 
 def network(width: int = 24) -> tfx.Spec:
@@ -32,29 +33,29 @@ def network(width: int = 24) -> tfx.Spec:
 
     def block(before: int, after: int, stride: int) -> tfx.Spec:
         body = tfx.serial(
-            bn1=tfx.BatchNorm2d(before),
-            relu1=tfx.ReLU(),
-            conv1=tfx.Conv2d(before, after, 3, stride, 1, bias=False),
-            bn2=tfx.BatchNorm2d(after),
-            relu2=tfx.ReLU(),
-            conv2=tfx.Conv2d(after, after, 3, 1, 1, bias=False),
+            bn1=L.BatchNorm2d(before),
+            relu1=L.ReLU(),
+            conv1=L.Conv2d(before, after, 3, stride, 1, bias=False),
+            bn2=L.BatchNorm2d(after),
+            relu2=L.ReLU(),
+            conv2=L.Conv2d(after, after, 3, 1, 1, bias=False),
         )
-        return tfx.residual(body, tfx.Conv2d(before, after, 1, stride, bias=False) if before != after else None)
+        return tfx.residual(body, L.Conv2d(before, after, 1, stride, bias=False) if before != after else None)
 
     def stage(before: int, after: int, stride: int) -> tfx.Spec:
         return tfx.serial(block(before, after, stride), block(after, after, 1))
 
     return tfx.serial(
         tfx.Input((1, 8, 8)),
-        stem=tfx.Conv2d(1, width, 3, padding=1, bias=False),
+        stem=L.Conv2d(1, width, 3, padding=1, bias=False),
         stage1=stage(width, width, 1),
         stage2=stage(width, 2 * width, 2),
         stage3=stage(2 * width, 4 * width, 2),
-        bn=tfx.BatchNorm2d(4 * width),
-        relu=tfx.ReLU(),
-        pool=tfx.AdaptiveAvgPool2d(1),
-        flatten=tfx.Flatten(),
-        head=tfx.Linear(4 * width, 10),
+        bn=L.BatchNorm2d(4 * width),
+        relu=L.ReLU(),
+        pool=L.AdaptiveAvgPool2d(1),
+        flatten=L.Flatten(),
+        head=L.Linear(4 * width, 10),
     )
 
 
@@ -90,7 +91,7 @@ def main() -> None:
 
     def look(params: tfx.Params, spec: tfx.Spec) -> Row:
         coupling = tfx.couple(params, spec)
-        costs = (cost(coupling).total for cost in (tfx.parameters, tfx.flops))
+        costs = (cost(coupling).total for cost in (tfx.cost.parameters, tfx.cost.flops))
         return Row(len(coupling), *costs, accuracy(params, spec, test_images, test_targets))
 
     spec = network()
@@ -198,7 +199,7 @@ def plot(rows: Sequence[Row], seconds: Sequence[float], plan: tfx.Plan, path: Pa
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 
     coupling = plan.coupling
-    names = [node.name for node in coupling.spec if isinstance(node.layer, tfx.Conv2d)]
+    names = [node.name for node in coupling.spec if isinstance(node.layer, L.Conv2d)]
     first = {name: coupling.unit_ids(f"{name}.weight", 0)[0, 0] for name in names}
     shared = Counter(first.values())
     for place, name in enumerate(names):

@@ -19,6 +19,7 @@ from rich.table import Table
 from training import accuracy, arguments, latency, learn, some
 
 import taylorfx as tfx
+from taylorfx import layers as L
 
 
 def network(width: int = 64, heads: int = 4, blocks: int = 3) -> tfx.Spec:
@@ -26,33 +27,33 @@ def network(width: int = 64, heads: int = 4, blocks: int = 3) -> tfx.Spec:
 
     def conv(before: int, after: int, stride: int, groups: int) -> tfx.Spec:
         return tfx.serial(
-            conv=tfx.Conv2d(before, after, 3, stride, 1, groups=groups),
-            norm=tfx.GroupNorm(heads, after),
-            relu=tfx.ReLU(),
+            conv=L.Conv2d(before, after, 3, stride, 1, groups=groups),
+            norm=L.GroupNorm(heads, after),
+            relu=L.ReLU(),
         )
 
     def block() -> tfx.Spec:
-        attend = tfx.serial(norm=tfx.LayerNorm(width), attention=tfx.multihead_attention(width, heads))
+        attend = tfx.serial(norm=L.LayerNorm(width), attention=tfx.multihead_attention(width, heads))
         wide = tfx.serial(
-            norm=tfx.LayerNorm(width),
-            up=tfx.Linear(width, 4 * width),
-            gelu=tfx.GELU(),
-            down=tfx.Linear(4 * width, width),
+            norm=L.LayerNorm(width),
+            up=L.Linear(width, 4 * width),
+            gelu=L.GELU(),
+            down=L.Linear(4 * width, width),
         )
         return tfx.serial(attend=tfx.residual(attend), wide=tfx.residual(wide))
 
     return tfx.serial(
         tfx.Input((1, 8, 8)),
         stem=tfx.serial(conv(1, width, 1, 1), conv(width, 2 * width, 2, heads)),
-        project=tfx.Conv2d(2 * width, width, 1),
-        flatten=tfx.Flatten(2),
-        places=tfx.Permute((0, 2, 1)),
+        project=L.Conv2d(2 * width, width, 1),
+        flatten=L.Flatten(2),
+        places=L.Permute((0, 2, 1)),
         blocks=tfx.serial(*(block() for _ in range(blocks))),
-        norm=tfx.LayerNorm(width),
-        channels=tfx.Permute((0, 2, 1)),
-        pool=tfx.AdaptiveAvgPool1d(1),
-        flat=tfx.Flatten(),
-        head=tfx.Linear(width, 10),
+        norm=L.LayerNorm(width),
+        channels=L.Permute((0, 2, 1)),
+        pool=L.AdaptiveAvgPool1d(1),
+        flat=L.Flatten(),
+        head=L.Linear(width, 10),
     )
 
 
@@ -75,7 +76,7 @@ def main() -> None:
     print(order, end="\n\n")
     coupling = tfx.couple(params, spec)
     scores = tfx.fisher(tfx.measure(params, spec, batches, coupling), coupling)
-    timings, share = tfx.Timings(batch=len(test[0])), options.share
+    timings, share = tfx.cost.Timings(batch=len(test[0])), options.share
     time, memory = tfx.Latency(share, timings), tfx.Memory(share)
     asked: dict[str, dict[str, Any]] = {
         "time": {"budget": time},
@@ -84,7 +85,7 @@ def main() -> None:
         "time; in fours, all blocks alike": {"budget": time, "multiple": 4, "uniform": ["*.h", "*.k", "*.v", "*.up"]},
         "time; like structures compete": {"budget": time, "isomorphic": True},
     }
-    costs = [cost(coupling) for cost in (tfx.memory, tfx.flops, tfx.parameters)]
+    costs = [cost(coupling) for cost in (tfx.cost.memory, tfx.cost.flops, tfx.cost.parameters)]
     whole = latency(params, spec, test[0])
     table = Table(
         "asked for", "layers' time", "batch's time", "memory", "FLOPs", "parameters", "as cut", "reconstructed"

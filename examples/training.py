@@ -59,13 +59,13 @@ def sgd_step(
     trained, buffers = tfx.partition(params, spec)
 
     def loss(trained: tfx.Params) -> tuple[Tensor, tfx.Params]:
-        logits, new = tfx.train(tfx.combine(trained, buffers), spec, x, generator=generator)
+        logits, new = tfx.train(tfx.tree.combine(trained, buffers), spec, x, generator=generator)
         return F.cross_entropy(logits, y), tfx.partition(new, spec)[1]
 
     grads, (value, running) = torch.func.grad_and_value(loss, has_aux=True)(trained)
     momentum = optree.tree_map(lambda m, g, p: beta * m + g + weight_decay * p, momentum, grads, trained)
     trained = optree.tree_map(lambda p, m: p - lr * m, trained, momentum)
-    return tfx.combine(trained, running), momentum, value
+    return tfx.tree.combine(trained, running), momentum, value
 
 
 def fit(

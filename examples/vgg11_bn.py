@@ -29,6 +29,7 @@ from rich.progress import track
 from torch import Tensor
 
 import taylorfx as tfx
+from taylorfx import layers as L
 
 LAYOUT = (64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M")
 """The channels of the convolutions; ``M`` halves the image."""
@@ -41,39 +42,39 @@ def vgg11_bn(*, classes: int = 10, width: float = 1.0, size: int = 224) -> tfx.S
     for entry in LAYOUT:
         if isinstance(entry, int):
             before, channels = channels, max(2, round(width * entry))
-            features += [tfx.Conv2d(before, channels, 3, padding=1), tfx.BatchNorm2d(channels), tfx.ReLU()]
+            features += [L.Conv2d(before, channels, 3, padding=1), L.BatchNorm2d(channels), L.ReLU()]
         else:
-            features += [tfx.MaxPool2d(2, 2)]
+            features += [L.MaxPool2d(2, 2)]
     hidden = max(2, round(width * 4096))
     return tfx.serial(
         tfx.Input((3, size, size)),
         features=tfx.serial(*features),
-        avgpool=tfx.AdaptiveAvgPool2d(7),
-        flatten=tfx.Flatten(),
+        avgpool=L.AdaptiveAvgPool2d(7),
+        flatten=L.Flatten(),
         classifier=tfx.serial(
-            tfx.Linear(channels * 7 * 7, hidden),
-            tfx.ReLU(),
-            tfx.Dropout(),
-            tfx.Linear(hidden, hidden),
-            tfx.ReLU(),
-            tfx.Dropout(),
-            tfx.Linear(hidden, classes),
+            L.Linear(channels * 7 * 7, hidden),
+            L.ReLU(),
+            L.Dropout(),
+            L.Linear(hidden, hidden),
+            L.ReLU(),
+            L.Dropout(),
+            L.Linear(hidden, classes),
         ),
     )
 
 
 def fresh(spec: tfx.Spec, x: Tensor, generator: torch.Generator) -> tfx.Params:
     """Fresh weights by He et al. 2015, and norms with the statistics of ``x``, so that no feature map is silent."""
-    leaves = tfx.flatten(tfx.init(spec, generator))
+    leaves = tfx.tree.flatten(tfx.init(spec, generator))
     for path, leaf in leaves.items():
         if leaf.ndim > 1:
             leaves[path] = torch.normal(0.0, math.sqrt(2 / leaf[0].numel()), leaf.shape, generator=generator)
     # A norm of momentum 1 remembers the last batch alone.
     nodes = (
-        replace(node, layer=replace(node.layer, momentum=1.0)) if isinstance(node.layer, tfx.BatchNorm2d) else node
+        replace(node, layer=replace(node.layer, momentum=1.0)) if isinstance(node.layer, L.BatchNorm2d) else node
         for node in spec
     )
-    return tfx.train(tfx.unflatten(leaves), tfx.Spec(tuple(nodes)), x, generator=generator)[1]
+    return tfx.train(tfx.tree.unflatten(leaves), tfx.Spec(tuple(nodes)), x, generator=generator)[1]
 
 
 def load(path: Path, params: tfx.Params) -> tfx.Params:
@@ -83,7 +84,7 @@ def load(path: Path, params: tfx.Params) -> tfx.Params:
     """
     state = torch.load(path, map_location="cpu", weights_only=True)
     body = {name: tensor for name, tensor in state.items() if not name.startswith("classifier.6.")}
-    return tfx.unflatten({**tfx.flatten(params), **body})
+    return tfx.tree.unflatten({**tfx.tree.flatten(params), **body})
 
 
 Batch = tuple[Tensor, Tensor]
@@ -95,7 +96,9 @@ def one_at_a_time(params: tfx.Params, spec: tfx.Spec, batch: Batch, maps: int) -
     for _ in track(range(maps), "one map at a time", transient=True):
         coupling = tfx.couple(params, spec)
         stats = tfx.measure(params, spec, batch, coupling)
-        scores = tfx.taylor(stats, coupling, spatial_mean=True, normalizer=tfx.per_layer_l2)  # equations 8 and 9
+        scores = tfx.taylor(
+            stats, coupling, spatial_mean=True, normalizer=tfx.criteria.per_layer_l2
+        )  # equations 8 and 9
         plan = tfx.select(scores, coupling, budget=tfx.Remove(1), protect=("classifier.*",))
         params, spec = tfx.cut(params, plan), plan.spec
         plans.append(plan)
@@ -106,7 +109,7 @@ def all_at_once(params: tfx.Params, spec: tfx.Spec, batch: Batch, share: float) 
     """One measurement, one plan: feature maps and linear units together, down to a share of the FLOPs."""
     coupling = tfx.couple(params, spec)
     stats = tfx.measure(params, spec, batch, coupling)
-    scores = tfx.taylor(stats, coupling, normalizer=tfx.per_layer_l2)
+    scores = tfx.taylor(stats, coupling, normalizer=tfx.criteria.per_layer_l2)
     return tfx.select(scores, coupling, budget=tfx.Flops(share))
 
 
@@ -149,7 +152,7 @@ def main() -> None:
     print("3. By name: a map of the last convolution, a unit of each hidden linear layer")
     small = proof(params, by_name(params, spec, "features.25[0]", "classifier.0[1]", "classifier.3[2]"), x)
     for name in ("features.25", "classifier.0", "classifier.3", "classifier.6"):
-        before, after = (tfx.flatten(tree)[f"{name}.weight"].shape for tree in (params, small))
+        before, after = (tfx.tree.flatten(tree)[f"{name}.weight"].shape for tree in (params, small))
         print(f"{name}.weight: {tuple(before)} -> {tuple(after)}")
 
 

@@ -42,7 +42,7 @@ def main() -> None:
 
     coupling, budget = tfx.couple(params, spec), tfx.Flops(options.flops)
     stats = tfx.measure(params, spec, batches, coupling, rows=True)
-    magnitude = tfx.weight_l2(params, coupling, normalizer=tfx.per_layer_mean)
+    magnitude = tfx.criteria.weight_l2(params, coupling, normalizer=tfx.criteria.per_layer_mean)
     steps = tfx.iterate(params, spec, batches, budgets=tfx.schedule.exponential(budget, 12), floor=2)
     stepwise = reduce(tfx.compose, [plan for *_, plan in steps])  # all steps as one plan of the whole network
     plans = {
@@ -56,11 +56,16 @@ def main() -> None:
         repaired = accuracy(*tfx.reconstruct(params, plan, batches), *test)
         table.add_row(name, f"{cut:.1%}", f"{repaired:.1%}")
     Console().print(table)
-    deploy(params, spec, stepwise, batches, tfx.Timings(batch=len(test[0])), test)
+    deploy(params, spec, stepwise, batches, tfx.cost.Timings(batch=len(test[0])), test)
 
 
 def deploy(
-    params: tfx.Params, spec: tfx.Spec, plan: tfx.Plan, batches: Batches, timings: tfx.Timings, test: Sequence[Tensor]
+    params: tfx.Params,
+    spec: tfx.Spec,
+    plan: tfx.Plan,
+    batches: Batches,
+    timings: tfx.cost.Timings,
+    test: Sequence[Tensor],
 ) -> None:
     """Repair, fold batch norms away, and write files: the cut checkpoint is cut from the whole one, row by row."""
     small, smaller = tfx.fold(*tfx.reconstruct(params, plan, batches))

@@ -5,9 +5,27 @@ params, spec = tfx.prune(params, spec, batch, budget=tfx.Flops(0.5))
 
 import typing
 
-from taylorfx import distributed, layers, schedule
-from taylorfx.balance import Order, balance, reorder
-from taylorfx.budget import (
+from taylorfx import cost, distributed, layers, repair, tree, truth
+from taylorfx.coupling.couple import couple
+from taylorfx.coupling.units import Coupling
+from taylorfx.cutting.cut import compose, cut, expand
+from taylorfx.cutting.plan import Plan, PlanError
+from taylorfx.cutting.reorder import balance, reorder
+from taylorfx.layers import Input, Layer, ShapeError
+from taylorfx.network.build import concat, inline, multihead_attention, residual, serial
+from taylorfx.network.parameters import init, partition
+from taylorfx.network.run import apply, train
+from taylorfx.network.spec import Node, Spec, SpecError
+from taylorfx.repair import compensate, recalibrate, reconstruct
+from taylorfx.rewrite.folding import fold
+from taylorfx.scoring import criteria
+from taylorfx.scoring.criteria import fisher, taylor
+from taylorfx.scoring.gates import gates
+from taylorfx.scoring.losses import cross_entropy
+from taylorfx.scoring.measure import derivatives, measure
+from taylorfx.scoring.statistics import Statistics
+from taylorfx.selection import schedule
+from taylorfx.selection.budget import (
     Budget,
     BudgetError,
     Flops,
@@ -19,76 +37,47 @@ from taylorfx.budget import (
     SelectionError,
     Units,
 )
-from taylorfx.build import concat, inline, multihead_attention, residual, serial
-from taylorfx.cost import Cost, Timings, flops, memory, parameters
-from taylorfx.coupling import Coupling, Place, couple
-from taylorfx.criteria import (
-    Needs,
-    activation_mean,
-    activation_std,
-    apoz,
-    batchnorm_scale,
-    compat,
-    fisher,
-    of_weights,
-    per_layer_l2,
-    per_layer_max,
-    per_layer_mean,
-    random,
-    second_order,
-    signed,
-    taylor,
-    taylor_squared,
-    unnormalized,
-    weight_l1,
-    weight_l2,
-)
-from taylorfx.fidelity import Fidelity, Interval, fidelity
-from taylorfx.fold import fold
-from taylorfx.forecast import exact_second_order, path_integral, plan_path_integral, plan_second_order
-from taylorfx.gated import curvature, gated_loss, gradient
-from taylorfx.gates import derivatives, gates, measure
-from taylorfx.joint import expected_change, joint
-from taylorfx.layers import *
-from taylorfx.loss import cross_entropy
-from taylorfx.oracle import Oracle, oracle
-from taylorfx.plan import Plan, PlanError, compose, cut, expand
-from taylorfx.prune import iterate, prune
-from taylorfx.reconstruct import LeastSquares, reconstruct
-from taylorfx.repair import Means, Repair, compensate, means, recalibrate
-from taylorfx.selection import select
-from taylorfx.spec import Node, Spec, SpecError, apply, check, init, partition, train
-from taylorfx.statistics import Moments, Statistics
+from taylorfx.selection.joint import expected_change, joint
+from taylorfx.selection.select import select
+from taylorfx.sentence import iterate, prune
 from taylorfx.store import FileError, cut_file, from_json, load, save, to_json
-from taylorfx.tree import Params, combine, flatten, unflatten
+from taylorfx.tree import Params
 
 if typing.TYPE_CHECKING:
-    from taylorfx.interop import CaptureError, LikeError, Value, from_torch, rule, to_torch
+    from taylorfx import interop
+    from taylorfx.interop import CaptureError, LikeError, from_torch, to_torch
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Budget", "BudgetError", "CaptureError", "Cost", "Coupling", "Fidelity", "FileError", "Flops", "Interval",
-    "Latency", "LeastSquares", "LikeError", "Means", "Measured", "Memory", "Moments", "Needs", "Node", "Oracle",
-    "Order",
-    "Parameters", "Params", "Place", "Plan", "PlanError", "Remove", "Repair", "SelectionError", "Spec", "SpecError",
-    "Statistics", "Timings", "Units", "Value", "activation_mean", "activation_std", "apoz", "apply", "balance",
-    "batchnorm_scale", "check", "combine", "compat", "compensate", "compose", "concat", "couple", "cross_entropy",
-    "curvature", "cut", "cut_file", "derivatives", "distributed", "exact_second_order", "expand", "expected_change",
-    "fidelity", "fisher", "flatten", "flops", "fold", "from_json", "from_torch", "gated_loss", "gates", "gradient",
-    "init", "inline", "iterate", "joint", "layers", "load", "means", "measure", "memory", "multihead_attention",
-    "of_weights", "oracle", "parameters", "partition", "path_integral", "per_layer_l2", "per_layer_max",
-    "per_layer_mean", "plan_path_integral", "plan_second_order", "prune", "random", "recalibrate", "reconstruct",
-    "reorder", "residual", "rule", "save", "schedule", "second_order", "select", "serial", "signed", "taylor",
-    "taylor_squared", "to_json", "to_torch", "train", "unflatten", "unnormalized", "weight_l1", "weight_l2",
+    # the sentence
+    "prune", "iterate", "couple", "measure", "select", "joint", "cut",
+    # its values
+    "Params", "Spec", "Node", "Coupling", "Statistics", "Plan", "Budget", "Flops", "Parameters", "Memory",
+    "Latency", "Measured", "Units", "Remove",
+    # networks
+    "Input", "Layer", "serial", "residual", "concat", "inline", "multihead_attention", "init", "apply", "train",
+    "partition", "fold",
+    # scores
+    "derivatives", "gates", "cross_entropy", "taylor", "fisher", "expected_change",
+    # plans and trees
+    "expand", "compose", "balance", "reorder", "reconstruct", "compensate", "recalibrate",
+    # modules and files
+    "from_torch", "to_torch", "save", "load", "cut_file", "to_json", "from_json",
+    # errors
+    "SpecError", "ShapeError", "SelectionError", "BudgetError", "PlanError", "CaptureError", "LikeError", "FileError",
+    # namespaces
+    "layers", "criteria", "cost", "repair", "schedule", "tree", "truth", "interop", "distributed",
 ]  # fmt: skip
-__all__ += layers.__all__
+
+LAZY = ("CaptureError", "LikeError", "from_torch", "to_torch")
 
 
 def __getattr__(name: str) -> typing.Any:
     """What captures modules, on first use: ``torch.export`` is slow to import."""
-    if name in ("CaptureError", "LikeError", "Value", "from_torch", "rule", "to_torch"):
-        from taylorfx import interop
+    if name in (*LAZY, "interop"):
+        import importlib
 
-        return getattr(interop, name)
+        interop = importlib.import_module("taylorfx.interop")
+        return interop if name == "interop" else getattr(interop, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

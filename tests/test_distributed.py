@@ -15,7 +15,8 @@ from constructs import CONSTRUCTS
 from torch.testing import assert_close
 
 import taylorfx as tfx
-from taylorfx.testing import assert_trees_equal, network, random_plan
+from taylorfx.testing.laws import assert_trees_equal
+from taylorfx.testing.strategies import network, random_plan
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 
@@ -31,7 +32,7 @@ def setting():
 def known(batches, net, plan):
     """What is measured, averaged and repaired with some batches, added up over the processes."""
     stats = tfx.measure(net.params, net.spec, batches, net.coupling, rows=True, moments=True)
-    means = tfx.means(net.params, net.spec, batches, net.coupling)
+    means = tfx.repair.means(net.params, net.spec, batches, net.coupling)
     params, _ = tfx.reconstruct(net.params, plan, batches, total=tfx.distributed.total)
     return tfx.distributed.total(stats), tfx.distributed.total(means), params
 
@@ -94,7 +95,7 @@ def failures(rank: int):
         measured(changed(lambda x: x.float()), half),
         "process 0: Statistics in float64 .* process 1: .* float32",
     )
-    last = list(tfx.flatten(params))[-1]
+    last = list(tfx.tree.flatten(params))[-1]
 
     def moved(path, x):
         return x + 1e-9 if wrong and path == last else x

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import taylorfx as tfx
-from taylorfx import criteria, forecast
+from taylorfx.scoring import criteria
+from taylorfx.truth import forecasts as forecast
 
 README = Path(tfx.__file__).parents[1] / "README.md"
 MODULES = sorted(m.name for m in pkgutil.walk_packages(tfx.__path__, "taylorfx."))
@@ -53,8 +54,8 @@ def test_the_readme_names_what_there_is() -> None:
 
 def test_the_readme_lists_every_layer() -> None:
     listed = set(re.findall(r"`(\w+)`", README.read_text()))
-    layers = {name for name in tfx.layers.__all__ if inspect.isclass(getattr(tfx, name))}
-    assert {name for name in layers if issubclass(getattr(tfx, name), tfx.Layer)} <= listed | {"Layer"}
+    layers = {name for name in tfx.layers.__all__ if inspect.isclass(getattr(tfx.layers, name))}
+    assert {name for name in layers if issubclass(getattr(tfx.layers, name), tfx.Layer)} <= listed | {"Layer"}
     assert {name for name in criteria.__all__ if name[0].islower()} <= listed | {"of_weights", "unnormalized"}
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import taylorfx as tfx
+from taylorfx import layers as L
 
 
 def world() -> SimpleNamespace:
@@ -24,13 +25,13 @@ def world() -> SimpleNamespace:
     w = SimpleNamespace(generator=generator())
     w.spec = tfx.serial(
         tfx.Input((1, 6, 6)),
-        conv1=tfx.Conv2d(1, 6, 3),
-        bn=tfx.BatchNorm2d(6),
-        relu=tfx.ReLU(),
-        conv2=tfx.Conv2d(6, 8, 3),
-        flat=tfx.Flatten(),
-        drop=tfx.Dropout(0.5),
-        fc=tfx.Linear(32, 3),
+        conv1=L.Conv2d(1, 6, 3),
+        bn=L.BatchNorm2d(6),
+        relu=L.ReLU(),
+        conv2=L.Conv2d(6, 8, 3),
+        flat=L.Flatten(),
+        drop=L.Dropout(0.5),
+        fc=L.Linear(32, 3),
     )
     w.params = tfx.init(w.spec, generator())
     w.x, w.y = torch.randn(5, 1, 6, 6, generator=generator()), torch.tensor([0, 1, 2, 0, 1])
@@ -38,7 +39,7 @@ def world() -> SimpleNamespace:
     w.stats = tfx.measure(w.params, w.spec, (w.x, w.y), w.coupling)
     w.scores = tfx.taylor(w.stats, w.coupling)
     w.plan = tfx.select(w.scores, w.coupling, budget=tfx.Units(9))
-    w.other = tfx.serial(tfx.Input((1, 6, 6)), conv1=tfx.Conv2d(1, 6, 3), flat=tfx.Flatten(), fc=tfx.Linear(96, 3))
+    w.other = tfx.serial(tfx.Input((1, 6, 6)), conv1=L.Conv2d(1, 6, 3), flat=L.Flatten(), fc=L.Linear(96, 3))
     w.other_params = tfx.init(w.other, generator())
     w.other_coupling = tfx.couple(w.other_params, w.other)
     w.other_stats = tfx.measure(w.other_params, w.other, (w.x, w.y), w.other_coupling)
@@ -239,14 +240,14 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
         tfx.SpecError,
         PARAMETERS,
     ),
-    "unfit parameters to a criterion": (lambda: tfx.weight_l1(W.unfit, W.coupling), tfx.SpecError, PARAMETERS),
+    "unfit parameters to a criterion": (lambda: tfx.criteria.weight_l1(W.unfit, W.coupling), tfx.SpecError, PARAMETERS),
     "a parameter that is no tensor": (
         lambda: tfx.apply({**W.params, "fc": {"weight": 1.0, "bias": W.params["fc"]["bias"]}}, W.spec, W.x),
         tfx.SpecError,
         "Parameters have to fit the network; received:\n  fc.weight: expected a tensor, received float",
     ),
     "freshly initialized parameters of another network": (
-        lambda: tfx.apply(tfx.init(W.other, torch.Generator()), tfx.serial(conv1=tfx.Conv2d(1, 8, 3, bias=False)), W.x),
+        lambda: tfx.apply(tfx.init(W.other, torch.Generator()), tfx.serial(conv1=L.Conv2d(1, 8, 3, bias=False)), W.x),
         tfx.SpecError,
         "Parameters have to fit the network; received:\n"
         "  conv1.weight: expected (8, 1, 3, 3), received (6, 1, 3, 3)\n"
@@ -261,19 +262,19 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
     ),
     "shared parameters of two shapes": (
         lambda: tfx.init(
-            tfx.Spec((N("in", tfx.Input(3)), N("a", tfx.Linear(3, 4), "in"), N("b", tfx.Linear(4, 4), "a", "a"))),
+            tfx.Spec((N("in", tfx.Input(3)), N("a", L.Linear(3, 4), "in"), N("b", L.Linear(4, 4), "a", "a"))),
             W.generator.clone_state(),
         ),
         tfx.SpecError,
         "Nodes share parameters of one shape; received:\n  a.weight: b expects (4, 4), a node before it (4, 3)",
     ),
     "two leaves at one path": (
-        lambda: tfx.combine(W.params, {"fc": {"bias": W.y}}),
+        lambda: tfx.tree.combine(W.params, {"fc": {"bias": W.y}}),
         ValueError,
         "A leaf lies where no other does; 'fc.bias' is there already.",
     ),
     "a leaf below a leaf": (
-        lambda: tfx.unflatten({"fc": W.x, "fc.bias": W.y}),
+        lambda: tfx.tree.unflatten({"fc": W.x, "fc.bias": W.y}),
         ValueError,
         "A leaf lies where no other does; 'fc.bias' lies below another one.",
     ),
@@ -281,11 +282,11 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
         lambda: tfx.Spec(
             (
                 N("in", tfx.Input(3)),
-                N("a", tfx.Linear(3, 4), "in"),
-                N("a", tfx.ReLU(), "in"),
-                N("b", tfx.ReLU(), "nowhere"),
-                N("c", tfx.Add(), ("d", "a")),
-                N("d", tfx.ReLU(), "c"),
+                N("a", L.Linear(3, 4), "in"),
+                N("a", L.ReLU(), "in"),
+                N("b", L.ReLU(), "nowhere"),
+                N("c", L.Add(), ("d", "a")),
+                N("d", L.ReLU(), "c"),
             ),
             "end",
         ),
@@ -299,18 +300,18 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
         "  a network has at least one node; received none",
     ),
     "a class for a layer": (
-        lambda: tfx.serial(tfx.Linear(3, 4), tfx.ReLU),
+        lambda: tfx.serial(L.Linear(3, 4), L.ReLU),
         tfx.SpecError,
         "A part is a layer or a network, ReLU() and not ReLU; received <class 'taylorfx.layers.activation.ReLU'> for "
         "'1'.",
     ),
     "one name for two parts": (
-        lambda: tfx.serial(tfx.Linear(3, 4), **{"0": tfx.ReLU()}),
+        lambda: tfx.serial(L.Linear(3, 4), **{"0": L.ReLU()}),
         tfx.SpecError,
         "Parts are numbered or named; received the name '0', which is a number taken.",
     ),
     "an input of unknown shape": (
-        lambda: tfx.couple({"0": W.params["fc"]}, tfx.serial(tfx.Linear(32, 3))),
+        lambda: tfx.couple({"0": W.params["fc"]}, tfx.serial(L.Linear(32, 3))),
         tfx.ShapeError,
         "Layers and their inputs have to fit; received:\n"
         "  input: the shape of the input is not known; declare it, Input((channels, height, width)), or use "
@@ -357,7 +358,7 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
         STATISTICS.format("14 units and 14 units with moments"),
     ),
     "statistics of another coupling": (
-        lambda: tfx.second_order(W.stats, W.other_coupling),
+        lambda: tfx.criteria.second_order(W.stats, W.other_coupling),
         ValueError,
         "Statistics are scored with the coupling that they were measured with; received those of 14 units and another "
         "coupling, of 6. Measure again with this one.",
@@ -406,15 +407,15 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
     ),
     # criteria
     "batch norm's scale where there is none": (
-        lambda: tfx.batchnorm_scale(W.params, W.coupling),
+        lambda: tfx.criteria.batchnorm_scale(W.params, W.coupling),
         ValueError,
         "Every unit has to pass a batch norm with a scale; units of conv2 pass none. Take another criterion.",
     ),
     "activations that were not measured": (
-        lambda: tfx.apoz(measure(), W.coupling),
+        lambda: tfx.criteria.apoz(measure(), W.coupling),
         ValueError,
         "This criterion looks at activations, of which the statistics say nothing; measure(..., moments=True). A "
-        "function of your own that `prune` calls and that looks at them is marked, tfx.Needs(moments=True).",
+        "function of your own that `prune` calls and that looks at them is marked, tfx.criteria.Needs(moments=True).",
     ),
     # scores, constraints, budgets
     "scores that are not finite": (
@@ -582,7 +583,7 @@ def test_the_right_calls_pass() -> None:
     assert select(W.scores, tfx.Units(9), protect="conv1", floor=2, most=0.9).keep.sum() == 9
     assert select(W.scores, tfx.Units(8), multiple=4).keep.sum() == 8
     measure(loss=lambda outputs, targets: (outputs.square().sum() * targets).sum())
-    tfx.apoz(measure(moments=True), W.coupling)
+    tfx.criteria.apoz(measure(moments=True), W.coupling)
 
 
 def test_every_error_is_a_value_error() -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import taylorfx as tfx
+from taylorfx.network.parameters import check
 
 ROOT = Path(__file__).parent.parent
 
@@ -77,11 +78,11 @@ def test_vgg11_bn_takes_a_state_dict_with_another_head_and_without_batch_counts(
     torch.save(state, tmp_path / "vgg11_bn.pth")
     spec = example.vgg11_bn(width=width, size=32)
     fresh = tfx.init(spec, torch.Generator().manual_seed(0))
-    loaded = tfx.flatten(example.load(tmp_path / "vgg11_bn.pth", fresh))
-    tfx.check(tfx.unflatten(loaded), spec)
+    loaded = tfx.tree.flatten(example.load(tmp_path / "vgg11_bn.pth", fresh))
+    check(tfx.tree.unflatten(loaded), spec)
     assert torch.equal(loaded["features.25.weight"], state["features.25.weight"])
     assert torch.equal(loaded["classifier.3.weight"], state["classifier.3.weight"])
-    assert torch.equal(loaded["classifier.6.weight"], tfx.flatten(fresh)["classifier.6.weight"])
+    assert torch.equal(loaded["classifier.6.weight"], tfx.tree.flatten(fresh)["classifier.6.weight"])
 
 
 @pytest.mark.parametrize("width", [1.0, 1 / 16])
@@ -104,7 +105,7 @@ def test_vgg11_bn_computes_what_torchvisions_computes() -> None:
         spec = module("vgg11_bn").vgg11_bn(width=width, size=96)
         expected = net(x)
         assert expected.std(0).max() > 1e-3
-        torch.testing.assert_close(tfx.apply(tfx.unflatten(net.state_dict()), spec, x), expected)
+        torch.testing.assert_close(tfx.apply(tfx.tree.unflatten(net.state_dict()), spec, x), expected)
 
 
 def plain_vgg11_bn(classes: int, width: float) -> nn.Module:

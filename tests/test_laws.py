@@ -9,11 +9,13 @@ from hypothesis import assume, example, given
 from torch.testing import assert_close
 
 import taylorfx as tfx
-from taylorfx.gates import derivatives
-from taylorfx.spec import evaluate, gating
-from taylorfx.testing import (
+from taylorfx import layers as L
+from taylorfx.network.parameters import check
+from taylorfx.network.run import evaluate, gating
+from taylorfx.scoring.measure import derivatives
+from taylorfx.testing.laws import assert_trees_equal
+from taylorfx.testing.strategies import (
     Network,
-    assert_trees_equal,
     batch_for,
     homogeneous_specs,
     network,
@@ -59,7 +61,7 @@ def test_expanding_then_cutting_is_the_identity_and_cutting_then_expanding_zeroe
     small = tfx.cut(net.params, plan)
     back = tfx.expand(small, plan)
     assert_trees_equal(tfx.cut(back, plan), small)
-    full, zeroed = tfx.flatten(net.params), tfx.flatten(back)
+    full, zeroed = tfx.tree.flatten(net.params), tfx.tree.flatten(back)
     alive = net.coupling.alive(plan.keep)
     for path, axes in net.coupling.parameters.items():
         mask = torch.ones_like(full[path])
@@ -92,7 +94,7 @@ def test_keeping_all_changes_nothing(net, seed):
 def test_the_new_spec_describes_the_cut_parameters_and_has_the_surviving_units(net, seed):
     plan = plan_for(net, seed)
     small = tfx.cut(net.params, plan)
-    tfx.check(small, plan.spec)
+    check(small, plan.spec)
     again = tfx.couple(small, plan.spec)
     alive = net.coupling.alive(plan.keep)
     renamed: dict[int, int] = {}
@@ -114,7 +116,7 @@ def test_the_new_spec_describes_the_cut_parameters_and_has_the_surviving_units(n
     assert len(again) == plan.keep.sum() - lone
 
 
-@given(networks(homogeneous_specs().filter(lambda spec: all(not isinstance(n.layer, tfx.Slice) for n in spec))), SEEDS)
+@given(networks(homogeneous_specs().filter(lambda spec: all(not isinstance(n.layer, L.Slice) for n in spec))), SEEDS)
 @example(network(CONSTRUCTS["residual stream"]), 3)
 @example(network(CONSTRUCTS["flatten"]), 3)
 def test_permuting_units_permutes_the_scores(net, seed):
@@ -124,12 +126,12 @@ def test_permuting_units_permutes_the_scores(net, seed):
     members = np.flatnonzero(coupling.scope == scopes[seed % len(scopes)])
     order = np.arange(len(coupling))
     order[members] = members[torch.randperm(len(members), generator=generator).numpy()]
-    leaves = tfx.flatten(net.params)
+    leaves = tfx.tree.flatten(net.params)
     permuted = {
         path: permute(leaf, [coupling.unit_ids(path, axis) for axis in range(leaf.ndim)], order)
         for path, leaf in leaves.items()
     }
-    params = tfx.unflatten(permuted)
+    params = tfx.tree.unflatten(permuted)
     assert_close(tfx.apply(params, net.spec, net.batch[0]), tfx.apply(net.params, net.spec, net.batch[0]), **CLOSE)
     assert [a.tolist() for a in tfx.couple(params, net.spec).axes] == [a.tolist() for a in coupling.axes]
     old = tfx.measure(net.params, net.spec, net.batch, coupling)
@@ -267,7 +269,7 @@ def test_where_training_changes_nothing_its_sums_are_those_of_inference(name, at
 
 @pinned
 def test_nothing_that_is_given_changes(net, seed):
-    tensors = [*tfx.flatten(net.params).values(), *net.batch[0].values(), net.batch[1]]
+    tensors = [*tfx.tree.flatten(net.params).values(), *net.batch[0].values(), net.batch[1]]
     before = [(t.clone(), t._version, t.data_ptr(), t.requires_grad) for t in tensors]
     text = str(net.spec)
     plan = plan_for(net, seed)
@@ -293,14 +295,14 @@ def test_a_training_step_commutes_with_cutting(net, seed):
         trained, rest = tfx.partition(params, spec)
 
         def loss(trained):
-            output, new = evaluate(tfx.combine(trained, rest), spec, (net.batch[0],), tap=tap, training=True)
+            output, new = evaluate(tfx.tree.combine(trained, rest), spec, (net.batch[0],), tap=tap, training=True)
             return torch.nn.functional.cross_entropy(output, net.batch[1]), tfx.partition(new, spec)[1]
 
         grads, buffers = torch.func.grad(loss, has_aux=True)(trained)
-        grads, old = tfx.flatten(grads), tfx.flatten(momentum)
+        grads, old = tfx.tree.flatten(grads), tfx.tree.flatten(momentum)
         velocity = {path: 0.9 * old[path] + grad for path, grad in grads.items()}
-        moved = {path: leaf - 0.1 * velocity[path] for path, leaf in tfx.flatten(trained).items()}
-        return tfx.combine(tfx.unflatten(moved), buffers), tfx.unflatten(velocity)
+        moved = {path: leaf - 0.1 * velocity[path] for path, leaf in tfx.tree.flatten(trained).items()}
+        return tfx.tree.combine(tfx.tree.unflatten(moved), buffers), tfx.tree.unflatten(velocity)
 
     gated = [tfx.cut(tree, plan) for tree in step(net.params, net.spec, momentum, tap)]
     small = step(tfx.cut(net.params, plan), plan.spec, tfx.cut(momentum, plan), None)
@@ -321,7 +323,7 @@ def test_gates_of_every_examples_own_are_those_of_batches_of_one(net, seed):
 @pinned
 def test_the_marginal_cost_of_a_unit_is_what_leaves_with_it(net, seed):
     coupling = net.coupling
-    for cost in (tfx.parameters(coupling), tfx.flops(coupling)):
+    for cost in (tfx.cost.parameters(coupling), tfx.cost.flops(coupling)):
         marginal = cost.marginal()
         for unit in np.random.default_rng(seed).permutation(len(coupling))[:4]:
             saved = cost.total - cost(np.arange(len(coupling)) != unit)

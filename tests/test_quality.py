@@ -11,7 +11,7 @@ from _networks import TRAINED, After, Before, Inverted, Stages, VisionTransforme
 from _tables import MARKERS, Interval, choices, duels, fidelities, interval, summary, table
 
 import taylorfx as tfx
-from taylorfx.testing import assert_trees_equal
+from taylorfx.testing.laws import assert_trees_equal
 
 NETWORKS = {
     "before": (lambda: Stages(Before, 8, 1, bare=True), 8, ()),

@@ -12,8 +12,8 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, TensorArgument
 from torch.utils._pytree import tree_flatten_with_path, tree_unflatten
 
-from taylorfx.interface import Argument, Fixed, Interface
-from taylorfx.spec import Spec
+from taylorfx.network.interface import Argument, Fixed, Interface
+from taylorfx.network.spec import Spec
 
 __all__ = ["bind", "dotted", "example_of", "interface_of", "off_path", "read_interface"]
 

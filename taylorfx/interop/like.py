@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_flatten_with_path
 
 from taylorfx.interop.calls import bind, dotted, example_of, interface_of, off_path
 from taylorfx.layers import Embedding, Input
-from taylorfx.spec import Spec, apply
+from taylorfx.network.run import apply
+from taylorfx.network.spec import Spec
 from taylorfx.tree import Params, flatten
 
 __all__ = ["LikeError", "resized"]

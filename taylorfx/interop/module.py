@@ -9,10 +9,12 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from taylorfx.interface import Interface
 from taylorfx.interop.calls import bind, interface_of
 from taylorfx.interop.like import resized
-from taylorfx.spec import Spec, apply, check, train
+from taylorfx.network.interface import Interface
+from taylorfx.network.parameters import check
+from taylorfx.network.run import apply, train
+from taylorfx.network.spec import Spec
 from taylorfx.tree import Params, flatten, unflatten
 
 __all__ = ["SpecModule", "to_torch"]

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from taylorfx import axes
+from taylorfx.layers import axes
 
 __all__ = [
     "Layer",
@@ -145,8 +145,8 @@ def computes_as(layer: Layer, kinds: Sequence[type[Layer]]) -> bool:
     So it is of the kinds themselves, and of subclasses that override nothing that a kind defines, be it a method or a
     class attribute. A subclass that does may compute something else and is like any layer that nothing is known of.
 
-    >>> import taylorfx as tfx
-    >>> computes_as(tfx.Linear(2, 3), [tfx.Linear]), computes_as(tfx.Linear(2, 3), [tfx.Conv2d])
+    >>> from taylorfx import layers as L
+    >>> computes_as(L.Linear(2, 3), [L.Linear]), computes_as(L.Linear(2, 3), [L.Conv2d])
     (True, False)
     """
     for kind in kinds:

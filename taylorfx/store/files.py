@@ -24,10 +24,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from taylorfx.cutting.cut import Scratch, take
+from taylorfx.cutting.plan import Indices, Plan, PlanError
 from taylorfx.layers import Shape
 from taylorfx.layers.tensor import operator_of
-from taylorfx.plan import Indices, Plan, PlanError, Scratch, take
-from taylorfx.spec import Spec, SpecError, check
+from taylorfx.network.parameters import check
+from taylorfx.network.spec import Spec, SpecError
 from taylorfx.store.schema import FileError, from_json, to_json
 from taylorfx.tree import Params, flatten, unflatten
 

@@ -18,13 +18,14 @@ from dataclasses import MISSING, Field, asdict, fields
 from functools import cache
 from typing import Any
 
-from taylorfx.interface import Interface
-from taylorfx.labels import Ties
 from taylorfx.layers import LAYERS, Input, Layer, ShapeError, kind
 from taylorfx.layers.operators import admitted, operator
 from taylorfx.layers.tensor import operator_of, runs_operator, slots
-from taylorfx.limits import NUMBERS, impossible
-from taylorfx.spec import Node, Spec, SpecError, propagate
+from taylorfx.network.bind import propagate
+from taylorfx.network.interface import Interface
+from taylorfx.network.labels import Ties
+from taylorfx.network.limits import NUMBERS, impossible
+from taylorfx.network.spec import Node, Spec, SpecError
 from taylorfx.tree import unflatten
 
 __all__ = ["FileError", "from_json", "to_json"]

@@ -1,0 +1,212 @@
+"""What a network costs: parameters and FLOPs in closed form in what is kept, peak memory, measured latency.
+
+The closed forms are sums of products of axis lengths, read from the axis signatures: a parameter's size is the product
+of its axes, a layer's FLOPs are two per multiply-add, as ``torch.utils.flop_counter`` counts (matrix products,
+convolutions). Peak memory follows from the shapes and the order of evaluation. Latency is measured layer by layer on a
+coarse grid of widths and interpolated in between.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from taylorfx.coupling.units import Coupling, Mask
+from taylorfx.layers import Input
+from taylorfx.layers import axes as language
+from taylorfx.network.labels import Labels
+from taylorfx.network.spec import Node, Spec
+
+__all__ = ["ORDER", "Cost", "flops", "memory", "parameters"]
+
+
+@dataclass(frozen=True, eq=False)
+class Cost(ABC):
+    """What a network costs, by the lengths of its coupling's axes.
+
+    Call it with the mask of kept units, ``(units,)``.
+    """
+
+    coupling: Coupling
+
+    def __call__(self, keep: Mask) -> float:
+        return self.of(self.coupling.counts(keep))
+
+    @property
+    def total(self) -> float:
+        """The cost of the whole network."""
+        return self(np.ones(len(self.coupling), bool))
+
+    def marginal(self, keep: Mask | None = None) -> Tensor:
+        """What leaves with each unit, to first order: ``(units,)``, in float64.
+
+        A score divided by it is worth per cost: ``taylor(stats, coupling) / flops(coupling).marginal()``.
+
+        Args:
+            keep: the units that the network still has, ``(units,)``; by default all. Of the others it is what would
+                come back with them.
+        """
+        coupling = self.coupling
+        kept = np.append(np.ones(len(coupling), bool) if keep is None else keep, True)
+        saved = np.zeros(len(coupling) + 1)
+        for axis, slope in zip(coupling.axes, self.slopes(coupling.counts(kept[:-1])), strict=False):
+            for k, row in enumerate(axis):
+                others = kept[np.delete(axis, k, 0)].all(0)  # an index of several factors is there if all of them are
+                saved += slope * np.bincount(row[others] % len(saved), minlength=len(saved))
+        return torch.from_numpy(saved[:-1])
+
+    @abstractmethod
+    def of(self, lengths: Labels) -> float:
+        """The cost at these lengths of the coupling's axes, ``(axes,)``."""
+
+    @abstractmethod
+    def slopes(self, lengths: Labels) -> NDArray[np.float64]:
+        """How it grows with each of them, ``(axes,)`` or one more."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Sum(Cost):
+    """A sum of monomials; it never grows when a unit leaves.
+
+    Attributes:
+        factors: ``(terms,)``: what does not change.
+        axes: ``(terms, degree)``: the axes whose lengths multiply, by number; the number of axes stands for length 1.
+    """
+
+    factors: Labels
+    axes: Labels
+
+    def of(self, lengths: Labels) -> int:
+        return int(self.terms(lengths).sum())
+
+    def terms(self, lengths: Labels) -> Labels:
+        """What each of them is, ``(terms,)``."""
+        value: Labels = self.factors * np.append(lengths, 1)[self.axes].prod(1)
+        return value
+
+    def slopes(self, lengths: Labels, weights: NDArray[np.float64] | float = 1.0) -> NDArray[np.float64]:
+        lengths = np.append(lengths, 1).astype(np.float64)
+        slopes = np.zeros(len(lengths))
+        for column in range(self.axes.shape[1]):
+            rest = np.delete(self.axes, column, 1)
+            np.add.at(slopes, self.axes[:, column], weights * self.factors * lengths[rest].prod(1))
+        return slopes
+
+
+@dataclass(frozen=True, eq=False)
+class _Peak(Cost):
+    """The most elements that are alive at once.
+
+    Its slopes are those of a norm of high order over the moments instead of the largest one: what leaves at one moment
+    alone saves nothing as long as another is as full, but both have to get emptier.
+
+    Attributes:
+        sizes: terms that add up to the elements of each value.
+        values: ``(terms,)``, the value that each is of.
+        spans: ``(2, values)``, the first moment of each and the first without it.
+    """
+
+    sizes: _Sum
+    values: Labels
+    spans: Labels
+
+    def of(self, lengths: Labels) -> int:
+        return int(self.alive(lengths).max(initial=0))
+
+    def alive(self, lengths: Labels) -> NDArray[np.float64]:
+        """How many elements are alive at every moment."""
+        sizes = np.bincount(self.values, self.sizes.terms(lengths), self.spans.shape[1])
+        born, died = (np.bincount(moments, sizes, len(sizes) + 2) for moments in self.spans)
+        alive: NDArray[np.float64] = np.cumsum(born - died)
+        return alive
+
+    def slopes(self, lengths: Labels) -> NDArray[np.float64]:
+        full = (self.alive(lengths) / max(1, self.of(lengths))) ** ORDER
+        until = np.append(0, np.cumsum(full / full.sum()))
+        weights: NDArray[np.float64] = np.subtract(*until[self.spans[::-1]])
+        return self.sizes.slopes(lengths, weights[self.values])
+
+
+ORDER = 16
+"""Of the norm that stands for the largest: of the moments of peak memory, of several budgets."""
+
+
+def parameters(coupling: Coupling) -> Cost:
+    """The number of trained parameters (shared ones once; running statistics not counted)."""
+    buffers = {node.path(leaf) for node in coupling.spec for leaf in node.layer.buffers}
+    terms = [(1, axes) for path, axes in coupling.parameters.items() if path not in buffers]
+    return _cost(coupling, terms)
+
+
+def flops(coupling: Coupling) -> Cost:
+    """Floating-point operations for one example: two per multiply-add of every convolution and matrix product.
+
+    Layers without a signature, kept as they were captured, count nothing.
+    """
+    terms: list[tuple[int, Sequence[int]]] = []
+    for node in coupling.spec:
+        bound, numbers = coupling.bounds[node.name], coupling.letters[node.name]
+        for text in node.layer.multiplies:
+            known = language.letters(language.pattern(text))
+            names = [x for x in bound.sizes if x in known or (x[0] == "_" and "..." in known)]
+            rigid = math.prod(bound.sizes[x] for x in names if x not in numbers)
+            terms.append((2 * rigid, [numbers[x] for x in names if x in numbers]))
+    return _cost(coupling, terms)
+
+
+def _cost(coupling: Coupling, terms: Sequence[tuple[int, Sequence[int]]]) -> _Sum:
+    degree, one = max((len(axes) for _, axes in terms), default=0), len(coupling.axes)
+    table = [[*axes, *[one] * (degree - len(axes))] for _, axes in terms]
+    return _Sum(
+        coupling,
+        np.array([factor for factor, _ in terms], np.int64),
+        np.array(table, np.int64).reshape(len(terms), degree),
+    )
+
+
+def memory(coupling: Coupling) -> Cost:
+    """The peak of the activations: the most elements that are alive at once while one example is evaluated.
+
+    A value lives from the node that makes it until the last one that hears it; inputs live from the start, and what the
+    network gives out until the end. Each counts by its size, views like copies; free-standing parameters are not
+    activations. What a layer needs within itself (the scores of an attention) is not seen.
+    """
+    terms: list[tuple[int, Sequence[int]]] = []
+    values: list[int] = []
+    for k, node in enumerate(coupling.spec):
+        found = [] if node.layer.leaf else _size(coupling, node)
+        terms += found
+        values += [k] * len(found)
+    return _Peak(coupling, _cost(coupling, terms), np.array(values, np.int64), _spans(coupling.spec))
+
+
+def _size(coupling: Coupling, node: Node) -> list[tuple[int, Sequence[int]]]:
+    """The terms of the size of what a node gives out."""
+    bound, numbers = coupling.bounds[node.name], coupling.letters[node.name]
+    signature = None if isinstance(node.layer, Input) else coupling.signature(node)
+    if signature is None:
+        return [(math.prod(bound.shape), ())]
+    products = [[x for product in each for x in product] for each in itertools.product(*signature.output)]
+    return [
+        (math.prod(bound.sizes[x] for x in names if x not in numbers), [numbers[x] for x in names if x in numbers])
+        for names in products
+    ]
+
+
+def _spans(spec: Spec) -> Labels:
+    """The first moment of every node's value and the first without it, ``(2, nodes)``; the inputs are there at 0."""
+    place = {node.name: k for k, node in enumerate(spec.nodes)}
+    first = [0 if isinstance(node.layer, Input) else k + 1 for k, node in enumerate(spec.nodes)]
+    after = [len(first) + 1] * len(first)
+    for k, (_, _, done) in enumerate(spec._steps):  # type: ignore[attr-defined]
+        for name in done:
+            after[place[name]] = k + 2
+    return np.array([first, after], np.int64)

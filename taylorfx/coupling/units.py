@@ -1,0 +1,135 @@
+"""The units of a network, and where they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from taylorfx.layers import Shape
+from taylorfx.layers.axes import Signature, expand
+from taylorfx.network.labels import Bound, Labels
+from taylorfx.network.spec import Node, Spec
+
+__all__ = ["Coupling", "Mask", "Place"]
+
+
+Mask = NDArray[np.bool_]
+"""One truth value per unit or index: what stays."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where activations are read or written: along ``axis`` of a node's input ``slot`` (-1: its output).
+
+    ``units`` has shape ``(factors, size)``: the units that gate each index there, -1 for none. ``shape`` is that of the
+    tensor for one example. ``example`` is the axis along which the examples run and the size of that axis' slower
+    factors; none where the tensor is the same for all examples.
+    """
+
+    node: str
+    slot: int
+    axis: int
+    shape: Shape
+    units: Labels
+    example: tuple[int, int] | None
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """Node, slot and axis."""
+        return self.node, self.slot, self.axis
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Coupling:
+    """What a network is made of: its units, and where they lie. ``len(coupling)`` is their number.
+
+    Attributes:
+        spec: the network.
+        scopes: the name of each family of units: the layer that writes them.
+        scope: ``(units,)``, the family of each unit.
+        index: ``(units,)``, each unit's position where it was first written.
+        exact: ``(units,)``, false where a norm's statistics change when the unit leaves.
+        frozen: why the units of a scope, or some of them, cannot leave.
+        axes: the different axes, each ``(factors, size)`` unit numbers, -1 for what stays.
+        parameters: the axis number of every axis of every parameter.
+        letters: for every node, the axis numbers of the letters of its signature.
+        bounds: for every node, its shapes and the sizes of its letters (of one example).
+        reads, writes: where activations are mixed, and made.
+        mixing: what, if anything, lets the examples of a batch hear each other.
+    """
+
+    spec: Spec
+    scopes: tuple[str, ...]
+    scope: Labels
+    index: Labels
+    exact: NDArray[np.bool_]
+    frozen: Mapping[str, str]
+    axes: tuple[Labels, ...]
+    parameters: Mapping[str, tuple[int, ...]]
+    letters: Mapping[str, Mapping[str, int]]
+    bounds: Mapping[str, Bound]
+    reads: tuple[Place, ...]
+    writes: tuple[Place, ...]
+    mixing: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.scope)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The units' names: ``conv1[3]`` is the fourth feature map of ``conv1``."""
+        return tuple(f"{self.scopes[s]}[{i}]" for s, i in zip(self.scope.tolist(), self.index.tolist(), strict=True))
+
+    @cached_property
+    def sizes(self) -> Labels:
+        """The number of units of each scope."""
+        return np.bincount(self.scope, minlength=len(self.scopes))
+
+    def alive(self, keep: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
+        """For every axis, which of its indices stay when these units are kept."""
+        stays, (_, starts, place) = self._stays(keep), self._flat
+        return [stays[starts[k] : starts[k + 1]] for k in place.tolist()]
+
+    def counts(self, keep: NDArray[np.bool_]) -> Labels:
+        """For every axis, how many of its indices stay when these units are kept."""
+        _, starts, place = self._flat
+        found = np.add.reduceat(self._stays(keep), starts[:-1], dtype=np.int32)  # twice as fast as in 64 bits
+        return found[place].astype(np.int64)
+
+    def _stays(self, keep: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        first, *rest = self._flat[0]
+        extended = np.append(keep, True)  # so that unit -1 is always kept
+        stays = np.asarray(extended[first], bool)
+        for units in rest:
+            stays[: len(units)] &= extended[units]
+        return stays
+
+    @cached_property
+    def _flat(self) -> tuple[list[Labels], Labels, Labels]:
+        """All axes end to end, those of many factors first: by factor their units, the ends, and each axis' place."""
+        order = np.argsort([-len(axis) for axis in self.axes], kind="stable")
+        axes = [self.axes[k] for k in order]
+        units = [np.concatenate([axis[k] for axis in axes if len(axis) > k]) for k in range(len(axes[0]))]
+        return units, np.cumsum([0, *(axis.shape[1] for axis in axes)]), np.argsort(order)
+
+    def unit_ids(self, path: str, axis: int) -> Labels:
+        """The unit of every index of an axis of a parameter, ``(factors, size)``; -1 is immovable."""
+        return self.axes[self.parameters[path][axis]]
+
+    def signature(self, node: Node) -> Signature | None:
+        """A node's signature, written out for the ranks of its inputs; none where its layer has none."""
+        shapes = self.bounds[node.name].inputs
+        text = node.layer.signature(*shapes)
+        return None if text is None else expand(text, tuple(map(len, shapes)))
+
+    def __str__(self) -> str:
+        lines = [f"{len(self)} units in {len(self.scopes)} scopes"]
+        for name, count, number in zip(self.scopes, self.sizes.tolist(), range(len(self.scopes)), strict=True):
+            inexact = "" if self.exact[self.scope == number].all() else "  (inexact: a norm's statistics change)"
+            lines.append(f"  {name}: {count}{inexact}")
+        lines += [f"  {name}: frozen, {reason}" for name, reason in self.frozen.items()]
+        return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""The going: plans, and what they take out of trees."""

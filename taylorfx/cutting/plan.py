@@ -1,0 +1,133 @@
+"""A `Plan` says which units stay: a value, nothing has changed yet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from taylorfx.cost.counts import flops, parameters
+from taylorfx.coupling.units import Coupling
+from taylorfx.network.spec import Node, Spec
+from taylorfx.network.tables import columns
+from taylorfx.scoring.gates import Gates, gates
+
+__all__ = ["Indices", "Plan", "PlanError"]
+
+
+Indices = tuple[Tensor | None, ...]
+"""For every axis of a parameter the indices that stay, none where all do."""
+
+
+class PlanError(ValueError):
+    """A plan that does not fit what it is applied to, or would leave a layer with nothing."""
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Which units stay: a value, nothing has changed yet. ``print(plan)`` compares asked and got.
+
+    Attributes:
+        coupling: the units of the original network.
+        keep: ``(units,)``, true for those that stay.
+        asked: the budget, in words.
+
+    Raises:
+        PlanError: if an axis would lose all of its indices.
+    """
+
+    coupling: Coupling
+    keep: NDArray[np.bool_]
+    asked: str = ""
+
+    def __post_init__(self) -> None:
+        keep = np.array(self.keep, bool)
+        keep.flags.writeable = False
+        object.__setattr__(self, "keep", keep)
+        if keep.shape != (len(self.coupling),):
+            raise PlanError(f"A plan decides on {len(self.coupling)} units; received a mask of shape {keep.shape}.")
+        empty = {*np.flatnonzero(self.coupling.counts(keep) == 0).tolist()}
+        if empty:
+            paths = [path for path, axes in self.coupling.parameters.items() if empty & {*axes}]
+            nodes = [name for name, letters in self.coupling.letters.items() if empty & {*letters.values()}]
+            raise PlanError(
+                f"Every layer keeps at least one channel; nothing would stay at {', '.join(paths or nodes)}."
+            )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Plan):
+            return NotImplemented
+        return self.coupling.spec == other.coupling.spec and bool(np.array_equal(self.keep, other.keep))
+
+    def __hash__(self) -> int:
+        return hash((self.coupling.spec, self.keep.tobytes()))
+
+    @property
+    def whole(self) -> bool:
+        """Nothing leaves."""
+        return bool(self.keep.all())
+
+    @cached_property
+    def indices(self) -> Mapping[str, Indices]:
+        """The indices that stay, for every axis of every parameter."""
+        alive = self.alive
+        kept = {k: torch.from_numpy(np.flatnonzero(alive[k])) for k in self._shorter}
+        return {path: tuple([kept.get(k) for k in axes]) for path, axes in self.coupling.parameters.items()}
+
+    @cached_property
+    def spec(self) -> Spec:
+        """The smaller network."""
+        spec = self.coupling.spec
+        return spec if self.whole else replace(spec, nodes=tuple(map(self._resize, spec.nodes)))
+
+    @cached_property
+    def gates(self) -> Gates:
+        """The same decision as gates, for ``apply(params, spec, x, gates=plan.gates)`` on the original."""
+        return gates(self.coupling, torch.from_numpy(self.keep.astype(np.float32)))
+
+    @cached_property
+    def alive(self) -> list[NDArray[np.bool_]]:
+        """For every axis of the coupling, which of its indices stay."""
+        return self.coupling.alive(self.keep)
+
+    @cached_property
+    def _lengths(self) -> list[int]:
+        """For every axis of the coupling, how many of its indices stay."""
+        lengths: list[int] = self.coupling.counts(self.keep).tolist()
+        return lengths
+
+    @cached_property
+    def _shorter(self) -> set[int]:
+        """The axes of the coupling that lose an index."""
+        return {
+            k for k, (axis, n) in enumerate(zip(self.coupling.axes, self._lengths, strict=True)) if n < axis.shape[1]
+        }
+
+    def _resize(self, node: Node) -> Node:
+        bound, letters = self.coupling.bounds[node.name], self.coupling.letters[node.name]
+        if self._shorter.isdisjoint(letters.values()):
+            return node
+        lengths = self._lengths
+        layer = node.layer.resize({**bound.sizes, **{x: lengths[k] for x, k in letters.items()}}, *bound.inputs)
+        return node if layer is node.layer else Node(node.name, layer, node.inputs, node.params)
+
+    def __str__(self) -> str:
+        coupling = self.coupling
+        everything = np.ones(len(coupling), bool)
+        kept = np.bincount(coupling.scope[self.keep], minlength=len(coupling.scopes))
+        rows = [("", "before", "after", "kept")]
+        for name, before, after in zip(coupling.scopes, coupling.sizes.tolist(), kept.tolist(), strict=True):
+            rows.append((name, f"{before:,}", f"{after:,}", f"{after / before:.1%}"))
+        rows.append(_row("units", len(coupling), int(self.keep.sum())))
+        for name, cost in (("parameters", parameters(coupling)), ("FLOPs", flops(coupling))):
+            rows.append(_row(name, cost(everything), cost(self.keep)))
+        return (f"asked for {self.asked}\n" if self.asked else "") + columns(rows, right=3)
+
+
+def _row(name: str, before: float, after: float) -> tuple[str, str, str, str]:
+    return name, f"{before:,.0f}", f"{after:,.0f}", f"{after / before:.1%}" if before else "-"

@@ -1,0 +1,1 @@
+"""From a module to a network: what ``torch.export`` traces, operator by operator."""

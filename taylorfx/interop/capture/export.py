@@ -1,0 +1,275 @@
+"""Modules in: ``torch.export`` captures any module as a graph of ATen operators, which are mapped to layers.
+
+The graph is made functional first (no in-place operators, few composite ones). Parametric operators whose weights are
+the module's own become the real layers, with the module's names; data movement, products, reductions and pointwise
+operators become those of `taylorfx.layers.tensor`; what has no rule stays as it was captured, runs, and freezes the
+units that touch it. Nothing is guessed from a number: where examples run is read from the symbol of the exported batch.
+A module that is made for a fixed number of examples is captured for one at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram, ShapesCollection
+
+from taylorfx.interop.calls import dotted, off_path
+from taylorfx.interop.capture.reader import CaptureError, Reader
+from taylorfx.interop.capture.sizes import Plain
+from taylorfx.interop.capture.training import Difference, align, twin
+from taylorfx.network.spec import Spec
+from taylorfx.tree import Params
+
+__all__ = ["from_torch"]
+
+
+def from_torch(
+    module: nn.Module, example_inputs: Any, *, example_kwargs: Mapping[str, Any] | None = None
+) -> tuple[Params, Spec]:
+    """Capture a module in inference mode as parameters and a spec; the module itself is left as it was.
+
+    Args:
+        module: any module that ``torch.export`` captures.
+        example_inputs: a tensor, a tuple of the positional arguments, or a dict of arguments by name; every tensor's
+            axis 0 runs over examples.
+        example_kwargs: keyword arguments.
+
+    Returns:
+        Parameters by the module's own names (the tensors are shared, not copied), and the network. The inputs of the
+        spec are named after the arguments of ``forward``. The outputs are the tensors that it returns: one, a tuple in
+        their order, or a dict by the names that a dict or dataclass gives them (``"hidden_states.0"`` where nested).
+
+    A module that is made for a fixed number of examples is captured for one at a time, with a warning, and `measure`
+    goes through a batch by itself. A batch is then run example by example, if the module gives the example batch what
+    it gives its examples one by one; otherwise, and in training, the spec takes batches of one. None among the outputs
+    is left out.
+
+    Raises:
+        CaptureError: if the module, the example or the captured graph cannot be taken; every cause is listed.
+    """
+    if not isinstance(module, nn.Module):
+        raise CaptureError(f"from_torch captures a torch.nn.Module; received {type(module).__name__}.")
+    args, kwargs = _arguments(example_inputs, example_kwargs)
+    _refuse(module, args, kwargs)
+    original = twin(module)
+    _leave_cache(original, kwargs)
+    network = _opened(original, (args, kwargs), module)
+    if unused := off_path(module, network[1].shapes):
+        warnings.warn(
+            f"{type(module).__name__} does not use all of its parameters in inference; no part of the network, nor of "
+            f"what to_torch gives back without `like`: {', '.join(unused)}.",
+            stacklevel=2,
+        )
+    return network
+
+
+def _opened(twin: nn.Module, example: Any, module: nn.Module) -> tuple[Params, Spec]:
+    """Capture with as much left open as can be."""
+    # An example of one would be taken for a constant: two of it say the same.
+    several = _each_tensor(lambda x: x.repeat(2, *[1] * (x.ndim - 1)) if len(x) == 1 else x, example)
+    with contextlib.suppress(Exception):  # which the next try meets again, or which comes of the open sizes
+        return _network(twin, several, _Open.SIZES, module)
+    try:
+        return _network(twin, several, _Open.EXAMPLES, module)
+    except Exception as error:  # torch.export raises whatever the module's own code raises
+        try:
+            network = _network(twin, _each_tensor(lambda x: x[:1], example), _Open.NOTHING, module)
+        except Exception:
+            raise CaptureError(_causes(twin, several, error)) from error
+        warnings.warn(
+            f"{type(module).__name__} is captured for one example at a time, since its number of examples is fixed: "
+            f"{_first_line(error)}",
+            stacklevel=3,
+        )
+        if _separates(twin, several):
+            params, spec = network
+            return params, spec.declared({node.name: {"apart": True} for node in spec.inputs})
+        return network
+
+
+def _separates(twin: nn.Module, several: Any) -> bool:
+    """The module gives a batch what it gives its examples one by one."""
+
+    def run(example: Any) -> list[Tensor]:
+        args, kwargs = example
+        return [x for x in torch.utils._pytree.tree_leaves(twin(*args, **kwargs)) if isinstance(x, Tensor)]
+
+    count = len(next(x for x in torch.utils._pytree.tree_leaves(several) if isinstance(x, Tensor)))
+    try:
+        with torch.no_grad(), _quiet():
+            whole = run(several)
+            parts = [run(_each_tensor(lambda x, k=k: x[k : k + 1], several)) for k in range(count)]
+            joined = [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
+        return all(torch.allclose(a, b, 1e-4, 1e-5) for a, b in zip(whole, joined, strict=True))
+    except Exception:  # whatever the module's own code raises for fewer examples
+        return False
+
+
+class _Open(Enum):
+    """What a capture leaves open: every size that the module leaves open, the number of examples, or nothing."""
+
+    SIZES = "sizes"
+    EXAMPLES = "examples"
+    NOTHING = "nothing"
+
+
+def _arguments(inputs: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments; a dict of inputs names them, and views are laid out for themselves."""
+    positional: Any = inputs
+    if isinstance(inputs, Tensor):
+        positional = (inputs,)
+    elif isinstance(inputs, Mapping):
+        positional, kwargs = (), {**inputs, **(kwargs or {})}
+    elif not isinstance(inputs, Sequence) or isinstance(inputs, str):
+        raise CaptureError(
+            "Example inputs are a tensor, a tuple of the positional arguments or a dict of arguments by name; "
+            f"received {type(inputs).__name__}."
+        )
+    found: tuple[tuple[Any, ...], dict[str, Any]] = _each_tensor(
+        lambda x: x.contiguous() if x.layout is torch.strided else x, (tuple(positional), dict(kwargs or {}))
+    )
+    return found
+
+
+def _leave_cache(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    """Have models of ``transformers`` give out no cache, unless the call asks for one: it is no tensor."""
+    for part in module.modules() if "use_cache" not in kwargs else ():
+        config = vars(part).get("config")
+        if getattr(config, "use_cache", False):
+            config.use_cache = False  # type: ignore[union-attr]
+
+
+def _network(twin: nn.Module, example: Any, opened: _Open, module: nn.Module) -> tuple[Params, Spec]:
+    """Capture the twin of a module, in inference and in training."""
+    names = {id(leaf): path for path, leaf in twin.named_buffers()}
+    tracked: dict[str, Any] = {names[id(part.running_mean)]: part for part in twin.modules() if _cumulative(part)}
+    program = _export(twin.eval(), example, opened)
+    said = ""
+    try:
+        for part in tracked.values():
+            part.momentum = 0.1  # what it is, a batch number, is no constant
+        align(program, _export(twin.train(), example, opened))
+    except Difference as difference:
+        said = f"{difference}"
+    except Exception as error:
+        said = f"anywhere, since it cannot be captured in training mode ({_first_line(error)})"
+        align(program, None)
+    finally:
+        twin.eval()
+        for part in tracked.values():
+            part.momentum = None
+    with torch.no_grad(), _quiet():
+        program = program.run_decompositions({})
+    network = Reader(program, alone=opened is _Open.NOTHING, cumulative=frozenset(tracked)).read(module)
+    if said:
+        warnings.warn(
+            f"{type(module).__name__} does something else in training than in inference, at {said}: its copy trains "
+            "there as it infers.",
+            stacklevel=4,
+        )
+    return network
+
+
+def _cumulative(part: nn.Module) -> bool:
+    """A norm whose running statistics are averages over all batches."""
+    return getattr(part, "running_mean", None) is not None and getattr(part, "momentum", 0.1) is None
+
+
+def _each_tensor(function: Any, tree: Any) -> Any:
+    return torch.utils._pytree.tree_map(lambda x: function(x) if isinstance(x, Tensor) else x, tree)
+
+
+def _refuse(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse what could be captured wrongly or not at all, all of it at once."""
+    leaves = torch.utils._pytree.tree_flatten_with_path((args, kwargs))[0]
+    inputs = {f"input {dotted(path[1:])}": x for path, x in leaves if isinstance(x, Tensor)}
+    if not inputs:
+        raise CaptureError("from_torch runs the module on an example; received no tensor. Pass example inputs.")
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers()), **inputs}
+    errors: list[str] = []
+    for name, x in tensors.items():
+        plain = type(x) in (Tensor, nn.Parameter, nn.Buffer) and x.layout is torch.strided and not x.is_quantized
+        if not plain:
+            kind = "quantized" if x.is_quantized else str(x.layout).removeprefix("torch.")
+            errors.append(f"{name}: {type(x).__name__} ({kind}), where a plain dense tensor is needed")
+    errors += [f"{name}: has no axis of examples, its axis 0" for name, x in inputs.items() if not x.ndim]
+    counts = {name: len(x) for name, x in inputs.items() if x.ndim}
+    if len(set(counts.values())) > 1:
+        errors.append(f"as many examples in every input: {', '.join(f'{name} has {n}' for name, n in counts.items())}")
+    devices: dict[str, list[str]] = {}
+    for name, x in tensors.items():
+        devices.setdefault(str(x.device), []).append(name)
+    if len(devices) > 1:
+        listed = "; ".join(
+            f"{kind}: {', '.join(names[:4])}{', ...' * (len(names) > 4)}" for kind, names in devices.items()
+        )
+        errors.append(f"one device for the module and its inputs, received {listed}; move them, x.to(...)")
+    dtypes = {x.dtype for x in module.parameters() if x.is_floating_point()}
+    strange = {
+        name: x.dtype for name, x in inputs.items() if x.is_floating_point() and dtypes and x.dtype not in dtypes
+    }
+    errors += [
+        f"{name}: {dtype}, the module {', '.join(map(str, dtypes))}; convert one" for name, dtype in strange.items()
+    ]
+    if errors:
+        raise CaptureError(f"from_torch cannot take {type(module).__name__}:\n  " + "\n  ".join(errors))
+
+
+def _export(module: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]], opened: _Open) -> ExportedProgram:
+    """The module as a graph."""
+    shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
+    for tensor in torch.utils._pytree.tree_leaves(example):
+        if isinstance(tensor, Tensor) and opened is not _Open.NOTHING:
+            axes = range(tensor.ndim) if opened is _Open.SIZES else range(1)
+            shapes[tensor] = {k: Dim.AUTO if k else Dim.DYNAMIC for k in axes}
+    with torch.no_grad(), _quiet(), Plain():
+        return torch.export.export(module, *example, dynamic_shapes=shapes, strict=False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's warnings and log about what the caller is told in one error."""
+    log = logging.getLogger("torch")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
+
+
+def _causes(module: nn.Module, example: tuple[Any, ...], error: Exception) -> str:
+    """Why a module cannot be captured: every cause with its line, as far as torch finds them."""
+    lines: list[str] = []
+    try:
+        with torch.no_grad(), _quiet():
+            report: Any = torch.export.draft_export(module, *example, strict=False)._report  # type: ignore[attr-defined]
+        files = {number: name for name, number in torch._logging.structured.INTERN_TABLE.items()}
+        for failure in report.failures:
+            frames = [*failure.data.get("stack", ()), *failure.data.get("user_stack", ())]
+            places = [(files[f["filename"]], f["line"], f.get("loc", "")) for f in frames]
+            own = [f"{file}:{line}: {code}" for file, line, code in places if "/torch/" not in file]
+            lines.append(f"{failure.failure_type.name.lower().replace('_', ' ')} at {own[-1] if own else 'unknown'}")
+    except Exception:  # the first cause is known already
+        lines.clear()
+    if not lines:
+        said = [line for line in str(error).splitlines() if line.strip()]
+        more = f"\n  (and {len(said) - 12} lines more: see __cause__)" if len(said) > 12 else ""
+        return f"torch.export cannot capture {type(module).__name__}: " + "\n  ".join(said[:12]) + more
+    listed = "\n  ".join(dict.fromkeys(lines))
+    return f"torch.export cannot capture {type(module).__name__}; all that it found:\n  {listed}"
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

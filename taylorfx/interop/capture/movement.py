@@ -1,0 +1,226 @@
+"""Operators that move data along axes: views, slices, joints, look-ups."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from taylorfx import layers as L
+from taylorfx.interop.capture.convert import Convert, Unmapped, argument, measured, tensor_node
+
+__all__ = [
+    "along", "arange", "cat", "expand", "index", "pad", "parts", "permute", "repeat", "repeat_interleave",
+    "select",
+    "slice_axis", "slice_scatter", "stack", "view",
+]  # fmt: skip
+
+
+def view(c: Convert, node: fx.Node) -> None:
+    x = tensor_node(node.args[0])
+    (before, given), (after, made) = measured(x), measured(node)
+    if (given < 0) != (made < 0):
+        raise Unmapped
+    if x.name in c.counting:
+        c.counting.add(node.name)
+    if (before, given) == (after, made):
+        c.alias(node)
+    else:
+        c.add(node, L.View(after, given, made), (c.tensor(x),))
+
+
+def permute(c: Convert, node: fx.Node) -> None:
+    x = tensor_node(node.args[0])
+    rank = len(measured(x)[0])
+    dims = list(range(rank))
+    given: Any = node.args[1:]
+    if str(node.target) == "aten.permute.default":
+        dims = [d % rank for d in given[0]]
+    elif rank > 1:
+        a, b = (0, 1) if str(node.target) == "aten.t.default" else (d % rank for d in given)
+        dims[a], dims[b] = dims[b], dims[a]
+    c.add(node, L.Permute(tuple(dims)), (c.tensor(x),))
+
+
+def expand(c: Convert, node: fx.Node, position: int = 0) -> None:
+    x = tensor_node(node.args[position])
+    (before, given), (after, made) = measured(x), measured(node)
+    lead = len(after) - len(before)
+    kept = [k >= lead and before[k - lead] == n and (k != made or given >= 0) for k, n in enumerate(after)]
+    sizes = tuple(-1 if keep else n for keep, n in zip(kept, after, strict=True))
+    if given >= 0 and given + lead != made:
+        raise Unmapped
+    if all(n == -1 for n in sizes):
+        c.alias(node, position)
+        return
+    fresh = made if given < 0 and made >= 0 else -1
+    if fresh >= 0 and after[fresh] != 1:
+        raise Unmapped
+    c.add(node, L.Expand(sizes, fresh), (c.tensor(x), *([c.known_examples()] if fresh >= 0 else [])))
+
+
+def repeat(c: Convert, node: fx.Node) -> None:
+    """The whole tensor again along some axes: the copies are the slower factor of each."""
+    x, times = tensor_node(node.args[0]), node.args[1]
+    shape, after = measured(x)[0], measured(node)[0]
+    lead = len(after) - len(shape)
+    if measured(x)[1] < 0 <= measured(node)[1] and math.prod(after) == math.prod(shape):  # once for every example
+        view = c.add(node, L.View(after, -1, -1), (c.tensor(x),), tag="_view")
+        sizes = tuple(1 if k == measured(node)[1] else -1 for k in range(len(after)))
+        c.add(node, L.Expand(sizes, measured(node)[1]), (view, c.known_examples()))
+        return
+    counts = [1] * (len(after) - len(times)) + list(times)  # type: ignore[arg-type]
+    _spread(c, node, [(counts[k], 1 if k < lead else shape[k - lead]) for k in range(len(after))], copies_first=True)
+
+
+def repeat_interleave(c: Convert, node: fx.Node) -> None:
+    """Every position again and again: the copies are the faster factor."""
+    x, times, dim = tensor_node(node.args[0]), argument(node, 1, "repeats"), argument(node, 2, "dim")
+    shape, _ = measured(x)
+    if not isinstance(times, int) or dim is None:
+        raise Unmapped
+    dims = [(times if k == dim % len(shape) else 1, n) for k, n in enumerate(shape)]
+    _spread(c, node, dims, copies_first=False)
+
+
+def _spread(c: Convert, node: fx.Node, dims: list[tuple[Any, int]], *, copies_first: bool) -> None:
+    """Axes of ``(copies, size)``: a view with an axis for the copies, expanded, and laid out again."""
+    x = tensor_node(node.args[0])
+    (before, given), (after, made) = measured(x), measured(node)
+    if any(not isinstance(times, int) for times, _ in dims):
+        raise Unmapped
+    thin: list[int] = []
+    wide: list[int] = []
+    example = -1
+    for k, (times, n) in enumerate(dims):
+        own = k == made
+        pair = [(1, times), (n, -1)] if copies_first else [(n, -1), (1, times)]
+        for size, target in pair if times != 1 else [(n, -1)]:
+            if own and target == -1:
+                example = len(thin)
+            thin.append(size)
+            wide.append(target)
+    name = c.tensor(x)
+    if tuple(thin) != before:
+        name = c.add(node, L.View(tuple(thin), given, example), (name,), tag="_apart")
+    name = c.add(node, L.Expand(tuple(wide)), (name,), tag="_expand" if tuple(wide) != after else "")
+    c.add(node, L.View(after, example, made), (name,))
+
+
+def arange(c: Convert, node: fx.Node) -> None:
+    """The numbers of the examples: every example has its own."""
+    start = argument(node, 0, "start") if str(node.target) != "aten.arange.default" else 0
+    if start != 0 or measured(node) != ((1,), 0):
+        raise Unmapped
+    c.counting.add(node.name)
+    c.captured(node, apart=True)
+
+
+def slice_axis(c: Convert, node: fx.Node) -> None:
+    x, dim = tensor_node(node.args[0]), argument(node, 1, "dim", 0)
+    shape, axis = measured(x)
+    dim %= len(shape)
+    start, stop, step = argument(node, 2, "start"), argument(node, 3, "end"), argument(node, 4, "step", 1)
+    if measured(node) == (shape, axis):
+        c.alias(node)
+        return
+    if step != 1:
+        along(1, "dim")(c, node)
+        return
+    if dim == axis or not all(v is None or isinstance(v, int) for v in (start, stop)):
+        raise Unmapped
+    start, stop, _ = slice(start, stop).indices(shape[dim])
+    c.slice(node, x, dim, start, stop)
+
+
+def select(c: Convert, node: fx.Node) -> None:
+    arguments: Any = node.args
+    x, dim, index = arguments
+    shape, _ = measured(tensor_node(x))
+    if not isinstance(index, int):
+        raise Unmapped
+    dim, index = dim % len(shape), index % shape[dim % len(shape)]
+    c.slice(node, tensor_node(x), dim, index, index + 1, drop=True)
+
+
+def parts(c: Convert, node: fx.Node) -> None:
+    """Each piece is a slice, written where it is taken."""
+
+
+def cat(c: Convert, node: fx.Node) -> None:
+    tensors: Any = node.args[0]
+    dim = argument(node, 1, "dim", 0) % len(measured(node)[0])
+    if any(measured(t)[1] != measured(node)[1] for t in tensors) or dim == measured(node)[1]:
+        raise Unmapped
+    c.add(node, L.Concat(dim), [c.tensor(t) for t in tensors])
+
+
+def stack(c: Convert, node: fx.Node) -> None:
+    tensors: Any = node.args[0]
+    after, made = measured(node)
+    dim = argument(node, 1, "dim", 0) % len(after)
+    thick = (*after[:dim], 1, *after[dim + 1 :])
+    if any(measured(t)[1] < 0 for t in tensors) and made >= 0:
+        raise Unmapped
+    layers = [L.View(thick, measured(t)[1], made) for t in tensors]
+    views = [c.add(node, v, (c.tensor(t),), tag=f"_{k}") for k, (t, v) in enumerate(zip(tensors, layers, strict=True))]
+    c.add(node, L.Concat(dim), views)
+
+
+def pad(c: Convert, node: fx.Node) -> None:
+    x, pad = tensor_node(node.args[0]), tuple(node.args[1])  # type: ignore[arg-type]
+    constant = str(node.target) == "aten.constant_pad_nd.default"
+    mode = "constant" if constant else argument(node, 2, "mode", "constant")
+    value = argument(node, 2 if constant else 3, "value", 0.0) or 0.0
+    shape, axis = measured(x)
+    if not all(isinstance(n, int) for n in pad) or (axis >= 0 and len(shape) - 1 - axis < len(pad) // 2):
+        raise Unmapped
+    c.add(node, L.Pad(pad, mode, float(value)), (c.tensor(x),))
+
+
+def index(c: Convert, node: fx.Node) -> None:
+    x, indices = tensor_node(node.args[0]), node.args[1]
+    given = [(k, i) for k, i in enumerate(indices) if i is not None]  # type: ignore[arg-type]
+    axis = measured(x)[1]
+    if axis >= 0 and isinstance(of := dict(given).get(axis), fx.Node) and of.name in c.counting:
+        c.captured(node, apart=True)  # each example looks at its own
+        return
+    if len(given) != 1 or axis == given[0][0]:
+        raise Unmapped
+    dim, index = given[0]
+    if tensor_node(index).meta["val"].dtype != torch.long:
+        raise Unmapped
+    c.add(node, L.Gather(dim), (c.tensor(x), c.tensor(tensor_node(index))))
+
+
+def along(position: int, name: str) -> Callable[[Convert, fx.Node], None]:
+    """An operator that works along some axes, and changes their sizes at most."""
+
+    def convert(c: Convert, node: fx.Node) -> None:
+        c.along(node, position, name)
+
+    return convert
+
+
+def slice_scatter(c: Convert, node: fx.Node) -> None:
+    x, source = tensor_node(node.args[0]), tensor_node(node.args[1])
+    dim, start, stop = (argument(node, *a) for a in ((2, "dim", 0), (3, "start", None), (4, "end", None)))
+    shape, axis = measured(x)
+    dim %= len(shape)
+    if argument(node, 5, "step", 1) != 1 or measured(source)[1] != axis:
+        raise Unmapped
+    if measured(source) == measured(node):  # the whole axis
+        c.alias(node, 1)
+        return
+    if dim == axis:
+        raise Unmapped
+    start, stop, _ = slice(start, stop).indices(shape[dim])
+    name, pieces = c.tensor(x), [c.tensor(source)]
+    if start > 0:
+        pieces.insert(0, c.add(node, L.Slice(dim, 0, start), (name,), tag="_before"))
+    if stop < shape[dim]:
+        pieces.append(c.add(node, L.Slice(dim, stop, shape[dim]), (name,), tag="_behind"))
+    c.add(node, L.Concat(dim), pieces)

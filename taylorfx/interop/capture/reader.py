@@ -1,0 +1,220 @@
+"""Reading an exported graph: walked in its order, it becomes the nodes of a network."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, is_dataclass, replace
+from typing import Any
+
+import sympy  # type: ignore[import-untyped]
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
+
+from taylorfx.interop.calls import dotted, read_interface
+from taylorfx.interop.capture.convert import RULES, Convert, Unmapped
+from taylorfx.interop.capture.operators import CONVERTERS
+from taylorfx.interop.capture.sizes import Sizes
+from taylorfx.layers import Input, Shape
+from taylorfx.layers.operators import OWN
+from taylorfx.layers.operators import operator as resolve
+from taylorfx.layers.tensor import operator_of
+from taylorfx.network.bind import propagate
+from taylorfx.network.labels import Ties
+from taylorfx.network.spec import Node, Spec
+from taylorfx.tree import Params, unflatten
+
+__all__ = ["CaptureError", "Reader"]
+
+
+class CaptureError(ValueError):
+    """A module that cannot be captured; the message lists every cause that is known."""
+
+
+class Reader:
+    """Walks an exported graph in its order and writes nodes."""
+
+    def __init__(self, program: ExportedProgram, *, alone: bool, cumulative: frozenset[str]) -> None:
+        self.program = program
+        self.convert = Convert(alone=alone, cumulative=cumulative)
+        self.placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+        given = [self.placeholders[name] for name in program.graph_signature.user_inputs if isinstance(name, str)]
+        self.given = [node for node in given if isinstance(node.meta.get("val"), Tensor)]
+        """The tensors that the module takes; numbers and None are in the graph."""
+        self.sizes = Sizes(program, self.given)
+
+    def read(self, module: nn.Module) -> tuple[Params, Spec]:
+        """The parameters and the network.
+
+        Raises:
+            CaptureError: if a node cannot be followed or has no derivative, or what is given out is no tensor.
+        """
+        self._inputs()
+        for node in self.program.graph.nodes:
+            if node.op == "call_function":
+                try:
+                    self._call(node)
+                except CaptureError:
+                    raise
+                except (Unmapped, ValueError) as error:
+                    where = f"{node.format_node()}: {error or 'its sizes cannot be followed'}"
+                    raise CaptureError(f"from_torch follows shapes that are multiples of the batch; {where}") from error
+            elif node.op == "get_attr":
+                self.convert.constant(node, getattr(self.program.graph_module, node.target), node.target)
+        outputs = self._outputs()
+        used = _reachable(self.convert.nodes, list(outputs.values()))
+        nodes = tuple(node for node in self.convert.nodes if node.name in used or isinstance(node.layer, Input))
+        named = all(isinstance(key, str) for key in outputs)
+        spec = Spec(nodes, tuple(outputs.values()), tuple(map(str, outputs)) if named else ())
+        spec = replace(spec, interface=read_interface(module, self.program, self.convert.names, spec))
+        _warn_of_randomness(module, spec)
+        wanted = set(spec.shapes)
+        leaves = {path: self.convert.tensors[path] for path in self.convert.tensors if path in wanted}
+        return unflatten(leaves), self._sized(spec)
+
+    def _sized(self, spec: Spec) -> Spec:
+        """The inputs say which sizes they take."""
+        names = {self.convert.names[node.name]: node.name for node in self.given}
+
+        def shapes(given: Mapping[str, Shape]) -> dict[str, Shape]:
+            at = spec.at(*(given[names[node.name]] for node in spec.inputs))
+            bounds = propagate(at, Ties(labeled=False))
+            return {key: bounds[name].shape for key, name in self.convert.names.items() if name in bounds}
+
+        ranges = self.sizes.ranges(shapes)
+        return spec.declared({node.name: {"ranges": ranges[names[node.name]]} for node in spec.inputs})
+
+    def _inputs(self) -> None:
+        state: dict[str, Any] = {**self.program.state_dict, **self.program.constants}
+        for item in self.program.graph_signature.input_specs:
+            node = self.placeholders[getattr(item.arg, "name", "")]
+            if item.kind is InputKind.USER_INPUT:
+                if node in self.given:
+                    self.convert.user_input(node)
+            elif item.kind is InputKind.CONSTANT_TENSOR and item.target is not None:
+                self.convert.constant(node, state[item.target], item.target)
+            elif item.target is not None and item.target in state:
+                self.convert.parameter(node, state[item.target], item.target)
+
+    def _call(self, node: fx.Node) -> None:
+        target: Any = node.target
+        before = len(self.convert.nodes)
+        if target is operator.getitem:
+            self.convert.getitem(node)
+        elif not isinstance(node.meta.get("val"), (Tensor, tuple, list)):
+            return  # arithmetic on sizes: read from the shapes of the tensors that use it
+        elif not self.convert.folded(node):
+            space, name = str(target).split(".")[:2]
+            own = RULES.get(f"{space}::{name}") or (CONVERTERS.get(name) if space in ("aten", "taylorfx") else None)
+            try:
+                (own or Convert.generic)(self.convert, node)
+            except Unmapped:
+                self.convert.captured(node)
+        if any(operator_of(made.layer) for made in self.convert.nodes[before:]):
+            _refuse_rigid(node.args[0] if target is operator.getitem else node)
+
+    def _outputs(self) -> dict[Any, str]:
+        """The nodes that are given out, by name if the module names them, otherwise by number."""
+        items = self.program.graph_signature.output_specs
+        values = [_given_out(item.arg) for item in items if item.kind is OutputKind.USER_OUTPUT]
+        tree = torch.utils._pytree.tree_unflatten(values, self.program.call_spec.out_spec)
+        leaves = [(path, x) for path, x in torch.utils._pytree.tree_flatten_with_path(tree)[0] if x is not None]
+        if not leaves:
+            raise CaptureError("A captured module gives out at least one tensor; this one gives out none.")
+        named = isinstance(tree, Mapping) or is_dataclass(tree)
+        found = {dotted(path) if named else k: self.convert.names.get(x) for k, (path, x) in enumerate(leaves)}
+        kinds = {key: "a parameter" if isinstance(x, str) else x for key, (_, x) in zip(found, leaves, strict=True)}
+        if strange := [f"output {key} is {kinds[key]}" for key, name in found.items() if name is None]:
+            raise CaptureError(
+                "A captured module gives out tensors that it computes, or None, which is left out; "
+                f"{', '.join(strange)}. Have its forward leave it out."
+            )
+        return {key: name for key, name in found.items() if name is not None}
+
+
+def _given_out(argument: Any) -> Any:
+    """The name of a tensor that is given out, nothing for None, and what is no tensor as it is."""
+    if isinstance(argument, TensorArgument):
+        return argument.name
+    value = getattr(argument, "value", argument)
+    return None if value is None else _Number(value)
+
+
+@dataclass(frozen=True)
+class _Number:
+    """What a module gives out besides tensors."""
+
+    value: Any
+
+    def __str__(self) -> str:
+        return f"{self.value!r}, a {type(self.value).__name__}"
+
+
+def _refuse_rigid(node: Any) -> None:
+    """Refuse an operator that floating-point numbers pass through without a derivative."""
+    target, values = node.target, node.meta["val"]
+    if not any(isinstance(x, Tensor) and x.is_floating_point() for x in torch.utils._pytree.tree_leaves(values)):
+        return
+    if str(target).startswith(_BY_STRIDES):
+        raise CaptureError(
+            f"{node.format_node()} looks at memory by its strides, which a network does not fix; index or unfold "
+            "instead."
+        )
+
+    def number(size: Any) -> Any:  # of two examples: with symbols, torch would take notes of what is asked
+        if not isinstance(size, torch.SymInt):
+            return size
+        return int(size.node.expr.xreplace(dict.fromkeys(size.node.expr.free_symbols, sympy.Integer(2))))
+
+    def differentiated(x: fx.Node) -> Any:
+        value = x.meta.get("val")
+        if not isinstance(value, Tensor):
+            return number(value)
+        leaf = torch.empty([number(n) for n in value.shape], dtype=value.dtype, device="meta")
+        return leaf.requires_grad_() if leaf.is_floating_point() or leaf.is_complex() else leaf
+
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), differentiated)
+    try:
+        with torch.enable_grad():
+            found = [x for x in torch.utils._pytree.tree_leaves(target(*args, **kwargs)) if isinstance(x, Tensor)]
+            whole = [x.sum() for x in found if x.requires_grad and x.is_floating_point()]
+            if whole and node.target.namespace not in OWN:  # others say it only when it is asked for
+                torch.stack(whole).sum().backward()  # type: ignore[no-untyped-call]
+    except Exception as error:
+        if "derivative" in str(error) or "autograd" in str(error):
+            raise CaptureError(
+                f"Floating-point numbers pass through operators that have derivatives; {target} has none "
+                f"({node.format_node()}). Give it a rule, taylorfx.rule, or write it with other operators."
+            ) from error
+
+
+_BY_STRIDES = ("aten.as_strided",)
+
+
+def _warn_of_randomness(module: nn.Module, spec: Spec) -> None:
+    """Say which nodes of a network draw random numbers in inference."""
+    named = [(node, operator_of(node.layer)) for node in spec.nodes]
+    draws = torch.Tag.nondeterministic_seeded
+    drawn = [f"{node.name} ({node.layer.title})" for node, name in named if name and draws in resolve(name).tags]
+    if drawn:
+        warnings.warn(
+            f"{type(module).__name__} draws random numbers in inference, at {', '.join(drawn)}: the network's values "
+            "are of one draw each, and so are scores. Pass noise as an input, or draw it in training mode only.",
+            stacklevel=5,
+        )
+
+
+def _reachable(nodes: Sequence[Node], outputs: Sequence[str]) -> set[str]:
+    """The nodes that the outputs depend on."""
+    heard = {node.name: node.inputs for node in nodes}
+    found: set[str] = set()
+    waiting = list(outputs)
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += heard[name]
+    return found

@@ -1,0 +1,1 @@
+"""The network as data, and the pure functions that run it."""

@@ -1,0 +1,204 @@
+"""A network as data: named nodes over layers, and the pure functions that run it.
+
+A `Spec` is a flat tuple of nodes in an order in which every node comes after its inputs. It holds no tensor: parameters
+are a separate tree, so that ``apply(params, spec, x)`` is a function of values alone and every transform of
+``torch.func`` applies to it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from heapq import heappop, heappush
+from typing import Any
+
+from taylorfx.layers import Input, Layer, Shape
+from taylorfx.layers import axes as language
+from taylorfx.network.bind import propagate
+from taylorfx.network.interface import Interface
+from taylorfx.network.labels import Ties
+from taylorfx.network.tables import columns
+
+__all__ = ["Node", "Spec", "SpecError"]
+
+
+class SpecError(ValueError):
+    """A network that does not hang together, or parameters that do not fit it; the message lists every offender."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """One layer at its place: a unique name, the names of the nodes that it hears.
+
+    ``params`` is the path of its parameters where that is not the node's name: two nodes with one path share them. As
+    a tuple of pairs it says the path of single ones: ``(("weight", "embed.weight"),)``.
+    """
+
+    name: str
+    layer: Layer
+    inputs: tuple[str, ...] = ()
+    params: str | tuple[tuple[str, str], ...] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "inputs", (self.inputs,) if isinstance(self.inputs, str) else tuple(self.inputs))
+
+    def path(self, leaf: str) -> str:
+        """Where a parameter of this node's layer lies in the tree."""
+        for name, path in self.params if isinstance(self.params, tuple) else ():
+            if name == leaf:
+                return path
+        base = self.params if isinstance(self.params, str) else self.name
+        return base if self.layer.leaf else f"{base}.{leaf}"
+
+    @cached_property
+    def shapes(self) -> Mapping[str, Shape]:
+        """The shapes of all its parameters, by their names in the layer."""
+        return self.layer.shapes()
+
+    @cached_property
+    def paths(self) -> Mapping[str, str]:
+        """The paths of all its parameters, by their names in the layer."""
+        return {leaf: self.path(leaf) for leaf in self.shapes}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A network: nodes in the order of evaluation, and the names of those whose values it gives out.
+
+    Immutable, hashable, comparable; ``print(spec)`` shows it as a table. One output is given out as a tensor, several
+    as a tuple; with ``keys``, one for each, as a dict. ``interface`` is what a captured module is beyond its nodes.
+
+    Raises:
+        SpecError: for duplicate names, inputs that no node has, or a cycle: all of them at once.
+    """
+
+    nodes: tuple[Node, ...]
+    outputs: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
+    interface: Interface | None = None
+
+    def __post_init__(self) -> None:
+        nodes = tuple(self.nodes)
+        outputs = (self.outputs,) if isinstance(self.outputs, str) else tuple(self.outputs)
+        object.__setattr__(self, "outputs", outputs or tuple(node.name for node in nodes[-1:]))
+        object.__setattr__(self, "nodes", _order(nodes, self.outputs))
+        last = {name: k for k, node in enumerate(self.nodes) for name in node.inputs}
+        done: list[list[str]] = [[] for _ in self.nodes]
+        for name, k in last.items():
+            if name not in self.outputs:
+                done[k].append(name)
+        leaves = [tuple([(leaf, tuple(path.split("."))) for leaf, path in x.paths.items()]) for x in self.nodes]
+        object.__setattr__(self, "_steps", tuple(zip(self.nodes, leaves, done, strict=True)))
+
+    @property
+    def inputs(self) -> tuple[Node, ...]:
+        """The nodes where tensors come in, in the order in which `apply` takes them."""
+        return tuple(node for node in self.nodes if isinstance(node.layer, Input))
+
+    @cached_property
+    def shapes(self) -> Mapping[str, Shape]:
+        """The shape of every parameter, by path.
+
+        Raises:
+            SpecError: if nodes that share a parameter want it of different shapes; all of them are listed.
+        """
+        shapes: dict[str, Shape] = {}
+        errors: list[str] = []
+        for node in self.nodes:
+            for path, shape in zip(node.paths.values(), node.shapes.values(), strict=True):
+                known = shapes.setdefault(path, shape)
+                if known != shape:
+                    errors.append(f"{path}: {node.name} expects {shape}, a node before it {known}")
+        if errors:
+            raise SpecError("Nodes share parameters of one shape; received:\n  " + "\n  ".join(errors))
+        return shapes
+
+    def __getitem__(self, name: str) -> Node:
+        for node in self.nodes:
+            if node.name == name:
+                return node
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self.nodes)
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def table(self, *shapes: Shape) -> str:
+        """Name, layer, output shape, parameters and FLOPs (two per multiply-add) of every node, for one example.
+
+        Shapes are those of the inputs, one example each; by default those that the `Input` nodes declare. Where the
+        input's shape is not known, shapes and FLOPs are left out.
+        """
+        spec = self.at(*shapes) if shapes else self
+        known = all(node.layer.shape is not None for node in spec.inputs if isinstance(node.layer, Input))
+        bounds = propagate(spec, Ties(labeled=False)) if known else {}
+        rows, seen, total, work = [("name", "layer", "output", "parameters", "FLOPs")], set[str](), 0, 0
+        for node in spec.nodes:
+            trained = {x: shape for x, shape in node.shapes.items() if x not in node.layer.buffers}
+            sizes = {node.path(leaf): math.prod(shape) for leaf, shape in trained.items()}
+            count = sum(n for path, n in sizes.items() if path not in seen)
+            seen.update(sizes)
+            bound = bounds.get(node.name)
+            cost = 2 * language.products(node.layer.multiplies, bound.sizes) if bound else 0
+            total, work = total + count, work + cost
+            shape = "x".join(map(str, bound.shape[1:])) if bound else "-"
+            shared = "shared" if sizes and not count else f"{count:,}" if count else ""
+            rows.append((node.name, str(node.layer), shape, shared, f"{cost:,}" if cost else ""))
+        rows.append(("", "", "total", f"{total:,}", f"{work:,}" if known else "-"))
+        return columns(rows)
+
+    def at(self, *shapes: Shape) -> Spec:
+        """The same network for inputs of these shapes (of one example)."""
+        names = [node.name for node in self.inputs]
+        if len(shapes) != len(names):
+            raise SpecError(
+                f"Shapes are as many as the network's Input nodes, {len(names)} ({', '.join(names)}); "
+                f"received {len(shapes)}."
+            )
+        return self.declared({name: {"shape": shape} for name, shape in zip(names, shapes, strict=True)})
+
+    def declared(self, fields: Mapping[str, Mapping[str, Any]]) -> Spec:
+        """The same network whose `Input` nodes say this: their fields, by the names of the nodes."""
+        made = {name: replace(self[name], layer=replace(self[name].layer, **given)) for name, given in fields.items()}
+        return replace(self, nodes=tuple(made.get(n.name, n) for n in self.nodes))
+
+
+def _order(nodes: tuple[Node, ...], outputs: tuple[str, ...]) -> tuple[Node, ...]:
+    """The nodes such that each comes after its inputs, otherwise as given."""
+    names = {node.name: k for k, node in enumerate(nodes)}
+    forward = all([names.get(x, k) < k for k, node in enumerate(nodes) for x in node.inputs])  # noqa: C419, lists are faster
+    if nodes and forward and len(names) == len(nodes) and names.keys() >= {*outputs}:
+        return nodes
+    seen: set[str] = set()
+    errors = [] if nodes else ["a network has at least one node; received none"]
+    for node in nodes:
+        if node.name in seen:
+            errors.append(f"two nodes are named {node.name!r}; give each node a name of its own")
+        seen.add(node.name)
+        errors += [f"{node.name!r} hears {x!r}, which no node is named" for x in node.inputs if x not in names]
+    errors += [f"the output {x!r} is no node" for x in outputs if x not in names]
+    missing = [{*node.inputs} & names.keys() for node in nodes]
+    hearers: dict[str, list[int]] = {name: [] for name in names}
+    for k, name in ((k, name) for k, heard in enumerate(missing) for name in heard):
+        hearers[name].append(k)
+    ready = [k for k, heard in enumerate(missing) if not heard]  # a heap: what was given first comes first
+    ordered: list[Node] = []
+    while ready:
+        node = nodes[heappop(ready)]
+        ordered.append(node)
+        for k in hearers.pop(node.name, ()):
+            missing[k].discard(node.name)
+            if not missing[k]:
+                heappush(ready, k)
+    if cyclic := [repr(node.name) for node, heard in zip(nodes, missing, strict=True) if heard]:
+        errors.append(f"the nodes {', '.join(cyclic)} lie on or behind a cycle")
+    if errors:
+        raise SpecError("A network is a graph of named nodes without cycles; received:\n  " + "\n  ".join(errors))
+    return tuple(ordered)

@@ -1,0 +1,148 @@
+"""Repair: make up for what a cut takes away, without training.
+
+A linear layer or a convolution that loses reads computes ``W_kept a_kept`` where it computed ``W a``. What is missing
+is put back in closed form, from the activations on a few batches:
+
+| repair | what moves | source |
+| --- | --- | --- |
+| `compensate` | biases take up the mean of what is missing | Ye et al. 2018, arXiv 1802.00124, for constant channels |
+| `reconstruct` | kept weights and biases, by least squares | He et al. 2017, arXiv 1707.06168 |
+| `recalibrate` | the running statistics of batch norms | Li et al. 2020, arXiv 2007.02491 |
+
+All take the original parameters and the plan, cut, and return the smaller network's parameters and spec; the last works
+on any network, too. Repaired are linear layers and convolutions of every kind; what else mixes activations (matrix
+products, attention between heads) has no weights of its own and stays as it is, and so does a subclass of a layer that
+computes something else. A layer without a bias that has
+to be shifted: where a batch norm is all that hears it, the norm's running mean moves, which is the same; elsewhere the
+layer gains a bias.
+
+A residual network on scikit-learn's digits, `taylor` per FLOP, four seeds, 512 images: at 30 % of the FLOPs and without
+any training, 17 % of the test images are right as cut, 39 % compensated, 97 % recalibrated, 99.4 % reconstructed, of
+99.6 % before; recalibrating what is reconstructed adds nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from taylorfx.coupling.units import Coupling
+from taylorfx.cutting.cut import cut
+from taylorfx.cutting.plan import Plan
+from taylorfx.layers import Linear
+from taylorfx.layers.base import computes_as
+from taylorfx.network.run import evaluate
+from taylorfx.network.spec import Spec
+from taylorfx.repair.batches import Batches, inputs_of
+from taylorfx.repair.readers import kept_channels, lost, sharing, shifted
+from taylorfx.rewrite.folding import WRITERS
+from taylorfx.scoring.gates import Gates
+from taylorfx.tree import Params, flatten
+
+__all__ = ["Means", "compensate", "means"]
+
+
+@dataclass(frozen=True)
+class Means:
+    """Sums over examples of what linear layers and convolutions read: additive over batches, processes and machines.
+
+    Attributes:
+        count: by node, how many rows were summed (examples; for a linear layer also its positions).
+        sum: by node, of the input without its first axis, ``(channels, ...)``; for a linear layer ``(features,)``.
+    """
+
+    count: Mapping[str, int]
+    sum: Mapping[str, Tensor]
+
+    def __add__(self, other: Means) -> Means:
+        if self.sum.keys() != other.sum.keys():
+            strange = ", ".join(sorted(self.sum.keys() ^ other.sum.keys()))
+            raise ValueError(f"Means add up when they are of the same network; received sums that differ in {strange}.")
+        return Means(
+            {name: n + other.count[name] for name, n in self.count.items()},
+            {name: x + other.sum[name] for name, x in self.sum.items()},
+        )
+
+    def centers(self, coupling: Coupling) -> Gates:
+        """The mean of every channel at the reads that `compensate` makes up for, as ``measure(..., around=)`` takes it.
+
+        Scores then say what a unit is worth beyond its mean, that is, what its removal costs once it is compensated.
+        """
+        result: Gates = {}
+        for place in coupling.reads:
+            if place.slot == 0 and place.node in self.sum:
+                mean = self.sum[place.node] / self.count[place.node]  # (channels, ...)
+                shape = [1] * len(place.shape)
+                shape[place.axis] = len(mean)
+                result[place.key] = mean.reshape(len(mean), -1).mean(1).reshape(shape)
+        return result
+
+
+def means(params: Params, spec: Spec, batches: Batches, coupling: Coupling) -> Means:
+    """The mean activations where linear layers and convolutions read units: one forward pass per batch.
+
+    Args:
+        batches: ``(inputs, targets)``, or an iterable of such; the targets are not looked at.
+
+    Raises:
+        ValueError: for no batches.
+    """
+    readers = {place.node for place in coupling.reads if computes_as(spec[place.node].layer, WRITERS)}
+    count: dict[str, int] = dict.fromkeys(readers, 0)
+    total: dict[str, Tensor] = {}
+
+    def tap(name: str, slot: int, x: Tensor) -> Tensor:
+        if name in readers and slot == 0:
+            rows = x.reshape(-1, x.shape[-1]) if isinstance(spec[name].layer, Linear) else x
+            new = rows.detach().to(torch.promote_types(x.dtype, torch.float32)).sum(0)
+            total[name] = total[name] + new if name in total else new
+            count[name] += len(rows)
+        return x
+
+    for inputs in inputs_of(batches):
+        evaluate(params, spec, (inputs,), tap=tap)
+    return Means(count, total)
+
+
+def compensate(params: Params, plan: Plan, batches: Batches | Means) -> tuple[Params, Spec]:
+    """Cut, and fold the mean of what every removed read contributed into the bias of the layer that read it.
+
+    The mean runs over the examples and all positions of the layer's output, zeros of its padding included: no other
+    constant leaves a smaller squared error on these batches. It is exact where removed activations are constant, in
+    a convolution as long as neither padding nor a transposed one's stride makes its windows differ.
+
+    Args:
+        params: the original parameters.
+        batches: ``(inputs, targets)``, or an iterable of such; or their `means`.
+
+    Returns:
+        Parameters and spec of the smaller network.
+    """
+    found = batches if isinstance(batches, Means) else means(params, plan.coupling.spec, batches, plan.coupling)
+    small, spec, leaves = cut(params, plan), plan.spec, flatten(params)
+    missing = lost(plan) - found.sum.keys()
+    if missing:
+        raise ValueError(
+            f"Means are of the network itself; received none of what {', '.join(sorted(missing))} read. "
+            "Take them again: means(params, spec, batches, plan.coupling)."
+        )
+    for group in sharing(plan.coupling.spec, "bias"):
+        rows, total = 0, torch.zeros(())
+        for node in group:
+            reads, writes = kept_channels(plan, node)
+            if reads.all():
+                continue
+            x = found.sum[node.name] / found.count[node.name]
+            gone = (~reads).to(x).reshape(-1, *[1] * (x.ndim - 1))
+            bare = replace(node.layer, bias=False)  # type: ignore[call-arg]
+            y = bare.apply({"weight": leaves[node.path("weight")].detach().to(x)}, (x * gone)[None])  # (1, out, ...)
+            each = y.flatten(2).sum(2)[0] if y.ndim > 2 else y[0]
+            rows += found.count[node.name] * math.prod(y.shape[2:])
+            total = total.to(each) + found.count[node.name] * each[writes.to(each.device)]
+        if rows:
+            small, spec = shifted(small, spec, [node.name for node in group], total / rows)
+    return small, spec

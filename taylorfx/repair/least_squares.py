@@ -1,0 +1,167 @@
+"""Reconstruct: let every layer that lost reads compute again what it computed, by least squares, without training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from taylorfx.cutting.cut import cut
+from taylorfx.cutting.plan import Plan
+from taylorfx.layers import Input, Linear
+from taylorfx.network.run import Inputs, apply, bind_inputs
+from taylorfx.network.spec import Node, Spec
+from taylorfx.repair.batches import Batches, inputs_of
+from taylorfx.repair.readers import as_matrix, as_rows, as_weight, as_windows, kept_channels, lost, sharing, shifted
+from taylorfx.tree import Params, flatten, merge, unflatten
+
+__all__ = ["LeastSquares", "reconstruct"]
+
+
+@dataclass(frozen=True)
+class LeastSquares:
+    """The sums of a linear regression with intercept, in ``g`` groups: additive, so that it streams and distributes.
+
+    Attributes:
+        n: the number of rows.
+        x, y: their sums, ``(g, k)`` and ``(g, o)``.
+        xx, xy: the sums of their products, ``(g, k, k)`` and ``(g, k, o)``.
+    """
+
+    n: int
+    x: Tensor
+    y: Tensor
+    xx: Tensor
+    xy: Tensor
+
+    @staticmethod
+    def of(x: Tensor, y: Tensor) -> LeastSquares:
+        """The sums of one batch of rows, ``(rows, g, k)`` and ``(rows, g, o)``, kept in double precision."""
+        x, y = x.detach().transpose(0, 1).double(), y.detach().transpose(0, 1).double()
+        return LeastSquares(x.shape[1], x.sum(1), y.sum(1), x.mT @ x, x.mT @ y)
+
+    def __add__(self, other: LeastSquares) -> LeastSquares:
+        return LeastSquares(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def solve(self, start: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+        """The weights ``W`` ``(g, k, o)`` and intercepts ``(g, o)`` of the least ``|y - x W - b|^2``, near ``start``.
+
+        Added is ``ridge`` times the mean variance of ``x`` times ``|W - start|^2``. So a large ridge leaves the weights
+        alone and moves the intercept only, which is what `compensate` does.
+        """
+        x, y = self.x / self.n, self.y / self.n
+        variance = self.xx / self.n - x[:, :, None] * x[:, None]
+        residual = self.xy / self.n - x[:, :, None] * y[:, None] - variance @ start
+        spread, size = (m.diagonal(dim1=1, dim2=2).mean(1) for m in (variance, self.xx / self.n))
+        least = (1e-12 * size).clamp(min=torch.finfo(size.dtype).tiny)  # or constant inputs are solved for by rounding
+        penalty = torch.maximum(ridge * spread, least)[:, None, None] * torch.eye(x.shape[1]).to(x)
+        weights = start + torch.linalg.solve(variance + penalty, residual)
+        return weights, y - (x[:, None] @ weights)[:, 0]
+
+
+def reconstruct(
+    params: Params,
+    plan: Plan,
+    batches: Batches,
+    *,
+    ridge: float = 1e-2,
+    total: Callable[[LeastSquares], LeastSquares] | None = None,
+) -> tuple[Params, Spec]:
+    """Cut, and choose the kept weights and biases so that every layer again computes what the original layer computed.
+
+    Layer after layer: the targets are the original network's, the inputs those of the smaller network as repaired so
+    far, so that each layer also makes up for what the layers before it could not (He et al. 2017, arXiv 1707.06168; a
+    convolution reads unfolded windows). The solution is closed (`LeastSquares`), batches are only summed over. Both
+    networks run once, side by side, from layer to layer. Held are, for all batches, the activations that layers ahead
+    hear, and, one after the other, a batch's windows and a layer's ``(channels * window)^2`` products of inputs in
+    double precision.
+
+    Layers that share their weight share the solution (both networks are run anew for them); a weight that an
+    `Embedding` uses, too, stays as it is.
+
+    Args:
+        params: the original parameters.
+        batches: ``(inputs, targets)``, or an iterable of such; the targets are not looked at.
+        ridge: how strongly weights are held where they were, in units of the mean variance of what is read; above 0.
+        total: adds up the sums of several processes that each have batches of their own (`distributed.total`).
+
+    Returns:
+        Parameters and spec of the smaller network.
+
+    Raises:
+        ValueError: for no batches or a ridge that is not above 0.
+    """
+    if not ridge > 0:
+        raise ValueError(
+            f"A ridge is above 0, as dead inputs would leave their weights undetermined; received {ridge}."
+        )
+    given = list(inputs_of(batches))
+    original, small, spec, losers = plan.coupling.spec, cut(params, plan), plan.spec, lost(plan)
+    old, new = ([_Run(network, inputs) for inputs in given] for network in (original, spec))
+    for group in sharing(original, "weight"):
+        names = [node.name for node in group]
+        if not _joint(original, group) or not losers & _ancestors(original, names):
+            continue
+        sums: LeastSquares | None = None
+        for inputs, before, after in zip(given, old, new, strict=True):
+            if len(names) > 1:  # later places hear what is not solved yet, which must not stay
+                before, after = _Run(original, inputs), _Run(spec, inputs)
+            for name in names:
+                x = after.value(small, spec, spec[name].inputs[0])
+                y = before.value(params, original, name)
+                axis, writes = -1 if isinstance(spec[name].layer, Linear) else 1, kept_channels(plan, original[name])[1]
+                y = y.movedim(axis, 0)[writes.to(y.device)].movedim(0, axis)
+                found = LeastSquares.of(as_windows(spec[name].layer, x), as_rows(spec[name].layer, y))
+                sums = found if sums is None else sums + found
+        assert sums is not None
+        sums = sums if total is None else total(sums)
+        layer, path, leaves = spec[names[0]].layer, group[0].path("weight"), flatten(small)
+        matrix, bias = sums.solve(as_matrix(layer, leaves[path].detach()).double(), ridge)
+        past = leaves[group[0].path("bias")].detach() if layer.bias else 0.0  # type: ignore[attr-defined]
+        small = merge(small, {path: as_weight(layer, matrix, leaves[path])})
+        small, spec = shifted(small, spec, names, bias.flatten() - past)
+    return small, spec
+
+
+class _Run:
+    """A network on one batch, as far as it has been asked for; what nothing further hears is not kept."""
+
+    def __init__(self, spec: Spec, inputs: Inputs) -> None:
+        self.values: dict[str, Tensor] = bind_inputs(spec, (inputs,))
+        self.done = 0
+
+    def value(self, params: Params, spec: Spec, name: str) -> Tensor:
+        """What a node gives out, without derivatives; nodes are asked for in their order."""
+        place = [node.name for node in spec].index(name) + 1
+        if place > self.done:
+            nodes, self.done = spec.nodes[self.done : place], place
+            made = [node.name for node in nodes]
+            later = {name, *(x for node in spec.nodes[place:] for x in node.inputs)}
+            heard = {x for node in nodes for x in node.inputs}.difference(made)
+            given = [node for node in nodes if isinstance(node.layer, Input)] + [Node(x, Input()) for x in heard]
+            wanted = tuple(x for x in made if x in later)
+            part = Spec((*given, *(node for node in nodes if node not in given)), wanted, wanted)
+            leaves = flatten(params)
+            inputs = {node.name: self.values[node.name] for node in given}
+            new = apply(unflatten((path, leaves[path].detach()) for path in part.shapes), part, inputs)
+            self.values = {x: value for x, value in self.values.items() if x in later} | new
+        return self.values[name]
+
+
+def _joint(spec: Spec, group: Sequence[Node]) -> bool:
+    """Layers of a group are one layer at several places, and nothing else uses their weight."""
+    path = group[0].path("weight")
+    used = [node.name for node in spec if path in node.paths.values()]
+    kinds = {(type(node.layer), node.layer.bias, node.path("bias")) for node in group}  # type: ignore[attr-defined]
+    return used == [node.name for node in group] and len(kinds) == 1
+
+
+def _ancestors(spec: Spec, names: Iterable[str]) -> set[str]:
+    """These nodes and all that they hear."""
+    found, inputs = set(names), {node.name: node.inputs for node in spec}
+    for name in reversed(inputs):  # every node comes after its inputs
+        if name in found:
+            found.update(inputs[name])
+    return found

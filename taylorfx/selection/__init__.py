@@ -1,0 +1,1 @@
+"""Who stays: budgets, constraints, and the ways to choose."""

@@ -1,0 +1,176 @@
+"""Joint selection: who goes together, since units interact.
+
+A score says what the loss does when one unit leaves alone. When a set ``R`` leaves, the loss changes by about
+
+    J(R) = - sum_{u in R} E[g_u] + 1/2 sum_{u, v in R} E[g_u g_v],
+
+the second-order expansion in the gates whose curvature is the Gram matrix of the examples' own derivatives (the Fisher
+matrix on gates; Hassibi & Stork 1993 and Theis et al. 2018, arXiv 1801.05787, take it of weights and its diagonal). The
+matrix is never formed. With ``s_n = sum_{u in R} g_nu``, what one more unit adds is
+
+    J(R + u) - J(R) = - E[g_u] + E[s g_u] + 1/2 E[g_u^2],
+
+one product of the vector ``s`` with the ``(N, units)`` rows. So the cheapest units leave in rounds, each as `select`
+has it (budgets, floors, multiples, globs), and at the end units of one scope change places while that lowers ``J``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from taylorfx.coupling.units import Coupling, Mask
+from taylorfx.cutting.plan import Plan
+from taylorfx.scoring.statistics import Statistics
+from taylorfx.selection.budget import Budget, BudgetError, Budgets, SelectionError, Units, each_budget, pricing
+from taylorfx.selection.constraints import Constraints
+from taylorfx.selection.select import select
+
+__all__ = ["expected_change", "joint"]
+
+
+def joint(
+    stats: Statistics,
+    coupling: Coupling,
+    *,
+    budget: Budgets,
+    rounds: int = 64,
+    per_cost: bool = True,
+    swaps: bool = True,
+    cautious: bool = False,
+    **constraints: Any,
+) -> Plan:
+    """Decide which units stay by what their removal costs together.
+
+    Args:
+        stats: from ``measure(..., rows=True)``; no more than a few copies of these ``(N, units)`` numbers are held.
+        budget: what may remain, one or several; a plain number means `Units`.
+        rounds: in how many steps the budget is reached, each with the losses that the units removed so far make; more
+            are better and slower. Time is ``rounds * N * units``.
+        per_cost: rank by the change of the loss for what leaves with a unit, as in `select`.
+        swaps: at the end, let a unit that left and one of its scope that stayed change places, as long as that lowers
+            the forecast (of the best few on either side, and a few hundred times for each scope).
+        cautious: do not believe a forecast that the loss falls. Far from the network, units do not cancel each other
+            as the expansion says (where the loss does not hear of the scale of a layer, all of it could leave for
+            nothing), nor do those help that promise to. So ``-E[g_u]`` counts only where it is a loss, and ``E[s g_u]``
+            takes back at most half of ``E[g_u^2] / 2``; no exchanges.
+        constraints: those of `select`.
+
+    Raises:
+        SelectionError: if the statistics have no rows or are of other units; and what `select` raises.
+    """
+    budgets, given = each_budget(budget), Constraints.of(constraints)
+    given.on(coupling)
+    constraints = given.options  # globs that were an iterator are used more than once
+    rows = _rows(stats, coupling)
+    if rounds < 1:
+        raise SelectionError(f"Joint selection takes at least one round; received {rounds}.")
+    costs = [one.cost(coupling) for one in budgets]
+    prices = pricing(budgets, costs) if per_cost else None
+    keep = np.ones(len(coupling), bool)
+    totals = [cost(keep) for cost in costs]
+    mean, half = rows.mean(0, dtype=torch.float64), 0.5 * rows.square().mean(0, dtype=torch.float64)
+    mean = mean.clamp(max=0) if cautious else mean
+    plan = select(half - mean, coupling, budget=budgets, **constraints)  # an error names the budget that was asked for
+    for step in range(1, rounds + 1) if len(coupling) else ():
+        cross = _cross(rows, ~keep)
+        scores = (torch.maximum(cross, -0.5 * half) if cautious else cross) + half - mean
+        if prices:
+            scores = scores / prices(keep)
+        lowest = scores.min()
+        scores[torch.from_numpy(~keep)] = lowest - 1 - lowest.abs()  # what has left stays away
+        try:
+            share = step / rounds
+            asked = budgets if share == 1 else [_between(b, n, share) for b, n in zip(budgets, totals, strict=True)]
+            plan = select(scores, coupling, budget=asked, **constraints)
+        except BudgetError:  # on the way, where multiples cannot be met exactly
+            if step == rounds:
+                raise
+            continue
+        keep = plan.keep
+    if swaps and not cautious:
+        free = coupling.exact if given.exact_only else np.ones(len(coupling), bool)
+        better = _swap(rows, coupling, plan.keep.copy(), mean, half, free)
+        limits = [max(one.limit(n), cost(plan.keep)) for one, n, cost in zip(budgets, totals, costs, strict=True)]
+        fits = all(cost(better) <= limit for cost, limit in zip(costs, limits, strict=True))
+        if fits and coupling.counts(better).all():
+            plan = Plan(coupling, better, plan.asked)
+    return plan
+
+
+def expected_change(stats: Statistics, plan: Plan) -> Tensor:
+    """What `joint` forecasts of the loss when a plan's units leave: ``J(R)``, a number.
+
+    Raises:
+        SelectionError: if the statistics have no rows or are of other units.
+    """
+    rows = _rows(stats, plan.coupling)
+    gone = rows[:, torch.from_numpy(~plan.keep).to(rows.device)].sum(1, dtype=torch.float64)
+    return 0.5 * gone.square().mean() - gone.mean()
+
+
+def _rows(stats: Statistics, coupling: Coupling) -> Tensor:
+    if stats.units != coupling.names:
+        raise SelectionError(f"Statistics are of the coupling's {len(coupling)} units; received some of others.")
+    if not stats.n:
+        raise SelectionError("Statistics of no batch say nothing about any unit. Was the iterator already used up?")
+    if stats.rows is None:
+        raise SelectionError("Joint selection needs every example's derivatives: measure(..., rows=True).")
+    if not stats.rows.isfinite().all():
+        raise SelectionError("Derivatives have to be finite; some are not. Look at the parameters and the data.")
+    return stats.rows.to("cpu")
+
+
+def _cross(rows: Tensor, gone: Mask) -> Tensor:
+    """``E[s g_u]`` for every unit, ``s`` the sum over those that have left."""
+    away = torch.from_numpy(gone).to(rows.dtype)
+    return ((rows @ away) @ rows / len(rows)).to(torch.float64)
+
+
+def _between(budget: Budget, total: float, share: float) -> Budget:
+    """The budget when this share of the way is done."""
+    limit = budget.limit(total)
+    if isinstance(budget, Units):
+        return Units(max(1, round(total - share * (total - limit))))
+    return replace(budget, amount=min(1.0, 1 - share * (1 - limit / total)))
+
+
+CANDIDATES = 64
+"""How many units on either side are looked at for an exchange: those that lower the forecast most by themselves."""
+
+EXCHANGES = 256
+"""How often units of one scope change places at most."""
+
+
+def _swap(rows: Tensor, coupling: Coupling, keep: Mask, mean: Tensor, half: Tensor, free: Mask) -> Mask:
+    """Exchange units within their scopes while that lowers ``J``."""
+    gone = rows @ torch.from_numpy(~keep).to(rows.dtype)  # s
+    for number in range(len(coupling.scopes)):
+        members = np.flatnonzero((coupling.scope == number) & free)
+        columns = rows[:, torch.from_numpy(members)]
+        for _ in range(EXCHANGES):
+            cross = (gone @ columns / len(rows)).to(torch.float64)
+            leave = half[members] - mean[members] + cross  # what a unit that stays would add
+            come = half[members] + mean[members] - cross  # and one that has left would take back
+            one, other = _lowest(leave, keep[members]), _lowest(come, ~keep[members])
+            if not len(one) or not len(other):
+                break
+            gram = columns[:, one].T @ columns[:, other] / len(rows)
+            change = leave[one][:, None] + come[other] - gram
+            best = divmod(int(change.argmin()), len(other))
+            if change[best] >= -1e-12:
+                break
+            out, back = one[best[0]], other[best[1]]
+            keep[members[[out, back]]] = False, True
+            gone = gone + columns[:, out] - columns[:, back]
+    return keep
+
+
+def _lowest(values: Tensor, among: Mask) -> Tensor:
+    """Where the lowest of these values are."""
+    places = torch.from_numpy(np.flatnonzero(among))
+    return places[values[places].argsort()[:CANDIDATES]]

@@ -1,0 +1,233 @@
+"""Select: who stays, given one score per unit and a budget.
+
+Units leave in the order of their scores, lowest first; among equal scores the one that was written later leaves first.
+Constraints (protected scopes, a floor and a most per layer, multiples, uniform scopes) take units out of that order or
+bundle them; then the shortest prefix that meets every budget leaves. All of it is a statement about the coupling:
+nothing is cut.
+
+The prefix is found by bisection. A cost that never grows when a unit leaves (all but the measured ones) has one point
+from which on it fits, which bisection finds. A measured cost may go up and down: what is found then is a prefix that
+was seen to fit, one step after one that was seen not to; there may be a shorter one, but it is never over the budget.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from taylorfx.cost.counts import Cost
+from taylorfx.coupling.reasons import held as held_by
+from taylorfx.coupling.units import Coupling, Mask
+from taylorfx.cutting.plan import Plan
+from taylorfx.network.labels import Labels
+from taylorfx.selection.budget import (
+    Budget,
+    BudgetError,
+    Budgets,
+    Flops,
+    Remove,
+    Units,
+    each_budget,
+    pricing,
+)
+from taylorfx.selection.constraints import Constraints
+from taylorfx.selection.order import finite, last_of_axis, like_structures, quantiles, steps
+
+__all__ = ["foresee", "select"]
+
+
+def select(
+    scores: torch.Tensor,
+    coupling: Coupling,
+    *,
+    budget: Budgets,
+    protect: str | Sequence[str] = (),
+    floor: int | Mapping[str, int] = 1,
+    most: float | Mapping[str, float] = 1.0,
+    multiple: int | Mapping[str, int] = 1,
+    uniform: str | Sequence[str] = (),
+    per_layer: bool = False,
+    isomorphic: bool = False,
+    exact_only: bool = False,
+    per_cost: bool = False,
+) -> Plan:
+    """Decide which units stay: remove the lowest scores until the budget is met.
+
+    Args:
+        scores: ``(units,)``, higher means keep.
+        budget: what may remain; a plain number means `Units`. Of several, all are met.
+        protect: globs of scopes that lose nothing (``"layer1.*"``).
+        floor: the fewest units that a scope keeps; a number, or by glob (the first that matches counts).
+        most: the largest share of its units that a scope loses; likewise.
+        multiple: scopes keep multiples of this number of units (or all of them); likewise. Units then leave in
+            bundles, ordered by their mean score.
+        uniform: globs; the scopes that match one (the first that matches counts) keep the same number of units, each
+            its own best. They leave in bundles across the scopes, ordered by their mean score.
+        per_layer: rank within each scope instead of across the network, so that all lose about the same share.
+        isomorphic: rank only within like structures (Fang et al. 2024, "Isomorphic Pruning for Vision Models",
+            arXiv 2407.04616): scopes that run along the same axes of the same kinds of layers. Every such class loses
+            about the same share, and its scopes compete. With ``per_layer`` each scope is alone.
+        exact_only: keep the units whose removal changes a norm's statistics (``coupling.exact``).
+        per_cost: rank by score per FLOP, parameter, element at the peak or microsecond that leaves with a unit,
+            whichever the budget counts (of several the one that is hardest to meet; `Units` and `Measured` have no
+            prices). What a unit saves depends on what else is left; it is read off the plan itself, again and again
+            (see `_search`), and of the plans that are found the one that loses the least score is taken.
+
+    Raises:
+        BudgetError: if the budget cannot be met; the message names the nearest that can.
+        SelectionError: for scores that are not finite or globs that match nothing.
+    """
+    budgets = each_budget(budget)
+    constraints = Constraints(protect, floor, most, multiple, uniform, per_layer, isomorphic, exact_only)
+    rules = constraints.on(coupling)
+    classes = coupling.scope if per_layer else like_structures(coupling)[coupling.scope] if isomorphic else None
+
+    def rank(values: NDArray[np.float64]) -> Plan:
+        values = values if classes is None else quantiles(values, classes)
+        held = rules.protected | last_of_axis(values, coupling)
+        while True:
+            step, count = steps(values, coupling, held, rules)
+            empty = np.flatnonzero(coupling.counts(step >= count) == 0)
+            if not len(empty):
+                return Plan(
+                    coupling, step >= _shortest(step, count, budgets, costs, coupling), " and ".join(map(str, budgets))
+                )
+            for axis in (coupling.axes[k] for k in empty):  # products and slices may need more than a floor per scope
+                worth = np.where(axis >= 0, values[axis], np.inf).min(0)
+                held[axis[:, worth.argmax()]] = True
+
+    values, costs = finite(scores, coupling), [one.cost(coupling) for one in budgets]
+    prices = pricing(budgets, costs) if per_cost else None
+    return _search(values, prices, rank) if prices else rank(values)
+
+
+def foresee(coupling: Coupling, *, budget: Budgets, constraints: Constraints, per_cost: bool) -> None:
+    """Raise, before anything is measured, what `select` would raise whatever the scores are.
+
+    Which units stay can decide what an axis costs that holds a part of a scope, so such an axis counts as one index
+    here: a budget that only some scores can meet is left to them. What a function of the user's says is not asked.
+    """
+    budgets, rules = each_budget(budget), constraints.on(coupling)
+    costs = [one.cost(coupling) for one in budgets]
+    if per_cost:
+        pricing(budgets, costs)
+    step, count = steps(np.zeros(len(coupling)), coupling, rules.protected, rules)
+    keep = step >= count
+    whole = np.array([_whole(coupling, axis) for axis in coupling.axes], bool)
+    least = np.where(whole, np.maximum(coupling.counts(keep), 1), 1) if len(coupling.axes) else np.zeros(0, np.int64)
+
+    def lowest(one: Budget, cost: Callable[[Mask], float]) -> tuple[float, float]:
+        if isinstance(cost, Cost):
+            return cost.of(least), cost.total
+        return (float(keep.sum()), float(len(coupling))) if isinstance(one, Units) else (0.0, 0.0)
+
+    bounds = [(one, *lowest(one, cost)) for one, cost in zip(budgets, costs, strict=True)]
+    if any(low > one.limit(total) for one, low, total in bounds if total):
+        select(torch.zeros(len(coupling)), coupling, budget=budgets, **constraints.options)
+    all_stay = [isinstance(one.amount, float) and one.amount == 1 and not isinstance(one, Remove) for one in budgets]
+    if not len(coupling) and not all(all_stay[k] for k, one in enumerate(budgets) if isinstance(one, Units)):
+        raise BudgetError(
+            f"The network has no unit that could leave; the budget is {' and '.join(map(str, budgets))}. "
+            f"{held_by(coupling)}".rstrip()
+        )
+
+
+def _whole(coupling: Coupling, axis: Labels) -> bool:
+    """How many of its indices stay depends on nothing but how many units of each scope stay.
+
+    Every scope has all its units on it equally often; of an axis with factors, every combination of them is there once.
+    """
+    sizes = coupling.sizes
+    if len(axis) == 1:
+        times = np.bincount(axis[axis >= 0], minlength=len(coupling))
+        return all(len({*times[coupling.scope == s].tolist()}) == 1 for s in np.unique(coupling.scope[axis[axis >= 0]]))
+    scopes = [np.unique(coupling.scope[row]).tolist() if (row >= 0).all() else [] for row in axis]
+    if any(len(one) != 1 for one in scopes):
+        return False
+    full = math.prod(int(sizes[one]) for (one,) in scopes)
+    return bool(full == axis.shape[1] == np.unique(axis, axis=1).shape[1])
+
+
+PRICES = 16
+"""How often `_search` reads prices at most."""
+
+
+def _search(
+    values: NDArray[np.float64],
+    price: Callable[[Mask], torch.Tensor],
+    rank: Callable[[NDArray[np.float64]], Plan],
+) -> Plan:
+    """The plan of the least score lost, by Lagrange multipliers (Everett 1963, doi 10.1287/opre.11.3.399).
+
+    Where nothing can be gained by exchanging units, those leave whose score is less than some factor times what they
+    save, at the plan itself. So the units are ranked by their score per price, the price is what a unit saves (or would
+    cost again) at the plan that follows, and so on; a geometric mean keeps prices from swinging.
+    """
+    prices = price(np.ones(len(values), bool)).numpy()
+    plans = [rank(values)]
+    for _ in range(PRICES):
+        plans.append(rank(values / prices))
+        new = np.sqrt(prices * price(plans[-1].keep).numpy())
+        if np.allclose(new, prices, rtol=1e-3):
+            break
+        prices = new
+    return min(plans, key=lambda plan: float(values[~plan.keep].sum()))
+
+
+def _shortest(
+    step: Labels, steps: int, budgets: Sequence[Budget], counted: Sequence[Callable[[Mask], float]], coupling: Coupling
+) -> int:
+    """The fewest steps after which all budgets hold; for `Units` alone, after which it holds exactly."""
+
+    def after(cost: Callable[[Mask], float]) -> Callable[[int], float]:
+        return cache(lambda n: _real(cost(step >= n)))
+
+    costs = [after(cost) for cost in counted]
+    limits = [budget.limit(cost(0)) for budget, cost in zip(budgets, costs, strict=True)]
+
+    def fits(n: int) -> bool:
+        return all(cost(n) <= limit for cost, limit in zip(costs, limits, strict=True))
+
+    low, high = 0, 0 if fits(0) else steps
+    if not fits(high):
+        missed = [
+            f"{budget}, a limit of {_number(limit)} in {_number(cost(0))}; the constraints allow no less than "
+            f"{_number(cost(steps), math.ceil)}"
+            for budget, cost, limit in zip(budgets, costs, limits, strict=True)
+            if cost(steps) > limit
+        ]
+        frozen = held_by(coupling, "FLOPs" if any(isinstance(one, Flops) for one in budgets) else "parameters")
+        nothing = "" if len(coupling) else "The network has no unit that could leave. "
+        raise BudgetError(
+            f"{nothing}The budget is {', and '.join(missed)}. Loosen floor, most, multiple, uniform or protect, or ask "
+            f"for no less. {frozen}".rstrip()
+        )
+    while low < high:
+        middle = (low + high) // 2
+        if fits(middle):
+            high = middle
+        else:
+            low = middle + 1
+    if len(budgets) == 1 and isinstance(budgets[0], Units) and costs[0](low) != limits[0]:
+        near = [costs[0](low)] + [costs[0](low - 1)] * (low > 0)
+        raise BudgetError(
+            f"The budget is {budgets[0]}, exactly {limits[0]:,.0f} to stay; the constraints allow "
+            f"{' or '.join(f'{n:,.0f}' for n in near)} as the nearest."
+        )
+    return low
+
+
+def _real(cost: float) -> float:
+    if not math.isfinite(cost):
+        raise BudgetError(f"A cost is a finite number; received {cost}. Look at the budget's `cost`.")
+    return cost
+
+
+def _number(value: float, whole: Callable[[float], int] = round) -> str:
+    """A cost in words: a whole number, unless it is a small one."""
+    return f"{whole(value):,}" if value >= 10 or value == int(value) else f"{value:.3g}"
