@@ -126,6 +126,9 @@ class Coupling:
         text = node.layer.signature(*shapes)
         return None if text is None else expand(text, tuple(map(len, shapes)))
 
+    def __repr__(self) -> str:
+        return f"Coupling({len(self)} units in {len(self.scopes)} scopes, {len(self.frozen)} frozen)"
+
     def __str__(self) -> str:
         lines = [f"{len(self)} units in {len(self.scopes)} scopes"]
         for name, count, number in zip(self.scopes, self.sizes.tolist(), range(len(self.scopes)), strict=True):
