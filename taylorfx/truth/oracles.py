@@ -24,14 +24,13 @@ from torch import Tensor
 
 from taylorfx.coupling.couple import own
 from taylorfx.coupling.units import Coupling
-from taylorfx.layers import Input
 from taylorfx.network.labels import Labels
 from taylorfx.network.run import apply, bind_inputs, evaluate
-from taylorfx.network.spec import Node, Spec
+from taylorfx.network.spec import Spec
 from taylorfx.scoring.batches import Batch, Split, each_batch, one_by_one
 from taylorfx.scoring.gates import gates
 from taylorfx.scoring.losses import Loss, Objective, cross_entropy, refuse_flat
-from taylorfx.tree import Params, flatten, unflatten
+from taylorfx.tree import Params, flatten, restrict
 from taylorfx.truth.gated import Network, either, gated, rows
 
 __all__ = ["Oracle", "alone", "apart", "ones", "oracle", "parted"]
@@ -196,27 +195,27 @@ def _changed(network: Network, points: Tensor, objective: Objective) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Units that are read at the same places, and the part of the network that hears of them: one of its own.
+    """Units that are read at the same places, and the part of the network that depends on them.
 
-    Its inputs, ``heard``, are nodes of the whole network that do not hear of these units.
+    Its ``inputs`` are nodes of the whole network, whose values do not depend on these units.
     """
 
     units: tuple[int, ...]
     params: Params
     spec: Spec
     coupling: Coupling
-    heard: tuple[str, ...]
+    inputs: tuple[str, ...]
 
 
 def alone(
     params: Params, batch: Batch, coupling: Coupling, parts: Sequence[Part], chunk: int | None = None
 ) -> Iterator[tuple[list[int], Network]]:
-    """Go through the units of all parts, some at a time, with the part of the network that hears of their gates.
+    """Go through the units of all parts, some at a time, with the part of the network that depends on their gates.
 
     The part's losses are those of the whole network, as long as the gates of all other units are one.
     """
     inputs, targets = batch
-    wanted = {name for part in parts for name in part.heard}
+    wanted = {name for part in parts for name in part.inputs}
     values = bind_inputs(coupling.spec, (inputs,))
     if chunk is None:
         first = next(iter(values.values()))
@@ -231,9 +230,9 @@ def alone(
 
     evaluate(params, coupling.spec, (inputs,), tap=keep)
     for part in parts:
-        heard = {name: values[name] for name in part.heard}
+        given = {name: values[name] for name in part.inputs}
         for start in range(0, len(part.units), chunk):
-            yield list(part.units[start : start + chunk]), (part.params, part.spec, heard, targets, part.coupling)
+            yield list(part.units[start : start + chunk]), (part.params, part.spec, given, targets, part.coupling)
 
 
 def parted(params: Params, coupling: Coupling, units: Sequence[int]) -> list[Part]:
@@ -250,23 +249,13 @@ def parted(params: Params, coupling: Coupling, units: Sequence[int]) -> list[Par
 
 
 def _part(params: Params, coupling: Coupling, read: Labels, units: tuple[int, ...]) -> Part:
+    """The part of the network that depends on what is read at some of its places."""
     spec = coupling.spec
     reads = tuple(place for place, here in zip(coupling.reads, read, strict=True) if here)
-    hears = {place.node for place in reads}
-    for node in spec:
-        if hears & {*node.inputs}:
-            hears.add(node.name)
-    nodes = [node for node in spec if node.name in hears]
-    needed = [*(x for node in nodes for x in node.inputs), *spec.outputs]
-    heard = tuple(dict.fromkeys(name for name in needed if name not in hears))
-    paths = {path for node in nodes for path in node.paths.values()}
-    return Part(
-        units,
-        unflatten((path, leaf) for path, leaf in flatten(params).items() if path in paths),
-        Spec((*(Node(name, Input()) for name in heard), *nodes), spec.outputs),
-        replace(coupling, reads=reads),
-        heard,
-    )
+    names = spec.downstream(place.node for place in reads)
+    part = spec.part(names, spec.outputs)
+    inputs = tuple(name for name in part.input_layers if name not in names)
+    return Part(units, restrict(params, part.shapes), part, replace(coupling, reads=reads), inputs)
 
 
 def apart(batch: Batch, coupling: Coupling, objective: Objective) -> list[Batch]:
