@@ -179,18 +179,18 @@ def _one_by_one(params: Params, spec: Spec, values: Mapping[str, Tensor], tap: T
 
 def bind_inputs(spec: Spec, inputs: Sequence[Inputs]) -> dict[str, Any]:
     """The tensors that come in, by the names of the input nodes."""
-    given: Any = inputs[0] if len(inputs) == 1 and isinstance(inputs[0], (Mapping, Sequence)) else inputs
+    tensors: Any = inputs[0] if len(inputs) == 1 and isinstance(inputs[0], (Mapping, Sequence)) else inputs
     names = [*spec.input_layers]
-    if isinstance(given, Mapping) and set(given) != set(names):
+    if isinstance(tensors, Mapping) and set(tensors) != set(names):
         raise ShapeError(
-            f"Inputs are named as the network's Input nodes, {', '.join(names)}; received {', '.join(given)}."
+            f"Inputs are named as the network's Input nodes, {', '.join(names)}; received {', '.join(tensors)}."
         )
-    if len(given) != len(names):
+    if len(tensors) != len(names):
         raise ShapeError(
             f"Inputs are as many as the network's Input nodes, {len(names)} ({', '.join(names)}); "
-            f"received {len(given)}."
+            f"received {len(tensors)}."
         )
-    return dict(given) if isinstance(given, Mapping) else dict(zip(names, given, strict=True))
+    return dict(tensors) if isinstance(tensors, Mapping) else dict(zip(names, tensors, strict=True))
 
 
 def _refuse_sizes(spec: Spec, values: Mapping[str, Any]) -> None:

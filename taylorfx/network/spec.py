@@ -235,8 +235,8 @@ class Spec:
 
     def declared(self, fields: Mapping[str, Mapping[str, Any]]) -> Spec:
         """The same network whose `Input` nodes say this: their fields, by the names of the nodes."""
-        made = {name: replace(self[name], layer=replace(self[name].layer, **given)) for name, given in fields.items()}
-        return replace(self, nodes=tuple(made.get(n.name, n) for n in self.nodes))
+        nodes = {name: replace(self[name], layer=replace(self[name].layer, **new)) for name, new in fields.items()}
+        return replace(self, nodes=tuple(nodes.get(node.name, node) for node in self.nodes))
 
 
 def _steps(nodes: Sequence[Node], outputs: Sequence[str]) -> tuple[Step, ...]:

@@ -5,8 +5,8 @@ For unit ``u`` and every example,
     dL_u = L(m_u = 0) - L(1),
 
 one forward pass per unit and batch, with the unit's gate at zero: "the oracle" of Molchanov et al. 2016 (arXiv
-1611.06440, section 3.2). What lies before a unit's first read, and beside it, does not hear of its gate: it is computed
-once, and only the `Part` of the network that does is run again.
+1611.06440, section 3.2). What does not depend on any read of the unit is computed once; only the `Part` of the network that
+does is run again.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from taylorfx.scoring.losses import Loss, Objective, cross_entropy, refuse_flat
 from taylorfx.tree import Params, flatten, restrict
 from taylorfx.truth.gated import Network, either, gated, rows
 
-__all__ = ["Oracle", "alone", "apart", "ones", "oracle", "parted"]
+__all__ = ["Oracle", "alone", "observations", "ones", "oracle", "parted"]
 
 
 @dataclass(frozen=True)
 class Oracle:
     """Sums over the examples of the change of their loss when a unit leaves, alone: an additive value.
 
-    The sums are kept apart for the examples at even and at odd places, so that the oracle knows its own noise;
+    The sums are kept separately for the examples at even and at odd places, so that the oracle knows its own noise;
     ``+`` goes on counting where the first one ended.
 
     Attributes:
@@ -133,7 +133,7 @@ def oracle(
     if isinstance(batches, Sequence):
         known = [objective.observations(objective.parted(*batch, spec)[0], spec) for batch in each_batch(batches)]
     with torch.no_grad(), _bar(progress, sum(known) * len(chosen) if known else None) as advance:
-        for one in (x for batch in each_batch(batches) for x in apart(batch, coupling, objective)):
+        for one in (x for batch in each_batch(batches) for x in observations(batch, coupling, objective)):
             first = first or one
             asked = _ask(params, one, coupling, chosen, parts, objective, chunk, advance)
             total = asked if total is None else total + asked
@@ -186,8 +186,8 @@ def _changed(network: Network, points: Tensor, objective: Objective) -> Tensor:
     def losses(plain: bool) -> Tensor:
         if not plain:
             return rows(partial(gated, network, objective=objective, plain=False), points)
-        found = rows(outputs, points)
-        each = (optree.tree_map(lambda x, k=k: x[k], found) for k in range(len(points)))
+        values = rows(outputs, points)
+        each = (optree.tree_map(lambda x, k=k: x[k], values) for k in range(len(points)))
         return torch.stack([objective.plain(one, network[3]) for one in each])
 
     return either(losses)
@@ -230,9 +230,12 @@ def alone(
 
     evaluate(params, coupling.spec, (inputs,), tap=keep)
     for part in parts:
-        given = {name: values[name] for name in part.inputs}
+        inputs_of_part = {name: values[name] for name in part.inputs}
         for start in range(0, len(part.units), chunk):
-            yield list(part.units[start : start + chunk]), (part.params, part.spec, given, targets, part.coupling)
+            yield (
+                list(part.units[start : start + chunk]),
+                (part.params, part.spec, inputs_of_part, targets, part.coupling),
+            )
 
 
 def parted(params: Params, coupling: Coupling, units: Sequence[int]) -> list[Part]:
@@ -258,7 +261,7 @@ def _part(params: Params, coupling: Coupling, read: Labels, units: tuple[int, ..
     return Part(units, restrict(params, part.shapes), part, replace(coupling, reads=reads), inputs)
 
 
-def apart(batch: Batch, coupling: Coupling, objective: Objective) -> list[Batch]:
+def observations(batch: Batch, coupling: Coupling, objective: Objective) -> list[Batch]:
     """The batch, parted; its examples one at a time where layers would mix them, and the loss does not."""
     batch = objective.parted(*batch, coupling.spec)
     return one_by_one(batch, coupling.spec) if coupling.mixing and objective.per_example else [batch]
