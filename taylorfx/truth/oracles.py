@@ -5,8 +5,8 @@ For unit ``u`` and every example,
     dL_u = L(m_u = 0) - L(1),
 
 one forward pass per unit and batch, with the unit's gate at zero: "the oracle" of Molchanov et al. 2016 (arXiv
-1611.06440, section 3.2). What does not depend on any read of the unit is computed once; only the `Part` of the network that
-does is run again.
+1611.06440, section 3.2). What does not depend on any read of the unit is computed once; only the
+`Part` of the network that does is run again.
 """
 
 from __future__ import annotations
