@@ -127,8 +127,9 @@ BUDGET = (
 
 LEAST = (
     "The budget is {}; the constraints allow no less than {}. Loosen floor, most, multiple, uniform or protect, or ask "
-    "for no less. Frozen are layers with {}: {} by fc (Linear: an output of the network). Outputs keep their size: "
-    "other layers have to make up for them. coupling.frozen says it of every layer."
+    "for no less. Frozen are layers with {}: {} by fc (Linear: an output of the network). Outputs of the network "
+    "keep their size: allow a larger budget, or let other layers lose more. coupling.frozen tells the reason for every "
+    "layer."
 )
 
 STATISTICS = (
