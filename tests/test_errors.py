@@ -369,8 +369,8 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
     "a plan for another network, composed": (
         lambda: tfx.compose(W.plan, W.plan),
         tfx.PlanError,
-        "Plans compose when the second is of the network that the first one leaves; received one of another. Make it "
-        "from couple(cut(params, first), first.spec).",
+        "Plans compose if the second is of the network that the first one leaves; received one of another network. "
+        "Select it for couple(cut(params, first), first.spec).",
     ),
     "an unknown leaf, cut": (
         lambda: tfx.cut({"head": {"weight": W.x}, "fc": {"bias": None}}, W.plan),

@@ -142,7 +142,7 @@ class Coupling:
         return None if text is None else expand(text, tuple(map(len, shapes)))
 
     def __repr__(self) -> str:
-        return f"Coupling({len(self)} units in {len(self.scopes)} scopes, {len(self.frozen)} frozen)"
+        return f"Coupling({len(self):,} units in {len(self.scopes):,} scopes, {len(self.frozen):,} frozen)"
 
     def __str__(self) -> str:
         lines = [f"{len(self)} units in {len(self.scopes)} scopes"]
