@@ -66,8 +66,8 @@ def choose(labeling: Labeling, factors: Factors, axes: Axes) -> Units:
     ties, first = labeling.ties, factors.classes.first
     scopes = Scopes(np.array([start for start, _ in ties.origins] or [0]), [name for _, name in ties.origins])
     stays, frozen = _staying(labeling, factors, axes, scopes)
-    plain = factors.table[0, :-1] == np.arange(len(first))
-    units = np.flatnonzero(plain & ~stays[:-1])
+    # A class that is no product is its own first factor.
+    units = np.flatnonzero((factors.table[0, :-1] == np.arange(len(first))) & ~stays[:-1])
     units = units[np.argsort(first[units], kind="stable")]
     number = np.full(len(first) + 1, -1)
     number[units] = np.arange(len(units))

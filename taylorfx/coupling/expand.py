@@ -32,8 +32,8 @@ class Factors:
 
     def behind(self, labels: Labels) -> Labels:
         """All columns behind some labels: those of their classes, and of the factors of these. Others may be -1."""
-        own = self.column[labels]
-        return np.append(own, self.table[:, own])
+        columns = self.column[labels]
+        return np.append(columns, self.table[:, columns])
 
     def along(self, axis: Labeled) -> Labels:
         """All columns behind the labels of an axis."""

@@ -87,27 +87,36 @@ def take(leaf: Tensor, indices: Indices, scratch: Scratch) -> Tensor:
         for axis, index in axes:
             leaf = leaf.index_select(axis, index if leaf.is_cpu else index.to(leaf.device))
         return leaf
-    bits, outer = leaf.detach().view(_WORDS[leaf.itemsize]), indices[0]
+    bits = leaf.detach().view(_WORDS[leaf.itemsize])
+    return (_at_once if small else _by_blocks)(bits, indices, scratch).view(leaf.dtype)
+
+
+def _at_once(bits: Tensor, indices: Indices, scratch: Scratch) -> Tensor:
+    """Cut one axis after the other. What lies between the first and the second one is in the scratch."""
+    outer = indices[0]
     if outer is not None:
-        axes = axes[1:]
-    if small:
-        if outer is not None:
-            bits = torch.index_select(bits, 0, outer, out=scratch.rows(len(outer), bits))
-        for axis, index in axes:
+        bits = torch.index_select(bits, 0, outer, out=scratch.rows(len(outer), bits))
+    for axis, index in enumerate(indices):
+        if axis and index is not None:
             bits = bits.index_select(axis, index)
-        return bits.view(leaf.dtype)
-    last, index = axes.pop()
-    result = bits.new_empty([n if i is None else len(i) for n, i in zip(leaf.shape, indices, strict=True)])
-    step = max(1, BLOCK * len(leaf) // leaf.nbytes)
+    return bits
+
+
+def _by_blocks(bits: Tensor, indices: Indices, scratch: Scratch) -> Tensor:
+    """Cut block by block of the rows that stay. Some axis but the first one loses something."""
+    outer = indices[0]
+    *between, (last, final) = [(k, index) for k, index in enumerate(indices) if k and index is not None]
+    result = bits.new_empty([n if i is None else len(i) for n, i in zip(bits.shape, indices, strict=True)])
+    step = max(1, BLOCK * len(bits) // bits.nbytes)
     for start in range(0, len(result), step):
         rows = bits[start : start + step]
         if outer is not None:
             kept = outer[start : start + step]
             rows = torch.index_select(bits, 0, kept, out=scratch.rows(len(kept), bits))
-        for axis, middle in axes:
-            rows = rows.index_select(axis, middle)
-        _along(rows, last, index, result[start : start + step])
-    return result.view(leaf.dtype)
+        for axis, index in between:
+            rows = rows.index_select(axis, index)
+        _along(rows, last, final, result[start : start + step])
+    return result
 
 
 BLOCK = 2**19
