@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from constructs import CONSTRUCTS
 from hypothesis import HealthCheck, given, settings
-from test_transforms import transformer
+from networks import transformer
 
 import taylorfx as tfx
 from taylorfx import layers as L

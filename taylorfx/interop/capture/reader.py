@@ -15,7 +15,8 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 
 from taylorfx.interop.calls import dotted, read_interface
-from taylorfx.interop.capture.convert import RULES, Convert, Unmapped
+from taylorfx.interop.capture.arguments import Unmapped
+from taylorfx.interop.capture.convert import RULES, Convert
 from taylorfx.interop.capture.operators import CONVERTERS
 from taylorfx.interop.capture.sizes import Sizes
 from taylorfx.layers import Input, Shape
