@@ -113,7 +113,7 @@ EXPANDED = """A plan expands what it has cut of its own network's parameters; re
 
 GRAPH = """A network is a graph of named nodes without cycles; received:
   two nodes are named 'a'; give each node a name of its own
-  'b' hears 'nowhere', which no node is named
+  'b' consumes 'nowhere', which no node is named
   the output 'end' is no node
   the nodes 'c', 'd' lie on or behind a cycle"""
 

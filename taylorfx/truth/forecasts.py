@@ -32,7 +32,7 @@ from taylorfx.scoring.criteria import Needs
 from taylorfx.scoring.losses import Loss, Objective, cross_entropy
 from taylorfx.tree import Params
 from taylorfx.truth.gated import Network, bend, either, slope
-from taylorfx.truth.oracles import alone, apart, ones, parted
+from taylorfx.truth.oracles import alone, observations, ones, parted
 
 __all__ = ["exact_second_order", "path_integral", "plan_path_integral", "plan_second_order"]
 
@@ -211,7 +211,7 @@ def _singly(
 ) -> Iterator[Batch]:
     own(params, spec, coupling)
     for batch in each_batch(batches):
-        yield from apart(batch, coupling, objective)
+        yield from observations(batch, coupling, objective)
 
 
 def _each(function: Callable[[Tensor, bool], T], points: Tensor) -> T:
