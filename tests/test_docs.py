@@ -78,6 +78,16 @@ def test_the_map_of_the_house_has_every_package() -> None:
     assert levels == sorted(levels)
 
 
+def test_the_readme_lists_every_package_in_the_order_of_imports() -> None:
+    """A package or module at the top level imports only from rows of the table above its own."""
+    listed = re.findall(r"^\| `taylorfx\.(\w+)` \|", README.read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(name.removeprefix("taylorfx.") for name in MODULES if name.count(".") == 1)
+    for place, name in enumerate(listed):
+        path = Path(tfx.__file__).with_name(name)
+        for file in [*path.rglob("*.py")] or [path.with_suffix(".py")]:
+            assert {*re.findall(r"^ *from taylorfx\.(\w+)", file.read_text(), re.MULTILINE)} <= {*listed[: place + 1]}
+
+
 def test_the_readme_lists_every_layer() -> None:
     listed = set(re.findall(r"`(\w+)`", README.read_text()))
     layers = {name for name in tfx.layers.__all__ if inspect.isclass(getattr(tfx.layers, name))}
