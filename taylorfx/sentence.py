@@ -15,11 +15,12 @@ from taylorfx.coupling.couple import couple
 from taylorfx.coupling.units import Coupling
 from taylorfx.cutting.cut import cut
 from taylorfx.cutting.plan import Plan
+from taylorfx.functions import name_of, unfit
 from taylorfx.network.parameters import check
 from taylorfx.network.spec import Spec
 from taylorfx.repair.batches import Batches, Repair
 from taylorfx.scoring.batches import Batch
-from taylorfx.scoring.criterion import Criterion, Score, as_criterion, name_of, unfit
+from taylorfx.scoring.criterion import Criterion, Score, as_criterion
 from taylorfx.scoring.measure import measure
 from taylorfx.scoring.measurement import Measurement, MeasurementOptions, names_of
 from taylorfx.selection.budget import Budget, BudgetError, Budgets, Remove, SelectionError, Units, each_budget

@@ -26,12 +26,13 @@ from torch import Tensor
 from taylorfx.coupling.couple import couple
 from taylorfx.coupling.units import Coupling, Place
 from taylorfx.cutting.cut import fits
+from taylorfx.functions import name_of
 from taylorfx.layers import axes as language
 from taylorfx.network.labels import Labels
 from taylorfx.network.spec import Node, Spec
 from taylorfx.scoring.batches import Batch, each_batch
 from taylorfx.scoring.criteria import fisher
-from taylorfx.scoring.criterion import Score, as_criterion, name_of
+from taylorfx.scoring.criterion import Score, as_criterion
 from taylorfx.scoring.measure import measure
 from taylorfx.scoring.measurement import Measurement
 from taylorfx.tree import Params, map_paths

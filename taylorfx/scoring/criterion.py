@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
-import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Generic, Literal, NamedTuple, ParamSpec
 
 import torch
 from torch import Tensor
 
 from taylorfx.coupling.units import Coupling
+from taylorfx.functions import filled_in, innermost, name_of, pickled, present_as, unfit
 from taylorfx.network.spec import Spec
 from taylorfx.scoring.batches import Batch
 from taylorfx.scoring.measure import measure
 from taylorfx.scoring.measurement import Measurement
 from taylorfx.tree import Params
 
-__all__ = ["Criterion", "Score", "as_criterion", "filled_in", "name_of", "unfit"]
+__all__ = ["Criterion", "Score", "as_criterion"]
 
 P = ParamSpec("P")
 
@@ -95,9 +93,7 @@ class Criterion(Generic[P]):
             )
         call = _CALLS[self.of]
         self._check(dict.fromkeys(call.keywords))
-        for name in ("__module__", "__name__", "__qualname__", "__doc__"):
-            object.__setattr__(self, name, getattr(_innermost(self.score), name, None))
-        object.__setattr__(self, "__wrapped__", self.score)  # for help and inspect.signature
+        present_as(self, self.score)
 
     def _check(self, keywords: Mapping[str, object]) -> None:
         """Refuse a function that cannot be called as ``of`` says, with these keywords."""
@@ -116,11 +112,7 @@ class Criterion(Generic[P]):
         return self.score(*args, **keywords)
 
     def __reduce__(self) -> str | tuple[object, ...]:
-        """A criterion that a module defines is pickled by its name, as functions are."""
-        name: str = getattr(self, "__qualname__", None) or ""
-        if getattr(sys.modules.get(self.__module__), name, None) is self:
-            return name
-        return Criterion, tuple(getattr(self, field.name) for field in fields(self))
+        return pickled(self)
 
     def measured(self, measurement: Measurement) -> Measurement:
         """The measurement, with what the criterion needs besides."""
@@ -165,40 +157,7 @@ def as_criterion(value: Score) -> Criterion[...]:
     Raises:
         ValueError: for what cannot be called as its needs say.
     """
-    inner = _innermost(value)
+    inner = innermost(value)
     if isinstance(value, Criterion):
         return value
     return replace(inner, score=value) if isinstance(inner, Criterion) else Criterion(value)
-
-
-def _innermost(function: object) -> object:
-    """What a ``functools.partial``, or one of one, calls."""
-    while isinstance(function, partial):
-        function = function.func
-    return function
-
-
-def filled_in(function: object) -> set[str]:
-    """The keywords that a ``functools.partial``, or one of one, has filled in."""
-    names: set[str] = set()
-    while isinstance(function, (partial, Criterion)):
-        names |= {*function.keywords} if isinstance(function, partial) else set()
-        function = function.func if isinstance(function, partial) else function.score
-    return names
-
-
-def unfit(function: Callable[..., object], *args: object, **keywords: object) -> str:
-    """Why a function cannot be called with these arguments; empty if it can, or does not tell."""
-    try:
-        inspect.signature(function).bind(*args, **keywords)
-    except TypeError as error:
-        return str(error)
-    except ValueError:  # a built-in function without a signature
-        return ""
-    return ""
-
-
-def name_of(value: object) -> str:
-    """A function by its name, anything else by its type."""
-    name = getattr(value, "__name__", None)
-    return name if isinstance(name, str) and name else f"{type(value).__name__} {value!r:.80}"

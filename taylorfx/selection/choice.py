@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 from torch import Tensor
 
 from taylorfx.coupling.units import Coupling
 from taylorfx.cutting.plan import Plan
-from taylorfx.scoring.criterion import filled_in, name_of, unfit
+from taylorfx.functions import filled_in, innermost, name_of, unfit
 from taylorfx.scoring.statistics import Statistics
 from taylorfx.selection.budget import Budget, BudgetError, SelectionError
 from taylorfx.selection.constraints import Constraints
@@ -95,7 +94,4 @@ def _refuse_over(plan: Plan, budgets: tuple[Budget, ...], name: str) -> None:
 
 def _ours(choose: Choose) -> Choose | None:
     """`joint` or `select`, if that is what a ``functools.partial`` calls in the end."""
-    inner: object = choose
-    while isinstance(inner, partial):
-        inner = inner.func
-    return next((one for one in (joint, select) if one is inner), None)
+    return next((one for one in (joint, select) if one is innermost(choose)), None)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from taylorfx.cost.counts import Cost
+from taylorfx.cost.algebra import Cost
 from taylorfx.coupling.reasons import held as held_by
 from taylorfx.coupling.units import Coupling, Mask
 from taylorfx.cutting.plan import Plan
