@@ -416,7 +416,7 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
         lambda: tfx.criteria.apoz(measure(), W.coupling),
         ValueError,
         "This criterion looks at activations, of which the statistics say nothing; measure(..., moments=True). A "
-        "function of your own that `prune` calls and that looks at them is marked, tfx.criteria.Needs(moments=True).",
+        "function of your own that looks at them says so to `prune`: tfx.criteria.Criterion(function, moments=True).",
     ),
     # scores, constraints, budgets
     "scores that are not finite": (
