@@ -12,7 +12,7 @@ while it is in the processor's cache, and over itself: it is the gradient of wha
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -23,10 +23,14 @@ from torch import Tensor
 
 from taylorfx import layers as L
 from taylorfx.coupling.units import Place
+from taylorfx.internals import Function, differentiated, vectorized
 from taylorfx.network.spec import Node, Spec
-from taylorfx.rewrite.lean import Function, Fused, Over
+from taylorfx.rewrite.fused import Fused
+from taylorfx.rewrite.in_place import Over
 from taylorfx.rewrite.unused import Found, Only
 from taylorfx.tree import Params, flatten
+
+followed = differentiated
 
 __all__ = ["Sums", "Taps", "followed"]
 
@@ -132,7 +136,7 @@ class Taps:
         kept, recipe = self.origins.get(heard, (x, KEPT))
         if type(node.layer) not in READERS or (recipe.steps and type(node.layer) is not L.Linear):
             kept, recipe = x, KEPT
-        elif self.heard[heard] > 1 or _vectorized(x):
+        elif self.heard[heard] > 1 or vectorized(x):
             recipe = replace(recipe, slope=None)
         fresh: Tensor = Tap.apply(x, gate, place, center, kept, recipe)
         if center is None:
@@ -160,23 +164,6 @@ class Taps:
             kept, recipe = (x, KEPT) if kind in KEEPERS else self.origins[node.inputs[0]]
             step = partial(layer.apply, {leaf: self.leaves[path] for leaf, path in node.paths.items()})
             self.origins[node.name] = kept, recipe.then(step, view=kind in VIEWS, slope=slope)
-
-
-def _vectorized(x: Tensor) -> bool:
-    """Under ``torch.func.vmap``, which has no operators that write over a gradient."""
-    return any(map(torch._C._functorch.is_batchedtensor, _wrappings(x)))
-
-
-def followed(x: Tensor) -> bool:
-    """Under ``torch.func.grad`` or the like, which does not see what is written over."""
-    return any(map(torch._C._functorch.is_gradtrackingtensor, _wrappings(x)))
-
-
-def _wrappings(x: Tensor) -> Iterator[Tensor]:
-    """What every transform of torch.func that runs makes of a tensor, from the innermost on."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(x):
-        yield x
-        x = torch._C._functorch.get_unwrapped(x)
 
 
 class Tap(Function):

@@ -300,7 +300,7 @@ def test_what_can_be_lean_is(name):
     net = network(spec)
     _, small, _ = copied(net)
     was = {node.name: type(node.layer).__name__ for node in spec}
-    kinds = ("Over", "_Scale", "Fused", "Part")
+    kinds = ("Over", "Scale", "Fused", "Part")
     found = Counter(was[node.name] for node in small if type(node.layer).__name__ in kinds)
     assert found == Counter(changed)
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 
+from taylorfx.internals import file_names
 from taylorfx.interop.calls import dotted, off_path
 from taylorfx.interop.capture.reader import CaptureError, Reader
 from taylorfx.interop.capture.sizes import Plain
@@ -255,7 +256,7 @@ def _causes(module: nn.Module, example: tuple[Any, ...], error: Exception) -> st
     try:
         with torch.no_grad(), _quiet():
             report: Any = torch.export.draft_export(module, *example, strict=False)._report  # type: ignore[attr-defined]
-        files = {number: name for name, number in torch._logging.structured.INTERN_TABLE.items()}
+        files = file_names()
         for failure in report.failures:
             frames = [*failure.data.get("stack", ()), *failure.data.get("user_stack", ())]
             places = [(files[f["filename"]], f["line"], f.get("loc", "")) for f in frames]
