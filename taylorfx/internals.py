@@ -7,6 +7,10 @@ Tested with torch 2.13. For each, what is public does not do:
 - ``_SingleLevelFunction``: an autograd function at the cost of one, see `Function`.
 - ``OpOverload`` and the list of schemas: operators that a network names are looked up without running any code.
 - ``torch._logging.structured``: the file names behind the numbers in a report of ``torch.export``.
+- ``torch.utils._pytree``: the trees of arguments and results that ``torch.export`` itself makes.
+
+One more is kept where it is used, in `taylorfx.interop.capture.sizes`, which is imported when a module is captured:
+``torch.utils._sympy`` reads the guards of ``torch.export``, and loads sympy.
 """
 
 from __future__ import annotations
@@ -20,8 +24,9 @@ from torch._C import _functorch
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch._ops import OpOverload
 from torch.autograd.function import _SingleLevelFunction
+from torch.utils import _pytree as pytree
 
-__all__ = ["Function", "OpOverload", "differentiated", "file_names", "schemas", "vectorized", "wrapped"]
+__all__ = ["Function", "OpOverload", "differentiated", "file_names", "pytree", "schemas", "vectorized", "wrapped"]
 
 
 def wrapped(x: Tensor) -> bool:
