@@ -183,9 +183,8 @@ def derivatives(
 
 
 def _refuse_followed(values: Iterable[object]) -> None:
-    if any(
-        isinstance(x, Tensor) and differentiated(x) for x in values
-    ):  # what is no tensor is refused where it is used
+    tensors = (x for x in values if isinstance(x, Tensor))  # what is no tensor is refused where it is used
+    if any(map(differentiated, tensors)):
         raise ValueError(
             "What is measured cannot be differentiated; received parameters or inputs inside of torch.func.grad, vjp "
             "or jvp. Use tfx.truth.gradient, which can, or measure outside."
