@@ -23,6 +23,7 @@ from taylorfx.scoring.criteria import fisher, taylor
 from taylorfx.scoring.gates import gates
 from taylorfx.scoring.losses import cross_entropy
 from taylorfx.scoring.measure import derivatives, measure
+from taylorfx.scoring.measurement import Measurement
 from taylorfx.scoring.statistics import Statistics
 from taylorfx.selection import schedule
 from taylorfx.selection.budget import (
@@ -37,6 +38,7 @@ from taylorfx.selection.budget import (
     SelectionError,
     Units,
 )
+from taylorfx.selection.constraints import Constraints
 from taylorfx.selection.joint import expected_change, joint
 from taylorfx.selection.select import select
 from taylorfx.sentence import iterate, prune
@@ -45,7 +47,7 @@ from taylorfx.tree import Params
 
 if typing.TYPE_CHECKING:
     from taylorfx import interop
-    from taylorfx.interop import CaptureError, LikeError, from_torch, to_torch
+    from taylorfx.interop import from_torch, to_torch
 
 __version__ = "0.1.0"
 
@@ -53,8 +55,8 @@ __all__ = [
     # the sentence
     "prune", "iterate", "couple", "measure", "select", "joint", "cut",
     # its values
-    "Params", "Spec", "Node", "Coupling", "Statistics", "Plan", "Budget", "Flops", "Parameters", "Memory",
-    "Latency", "Measured", "Units", "Remove",
+    "Params", "Spec", "Node", "Coupling", "Measurement", "Statistics", "Constraints", "Plan", "Budget", "Flops",
+    "Parameters", "Memory", "Latency", "Measured", "Units", "Remove",
     # networks
     "Input", "Layer", "serial", "residual", "concat", "inline", "multihead_attention", "init", "apply", "train",
     "partition", "fold",
@@ -65,12 +67,12 @@ __all__ = [
     # modules and files
     "from_torch", "to_torch", "save", "load", "cut_file", "to_json", "from_json",
     # errors
-    "SpecError", "ShapeError", "SelectionError", "BudgetError", "PlanError", "CaptureError", "LikeError", "FileError",
+    "SpecError", "ShapeError", "SelectionError", "BudgetError", "PlanError", "FileError",
     # namespaces
     "layers", "criteria", "cost", "repair", "schedule", "tree", "truth", "interop", "distributed",
 ]  # fmt: skip
 
-LAZY = ("CaptureError", "LikeError", "from_torch", "to_torch")
+LAZY = ("from_torch", "to_torch")
 
 
 def __getattr__(name: str) -> typing.Any:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -15,57 +15,68 @@ from taylorfx.coupling.couple import couple
 from taylorfx.coupling.units import Coupling
 from taylorfx.cutting.cut import cut
 from taylorfx.cutting.plan import Plan
+from taylorfx.functions import name_of, unfit
 from taylorfx.network.parameters import check
 from taylorfx.network.spec import Spec
-from taylorfx.repair.batches import Repair
-from taylorfx.scoring.batches import Batch, Split
-from taylorfx.scoring.criteria import Criterion, name_of, needs, scores, unfit
-from taylorfx.scoring.losses import Loss, cross_entropy
+from taylorfx.repair.batches import Batches, Repair
+from taylorfx.scoring.batches import Batch
+from taylorfx.scoring.criterion import Criterion, Score, as_criterion
 from taylorfx.scoring.measure import measure
+from taylorfx.scoring.measurement import Measurement, MeasurementOptions, names_of
 from taylorfx.selection.budget import Budget, BudgetError, Budgets, Remove, SelectionError, Units, each_budget
-from taylorfx.selection.constraints import Constraints
+from taylorfx.selection.choice import Choose, check_choice, chosen
+from taylorfx.selection.constraints import ConstraintOptions, Constraints
 from taylorfx.selection.joint import joint
 from taylorfx.selection.schedule import exponential
 from taylorfx.selection.select import foresee, select
 from taylorfx.tree import Params
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 __all__ = ["iterate", "prune"]
+
+
+class Options(ConstraintOptions, MeasurementOptions, total=False):
+    """The keywords of `Constraints` and `Measurement`, for the type checker."""
 
 
 def prune(
     params: Params,
     spec: Spec,
-    batch: Batch | Iterable[Batch],
+    batch: Batches,
     *,
     budget: Budgets,
-    criterion: Criterion | None = None,
-    loss: Loss = cross_entropy,
-    per_example: bool = True,
-    split: Split | None = None,
-    moments: bool = False,
-    protect: str | Sequence[str] = (),
-    floor: int | Mapping[str, int] = 1,
-    most: float | Mapping[str, float] = 1.0,
-    multiple: int | Mapping[str, int] = 1,
-    uniform: str | Sequence[str] = (),
-    per_layer: bool = False,
-    isomorphic: bool = False,
-    exact_only: bool = False,
+    criterion: Score | None = None,
+    choose: Choose | None = None,
+    constraints: Constraints | None = None,
+    measurement: Measurement | None = None,
     per_cost: bool = True,
     steps: int | None = None,
     repair: Repair | None = None,
-    generator: torch.Generator | None = None,
+    **options: Unpack[Options],
 ) -> tuple[Params, Spec]:
     """A smaller network that computes what the units it keeps computed: new parameters and a new spec.
+
+    ::
+
+        params, spec = tfx.prune(params, spec, batch, budget=tfx.Flops(0.5), protect="stem.*", loss=loss)
 
     Args:
         batch: ``(inputs, targets)``, or an iterable of such.
         budget: what may remain: ``Flops(0.5)``, ``Parameters(...)``, ``Units(...)``, ``Remove(1)``;
             or several of them.
-        criterion: a function of ``(statistics, coupling)``, or of ``(params, coupling)`` if marked by `of_weights`, or
-            of what its `Needs` say: any of ours, or one of your own. What it needs is measured. Without one, units are
-            chosen together, by `joint`, cautiously.
-        moments: measure activations, too, for a criterion that looks at them without saying so.
+        criterion: a function of ``(statistics, coupling)``, or a `Criterion`, which says what else it is a function of:
+            any of ours, or one of your own. What it needs is measured. Without one, units are chosen together, by
+            `joint`, cautiously.
+        choose: what decides which units leave, a function of ``(scores, coupling, budget=..., constraints=...,
+            per_cost=...)`` that gives a `Plan`; without a criterion it gets the statistics, with rows, in place of
+            scores. ``budget`` is a tuple of budgets, ``constraints`` a `Constraints`; a plan that misses or breaks
+            them is refused. By default `select` if there is a criterion, otherwise ``functools.partial(joint,
+            cautious=True)``.
+        constraints: what has to be respected, as in `select`.
+        measurement: the loss and how the network is run, as in `measure`; ``generator`` is also what `random` draws
+            from, by default one of seed 0. ``around`` belongs to one network, and so not here.
         per_cost: weigh scores against what leaves with a unit, where a budget has prices: FLOPs, parameters, memory,
             latency. The loss grows far less that way. A kind of budget of your own has none if its cost is no `Cost`,
             and is then refused.
@@ -76,33 +87,52 @@ def prune(
             function of your own of ``(params, plan, batches)``. None by default, as `reconstruct`, which is best where
             nothing is trained afterwards, takes double precision and memory for the square of what a layer reads (5 GB
             for the first linear layer of VGG16).
-        generator: what `random` draws from; by default one of seed 0.
+        options: the attributes of `Constraints` and of `Measurement` as keywords, instead of the values.
 
-    Budgets, constraints, the criterion and the repair are checked before anything is measured.
-
-    The other arguments are those of `measure` and `select`, and so are the errors; scores that are zero for all units
-    are refused. Nothing given is changed. To see what is going to happen, or to cut momentum along, write the sentence
-    out.
+    Budgets, constraints, the criterion, the choice and the repair are checked before anything is measured. The errors
+    are those of `measure` and `select`; scores that are zero for all units are refused. Nothing that is received is
+    changed. To see what is going to happen, or to cut momentum along, write the sentence out.
     """
-    constraints: dict[str, Any] = {
-        "protect": protect, "floor": floor, "most": most, "multiple": multiple, "uniform": uniform,
-        "per_layer": per_layer, "isomorphic": isomorphic, "exact_only": exact_only,
-    }  # fmt: skip
-    budgets, given = each_budget(budget), Constraints.of(constraints)
+    budgets, (respected, how) = each_budget(budget), _values(constraints, measurement, options)
     if steps is None and any(isinstance(one, Units) for one in budgets):
         steps = 1
     ways: Iterable[Budgets] = [budgets]
     if steps != 1:
         coupling = couple(params, spec)
-        foresee(coupling, budget=budgets, constraints=given, per_cost=per_cost)  # an error names what was asked for
+        foresee(coupling, budget=budgets, constraints=respected, per_cost=per_cost)  # names what was asked for
         ways = _ways(budgets, steps, coupling)
     if isinstance(batch, Iterator) and (steps != 1 or repair is not None):
         batch = _Kept(batch)  # every step measures it
     *_, (small, smaller, _) = iterate(
-        params, spec, batch, budgets=ways, criterion=criterion, loss=loss, per_example=per_example, split=split,
-        moments=moments, per_cost=per_cost, repair=repair, generator=generator, **given.options,
+        params, spec, batch, budgets=ways, criterion=criterion, choose=choose, constraints=respected, measurement=how,
+        per_cost=per_cost, repair=repair,
     )  # fmt: skip
     return small, smaller
+
+
+def _values(
+    constraints: Constraints | None, measurement: Measurement | None, options: Mapping[str, object]
+) -> tuple[Constraints, Measurement]:
+    """Both values, each as it is or made of its keywords.
+
+    Raises:
+        SelectionError: for keywords that neither has, for a value beside its keywords, and for globs that are none.
+        ValueError: for what a `Measurement` refuses, and for centers, which are of one network only.
+    """
+    rules, ways = names_of(Constraints), names_of(Measurement)
+    if strange := [name for name in options if name not in rules + ways]:
+        raise SelectionError(
+            f"The constraints are {', '.join(rules)}; the options of a measurement are {', '.join(ways)}; received "
+            f"{', '.join(strange)}."
+        )
+    respected = Constraints.of(constraints, {name: value for name, value in options.items() if name in rules})
+    how = Measurement.of(measurement, {name: value for name, value in options.items() if name in ways})
+    if how.around:
+        raise ValueError(
+            "Activations are measured around the means of one network, and steps measure others; received around=... "
+            "Write the sentence out: measure, select, cut."
+        )
+    return respected, how
 
 
 class _Kept(Iterable[Batch]):
@@ -136,25 +166,23 @@ LEFT = 0.9
 def iterate(
     params: Params,
     spec: Spec,
-    batches: Batch | Iterable[Batch],
+    batches: Batches,
     *,
     budgets: Iterable[Budgets],
-    criterion: Criterion | None = None,
-    loss: Loss = cross_entropy,
-    per_example: bool = True,
-    split: Split | None = None,
-    moments: bool = False,
+    criterion: Score | None = None,
+    choose: Choose | None = None,
+    constraints: Constraints | None = None,
+    measurement: Measurement | None = None,
     per_cost: bool = True,
     cautious: bool = True,
     repair: Repair | None = None,
-    generator: torch.Generator | None = None,
-    **constraints: Any,
+    **options: Unpack[Options],
 ) -> Generator[tuple[Params, Spec, Plan], Params | None, None]:
     """Prune in steps, with training in between: score and cut for each budget, and hand out what is left.
 
     Every step gives ``(params, spec, plan)``: the smaller network, and the plan that led to it from the one before, by
-    which momentum and averages are cut along. ``send`` takes the parameters back after training; what is not sent back
-    goes on as it was handed out. ::
+    which momentum and averages are cut along. ``send`` takes the parameters back after training; without it the next
+    step goes on with those that were handed out. ::
 
         steps = tfx.iterate(params, spec, batches, budgets=tfx.schedule.cubic(tfx.Flops(0.2), 7))
         for params, spec, plan in steps:
@@ -164,34 +192,50 @@ def iterate(
 
     Args:
         batches: measured again at every step; a list or a loader rather than an iterator, which one step would use up.
-        budgets: what may remain after each step; shares are of the network given here, but for `Remove`, which counts
-            from step to step.
-        cautious: how `joint` chooses where there is no criterion.
-        constraints: those of `select`; ``most`` is the largest share of the network given here that a scope loses, and
+        budgets: what may remain after each step; shares are of the network that comes in, but for `Remove`, which
+            counts from step to step.
+        cautious: how `joint` chooses by default, where there is neither a criterion nor ``choose``.
+        constraints: as in `select`; ``most`` is the largest share of the network that comes in that a scope loses, and
             what has become too small to lose anything needs no constraint any more.
 
-    The other arguments are those of `prune`, and so are the errors; what is wrong with constraints, the criterion and
-    the repair is said at once, what is wrong with a budget before its step measures anything. A bias that a layer gains
-    from a repair is not in the plan: the momentum lacks it, and such a step's plan does not compose with the next one.
+    The other arguments are those of `prune`, and so are the errors; what is wrong with constraints, the criterion, the
+    choice and the repair is said at once, what is wrong with a budget before its step measures anything. A bias that a
+    layer gains from a repair is not in the plan: the momentum lacks it, and such a step's plan does not compose with
+    the next one.
     """
-    given, draw = Constraints.of(constraints), torch.Generator().manual_seed(0) if generator is None else generator
-    if criterion is not None:
-        needs(criterion)
+    respected, how = _values(constraints, measurement, options)
+    how = replace(how, generator=how.generator or torch.Generator().manual_seed(0))
+    scoring = None if criterion is None else as_criterion(criterion)
+    if choose is None:
+        choose = partial(joint, cautious=cautious) if scoring is None else select
+    check_choice(choose, scored=scoring is not None)
     _check_repair(repair, batches)
-    measured: dict[str, Any] = {"loss": loss, "per_example": per_example, "split": split}
     whole = couple(params, spec)
-    given.on(whole)
+    respected.on(whole)
+    step = _Step(batches, scoring, choose, how, per_cost, repair)
+    return _iterated(params, spec, budgets, whole, respected, step)
 
-    def choose(params: Params, spec: Spec, coupling: Coupling, asked: Budgets, rules: Constraints) -> Plan:
-        foresee(coupling, budget=asked, constraints=rules, per_cost=per_cost)
-        options: dict[str, Any] = {"budget": asked, "per_cost": per_cost, **rules.options}
-        if criterion is None:
-            stats = measure(params, spec, batches, coupling, moments=moments, rows=True, **measured)
-            return joint(stats, coupling, cautious=cautious, **options)
-        found = scores(criterion, params, spec, batches, coupling, generator=draw, moments=moments, **measured)
-        return select(_telling(found), coupling, **options)
 
-    return _iterated(params, spec, budgets, whole, given, choose, partial(_mended, repair, batches))
+class _Step(NamedTuple):
+    """What every step does, whatever its network and its budget are."""
+
+    batches: Batches
+    criterion: Criterion[...] | None
+    choose: Choose
+    measurement: Measurement
+    per_cost: bool
+    repair: Repair | None
+
+    def plan(self, params: Params, coupling: Coupling, budgets: tuple[Budget, ...], constraints: Constraints) -> Plan:
+        """Measure and choose."""
+        foresee(coupling, budget=budgets, constraints=constraints, per_cost=self.per_cost)
+        choice = partial(chosen, budgets=budgets, constraints=constraints, per_cost=self.per_cost)
+        if self.criterion is None:
+            how = replace(self.measurement, rows=True)
+            stats = measure(params, coupling.spec, self.batches, coupling, measurement=how)
+            return choice(self.choose, stats, coupling)
+        scores = self.criterion.on(params, coupling.spec, self.batches, coupling, self.measurement)
+        return choice(self.choose, _telling(scores), coupling)
 
 
 def _iterated(
@@ -200,22 +244,21 @@ def _iterated(
     budgets: Iterable[Budgets],
     whole: Coupling,
     constraints: Constraints,
-    choose: Callable[..., Plan],
-    mend: Callable[[Params, Plan], tuple[Params, Spec]],
+    step: _Step,
 ) -> Generator[tuple[Params, Spec, Plan], Params | None, None]:
     lasting = constraints.lasting(whole)
     for k, budget in enumerate(budgets):
         coupling = couple(params, spec) if k else whole
         asked, rules = (_fixed(budget, whole), lasting.standing(coupling)) if k else (each_budget(budget), constraints)
-        plan = choose(params, spec, coupling, asked, rules)
-        params, spec = mend(params, plan)
+        plan = step.plan(params, coupling, asked, rules)
+        params, spec = _mended(step.repair, step.batches, params, plan)
         trained = yield params, spec, plan
         if trained is not None:
             params = trained
             yield params, spec, plan  # what `send` returns, so that a `for` loop does not miss the next step
 
 
-def _check_repair(repair: Any, batches: Any) -> None:
+def _check_repair(repair: Repair | None, batches: Batches) -> None:
     """Refuse what is no repair, before anything is measured."""
     if repair is None:
         return
@@ -232,20 +275,19 @@ def _check_repair(repair: Any, batches: Any) -> None:
         )
 
 
-def _mended(repair: Repair | None, batches: Any, params: Params, plan: Plan) -> tuple[Params, Spec]:
+def _mended(repair: Repair | None, batches: Batches, params: Params, plan: Plan) -> tuple[Params, Spec]:
     """What is cut, and repaired."""
     if repair is None:
         return cut(params, plan), plan.spec
-    found: Any = repair(params, plan, batches)
-    if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[1], Spec):
-        raise ValueError(
-            f"A repair gives (params, spec) of the smaller network; {name_of(repair)} gave a {type(found).__name__}."
-        )
-    check(*found)
-    return found
+    repaired = repair(params, plan, batches)
+    if not isinstance(repaired, tuple) or len(repaired) != 2 or not isinstance(repaired[1], Spec):
+        kind = type(repaired).__name__
+        raise ValueError(f"A repair gives (params, spec) of the smaller network; {name_of(repair)} gave a {kind}.")
+    check(*repaired)
+    return repaired
 
 
-def _telling(scores: Any) -> Any:
+def _telling(scores: torch.Tensor) -> torch.Tensor:
     """The scores, unless they are zero for all of several units."""
     if isinstance(scores, torch.Tensor) and scores.numel() > 1 and not scores.any():
         raise SelectionError(

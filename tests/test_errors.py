@@ -86,8 +86,8 @@ def select(scores: Any = W.scores, budget: Any = NINE, **options: Any) -> Any:
 PARAMETERS = """Parameters have to fit the network; received:
   conv1.bias: missing, expected (6,)
   conv1.weight: expected (6, 1, 3, 3), received (6, 2, 3, 3)
-  fc.scale: no layer has such a parameter
-  head: no layer has such a parameter"""
+  fc.scale: the network has no such parameter
+  head: the network has no such parameter"""
 
 CHANNELS = """Layers and their inputs have to fit; received:
   conv1: Conv2d takes 1 at input 0, axis 1; received 3
@@ -252,9 +252,9 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
         tfx.SpecError,
         "Parameters have to fit the network; received:\n"
         "  conv1.weight: expected (8, 1, 3, 3), received (6, 1, 3, 3)\n"
-        "  conv1.bias: no layer has such a parameter\n"
-        "  fc.weight: no layer has such a parameter\n"
-        "  fc.bias: no layer has such a parameter",
+        "  conv1.bias: the network has no such parameter\n"
+        "  fc.weight: the network has no such parameter\n"
+        "  fc.bias: the network has no such parameter",
     ),
     "arguments in another order": (
         lambda: tfx.apply(W.spec, W.params, W.x),
@@ -326,10 +326,10 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
     "a layer class that is not known": (
         lambda: tfx.from_json(tfx.to_json(W.spec).replace('"Conv2d"', '"Conv9d"').replace('"ReLU"', '"mine.ReLU"')),
         tfx.FileError,
-        "This document is no network's:\n"
-        "  nodes[1].layer: not known: 'Conv9d'. Import the class before, or update taylorfx\n"
-        "  nodes[3].layer: not known: 'mine.ReLU'. Import the class before, or update taylorfx\n"
-        "  nodes[4].layer: not known: 'Conv9d'. Import the class before, or update taylorfx",
+        "This document does not describe a network:\n"
+        "  nodes[1].layer: unknown: 'Conv9d'. Import the module of its class, or update taylorfx\n"
+        "  nodes[3].layer: unknown: 'mine.ReLU'. Import the module of its class, or update taylorfx\n"
+        "  nodes[4].layer: unknown: 'Conv9d'. Import the module of its class, or update taylorfx",
     ),
     "dropout without a generator": (
         lambda: tfx.train(W.params, W.spec, W.x),
@@ -416,7 +416,7 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
         lambda: tfx.criteria.apoz(measure(), W.coupling),
         ValueError,
         "This criterion looks at activations, of which the statistics say nothing; measure(..., moments=True). A "
-        "function of your own that `prune` calls and that looks at them is marked, tfx.criteria.Needs(moments=True).",
+        "function of your own that looks at them says so to `prune`: tfx.criteria.Criterion(function, moments=True).",
     ),
     # scores, constraints, budgets
     "scores that are not finite": (

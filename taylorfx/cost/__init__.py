@@ -1,6 +1,7 @@
 """What a network costs: parameters, FLOPs, peak memory and time, as functions of the units that are kept."""
 
-from taylorfx.cost.counts import Cost, flops, memory, parameters
+from taylorfx.cost.algebra import Cost, CostFunction
+from taylorfx.cost.counts import flops, memory, parameters
 from taylorfx.cost.timings import Timings
 
-__all__ = ["Cost", "Timings", "flops", "memory", "parameters"]
+__all__ = ["Cost", "CostFunction", "Timings", "flops", "memory", "parameters"]

@@ -10,66 +10,20 @@ from __future__ import annotations
 
 import itertools
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from taylorfx.coupling.units import Coupling, Mask
+from taylorfx.cost.algebra import Cost, CostFunction
+from taylorfx.coupling.units import Coupling
 from taylorfx.layers import Input
 from taylorfx.layers import axes as language
 from taylorfx.network.labels import Labels
 from taylorfx.network.spec import Node, Spec
 
-__all__ = ["ORDER", "Cost", "flops", "memory", "parameters"]
-
-
-@dataclass(frozen=True, eq=False)
-class Cost(ABC):
-    """What a network costs, by the lengths of its coupling's axes.
-
-    Call it with the mask of kept units, ``(units,)``.
-    """
-
-    coupling: Coupling
-
-    def __call__(self, keep: Mask) -> float:
-        return self.of(self.coupling.counts(keep))
-
-    @property
-    def total(self) -> float:
-        """The cost of the whole network."""
-        return self(np.ones(len(self.coupling), bool))
-
-    def marginal(self, keep: Mask | None = None) -> Tensor:
-        """What leaves with each unit, to first order: ``(units,)``, in float64.
-
-        A score divided by it is worth per cost: ``taylor(stats, coupling) / flops(coupling).marginal()``.
-
-        Args:
-            keep: the units that the network still has, ``(units,)``; by default all. Of the others it is what would
-                come back with them.
-        """
-        coupling = self.coupling
-        kept = np.append(np.ones(len(coupling), bool) if keep is None else keep, True)
-        saved = np.zeros(len(coupling) + 1)
-        for axis, slope in zip(coupling.axes, self.slopes(coupling.counts(kept[:-1])), strict=False):
-            for k, row in enumerate(axis):
-                others = kept[np.delete(axis, k, 0)].all(0)  # an index of several factors is there if all of them are
-                saved += slope * np.bincount(row[others] % len(saved), minlength=len(saved))
-        return torch.from_numpy(saved[:-1])
-
-    @abstractmethod
-    def of(self, lengths: Labels) -> float:
-        """The cost at these lengths of the coupling's axes, ``(axes,)``."""
-
-    @abstractmethod
-    def slopes(self, lengths: Labels) -> NDArray[np.float64]:
-        """How it grows with each of them, ``(axes,)`` or one more."""
+__all__ = ["ORDER", "flops", "memory", "parameters"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,6 +93,7 @@ ORDER = 16
 """Of the norm that stands for the largest: of the moments of peak memory, of several budgets."""
 
 
+@CostFunction
 def parameters(coupling: Coupling) -> Cost:
     """The number of trained parameters (shared ones once; running statistics not counted)."""
     buffers = {node.path(leaf) for node in coupling.spec for leaf in node.layer.buffers}
@@ -146,6 +101,7 @@ def parameters(coupling: Coupling) -> Cost:
     return _cost(coupling, terms)
 
 
+@CostFunction
 def flops(coupling: Coupling) -> Cost:
     """Floating-point operations for one example: two per multiply-add of every convolution and matrix product.
 
@@ -172,19 +128,20 @@ def _cost(coupling: Coupling, terms: Sequence[tuple[int, Sequence[int]]]) -> _Su
     )
 
 
+@CostFunction
 def memory(coupling: Coupling) -> Cost:
     """The peak of the activations: the most elements that are alive at once while one example is evaluated.
 
-    A value lives from the node that makes it until the last one that hears it; inputs live from the start, and what the
-    network gives out until the end. Each counts by its size, views like copies; free-standing parameters are not
+    A value lives from the node that makes it until the last one that consumes it; inputs live from the start, and what
+    the network gives out until the end. Each counts by its size, views like copies; free-standing parameters are not
     activations. What a layer needs within itself (the scores of an attention) is not seen.
     """
     terms: list[tuple[int, Sequence[int]]] = []
     values: list[int] = []
     for k, node in enumerate(coupling.spec):
-        found = [] if node.layer.leaf else _size(coupling, node)
-        terms += found
-        values += [k] * len(found)
+        sizes = [] if node.layer.leaf else _size(coupling, node)
+        terms += sizes
+        values += [k] * len(sizes)
     return _Peak(coupling, _cost(coupling, terms), np.array(values, np.int64), _spans(coupling.spec))
 
 

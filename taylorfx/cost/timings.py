@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from taylorfx.cost.counts import Cost
+from taylorfx.cost.algebra import Cost
 from taylorfx.coupling.units import Coupling
 from taylorfx.layers import Input, Layer, Shape, ShapeError
 from taylorfx.layers import axes as language
@@ -104,7 +104,7 @@ class Timings:
 
         It is ``timings(plan.spec)`` wherever all widths are on the grid. In between it is linear on the simplices of
         the grid (Kuhn 1960), which takes one corner more than a layer has axes, and never falls with a width if the
-        measurements do not.
+        measurements do not. It is a cost function: ``tfx.cost.CostFunction(timings.over)`` can be multiplied and added.
         """
         nodes = [self._node(coupling, node) for node in coupling.spec if not isinstance(node.layer, Input)]
         return _Time(coupling, nodes)

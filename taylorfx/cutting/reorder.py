@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,14 +26,21 @@ from torch import Tensor
 from taylorfx.coupling.couple import couple
 from taylorfx.coupling.units import Coupling, Place
 from taylorfx.cutting.cut import fits
+from taylorfx.functions import name_of
 from taylorfx.layers import axes as language
 from taylorfx.network.labels import Labels
 from taylorfx.network.spec import Node, Spec
 from taylorfx.scoring.batches import Batch, each_batch
-from taylorfx.scoring.criteria import Criterion, fisher, name_of, needs
-from taylorfx.scoring.losses import Loss, cross_entropy
+from taylorfx.scoring.criteria import fisher
+from taylorfx.scoring.criterion import Score, as_criterion
 from taylorfx.scoring.measure import measure
+from taylorfx.scoring.measurement import Measurement
 from taylorfx.tree import Params, map_paths
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from taylorfx.scoring.measurement import MeasurementOptions
 
 __all__ = ["Order", "balance", "reorder"]
 
@@ -113,8 +121,9 @@ def balance(
     spec: Spec,
     batches: Batch | Iterable[Batch],
     *,
-    criterion: Criterion = fisher,
-    loss: Loss = cross_entropy,
+    criterion: Score = fisher,
+    measurement: Measurement | None = None,
+    **options: Unpack[MeasurementOptions],
 ) -> Order:
     """Find the order in which every group has its channels by falling scores.
 
@@ -124,7 +133,9 @@ def balance(
         small, small_spec = tfx.prune(params, spec, batches, budget=tfx.Flops(0.5))
 
     Args:
-        criterion: a function of ``(statistics, coupling)``, here of each channel of each group.
+        criterion: a function of ``(statistics, coupling)``, here of each channel of each group. What it needs is
+            measured.
+        measurement, options: how, as in `measure`.
 
     Channels are scored where they are read, as units are. Where groups and positions are separate axes at a read (the
     keys and queries of attention), they are scored where they are made. Scopes whose positions cannot be put into
@@ -133,11 +144,12 @@ def balance(
     Raises:
         ValueError: for a criterion of anything else than statistics, and as `taylorfx.measure` does.
     """
-    need = needs(criterion)
-    if need.of != "statistics":
+    scoring = as_criterion(criterion)
+    if scoring.of != "statistics":
         raise ValueError(
-            f"Channels are balanced by a criterion of statistics; received {name_of(criterion)}, one of {need.of}."
+            f"Channels are balanced by a criterion of statistics; received {name_of(criterion)}, one of {scoring.of}."
         )
+    how = scoring.measured(Measurement.of(measurement, options))
     coupling = couple(params, spec)
     families = _families(coupling)
     batches = [*each_batch(batches)]
@@ -146,9 +158,7 @@ def balance(
         chosen = [f for f in families if f.scope not in ranks and _fine(coupling, [f], at_writes=at_writes)]
         channels = _fine(coupling, chosen, at_writes=at_writes)
         if channels is not None:
-            stats = measure(
-                params, spec, batches, channels, loss=loss, at_writes=at_writes, moments=need.moments, rows=need.rows
-            )
+            stats = measure(params, spec, batches, channels, measurement=replace(how, at_writes=at_writes))
             scores = criterion(stats, channels)
             shapes = [(len(f.groups), len(f.positions)) for f in chosen]
             parts = torch.split(scores, [groups * positions for groups, positions in shapes])

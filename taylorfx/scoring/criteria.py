@@ -1,6 +1,7 @@
 """Criteria: what a unit is worth. One number per unit, ``(units,)``, higher means keep.
 
-A criterion is a plain function of the statistics of gate derivatives ``g`` (or of the parameters) and the coupling:
+A `Criterion` says how units are scored and what that needs; a plain function of the statistics of gate derivatives
+``g`` and the coupling is one by itself:
 
 | criterion | score | source |
 | --- | --- | --- |
@@ -10,7 +11,7 @@ A criterion is a plain function of the statistics of gate derivatives ``g`` (or 
 | `signed` | ``-E[g]`` | the first-order change of the loss itself |
 | `second_order` | ``-E[g] + E[g^2] / 2`` | the change to second order, with the Fisher for the Hessian |
 
-What a criterion is called with and what has to be measured for it is its `Needs`, by which `prune` and `iterate` go.
+`prune` and `iterate` take any of them, and measure what it needs.
 
 `taylor` sums over a read's positions, so that scores are comparable across layers; ``spatial_mean=True`` takes the mean
 as the paper prints it, which needs the paper's normalizer, `per_layer_l2`.
@@ -18,11 +19,8 @@ as the paper prints it, which needs the paper's normalizer, `per_layer_l2`.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -32,171 +30,20 @@ from taylorfx.coupling.units import Coupling
 from taylorfx.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from taylorfx.layers.base import computes_as
 from taylorfx.network.parameters import check
-from taylorfx.network.spec import Spec
-from taylorfx.scoring.batches import Batch
-from taylorfx.scoring.measure import measure
+from taylorfx.scoring.criterion import Criterion
 from taylorfx.scoring.statistics import Moments, Statistics
 from taylorfx.tree import Params, flatten
 
 __all__ = [
-    "Criterion", "Needs", "Normalizer", "activation_mean", "activation_std", "apoz", "batchnorm_scale", "compat",
-    "fisher", "of_weights", "per_layer_l2", "per_layer_max", "per_layer_mean", "random",
+    "Criterion", "Normalizer", "activation_mean", "activation_std", "apoz", "batchnorm_scale", "compat",
+    "fisher", "per_layer_l2", "per_layer_max", "per_layer_mean", "random",
     "second_order", "signed", "taylor", "taylor_squared", "unnormalized", "weight_l1", "weight_l2",
 ]  # fmt: skip
 
 Normalizer = Callable[[Tensor, Coupling], Tensor]
 """``normalizer(scores, coupling)``: the scores, ``(units,)``, made comparable across scopes."""
 
-Criterion = Callable[..., Tensor]
-"""A function that gives one number per unit, ``(units,)``; what it is called with is its `Needs`."""
-
-F = TypeVar("F", bound=Callable[..., Tensor])
 NORMS = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What a criterion is called with, and what `prune` and `iterate` measure for it.
-
-    A decorator: ``@tfx.criteria.Needs(rows=True)`` marks a function; an object that is called has a class attribute
-    ``needs``. A ``functools.partial`` needs what its function needs. What is not marked is a function of
-    the statistics.
-
-    Attributes:
-        of: what it is a function of,
-
-            - ``"statistics"``: ``(statistics, coupling)``;
-            - ``"weights"``: ``(params, coupling)``;
-            - ``"units"``: ``(coupling, generator)``;
-            - ``"network"``: ``(params, spec, batches, coupling, loss=loss)``.
-        moments, rows, at_writes, training: what the statistics are, as `measure` takes it.
-
-    Raises:
-        ValueError: for another ``of``, and for options of `measure` where nothing is measured.
-    """
-
-    of: Literal["statistics", "weights", "units", "network"] = "statistics"
-    moments: bool = False
-    rows: bool = False
-    at_writes: bool = False
-    training: bool = False
-
-    def __post_init__(self) -> None:
-        measured = self.of == "statistics" or not any(self.options.values())
-        if self.of not in _CALLS or not measured:
-            raise ValueError(
-                f"A criterion is of {', '.join(_CALLS)}; moments, rows, at_writes and training go with statistics; "
-                f"received {self}."
-            )
-
-    def __call__(self, criterion: F) -> F:
-        """The criterion, marked."""
-        try:
-            criterion.needs = self  # type: ignore[attr-defined]
-        except AttributeError:
-            raise ValueError(f"A function can be marked; received {criterion!r}. Mark what it is made of.") from None
-        return criterion
-
-    @property
-    def options(self) -> dict[str, bool]:
-        """As keywords of `measure`."""
-        return {name: getattr(self, name) for name in ("moments", "rows", "at_writes", "training")}
-
-
-_CALLS = {
-    "statistics": "(statistics, coupling)",
-    "weights": "(params, coupling)",
-    "units": "(coupling, generator)",
-    "network": "(params, spec, batches, coupling, loss=loss)",
-}
-
-
-def of_weights(criterion: F) -> F:
-    """Mark a criterion as a function of ``(params, coupling)``: `prune` then measures nothing."""
-    return Needs("weights")(criterion)
-
-
-def needs(criterion: Any) -> Needs:
-    """What a criterion needs: its own mark, or that of what a ``functools.partial`` or an object calls.
-
-    Raises:
-        ValueError: for what cannot be called as its needs say.
-    """
-    inner = criterion
-    while isinstance(inner, partial) and not isinstance(getattr(inner, "needs", None), Needs):
-        inner = inner.func
-    called = callable(inner) and not isinstance(inner, (type, Tensor))
-    mark = getattr(inner, "needs", getattr(inner.__call__, "needs", None)) if called else None
-    found = mark if isinstance(mark, Needs) else Needs()
-    blank: dict[str, Any] = dict.fromkeys(("stats", "params", "spec", "batches", "coupling", "draw"))
-    args, named = _arguments(criterion, found, objective={"loss": None}, **blank) if called else ((), {})
-    problem = unfit(criterion, *args, **named) if called else "it is not called"
-    if problem:
-        raise ValueError(
-            f"A criterion of {found.of} is a function of {_CALLS[found.of]}; received {name_of(criterion)}: {problem}. "
-            "Fill other arguments in (functools.partial), or say by tfx.criteria.Needs what it is a function of; "
-            "scores that are there already go to `select`."
-        )
-    return found
-
-
-def scores(
-    criterion: Criterion, params: Params, spec: Spec, batches: Batch | Iterable[Batch], coupling: Coupling,
-    *, generator: torch.Generator | None, moments: bool = False, **objective: Any,
-) -> Tensor:  # fmt: skip
-    """What a criterion says of a network, ``(units,)``, what it needs for that being measured.
-
-    ``objective`` is the loss and how it is called: ``loss``, ``per_example``, ``split``, as far as they are said.
-    """
-    found, stats = needs(criterion), None
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
-    if found.of == "statistics":
-        options: dict[str, Any] = {**found.options, "moments": moments or found.moments}
-        drawn = generator if found.training else None
-        stats = measure(params, spec, batches, coupling, generator=drawn, **objective, **options)
-    args, named = _arguments(criterion, found, stats, params, spec, batches, coupling, objective, generator)
-    return criterion(*args, **named)
-
-
-def _arguments(
-    criterion: Any,
-    need: Needs,
-    stats: Any,
-    params: Any,
-    spec: Any,
-    batches: Any,
-    coupling: Any,
-    objective: Any,
-    draw: Any,
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What a criterion is called with; keywords that a ``functools.partial`` has filled in stay its own."""
-    args: tuple[Any, ...] = {
-        "statistics": (stats, coupling),
-        "weights": (params, coupling),
-        "units": (coupling,),
-        "network": (params, spec, batches, coupling),
-    }[need.of]
-    named: dict[str, Any] = {"units": {"generator": draw}, "network": objective}.get(need.of, {})
-    while isinstance(criterion, partial):
-        named = {name: value for name, value in named.items() if name not in criterion.keywords}
-        criterion = criterion.func
-    return args, named
-
-
-def unfit(function: Any, *args: Any, **named: Any) -> str:
-    """Why a function cannot be called with these arguments; empty if it can, or does not tell."""
-    try:
-        inspect.signature(function).bind(*args, **named)
-    except TypeError as error:
-        return str(error)
-    except ValueError:  # a built-in function without a signature
-        return ""
-    return ""
-
-
-def name_of(value: Any) -> str:
-    """A function by its name, anything else by its type."""
-    return getattr(value, "__name__", None) or f"{type(value).__name__} {value!r:.80}"
 
 
 def unnormalized(scores: Tensor, coupling: Coupling) -> Tensor:
@@ -236,7 +83,7 @@ def _own(stats: Statistics, coupling: Coupling) -> None:
     if not isinstance(stats, Statistics):
         raise ValueError(
             f"This criterion is of the statistics that `measure` gives; received {type(stats).__name__}. A function "
-            "that calls it is not marked by of_weights."
+            "that calls it is of statistics, too, and not a tfx.criteria.Criterion of weights."
         )
     if stats.units != coupling.names:
         raise ValueError(
@@ -282,7 +129,7 @@ def second_order(stats: Statistics, coupling: Coupling, *, normalizer: Normalize
     return normalizer(-stats.sum / stats.n + stats.sum_sq / (2 * stats.n), coupling)
 
 
-@Needs(at_writes=True, training=True)
+@partial(Criterion, at_writes=True, training=True)
 def compat(stats: Statistics, coupling: Coupling) -> Tensor:
     """The arithmetic of the original PyTorch implementation, for the record.
 
@@ -300,20 +147,20 @@ def _moments(stats: Statistics, coupling: Coupling) -> Moments:
     if stats.moments is None:
         raise ValueError(
             "This criterion looks at activations, of which the statistics say nothing; measure(..., moments=True). A "
-            "function of your own that `prune` calls and that looks at them is marked, "
-            "tfx.criteria.Needs(moments=True)."
+            "function of your own that looks at them says so to `prune`: tfx.criteria.Criterion(function, "
+            "moments=True)."
         )
     return stats.moments
 
 
-@Needs(moments=True)
+@partial(Criterion, moments=True)
 def activation_mean(stats: Statistics, coupling: Coupling, *, normalizer: Normalizer = unnormalized) -> Tensor:
     """The mean activation at the reads."""
     moments = _moments(stats, coupling)
     return normalizer(moments.sum / moments.count.clamp(min=1), coupling)
 
 
-@Needs(moments=True)
+@partial(Criterion, moments=True)
 def activation_std(stats: Statistics, coupling: Coupling, *, normalizer: Normalizer = unnormalized) -> Tensor:
     """The standard deviation of the activations at the reads."""
     moments = _moments(stats, coupling)
@@ -322,20 +169,20 @@ def activation_std(stats: Statistics, coupling: Coupling, *, normalizer: Normali
     return normalizer(variance.clamp(min=0).sqrt(), coupling)
 
 
-@Needs(moments=True)
+@partial(Criterion, moments=True)
 def apoz(stats: Statistics, coupling: Coupling, *, normalizer: Normalizer = unnormalized) -> Tensor:
     """One minus the share of zeros among the activations at the reads (Hu et al. 2016, arXiv 1607.03250, eq. 1)."""
     moments = _moments(stats, coupling)
     return normalizer(1 - moments.zeros / moments.count.clamp(min=1), coupling)
 
 
-@of_weights
+@partial(Criterion, of="weights")
 def weight_l1(params: Params, coupling: Coupling, *, normalizer: Normalizer = unnormalized) -> Tensor:
     """The L1 norm of the weights that write the unit (Li et al. 2017, arXiv 1608.08710)."""
     return normalizer(_weights(params, coupling, 1), coupling)
 
 
-@of_weights
+@partial(Criterion, of="weights")
 def weight_l2(params: Params, coupling: Coupling, *, normalizer: Normalizer = unnormalized) -> Tensor:
     """The L2 norm of the weights that write the unit."""
     return normalizer(_weights(params, coupling, 2).sqrt(), coupling)
@@ -364,13 +211,14 @@ def _weights(params: Params, coupling: Coupling, power: int) -> Tensor:
 def _parameters(params: Params, coupling: Coupling) -> None:
     if isinstance(params, Statistics):
         raise ValueError(
-            "This criterion is of the parameters; received statistics. Mark a function of your own that calls it by "
-            "tfx.criteria.of_weights: it is then called with (params, coupling), and nothing is measured."
+            "This criterion is of the parameters; received statistics. A function of your own that calls it is "
+            'tfx.criteria.Criterion(function, of="weights"): it is then called with (params, coupling), and nothing is '
+            "measured."
         )
     check(params, coupling.spec)
 
 
-@of_weights
+@partial(Criterion, of="weights")
 def batchnorm_scale(params: Params, coupling: Coupling, *, normalizer: Normalizer = unnormalized) -> Tensor:
     """The mean magnitude of the scales of the batch norms that a unit passes (Liu et al. 2017, arXiv 1708.06519).
 
@@ -395,7 +243,7 @@ def batchnorm_scale(params: Params, coupling: Coupling, *, normalizer: Normalize
     return normalizer(total[0, :-1] / total[1, :-1], coupling)
 
 
-@Needs("units")
+@partial(Criterion, of="units")
 def random(coupling: Coupling, generator: torch.Generator) -> Tensor:
     """Uniform numbers: the control that every criterion has to beat."""
     return torch.rand(len(coupling), generator=generator, device=generator.device)

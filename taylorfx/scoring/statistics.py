@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +23,13 @@ class Moments:
         return Moments(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
 
-@dataclass(frozen=True)
+SUMS = (
+    "n", "batches", "loss", "sum", "sum_abs", "sum_sq", "sum_abs_mean", "sum_batch_abs", "sum_batch_sq",
+)  # fmt: skip
+"""The attributes of `Statistics` that simply add up."""
+
+
+@dataclass(frozen=True, repr=False)
 class Statistics:
     """Additive sums of gate derivatives ``g`` of observations: batches, processes and machines are all one ``+``.
 
@@ -63,9 +68,8 @@ class Statistics:
     @staticmethod
     def neutral(units: tuple[str, ...]) -> Statistics:
         """The statistics of no batch, with ``coupling.names``: ``stats + neutral`` is ``stats``."""
-        names = ("sum", "sum_abs", "sum_sq", "sum_abs_mean", "sum_batch_abs", "sum_batch_sq")
-        zeros: dict[str, Any] = {name: torch.zeros(len(units)) for name in names}
-        return Statistics(n=0, batches=0, loss=torch.zeros(()), units=units, **zeros)
+        loss, *sums = (torch.zeros(shape) for shape in ((), *[(len(units),)] * 6))
+        return Statistics(0, 0, loss, *sums, units=units)
 
     def __add__(self, other: Statistics | int) -> Statistics:
         if isinstance(other, int) and other == 0:  # the start of Python's sum()
@@ -81,14 +85,24 @@ class Statistics:
             )
         if one_is_neutral:
             return self if self.n else other
-        summed = [f.name for f in fields(self) if f.name not in ("rows", "units", "per_example", "networks")]
-        pairs = {name: (getattr(self, name), getattr(other, name)) for name in summed}
-        sums: dict[str, Any] = {name: None if a is None else a + b for name, (a, b) in pairs.items()}
+        sums = {name: getattr(self, name) + getattr(other, name) for name in SUMS}
+        moments = None if self.moments is None or other.moments is None else self.moments + other.moments
         rows = None if self.rows is None or other.rows is None else torch.cat([self.rows, other.rows])
         networks = tuple(dict.fromkeys((*self.networks, *other.networks)))
-        return replace(self, **sums, rows=rows, networks=networks)
+        return replace(self, **sums, moments=moments, rows=rows, networks=networks)
 
     __radd__ = __add__
+
+    def __repr__(self) -> str:
+        """One line; the sums themselves are the attributes.
+
+        >>> Statistics.neutral(("a[0]", "a[1]"))
+        Statistics(0 examples in 0 batches, 2 units)
+        """
+        examples = f"{self.n:,} example{'s' * (self.n != 1)} in " * self.per_example
+        batches = f"{self.batches:,} batch{'es' * (self.batches != 1)}"
+        mean = f", mean loss {self.loss.item() / self.n:.4g}" if self.n else ""
+        return f"Statistics({examples}{batches}, {self._kind()}{mean})"
 
     def _kind(self) -> str:
         also = " with moments" * (self.moments is not None) + " with rows" * (self.rows is not None)

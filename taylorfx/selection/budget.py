@@ -6,16 +6,17 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from taylorfx.cost.counts import ORDER, Cost, flops, memory, parameters
+from taylorfx.cost.algebra import Cost, CostFunction
+from taylorfx.cost.counts import ORDER, flops, memory, parameters
 from taylorfx.cost.timings import Timings
 from taylorfx.coupling.units import Coupling, Mask
 from taylorfx.cutting.plan import Plan
+from taylorfx.functions import name_of
 from taylorfx.network.spec import Spec
 
 __all__ = [
@@ -36,8 +37,8 @@ class BudgetError(SelectionError):
 class Budget(ABC):
     """What may remain: a share of the whole (a float up to 1) or an absolute number (an int).
 
-    A new kind is one subclass: ``cost`` says what to count. A `Cost` has prices, too; any other function of the kept
-    units, ``(units,)``, has none, so that ``per_cost=True`` refuses it.
+    `of` makes one of any cost function. A new kind is one subclass: ``cost`` says what to count. A `Cost` has prices,
+    too; any other function of the kept units, ``(units,)``, has none, so that ``per_cost=True`` refuses it.
     """
 
     amount: float | int
@@ -49,6 +50,16 @@ class Budget(ABC):
                 "A budget says what may remain: a share, a float above 0 and up to 1.0, or a number, an int above 0; "
                 f"received {type(self).__name__}({self.amount!r})."
             )
+
+    @staticmethod
+    def of(amount: float | int, cost: Callable[[Coupling], Cost]) -> Budget:
+        """At most this share or number of what a cost function counts; such a budget has prices.
+
+        >>> import taylorfx as tfx
+        >>> print(Budget.of(100_000, 2 * tfx.cost.memory + tfx.cost.parameters))
+        100,000 2 * memory + parameters
+        """
+        return Counted(amount, cost)
 
     @abstractmethod
     def cost(self, coupling: Coupling) -> Callable[[Mask], float]:
@@ -66,6 +77,20 @@ class Budget(ABC):
     def __str__(self) -> str:
         share = isinstance(self.amount, float)
         return f"at most {self.amount:.1%} of the {self.what}" if share else f"{self.amount:,} {self.what}"
+
+
+@dataclass(frozen=True)
+class Counted(Budget):
+    """At most this share or number of what a cost function counts; made by `Budget.of`."""
+
+    function: Callable[[Coupling], Cost]
+
+    @property
+    def what(self) -> str:
+        return str(self.function) if isinstance(self.function, CostFunction) else name_of(self.function)
+
+    def cost(self, coupling: Coupling) -> Callable[[Mask], float]:
+        return self.function(coupling)
 
 
 class Flops(Budget):
@@ -131,10 +156,10 @@ class Measured(Budget):
 
     def cost(self, coupling: Coupling) -> Callable[[Mask], float]:
         def cost(keep: Mask) -> float:
-            found = float(self.function(Plan(coupling, keep).spec))
-            if not math.isfinite(found):
-                raise BudgetError(f"A cost is a finite number; received {found} from {self.what}.")
-            return found
+            value = float(self.function(Plan(coupling, keep).spec))
+            if not math.isfinite(value):
+                raise BudgetError(f"A cost is a finite number; received {value} from {self.what}.")
+            return value
 
         return cost
 
@@ -201,7 +226,7 @@ def each_budget(budget: Budgets) -> tuple[Budget, ...]:
     Raises:
         BudgetError: if there is none.
     """
-    several: Sequence[Any] = budget if isinstance(budget, (tuple, list)) else [budget]
+    several = budget if isinstance(budget, Sequence) and not isinstance(budget, str) else [budget]
     if not several:
         raise BudgetError("A budget, or several, say what may remain; received none.")
     return tuple(one if isinstance(one, Budget) else Units(one) for one in several)

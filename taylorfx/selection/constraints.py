@@ -4,21 +4,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from glob import escape
 from numbers import Integral, Real
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypedDict, TypeVar
 
 import numpy as np
 
 from taylorfx.coupling.units import Coupling, Mask
+from taylorfx.scoring.measurement import one_of
 from taylorfx.selection.budget import SelectionError
 
-__all__ = ["Constraints", "Rules"]
+__all__ = ["ConstraintOptions", "Constraints", "Rules"]
 
 T = TypeVar("T")
+N = TypeVar("N", int, float)
 Globs = str | Iterable[str]
+
+
+class ConstraintOptions(TypedDict, total=False):
+    """The keywords of `Constraints`, for the type checker."""
+
+    protect: Globs
+    floor: int | Mapping[str, int]
+    most: float | Mapping[str, float]
+    multiple: int | Mapping[str, int]
+    uniform: Globs
+    per_layer: bool
+    isomorphic: bool
+    exact_only: bool
 
 
 class Rules(NamedTuple):
@@ -35,7 +51,30 @@ class Rules(NamedTuple):
 
 @dataclass(frozen=True)
 class Constraints:
-    """The constraints of `select`, which documents them."""
+    """What a selection respects, whatever the scores are; `on` says what that is for one network.
+
+    `prune`, `iterate`, `select` and `joint` take one as ``constraints=``, or its attributes as keywords.
+
+    >>> Constraints(protect="stem.*", multiple=8).protect
+    ('stem.*',)
+
+    Attributes:
+        protect: globs of scopes that lose nothing (``"layer1.*"``).
+        floor: the fewest units that a scope keeps; a number, or by glob (the first that matches counts).
+        most: the largest share of its units that a scope loses; likewise.
+        multiple: scopes keep multiples of this number of units (or all of them); likewise. Units then leave in
+            bundles, ordered by their mean score.
+        uniform: globs; the scopes that match one (the first that matches counts) keep the same number of units, each
+            its own best. They leave in bundles across the scopes, ordered by their mean score.
+        per_layer: rank within each scope instead of across the network, so that all lose about the same share.
+        isomorphic: rank only within like structures (Fang et al. 2024, "Isomorphic Pruning for Vision Models",
+            arXiv 2407.04616): scopes that run along the same axes of the same kinds of layers. Every such class loses
+            about the same share, and its scopes compete. With ``per_layer`` each scope is alone.
+        exact_only: keep the units whose removal changes a norm's statistics (``coupling.exact``).
+
+    Raises:
+        SelectionError: for globs that are no strings.
+    """
 
     protect: Globs = ()
     floor: int | Mapping[str, int] = 1
@@ -51,22 +90,13 @@ class Constraints:
             object.__setattr__(self, name, _globs(getattr(self, name), name))
 
     @staticmethod
-    def of(options: Mapping[str, Any]) -> Constraints:
-        """Constraints by their names.
+    def of(constraints: Constraints | None, options: Mapping[str, object]) -> Constraints:
+        """The constraints, or those of these keywords.
 
         Raises:
-            SelectionError: for names that no constraint has, and for globs that are no strings.
+            SelectionError: for both at once, for keywords that no constraint has, and for globs that are no strings.
         """
-        known = [field.name for field in fields(Constraints)]
-        strange = [name for name in options if name not in known]
-        if strange:
-            raise SelectionError(f"The constraints are {', '.join(known)}; received {', '.join(strange)}.")
-        return Constraints(**options)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """As keywords of `select`."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return one_of(Constraints, constraints, options, "The constraints", SelectionError)
 
     def on(self, coupling: Coupling) -> Rules:
         """What they say of this coupling.
@@ -76,25 +106,39 @@ class Constraints:
         """
         problems: list[str] = []
 
-        def checked(rule: Callable[..., T], *args: Any) -> Any:
+        def checked(rule: Callable[[], T], otherwise: T) -> T:
             try:
-                return rule(coupling, *args)
+                return rule()
             except SelectionError as error:
                 problems.append(str(error))
-                return None
+                return otherwise
 
-        groups = checked(_together, self.uniform)
-        floors, most, multiples = (
-            checked(_by_scope, value, what, default)
-            for value, what, default in (
-                (self.floor, "floor", 1), (self.most, "most", 1.0), (self.multiple, "multiple", 1),
-            )
-        )  # fmt: skip
-        protected = checked(_protected, self.protect)
+        groups = checked(partial(_together, coupling, (*self.uniform,)), list[list[int]]())
+        floors = checked(partial(_by_scope, coupling, self.floor, "floor", 1), list[int]())
+        most = checked(partial(_by_scope, coupling, self.most, "most", 1.0), list[float]())
+        multiples = checked(partial(_by_scope, coupling, self.multiple, "multiple", 1), list[int]())
+        protected = checked(partial(_protected, coupling, (*self.protect,)), np.zeros(len(coupling), bool))
         if problems:
             raise SelectionError(" ".join(problems))
         held = protected | ~coupling.exact if self.exact_only else protected
         return Rules(groups, floors, most, multiples, held)
+
+    def broken(self, coupling: Coupling, keep: Mask) -> list[str]:
+        """What a choice of units to keep, ``(units,)``, does not respect, in words; `select` breaks none."""
+        rules = self.on(coupling)
+        gone = rules.protected & ~keep
+        problems = [f"{coupling.names[unit]} has to stay" for unit in np.flatnonzero(gone).tolist()]
+        kept = np.bincount(coupling.scope[keep], minlength=len(coupling.scopes)).tolist()
+        for name, size, n, floor, most, multiple in zip(
+            coupling.scopes, coupling.sizes.tolist(), kept, rules.floors, rules.most, rules.multiples, strict=True
+        ):
+            least = max(min(floor, size), math.ceil((1 - most) * size - 1e-9))
+            problems += [f"{name} keeps {n} of {size}, fewer than {least}"] * (n < least)
+            problems += [f"{name} keeps {n}, no multiple of {multiple}"] * (n not in (size, n // multiple * multiple))
+        for group in rules.groups:
+            if len({kept[k] for k in group}) > 1:
+                problems.append(f"{', '.join(f'{coupling.scopes[k]} keeps {kept[k]}' for k in group)}, not as many")
+        return problems
 
     def lasting(self, coupling: Coupling) -> Constraints:
         """The same with ``floor`` and ``most`` as one floor for every scope of this network."""
@@ -106,15 +150,25 @@ class Constraints:
     def standing(self, coupling: Coupling) -> Constraints:
         """The same without the globs that match nothing in this network."""
 
-        def still(value: Any) -> Any:
-            if isinstance(value, Mapping):
-                return {glob: number for glob, number in value.items() if _matches(coupling, glob)}
-            return tuple(glob for glob in value if _matches(coupling, glob)) if isinstance(value, tuple) else value
+        def globs(value: Globs) -> Globs:
+            return tuple(glob for glob in value if _matches(coupling, glob))
 
-        return replace(self, **{name: still(value) for name, value in self.options.items()})
+        def numbers(value: N | Mapping[str, N]) -> N | Mapping[str, N]:
+            if not isinstance(value, Mapping):
+                return value
+            return {glob: number for glob, number in value.items() if _matches(coupling, glob)}
+
+        return replace(
+            self,
+            protect=globs(self.protect),
+            floor=numbers(self.floor),
+            most=numbers(self.most),
+            multiple=numbers(self.multiple),
+            uniform=globs(self.uniform),
+        )
 
 
-def _globs(value: Any, what: str) -> tuple[str, ...]:
+def _globs(value: object, what: str) -> tuple[str, ...]:
     several = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else None
     if several is None or not all(isinstance(glob, str) for glob in several):
         raise SelectionError(f"{what} takes a glob or several, strings like 'layer1.*'; received {value!r}.")
@@ -159,20 +213,21 @@ def _together(coupling: Coupling, globs: Sequence[str]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _by_scope(coupling: Coupling, value: Any, what: str, default: float) -> list[Any]:
-    """One number per scope, from a number for all or a mapping from globs."""
-    if not isinstance(value, Mapping):
-        value = {"*": value}
+def _by_scope(coupling: Coupling, value: N | Mapping[str, N], what: str, default: N) -> list[N]:
+    """One number per scope, from a number for all or a mapping from globs, of which the first that matches counts."""
+    if isinstance(value, Mapping):
+        by_glob = dict(value)
+        _all_match(coupling, _globs(by_glob, what), what)
     else:
-        _all_match(coupling, _globs(value, what), what)
+        by_glob = {"*": value}
     kind, least, largest = (Real, 0, 1.0) if what == "most" else (Integral, 1, math.inf)
 
-    def number(n: Any) -> bool:
+    def number(n: object) -> bool:
         return isinstance(n, kind) and not isinstance(n, bool)
 
-    bad = [f"{n!r} for {glob!r}" for glob, n in value.items() if not number(n) or not least <= n <= largest]
+    bad = [f"{n!r} for {glob!r}" for glob, n in by_glob.items() if not number(n) or not least <= n <= largest]
     if bad:
-        whole = "" if all(map(number, value.values())) else "a number, " if what == "most" else "a whole number, "
+        whole = "" if all(map(number, by_glob.values())) else "a number, " if what == "most" else "a whole number, "
         above = " and at most 1" if what == "most" else ""
         raise SelectionError(f"{what} is {whole}at least {least}{above}; received {', '.join(bad)}.")
-    return [next((n for glob, n in value.items() if fnmatchcase(name, glob)), default) for name in coupling.scopes]
+    return [next((n for glob, n in by_glob.items() if fnmatchcase(name, glob)), default) for name in coupling.scopes]

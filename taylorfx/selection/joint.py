@@ -17,7 +17,7 @@ has it (budgets, floors, multiples, globs), and at the end units of one scope ch
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -29,6 +29,11 @@ from taylorfx.scoring.statistics import Statistics
 from taylorfx.selection.budget import Budget, BudgetError, Budgets, SelectionError, Units, each_budget, pricing
 from taylorfx.selection.constraints import Constraints
 from taylorfx.selection.select import select
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from taylorfx.selection.constraints import ConstraintOptions
 
 __all__ = ["expected_change", "joint"]
 
@@ -42,7 +47,8 @@ def joint(
     per_cost: bool = True,
     swaps: bool = True,
     cautious: bool = False,
-    **constraints: Any,
+    constraints: Constraints | None = None,
+    **options: Unpack[ConstraintOptions],
 ) -> Plan:
     """Decide which units stay by what their removal costs together.
 
@@ -58,14 +64,13 @@ def joint(
             as the expansion says (where the loss does not hear of the scale of a layer, all of it could leave for
             nothing), nor do those help that promise to. So ``-E[g_u]`` counts only where it is a loss, and ``E[s g_u]``
             takes back at most half of ``E[g_u^2] / 2``; no exchanges.
-        constraints: those of `select`.
+        constraints, options: what has to be respected, as in `select`.
 
     Raises:
         SelectionError: if the statistics have no rows or are of other units; and what `select` raises.
     """
-    budgets, given = each_budget(budget), Constraints.of(constraints)
-    given.on(coupling)
-    constraints = given.options  # globs that were an iterator are used more than once
+    budgets, respected = each_budget(budget), Constraints.of(constraints, options)
+    respected.on(coupling)
     rows = _rows(stats, coupling)
     if rounds < 1:
         raise SelectionError(f"Joint selection takes at least one round; received {rounds}.")
@@ -75,7 +80,9 @@ def joint(
     totals = [cost(keep) for cost in costs]
     mean, half = rows.mean(0, dtype=torch.float64), 0.5 * rows.square().mean(0, dtype=torch.float64)
     mean = mean.clamp(max=0) if cautious else mean
-    plan = select(half - mean, coupling, budget=budgets, **constraints)  # an error names the budget that was asked for
+    plan = select(
+        half - mean, coupling, budget=budgets, constraints=respected
+    )  # an error names the budget that was asked for
     for step in range(1, rounds + 1) if len(coupling) else ():
         cross = _cross(rows, ~keep)
         scores = (torch.maximum(cross, -0.5 * half) if cautious else cross) + half - mean
@@ -86,14 +93,14 @@ def joint(
         try:
             share = step / rounds
             asked = budgets if share == 1 else [_between(b, n, share) for b, n in zip(budgets, totals, strict=True)]
-            plan = select(scores, coupling, budget=asked, **constraints)
+            plan = select(scores, coupling, budget=asked, constraints=respected)
         except BudgetError:  # on the way, where multiples cannot be met exactly
             if step == rounds:
                 raise
             continue
         keep = plan.keep
     if swaps and not cautious:
-        free = coupling.exact if given.exact_only else np.ones(len(coupling), bool)
+        free = coupling.exact if respected.exact_only else np.ones(len(coupling), bool)
         better = _swap(rows, coupling, plan.keep.copy(), mean, half, free)
         limits = [max(one.limit(n), cost(plan.keep)) for one, n, cost in zip(budgets, totals, costs, strict=True)]
         fits = all(cost(better) <= limit for cost, limit in zip(costs, limits, strict=True))

@@ -13,14 +13,15 @@ was seen to fit, one step after one that was seen not to; there may be a shorter
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from taylorfx.cost.counts import Cost
+from taylorfx.cost.algebra import Cost
 from taylorfx.coupling.reasons import held as held_by
 from taylorfx.coupling.units import Coupling, Mask
 from taylorfx.cutting.plan import Plan
@@ -38,6 +39,11 @@ from taylorfx.selection.budget import (
 from taylorfx.selection.constraints import Constraints
 from taylorfx.selection.order import finite, last_of_axis, like_structures, quantiles, steps
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from taylorfx.selection.constraints import ConstraintOptions
+
 __all__ = ["foresee", "select"]
 
 
@@ -46,33 +52,18 @@ def select(
     coupling: Coupling,
     *,
     budget: Budgets,
-    protect: str | Sequence[str] = (),
-    floor: int | Mapping[str, int] = 1,
-    most: float | Mapping[str, float] = 1.0,
-    multiple: int | Mapping[str, int] = 1,
-    uniform: str | Sequence[str] = (),
-    per_layer: bool = False,
-    isomorphic: bool = False,
-    exact_only: bool = False,
+    constraints: Constraints | None = None,
     per_cost: bool = False,
+    **options: Unpack[ConstraintOptions],
 ) -> Plan:
     """Decide which units stay: remove the lowest scores until the budget is met.
 
     Args:
         scores: ``(units,)``, higher means keep.
         budget: what may remain; a plain number means `Units`. Of several, all are met.
-        protect: globs of scopes that lose nothing (``"layer1.*"``).
-        floor: the fewest units that a scope keeps; a number, or by glob (the first that matches counts).
-        most: the largest share of its units that a scope loses; likewise.
-        multiple: scopes keep multiples of this number of units (or all of them); likewise. Units then leave in
-            bundles, ordered by their mean score.
-        uniform: globs; the scopes that match one (the first that matches counts) keep the same number of units, each
-            its own best. They leave in bundles across the scopes, ordered by their mean score.
-        per_layer: rank within each scope instead of across the network, so that all lose about the same share.
-        isomorphic: rank only within like structures (Fang et al. 2024, "Isomorphic Pruning for Vision Models",
-            arXiv 2407.04616): scopes that run along the same axes of the same kinds of layers. Every such class loses
-            about the same share, and its scopes compete. With ``per_layer`` each scope is alone.
-        exact_only: keep the units whose removal changes a norm's statistics (``coupling.exact``).
+        constraints: what has to be respected; by default nothing is but that every layer keeps a unit.
+        options: the attributes of `Constraints` as keywords instead: ``protect``, ``floor``, ``most``, ``multiple``,
+            ``uniform``, ``per_layer``, ``isomorphic``, ``exact_only``.
         per_cost: rank by score per FLOP, parameter, element at the peak or microsecond that leaves with a unit,
             whichever the budget counts (of several the one that is hardest to meet; `Units` and `Measured` have no
             prices). What a unit saves depends on what else is left; it is read off the plan itself, again and again
@@ -80,12 +71,13 @@ def select(
 
     Raises:
         BudgetError: if the budget cannot be met; the message names the nearest that can.
-        SelectionError: for scores that are not finite or globs that match nothing.
+        SelectionError: for scores that are not finite, globs that match nothing, keywords that no constraint has, or
+            keywords beside ``constraints``.
     """
-    budgets = each_budget(budget)
-    constraints = Constraints(protect, floor, most, multiple, uniform, per_layer, isomorphic, exact_only)
-    rules = constraints.on(coupling)
-    classes = coupling.scope if per_layer else like_structures(coupling)[coupling.scope] if isomorphic else None
+    budgets, respected = each_budget(budget), Constraints.of(constraints, options)
+    rules = respected.on(coupling)
+    alike = respected.isomorphic and not respected.per_layer
+    classes = coupling.scope if respected.per_layer else like_structures(coupling)[coupling.scope] if alike else None
 
     def rank(values: NDArray[np.float64]) -> Plan:
         values = values if classes is None else quantiles(values, classes)
@@ -128,7 +120,7 @@ def foresee(coupling: Coupling, *, budget: Budgets, constraints: Constraints, pe
 
     bounds = [(one, *lowest(one, cost)) for one, cost in zip(budgets, costs, strict=True)]
     if any(low > one.limit(total) for one, low, total in bounds if total):
-        select(torch.zeros(len(coupling)), coupling, budget=budgets, **constraints.options)
+        select(torch.zeros(len(coupling)), coupling, budget=budgets, constraints=constraints)
     all_stay = [isinstance(one.amount, float) and one.amount == 1 and not isinstance(one, Remove) for one in budgets]
     if not len(coupling) and not all(all_stay[k] for k, one in enumerate(budgets) if isinstance(one, Units)):
         raise BudgetError(

@@ -16,6 +16,7 @@ Sundararajan et al. 2017 (arXiv 1703.01365), which share the change out among th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -28,7 +29,7 @@ from taylorfx.coupling.units import Coupling
 from taylorfx.cutting.plan import Plan
 from taylorfx.network.spec import Spec
 from taylorfx.scoring.batches import Batch, Split, each_batch
-from taylorfx.scoring.criteria import Needs
+from taylorfx.scoring.criterion import Criterion
 from taylorfx.scoring.losses import Loss, Objective, cross_entropy
 from taylorfx.tree import Params
 from taylorfx.truth.gated import Network, bend, either, slope
@@ -39,7 +40,7 @@ __all__ = ["exact_second_order", "path_integral", "plan_path_integral", "plan_se
 T = TypeVar("T")
 
 
-@Needs("network")
+@partial(Criterion, of="network")
 def exact_second_order(
     params: Params,
     spec: Spec,
@@ -70,7 +71,7 @@ def exact_second_order(
     return _scores(params, spec, batches, coupling, objective, chunk, score)
 
 
-@Needs("network")
+@partial(Criterion, of="network")
 def path_integral(
     params: Params,
     spec: Spec,

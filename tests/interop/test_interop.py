@@ -357,9 +357,9 @@ def test_a_class_that_has_sizes_written_down_is_refused(kind, message):
     params, spec = from_torch(module, x)
     coupling = tfx.couple(params, spec)
     plan = tfx.select(torch.arange(float(len(coupling))), coupling, budget=len(coupling) - 1)
-    with pytest.raises(tfx.LikeError, match=message):
+    with pytest.raises(tfx.interop.LikeError, match=message):
         to_torch(tfx.cut(params, plan), plan.spec, like=module, example_inputs=x)
-    with pytest.raises(tfx.LikeError, match=r"has no a\.weight"):
+    with pytest.raises(tfx.interop.LikeError, match=r"has no a\.weight"):
         to_torch(params, spec, like=nn.ReLU())
 
 

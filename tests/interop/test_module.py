@@ -329,11 +329,11 @@ def test_parameters_that_are_not_captured_are_said_and_never_left_at_their_old_s
     like = to_torch(params, spec, like=module)  # nothing was cut
     assert like.train()(X)[1].shape == (5, 5)
     small = halved(params, spec)
-    with pytest.raises(tfx.LikeError, match=r"extra, aux\.weight, aux\.bias\. .* unchanged=\['extra', 'aux'\]"):
+    with pytest.raises(tfx.interop.LikeError, match=r"extra, aux\.weight, aux\.bias\. .* unchanged=\['extra', 'aux'\]"):
         to_torch(*small, like=module)
-    with pytest.raises(tfx.LikeError, match=r"sizes: extra\. "):
+    with pytest.raises(tfx.interop.LikeError, match=r"sizes: extra\. "):
         to_torch(*small, like=module, unchanged=["aux"])
-    with pytest.raises(tfx.LikeError, match="has no 'au'"):
+    with pytest.raises(tfx.interop.LikeError, match="has no 'au'"):
         to_torch(*small, like=module, unchanged=["au"])
     out = to_torch(*small, like=module, unchanged=["extra", "aux"])
     assert out.c.out_features == 8
@@ -368,7 +368,7 @@ def test_the_class_of_a_network_of_tokens_is_proven_without_an_example():
     del given["scale"]  # its value is part of the network, whatever the class has for a default
     assert_close(to_torch(*small, like=module, example_inputs=ids, example_kwargs=given)(ids, scale=3.0, **given),
                  to_torch(*small)(ids, **given))  # fmt: skip
-    with pytest.raises(tfx.LikeError, match=r"(?s)as it was captured.*keep: missing"):
+    with pytest.raises(tfx.interop.LikeError, match=r"(?s)as it was captured.*keep: missing"):
         to_torch(*small, like=module, example_inputs=(ids, ids))
     with pytest.raises(tfx.ShapeError, match="received 'load'"):
         tfx.Input((3,), dtype="load")

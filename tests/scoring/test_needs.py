@@ -2,13 +2,18 @@
 works in `prune` and `iterate` alike."""
 
 import functools
+import inspect
+import pickle
+import re
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 
 import taylorfx as tfx
 from taylorfx import layers as L
+from taylorfx.scoring.criteria import Criterion
 
 SPEC = tfx.serial(
     tfx.Input((1, 6, 6)), conv1=L.Conv2d(1, 6, 3), bn=L.BatchNorm2d(6), relu=L.ReLU(),
@@ -137,7 +142,7 @@ def test_a_budget_that_only_some_scores_can_meet_is_left_to_them():
     with pytest.raises(tfx.BudgetError):
         tfx.select(torch.zeros(8), coupling, **options)
     plan = tfx.select(late, coupling, **options)
-    criterion = tfx.criteria.of_weights(lambda params, coupling: late)
+    criterion = tfx.criteria.Criterion(lambda params, coupling: late, of="weights")
     _, spec = tfx.prune(params, SLICED, [], criterion=criterion, steps=1, **options)
     assert spec == plan.spec
 
@@ -223,35 +228,225 @@ def test_criteria_of_your_own_state_what_they_need():
     class Steepest:
         """The largest derivative of any example."""
 
-        needs = tfx.criteria.Needs(rows=True)
-
         def __call__(self, stats, coupling):
             return stats.rows.abs().amax(0)
 
-    class Methods:
-        @tfx.criteria.Needs(moments=True)
         def silent(self, stats, coupling):
             return tfx.criteria.apoz(stats, coupling)
 
     stats = tfx.measure(PARAMS, SPEC, BATCH, COUPLING, rows=True)
     expected = tfx.select(Steepest()(stats, COUPLING), COUPLING, budget=tfx.Units(9)).spec
-    assert pruned(budget=tfx.Units(9), criterion=Steepest())[1] == expected
+    assert pruned(budget=tfx.Units(9), criterion=Criterion(Steepest(), rows=True))[1] == expected
     silent = pruned(budget=tfx.Units(9), criterion=tfx.criteria.apoz)[1]
-    assert pruned(budget=tfx.Units(9), criterion=Methods().silent)[1] == silent
+    assert pruned(budget=tfx.Units(9), criterion=Criterion(Steepest().silent, moments=True))[1] == silent
     plain = functools.partial(lambda stats, coupling: tfx.criteria.apoz(stats, coupling))
     assert pruned(budget=tfx.Units(9), criterion=plain, moments=True)[1] == silent
-    with pytest.raises(ValueError, match=r"tfx\.criteria\.Needs\(moments=True\)"):
+    with pytest.raises(ValueError, match=r"tfx\.criteria\.Criterion\(function, moments=True\)"):
         pruned(budget=tfx.Units(9), criterion=plain)
 
 
+def test_a_criterion_is_called_looks_and_is_pickled_as_its_function():
+    @functools.partial(Criterion, of="weights")
+    def largest(params, coupling, *, scale=1.0):
+        """The largest weight."""
+        return scale * torch.arange(len(coupling))
+
+    assert torch.equal(largest(PARAMS, COUPLING, scale=2.0), 2.0 * torch.arange(14))
+    assert (largest.__name__, largest.__doc__) == ("largest", "The largest weight.")
+    assert str(inspect.signature(largest)) == "(params, coupling, *, scale=1.0)"
+    assert pickle.loads(pickle.dumps(tfx.criteria.apoz)) is tfx.criteria.apoz
+    copied = pickle.loads(pickle.dumps(Criterion(tfx.fisher, rows=True)))
+    assert copied == Criterion(tfx.fisher, rows=True)
+    assert copied != Criterion(tfx.fisher)
+
+
 def test_criteria_of_one_thing_say_so_when_they_receive_another():
-    with pytest.raises(ValueError, match=r"of the parameters; received statistics.*tfx\.criteria\.of_weights"):
+    with pytest.raises(ValueError, match=r"of the parameters; received statistics.*of=\"weights\""):
         pruned(criterion=lambda params, coupling: tfx.criteria.weight_l2(params, coupling))
     with pytest.raises(ValueError, match="of the statistics that `measure` gives; received dict"):
-        pruned(criterion=tfx.criteria.of_weights(lambda params, coupling: tfx.taylor(params, coupling)))
+        pruned(criterion=Criterion(lambda params, coupling: tfx.taylor(params, coupling), of="weights"))
     for wrong in ({"of": "weight"}, {"of": "weights", "moments": True}):
         with pytest.raises(ValueError, match="A criterion is of statistics, weights, units, network"):
-            tfx.criteria.Needs(**wrong)
+            Criterion(lambda params, coupling: params, **wrong)
+    with pytest.raises(ValueError, match=r"criterion of weights is a function of .*received one: too many positional"):
+        Criterion(one, of="weights")
+
+
+@pytest.mark.parametrize("options", [{}, {"per_example": False}, {"split": lambda y, k: y[k : k + 1]}])
+def test_a_criterion_of_the_network_hears_what_the_loss_is_a_function_of(options):
+    heard = {}
+
+    @functools.partial(Criterion, of="network")
+    def criterion(params, spec, batches, coupling, **how):
+        heard.update(how)
+        return torch.arange(float(len(coupling)))
+
+    pruned(budget=tfx.Units(9), criterion=criterion, **options)
+    assert heard == {"loss": tfx.cross_entropy, **options}
+
+    def of_examples(params, spec, batches, coupling, *, loss):
+        return torch.arange(float(len(coupling)))
+
+    if options:
+        with pytest.raises(ValueError, match="received of_examples: got an unexpected keyword"):
+            pruned(budget=tfx.Units(9), criterion=Criterion(of_examples, of="network"), **options)
+
+
+# Choices of your own.
+def at_random(worth, coupling, *, budget, constraints, per_cost):
+    """Random units leave until the budget is met; protected ones stay, and one of every scope."""
+    rules, order = constraints.on(coupling), torch.randperm(len(coupling), generator=torch.Generator().manual_seed(1))
+    keep, whole = np.ones(len(coupling), bool), np.ones(len(coupling), bool)
+    for unit in order.tolist():
+        if all(one.cost(coupling)(keep) <= one.limit(one.cost(coupling)(whole)) for one in budget):
+            break
+        scope = coupling.scope == coupling.scope[unit]
+        if not rules.protected[unit] and keep[scope].sum() > max(1, rules.floors[coupling.scope[unit]]):
+            keep[unit] = False
+    return tfx.Plan(coupling, keep)
+
+
+@BOTH
+@pytest.mark.parametrize("criterion", [None, tfx.fisher, tfx.criteria.weight_l2])
+def test_a_function_from_outside_chooses(run, criterion):
+    worths = []
+
+    def choose(worth, coupling, **asked):
+        worths.append(worth)
+        return at_random(worth, coupling, **asked)
+
+    budget = tfx.Flops(0.6) if run is iterated else (tfx.Flops(0.6), tfx.Parameters(0.7))
+    params, spec = run(budget=budget, criterion=criterion, choose=choose, protect="conv1", floor=2)
+    assert spec["conv1"].layer.out_channels == 6
+    assert 2 <= spec["conv2"].layer.out_channels < 8
+    assert tfx.cost.flops(tfx.couple(params, spec)).total <= 0.6 * tfx.cost.flops(COUPLING).total
+    for worth in worths:
+        assert worth.rows is not None if criterion is None else isinstance(worth, torch.Tensor)
+
+
+@BOTH
+def test_joint_and_select_are_the_choices_that_are_made_anyway(run):
+    together = functools.partial(tfx.joint, cautious=True)
+    assert run(choose=together)[1] == run()[1]
+    assert run(choose=tfx.select, criterion=tfx.fisher)[1] == run(criterion=tfx.fisher)[1]
+    plain = functools.partial(tfx.select, per_cost=False)  # what is filled in stays
+    expected = run(criterion=tfx.taylor, per_cost=False)[1]
+    assert run(choose=plain, criterion=tfx.taylor)[1] == expected != run(criterion=tfx.taylor)[1]
+
+
+CHOICES = {
+    "a choice by its name": ({"choose": "joint"}, "received str 'joint': it is not called"),
+    "a choice of scores alone": ({"choose": one}, "received one: too many positional arguments"),
+    "a choice without constraints": (
+        {"choose": lambda worth, coupling, *, budget, per_cost: worth},
+        "got an unexpected keyword argument 'constraints'",
+    ),
+    "joint by scores": ({"choose": tfx.joint, "criterion": tfx.fisher}, "`joint` chooses by statistics"),
+    "select without scores": ({"choose": functools.partial(tfx.select)}, "`select` chooses by scores"),
+}
+
+
+@BOTH
+@pytest.mark.parametrize("what", CHOICES)
+def test_what_cannot_choose_is_refused_before_a_batch_is_looked_at(run, what):
+    options, words = CHOICES[what]
+    batches = Watched()
+    with pytest.raises(tfx.SelectionError, match=words):
+        run(batches, **options)
+    assert batches.count == 0
+
+
+def everything(worth, coupling, **asked):
+    return tfx.Plan(coupling, np.ones(len(coupling), bool))
+
+
+def three_fewer(worth, coupling, **asked):
+    return tfx.Plan(coupling, np.arange(len(coupling)) >= 3)  # of conv1
+
+
+@BOTH
+def test_a_plan_that_misses_its_budget_or_constraints_is_refused(run):
+    with pytest.raises(tfx.BudgetError, match=r"plan of everything does not meet at most 50.0% of the FLOPs.*it costs"):
+        run(choose=everything)
+    loose = {"budget": tfx.Flops(0.99), "choose": three_fewer}
+    assert run(**loose)[1]["conv1"].layer.out_channels == 3
+    for rules, words in {
+        "conv1[0] has to stay": {"protect": "conv1"},
+        "conv1 keeps 3 of 6, fewer than 4": {"floor": 4},
+        "conv1 keeps 3 of 6, fewer than 5": {"most": 0.3},
+        "conv1 keeps 3, no multiple of 2": {"multiple": {"conv1": 2}},
+    }.items():
+        with pytest.raises(tfx.SelectionError, match=re.escape(rules)):
+            run(**loose, **words)
+    with pytest.raises(tfx.SelectionError, match="gives a Plan of the coupling; at_odds gave a ndarray"):
+        run(choose=at_odds)
+
+
+def at_odds(worth, coupling, **asked):
+    return np.ones(len(coupling), bool)
+
+
+# Values and their keywords.
+MEASURED = {"loss": lambda outputs, targets: outputs[:, 0].mean(), "micro_batch": 2}
+RULES = {"protect": ["conv1"], "multiple": 2}
+
+
+@BOTH
+def test_a_value_says_what_its_keywords_say(run):
+    constraints, measurement = tfx.Constraints(**RULES), tfx.Measurement(**MEASURED)
+    expected = run(**MEASURED, **RULES)
+    assert expected[1] != run()[1]
+    for options in (
+        {"constraints": constraints, "measurement": measurement},
+        {"constraints": constraints, **MEASURED},
+        {"measurement": measurement, **RULES},
+    ):
+        params, spec = run(**options)
+        assert spec == expected[1]
+        for path, leaf in tfx.tree.flatten(params).items():
+            assert torch.equal(leaf, tfx.tree.flatten(expected[0])[path])
+
+
+def test_measuring_and_selecting_take_the_values_too():
+    measurement = tfx.Measurement(rows=True, **MEASURED)
+    stats = tfx.measure(PARAMS, SPEC, BATCH, COUPLING, measurement=measurement)
+    assert torch.equal(stats.rows, tfx.measure(PARAMS, SPEC, BATCH, COUPLING, rows=True, **MEASURED).rows)
+    given = tfx.derivatives(PARAMS, SPEC, *BATCH, COUPLING, measurement=measurement)
+    assert torch.equal(given.summed, stats.rows)
+    scores = tfx.fisher(stats, COUPLING)
+    value = tfx.Constraints(**RULES)
+    assert tfx.select(scores, COUPLING, budget=HALF, constraints=value) == tfx.select(
+        scores, COUPLING, budget=HALF, **RULES
+    )
+    assert tfx.joint(stats, COUPLING, budget=HALF, constraints=value) == tfx.joint(
+        stats, COUPLING, budget=HALF, **RULES
+    )
+
+
+def test_a_value_beside_its_keywords_is_refused_before_a_batch_is_looked_at():
+    batches, value, how = Watched(), tfx.Constraints(), tfx.Measurement()
+    both = "takes a tfx.Constraints, with no such keyword beside it; received a Constraints and floor"
+    for call in (
+        lambda: pruned(batches, constraints=value, floor=2),
+        lambda: iterated(batches, constraints=value, floor=2),
+        lambda: tfx.select(torch.rand(14), COUPLING, budget=HALF, constraints=value, floor=2),
+        lambda: tfx.joint(None, COUPLING, budget=HALF, constraints=value, floor=2),
+    ):
+        with pytest.raises(tfx.SelectionError, match=both):
+            call()
+    with pytest.raises(tfx.SelectionError, match="received a dict"):
+        pruned(batches, constraints={"floor": 2})
+    for call in (
+        lambda: pruned(batches, measurement=how, rows=True),
+        lambda: tfx.measure(PARAMS, SPEC, batches, COUPLING, measurement=how, rows=True),
+    ):
+        with pytest.raises(TypeError, match=r"takes a tfx\.Measurement, .*received a Measurement and rows"):
+            call()
+    with pytest.raises(TypeError, match=r"The options of a measurement are loss, .*; received row"):
+        tfx.measure(PARAMS, SPEC, batches, COUPLING, row=True)
+    with pytest.raises(ValueError, match="around the means of one network"):
+        pruned(batches, around={("conv2", 0, 1): torch.zeros(6, 1, 1)})
+    assert batches.count == 0
 
 
 def test_balance_measures_what_its_criterion_needs():
