@@ -10,11 +10,11 @@ from torch import Tensor
 
 from taylorfx.cutting.cut import cut
 from taylorfx.cutting.plan import Plan
-from taylorfx.layers import Linear
+from taylorfx.layers.roles import Mixing
 from taylorfx.network.run import Inputs, apply, bind_inputs
 from taylorfx.network.spec import Node, Spec
 from taylorfx.repair.batches import Batches, inputs_of
-from taylorfx.repair.readers import as_matrix, as_rows, as_weight, as_windows, kept_channels, lost, sharing, shifted
+from taylorfx.repair.readers import kept_channels, lost, sharing, shifted
 from taylorfx.tree import Params, flatten, merge, restrict, unflatten
 
 __all__ = ["LeastSquares", "reconstruct"]
@@ -97,32 +97,46 @@ def reconstruct(
         raise ValueError(
             f"A ridge is above 0, as dead inputs would leave their weights undetermined; received {ridge}."
         )
-    given = list(inputs_of(batches))
+    batch_inputs = list(inputs_of(batches))
     original, small, spec, losers = plan.coupling.spec, cut(params, plan), plan.spec, lost(plan)
-    old, new = ([_Run(network, inputs) for inputs in given] for network in (original, spec))
+    old, new = ([_Run(network, inputs) for inputs in batch_inputs] for network in (original, spec))
     for group in sharing(original, "weight"):
-        names = [node.name for node in group]
+        names = [node.name for node, _ in group]
         if not _joint(original, group) or not losers & original.upstream(names):
             continue
         sums: LeastSquares | None = None
-        for inputs, before, after in zip(given, old, new, strict=True):
+        for inputs, before, after in zip(batch_inputs, old, new, strict=True):
             if len(names) > 1:  # later places consume what is not solved yet, which must not stay
                 before, after = _Run(original, inputs), _Run(spec, inputs)
-            for name in names:
-                x = after.value(small, spec, spec[name].inputs[0])
-                y = before.value(params, original, name)
-                axis, writes = -1 if isinstance(spec[name].layer, Linear) else 1, kept_channels(plan, original[name])[1]
-                y = y.movedim(axis, 0)[writes.to(y.device)].movedim(0, axis)
-                found = LeastSquares.of(as_windows(spec[name].layer, x), as_rows(spec[name].layer, y))
-                sums = found if sums is None else sums + found
+            for node, role in group:
+                x = after.value(small, spec, spec[node.name].inputs[0])
+                y = before.value(params, original, node.name)
+                part = _rows(plan, spec[node.name], node, role, x, y)
+                sums = part if sums is None else sums + part
         assert sums is not None
-        sums = sums if total is None else total(sums)
-        layer, path, leaves = spec[names[0]].layer, group[0].path("weight"), flatten(small)
-        matrix, bias = sums.solve(as_matrix(layer, leaves[path].detach()).double(), ridge)
-        past = leaves[group[0].path("bias")].detach() if layer.bias else 0.0  # type: ignore[attr-defined]
-        small = merge(small, {path: as_weight(layer, matrix, leaves[path])})
-        small, spec = shifted(small, spec, names, bias.flatten() - past)
+        small, spec = _solved(small, spec, names, sums if total is None else total(sums), ridge)
     return small, spec
+
+
+def _rows(plan: Plan, small: Node, node: Node, role: Mixing, x: Tensor, y: Tensor) -> LeastSquares:
+    """The sums of a batch: windows of what the small layer consumes, rows of what stays of the original's output."""
+    smaller = small.layer.role(Mixing)
+    assert smaller is not None
+    writes, axis = kept_channels(plan, node, role)[1], role.axis
+    y = y.movedim(axis, 0)[writes.to(y.device)].movedim(0, axis)
+    return LeastSquares.of(smaller.windows(x), smaller.rows(y))
+
+
+def _solved(params: Params, spec: Spec, names: Sequence[str], sums: LeastSquares, ridge: float) -> tuple[Params, Spec]:
+    """The network with the weight and the bias that these nodes share as the regression has them."""
+    node, leaves = spec[names[0]], flatten(params)
+    role = node.layer.role(Mixing)
+    assert role is not None
+    path = node.path(role.weight)
+    matrix, bias = sums.solve(role.matrix(leaves[path].detach()).double(), ridge)
+    past = leaves[node.path(role.bias)].detach() if role.has_bias else 0.0
+    params = merge(params, {path: role.as_weight(matrix, leaves[path])})
+    return shifted(params, spec, names, bias.flatten() - past)
 
 
 class _Run:
@@ -148,9 +162,9 @@ class _Run:
         return self.values[name]
 
 
-def _joint(spec: Spec, group: Sequence[Node]) -> bool:
+def _joint(spec: Spec, group: Sequence[tuple[Node, Mixing]]) -> bool:
     """Layers of a group are one layer at several places, and nothing else uses their weight."""
-    path = group[0].path("weight")
-    used = [node.name for node in spec.owners[path]]
-    kinds = {(type(node.layer), node.layer.bias, node.path("bias")) for node in group}  # type: ignore[attr-defined]
-    return used == [node.name for node in group] and len(kinds) == 1
+    node, role = group[0]
+    used = [owner.name for owner in spec.owners[node.path(role.weight)]]
+    kinds = {(type(node.layer), role.has_bias, node.path(role.bias)) for node, role in group}
+    return used == [node.name for node, _ in group] and len(kinds) == 1

@@ -45,6 +45,10 @@ class Draft:
         """The nodes whose values depend on a gate: those that read at one, and all behind them."""
         return self.spec.downstream(place.node for place in self.coupling.reads)
 
+    def parameters(self, node: Node) -> dict[str, Tensor]:
+        """The parameters of a node, by their names in its layer."""
+        return {leaf: self.leaves[path] for leaf, path in node.paths.items()}
+
     def rewritten(self, nodes: Iterable[Node], leaves: Mapping[str, Tensor] | None = None) -> Draft:
         """The network of these nodes; ``leaves`` are new parameters, beside those that there are."""
         merged = {**self.leaves, **leaves} if leaves else self.leaves

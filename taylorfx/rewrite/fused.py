@@ -6,12 +6,13 @@ Its derivative cannot be differentiated again, nor taken by the mask; scoring as
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from taylorfx import layers as L
 from taylorfx.layers import Leaves
+from taylorfx.layers.roles import Attending
 from taylorfx.network.spec import Node
 from taylorfx.rewrite.draft import Draft, StandIn
 
@@ -22,7 +23,12 @@ __all__ = ["Fused", "fused_attention"]
 class Fused(StandIn):
     """Scaled dot-product attention by one operator, but where its mask is added to the scores."""
 
-    layer: L.ScaledDotProduct
+    @cached_property
+    def attending(self) -> Attending:
+        """The role by which it is fused."""
+        role = self.layer.role(Attending)
+        assert role is not None
+        return role
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         (q, k, v), mask = inputs[:3], inputs[3] if inputs[3:] else None
@@ -30,7 +36,8 @@ class Fused(StandIn):
             # A row in which the lowest number of the dtype is added everywhere has equal weights. The fused kernel's
             # backward pass takes them for 1 each, as their number is lost in the logarithm of their sum.
             return self.layer.apply(params, *inputs)
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.layer.causal, scale=self.layer.scale)
+        causal, scale = self.attending.causal, self.attending.scale
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale)
 
 
 def fused_attention(draft: Draft) -> Draft:
@@ -41,9 +48,9 @@ def fused_attention(draft: Draft) -> Draft:
     """
 
     def fused(node: Node) -> Node:
-        layer, mask = node.layer, node.inputs[3:]
-        if type(layer) is not L.ScaledDotProduct or layer.grouped or (layer.causal and mask):
+        role, mask = node.layer.role(Attending), node.inputs[3:]
+        if role is None or role.grouped or (role.causal and mask) or draft.gated.intersection(mask):
             return node
-        return node if draft.gated.intersection(mask) else replace(node, layer=Fused(layer))
+        return replace(node, layer=Fused(node.layer))
 
     return draft.rewritten(map(fused, draft.spec.nodes))

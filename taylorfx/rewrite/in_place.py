@@ -6,20 +6,17 @@ the layer's own result, and the derivative of the layer before it does not need 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from taylorfx import layers as L
 from taylorfx.internals import Function
 from taylorfx.layers import Layer, Leaves
+from taylorfx.layers.roles import Memory, Pointwise, Sum
 from taylorfx.network.spec import Node
 from taylorfx.rewrite.draft import Draft, StandIn
-from taylorfx.rewrite.scales import Scale
 
 __all__ = ["Over", "written_over"]
 
@@ -28,8 +25,15 @@ __all__ = ["Over", "written_over"]
 class Over(StandIn):
     """A layer whose value is written over its first input."""
 
+    @cached_property
+    def pointwise(self) -> Pointwise | None:
+        """The role by which it does so, if it is not a sum."""
+        return self.layer.role(Pointwise)
+
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
-        value: Tensor = _OVER[type(self.layer)](*inputs)
+        if self.pointwise is None:
+            return _sum(*inputs)
+        value: Tensor = _Pointwise.apply(inputs[0], self.pointwise)
         return value
 
 
@@ -44,7 +48,7 @@ def written_over(draft: Draft) -> Draft:
     """
     nodes: dict[str, Node] = {}
     for node in draft.spec.nodes:
-        if type(node.layer) in _OVER:
+        if _overwrites(node.layer):
             over = [x for x in node.inputs if x in draft.gated and draft.spec.uses[x] == 1 and _fresh(nodes[x])]
             if over:
                 inputs = (over[0], *(x for x in node.inputs if x != over[0]))
@@ -53,12 +57,19 @@ def written_over(draft: Draft) -> Draft:
     return draft.rewritten(nodes.values())
 
 
+def _overwrites(layer: Layer) -> bool:
+    """Its derivative needs nothing but its own result."""
+    pointwise = layer.role(Pointwise)
+    return layer.role(Sum) is not None or (pointwise is not None and pointwise.overwrite is not None)
+
+
 def _fresh(node: Node) -> bool:
     """Its value is no view of another, and its derivative does not need it."""
     layer = node.layer.layer if isinstance(node.layer, Over) else node.layer
-    if type(layer) is L.Add:
+    if layer.role(Sum) is not None:
         return len(node.inputs) > 1
-    return type(layer) in (L.Conv2d, L.Conv3d, L.ConvTranspose2d, L.ConvTranspose3d, Scale)
+    memory = layer.role(Memory)
+    return memory is not None and memory.new_value
 
 
 def _sum(x: Tensor, *others: Tensor) -> Tensor:
@@ -68,34 +79,27 @@ def _sum(x: Tensor, *others: Tensor) -> Tensor:
     return x
 
 
-class _Rectified(Function):
-    """``relu`` or ``relu6`` over its input, of which it is a view to autograd: what the input depends on stays its own.
+class _Pointwise(Function):
+    """A function of every number alone, over its input. Torch takes the value for a view of the input.
 
-    It keeps what it gives out, which is now in both; torch's ``relu6_`` keeps a copy of what it is given.
+    So only the input itself is new to autograd, not the tensors that it was computed from. What is kept is the value,
+    which is in both; torch's own ``relu6_`` keeps a copy of the input.
     """
 
     @staticmethod
-    def forward(x: Tensor, six: bool) -> Tensor:
-        x = F.relu6(x, inplace=True) if six else F.relu_(x)
+    def forward(x: Tensor, pointwise: Pointwise) -> Tensor:
+        assert pointwise.overwrite is not None
+        x = pointwise.overwrite(x)
         return x.view_as(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.six = inputs[1]
+        ctx.slope = inputs[1].slope
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        aten, (value,), (grad,) = torch.ops.aten, ctx.saved_tensors, grads
-        if grad is None:  # a tap has multiplied by the derivative
-            return None, None
-        return aten.hardtanh_backward(grad, value, 0, 6) if ctx.six else aten.threshold_backward(grad, value, 0), None
-
-
-_OVER: dict[type[Layer], Callable[..., Any]] = {
-    L.ReLU: lambda x: _Rectified.apply(x, False),
-    L.ReLU6: lambda x: _Rectified.apply(x, True),
-    L.Add: _sum,
-}
-"""What needs nothing but its own result for its derivative."""
+        (value,), (grad,) = ctx.saved_tensors, grads
+        # There is no gradient where a tap has multiplied by the slope already, see `taylorfx.scoring.tap_plan`.
+        return None if grad is None else ctx.slope(value, grad, False), None

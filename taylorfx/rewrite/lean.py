@@ -9,9 +9,10 @@ It is the result of some passes, each of which rewrites a network into one with 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from taylorfx import layers as L
 from taylorfx.coupling.units import Coupling
+from taylorfx.layers.roles import Memory, Mixing
 from taylorfx.network.parameters import check
 from taylorfx.network.spec import Spec
 from taylorfx.rewrite.draft import Draft, Pass
@@ -66,8 +67,12 @@ def folded(draft: Draft) -> Draft:
 
 def weights_in_channels_last(draft: Draft) -> Draft:
     """Lay the weights of convolutions of images out in ``torch.channels_last``; the numbers are the same."""
-    paths = {node.path("weight") for node in draft.spec.nodes if isinstance(node.layer, L.Conv2d)}
-    leaves = {path: draft.leaves[path].contiguous(memory_format=torch.channels_last) for path in paths}
+    leaves: dict[str, Tensor] = {}
+    for node in draft.spec.nodes:
+        mixing, memory = node.layer.role(Mixing), node.layer.role(Memory)
+        if mixing is not None and memory is not None and memory.channels_last:
+            path = node.path(mixing.weight)
+            leaves[path] = draft.leaves[path].contiguous(memory_format=torch.channels_last)
     return draft.rewritten(draft.spec.nodes, leaves)
 
 

@@ -12,8 +12,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from taylorfx import layers as L
 from taylorfx.layers import Layer, Leaves, Shape
+from taylorfx.layers.roles import Slicing
 from taylorfx.network.build import unused
 from taylorfx.network.spec import Node, Spec
 from taylorfx.rewrite.draft import Draft, StandIn
@@ -51,7 +51,6 @@ class Parts(Layer):
 class Part(StandIn):
     """A slice as one of the parts of its input, `Parts`."""
 
-    layer: L.Slice
     index: int
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
@@ -70,25 +69,27 @@ def slices_as_parts(draft: Draft) -> Draft:
     taken, starts = draft.spec.by_name.keys(), _starts(draft.spec)
     nodes: dict[str, Node] = {}
     for node in draft.spec.nodes:
-        if type(node.layer) is L.Slice and node.inputs[0] in starts:
-            layer, (source,) = node.layer, node.inputs
+        slicing = node.layer.role(Slicing)
+        if slicing is not None and node.inputs[0] in starts:
+            (source,) = node.inputs
             name = unused(f"{source}.parts", taken)
-            nodes.setdefault(name, Node(name, Parts(layer.dim, starts[source]), (source,)))
-            node = replace(node, layer=Part(layer, starts[source].index(layer.start)), inputs=(name,))
+            nodes.setdefault(name, Node(name, Parts(slicing.dim, starts[source]), (source,)))
+            node = replace(node, layer=Part(node.layer, starts[source].index(slicing.start)), inputs=(name,))
         nodes[node.name] = node
     return draft.rewritten(nodes.values())
 
 
 def _starts(spec: Spec) -> dict[str, tuple[int, ...]]:
     """For every value that slices alone use, two or more of one axis without overlap, where its parts begin."""
-    slices: dict[str, list[L.Slice]] = {}
+    slices: dict[str, list[Slicing]] = {}
     for node in spec.nodes:
-        if type(node.layer) is L.Slice:
-            slices.setdefault(node.inputs[0], []).append(node.layer)
+        slicing = node.layer.role(Slicing)
+        if slicing is not None:
+            slices.setdefault(node.inputs[0], []).append(slicing)
     starts = {}
-    for name, layers in slices.items():
-        ordered = sorted(layers, key=lambda layer: layer.start)
+    for name, several in slices.items():
+        ordered = sorted(several, key=lambda slicing: slicing.start)
         disjoint = all(a.dim == b.dim and a.stop <= b.start for a, b in pairwise(ordered))
-        if disjoint and spec.uses[name] == len(layers) > 1:
-            starts[name] = tuple(sorted({0, *(x for layer in layers for x in (layer.start, layer.stop))}))
+        if disjoint and spec.uses[name] == len(several) > 1:
+            starts[name] = tuple(sorted({0, *(x for slicing in several for x in (slicing.start, slicing.stop))}))
     return starts

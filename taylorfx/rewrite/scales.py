@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from taylorfx.layers import Layer, Leaves, Shape
+from taylorfx.layers.roles import ChannelAffine, Memory, Role
 from taylorfx.network.spec import Node
 from taylorfx.rewrite.draft import Draft
-from taylorfx.rewrite.folding import NORMS, norm
 
 __all__ = ["Scale", "norms_as_scales"]
 
@@ -35,6 +35,9 @@ class Scale(Layer):
     def init(self, generator: torch.Generator) -> dict[str, Tensor]:
         return {"scale": torch.ones(self.channels), "shift": torch.zeros(self.channels)}
 
+    def roles(self) -> tuple[Role, ...]:
+        return (Memory(keeps_input=False, new_value=True),)
+
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         (x,) = inputs
         scale, shift = (params[leaf].reshape(-1, *[1] * (x.ndim - 2)) for leaf in ("scale", "shift"))
@@ -42,25 +45,23 @@ class Scale(Layer):
 
 
 def norms_as_scales(draft: Draft) -> Draft:
-    """Replace every norm by running statistics by a `Scale` of the same name.
+    """Replace every layer that is affine in each channel, as norms by running statistics are, by a `Scale`.
 
         x --> bn(mean, var, weight, bias) --> y        x --> bn(scale, shift) --> y
                                                        scale = weight / sqrt(var + eps)
                                                        shift = bias - mean * scale
 
-    A norm stays where ``bn.scale`` or ``bn.shift`` is a parameter of the network's own.
+    The node keeps its name. It stays as it is where ``bn.scale`` or ``bn.shift`` is a parameter of another node.
     """
     nodes: list[Node] = []
     new: dict[str, Tensor] = {}
     for node in draft.spec.nodes:
-        layer = node.layer
-        if type(layer) in NORMS and layer.track_running_stats:  # type: ignore[attr-defined]
-            scaled = Node(node.name, Scale(layer.num_features), node.inputs)  # type: ignore[attr-defined]
+        affine = node.layer.role(ChannelAffine)
+        if affine is not None:
+            scale, shift = affine.numbers(draft.parameters(node))
+            scaled = Node(node.name, Scale(len(scale)), node.inputs)
             if not any(path in draft.leaves for path in scaled.paths.values()):
-                affine = norm(node, draft.leaves)
-                assert affine.scale is not None
-                assert affine.shift is not None
-                new |= {scaled.path("scale"): affine.scale, scaled.path("shift"): affine.shift}
+                new |= {scaled.path("scale"): scale, scaled.path("shift"): shift}
                 node = scaled
         nodes.append(node)
     return draft.rewritten(nodes, new)

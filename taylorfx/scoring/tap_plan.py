@@ -16,12 +16,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from taylorfx import layers as L
 from taylorfx.coupling.units import Place
-from taylorfx.layers import Layer
+from taylorfx.layers.roles import Memory, Pointwise, Recomputed, Viewing
 from taylorfx.network.spec import Node, Spec
 from taylorfx.rewrite.draft import StandIn
 from taylorfx.rewrite.fused import Fused
@@ -32,8 +30,8 @@ from taylorfx.tree import Params, flatten
 
 __all__ = ["KEPT", "Read", "Recipe", "Stop", "TapPlan", "Where"]
 
-Slope = Callable[[Tensor, Tensor], object]
-"""Called with what is kept and the gradient by an activation: writes the gradient by what is kept over the latter."""
+Slope = Callable[[Tensor, Tensor, bool], Tensor]
+"""That of the role `Pointwise`: of what is kept and the gradient by an activation, the gradient by what is kept."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +42,8 @@ class Recipe:
         steps: applied one after the other to what is kept; without any, it is the activation.
         rows: the steps leave the examples where they are, first, and treat each alone.
         new: what the steps make is a new tensor, which may be written over.
-        slope: set where the tap is the only way from the activation back to what is kept. The tap then also does the
-            work of the steps' backward pass: part by part, while these are in the processor's cache, and in place.
+        slope: set where no other gradient comes back to the activation. The tap then also does the work of the steps'
+            backward pass: in place, and part by part while these are in the processor's cache.
     """
 
     steps: tuple[Callable[..., Tensor], ...] = ()
@@ -169,16 +167,17 @@ def _origins(spec: Spec, leaves: Mapping[str, Tensor]) -> dict[str, Origin]:
     origins: dict[str, Origin] = {}
     for node in spec.nodes:
         layer = node.layer.layer if isinstance(node.layer, StandIn) else node.layer
-        slope = partial(SLOPES[type(layer)], layer) if type(layer) in SLOPES else None
+        pointwise = layer.role(Pointwise)
+        slope = None if pointwise is None else pointwise.slope
         step = partial(layer.apply, {leaf: leaves[path] for leaf, path in node.paths.items()})
         if isinstance(node.layer, Fused):  # keeps what it gives out, of which the layer behind it reads another view
             origins[node.name] = Origin((node.name, -1), KEPT)
         elif isinstance(node.layer, Over):
             if slope is not None:  # what is kept at the input is the activation when the backward pass comes
                 origins[node.name] = Origin((node.name, 0), replace(KEPT, slope=slope))
-        elif type(layer) in KEEPERS:
+        elif layer.role(Recomputed) is not None:
             origins[node.name] = Origin((node.name, 0), KEPT.then(step, view=False, slope=slope))
-        elif type(layer) in VIEWS and node.inputs[0] in origins:
+        elif layer.role(Viewing) is not None and node.inputs[0] in origins:
             where, recipe = origins[node.inputs[0]]
             origins[node.name] = Origin(where, recipe.then(step, view=True))
     return origins
@@ -207,8 +206,9 @@ def _reads(
 
 
 def _remakes(node: Node, recipe: Recipe) -> bool:
-    """What a node reads is worth to be made again, and the gradient by it is new, so that it may be written over."""
-    return type(node.layer) in READERS and (not recipe.steps or type(node.layer) is L.Linear)
+    """What a node reads is to be made again: it is not kept anyway, and the gradient by it may be written over."""
+    memory = node.layer.role(Memory)
+    return memory is not None and memory.new_gradient and not (memory.keeps_input and recipe.steps)
 
 
 def _only(spec: Spec) -> dict[str, str]:
@@ -253,21 +253,3 @@ def _keep(stops: _Stops) -> None:
         stops[where].sources.append(source)
     for number, where in twins.items():
         stops[where].twins.append(number)
-
-
-KEEPERS = (L.GELU, L.SiLU, L.Mish, L.Hardswish, L.Softplus, L.LayerNorm)
-"""They keep their input for their derivative."""
-
-_ATEN = torch.ops.aten
-SLOPES: dict[type[Layer], Callable[..., object]] = {
-    L.GELU: lambda layer, x, y: _ATEN.gelu_backward.grad_input(y, x, approximate=layer.approximate, grad_input=y),
-    L.SiLU: lambda layer, x, y: _ATEN.silu_backward.grad_input(y, x, grad_input=y),
-    L.ReLU: lambda layer, x, y: _ATEN.threshold_backward.grad_input(y, x, 0, grad_input=y),
-    L.ReLU6: lambda layer, x, y: _ATEN.hardtanh_backward.grad_input(y, x, 0, 6, grad_input=y),
-}
-"""Write over a gradient ``y`` its product with the derivative, at what is kept, ``x``."""
-
-READERS = (L.Linear, L.Conv1d, L.Conv2d, L.Conv3d)
-"""The gradients by their input are new and nobody else's."""
-
-VIEWS = (L.Permute, L.View, L.Reshape, L.Flatten)

@@ -110,7 +110,7 @@ class Tap(Function):
                 rows, slopes = (examples_first(tensor, ctx.count, *example) for tensor in (value, grad))
                 gate = contract(rows, slopes, axis + 1)
             if recipe.slope is not None:
-                recipe.slope(x, grad)
+                recipe.slope(x, grad, True)
         by_activation, by_kept = (grad, None) if recipe.slope is None else (None, grad)
         return by_activation, gate.to(ctx.dtype), None, None, by_kept, None
 
@@ -156,7 +156,7 @@ def contract(x: Tensor, y: Tensor, axis: int, recipe: Recipe = KEPT) -> Tensor:
         product = value.mul_(b) if recipe.new else value * b
         parts.append(product.sum(rest) if rest else product)
         if recipe.slope is not None:
-            recipe.slope(a, b)
+            recipe.slope(a, b, True)
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 

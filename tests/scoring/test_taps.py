@@ -51,7 +51,8 @@ KEPT_AT = {
     ),
     "sigmoid": (tokens(L.Sigmoid()), None, 0, False),
     "relu written over its input": (
-        serial(Input((2, 4, 4)), up=L.Conv2d(2, 4, 1), relu=L.ReLU(), down=L.Conv2d(4, 2, 1)), ("relu", 0), 0, True,
+        serial(Input((2, 4, 4)), L.Conv2d(2, 4, 1), up=L.Conv2d(4, 4, 1), relu=L.ReLU(), down=L.Conv2d(4, 2, 1)),
+        ("relu", 0), 0, True,
     ),
     "gelu before a convolution, which keeps what it reads": (
         serial(Input((2, 4, 4)), up=L.Conv2d(2, 4, 1), gelu=L.GELU(), down=L.Conv2d(4, 2, 1)), None, 0, False,
