@@ -28,9 +28,10 @@ from torch.nn import functional as F
 from taylorfx import layers as L
 from taylorfx.coupling.units import Coupling
 from taylorfx.layers import Layer, Leaves, Shape
+from taylorfx.layers.roles import ChannelAffine
 from taylorfx.network.build import unused
 from taylorfx.network.spec import Node, Spec
-from taylorfx.rewrite.folding import NORMS, fold, norm
+from taylorfx.rewrite.folding import fold
 from taylorfx.rewrite.unused import without_unheard
 from taylorfx.tree import Params, flatten, unflatten
 
@@ -57,8 +58,9 @@ def lean(
     for node in spec.nodes:
         if node.name in reads or behind.intersection(node.inputs):
             behind.add(node.name)
-        if type(node.layer) in NORMS and node.layer.track_running_stats:  # type: ignore[attr-defined]
-            node = _scaled(node, leaves)
+        affine = node.layer.role(ChannelAffine)
+        if affine is not None:
+            node = _scaled(node, affine, leaves)
         elif type(node.layer) in _OVER:
             own = [x for x in node.inputs if x in behind and heard[x] == 1 and _fresh(nodes[x])]
             if own:
@@ -89,14 +91,12 @@ class _For(Layer):
         return self.layer.letters(*shapes)
 
 
-def _scaled(node: Node, leaves: dict[str, Tensor]) -> Node:
-    made = Node(node.name, _Scale(node.layer.num_features), node.inputs)  # type: ignore[attr-defined]
-    affine = norm(node, leaves)
+def _scaled(node: Node, affine: ChannelAffine, leaves: dict[str, Tensor]) -> Node:
+    scale, shift = affine.numbers({leaf: leaves[path] for leaf, path in node.paths.items()})
+    made = Node(node.name, _Scale(len(scale)), node.inputs)
     if any(path in leaves for path in made.paths.values()):
         return node  # somebody else's
-    for leaf, value in (("scale", affine.scale), ("shift", affine.shift)):
-        assert value is not None
-        leaves[made.path(leaf)] = value
+    leaves[made.path("scale")], leaves[made.path("shift")] = scale, shift
     return made
 
 
