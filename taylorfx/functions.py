@@ -50,9 +50,9 @@ def filled_in(function: object) -> set[str]:
     ['key', 'reverse']
     """
     names: set[str] = set()
-    while isinstance(function, partial):
-        names |= {*function.keywords}
-        function = function.func
+    while isinstance(function, partial) or is_dataclass(function):  # a value may stand for a partial, too
+        names |= {*function.keywords} if isinstance(function, partial) else set()
+        function = function.func if isinstance(function, partial) else getattr(function, "__wrapped__", None)
     return names
 
 

@@ -146,9 +146,9 @@ class Criterion(Generic[P]):
         return score(params, spec, batches, coupling, **self._open(said))
 
     def _open(self, keywords: Mapping[str, object]) -> dict[str, object]:
-        """The keywords that no ``functools.partial`` has filled in."""
+        """The keywords that no ``functools.partial`` has filled in, by themselves or as a measurement."""
         filled = filled_in(self.score)
-        return {name: value for name, value in keywords.items() if name not in filled}
+        return {name: value for name, value in keywords.items() if not filled & {name, "measurement"}}
 
 
 def as_criterion(value: Score) -> Criterion[...]:

@@ -15,17 +15,22 @@ from taylorfx.scoring.losses import Loss, Objective, cross_entropy
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-__all__ = ["Measurement", "MeasurementOptions", "names_of", "one_of"]
+__all__ = ["Measurement", "MeasurementOptions", "ObjectiveOptions", "names_of", "objective_of", "one_of"]
 
 T = TypeVar("T", bound="DataclassInstance")
 
 
-class MeasurementOptions(TypedDict, total=False):
-    """The keywords of `Measurement`, for the type checker."""
+class ObjectiveOptions(TypedDict, total=False):
+    """The keywords of a loss and of what it is a function of, for the type checker."""
 
     loss: Loss
     per_example: bool
     split: Split | None
+
+
+class MeasurementOptions(ObjectiveOptions, total=False):
+    """The keywords of `Measurement`, for the type checker."""
+
     moments: bool
     rows: bool
     at_writes: bool
@@ -111,6 +116,18 @@ class Measurement:
     def objective(self) -> Objective:
         """The loss, and what it is a function of."""
         return Objective(self.loss, self.per_example, self.split)
+
+
+def objective_of(measurement: Measurement | None, options: Mapping[str, object]) -> Objective:
+    """The loss of a measurement, or of ``loss``, ``per_example`` and ``split`` as keywords.
+
+    Raises:
+        TypeError: for both at once, and for other keywords.
+    """
+    known = names_of(Objective)
+    if strange := [option for option in options if option not in known]:
+        raise TypeError(f"The options of a loss are {', '.join(known)}; received {', '.join(strange)}.")
+    return Measurement.of(measurement, options).objective
 
 
 def one_of(kind: type[T], value: T | None, options: Mapping[str, object], what: str, error: type[Exception]) -> T:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -68,8 +69,8 @@ class Statistics:
     @staticmethod
     def neutral(units: tuple[str, ...]) -> Statistics:
         """The statistics of no batch, with ``coupling.names``: ``stats + neutral`` is ``stats``."""
-        loss, *sums = (torch.zeros(shape) for shape in ((), *[(len(units),)] * 6))
-        return Statistics(0, 0, loss, *sums, units=units)
+        zeros = partial(torch.zeros, len(units))
+        return Statistics(0, 0, torch.zeros(()), zeros(), zeros(), zeros(), zeros(), zeros(), zeros(), units=units)
 
     def __add__(self, other: Statistics | int) -> Statistics:
         if isinstance(other, int) and other == 0:  # the start of Python's sum()

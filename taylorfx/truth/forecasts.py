@@ -6,7 +6,8 @@ changes
     to second order by  -g.v + 1/2 v'Hv, with the Hessian itself instead of the Fisher information,
     exactly by          -int_0^1 g(1 - t v).v dt, here by Gauss-Legendre quadrature,
 
-where ``g`` and ``H`` are the gradient and the Hessian of the mean loss by the gates. Each is there for every unit alone
+where ``g`` and ``H`` are the gradient and the Hessian of the mean loss by the gates. The loss is ``loss``,
+``per_example`` and ``split``, or that of a ``measurement``, as in `taylorfx.measure`. Each is there for every unit alone
 (scores, ``(units,)``, higher means keep, estimates of `Oracle.signed`) and for all units of a plan together. For units
 alone they cost more than the oracle itself: they are there to tell where a criterion errs. For a plan they are cheap:
 one Hessian-vector product, or one gradient per node. The path integral of a plan is the integrated gradients of
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import optree
@@ -28,12 +29,18 @@ from taylorfx.coupling.couple import own
 from taylorfx.coupling.units import Coupling
 from taylorfx.cutting.plan import Plan
 from taylorfx.network.spec import Spec
-from taylorfx.scoring.batches import Batch, Split, each_batch
+from taylorfx.scoring.batches import Batch, each_batch
 from taylorfx.scoring.criterion import Criterion
-from taylorfx.scoring.losses import Loss, Objective, cross_entropy
+from taylorfx.scoring.losses import Objective
+from taylorfx.scoring.measurement import Measurement, objective_of
 from taylorfx.tree import Params
 from taylorfx.truth.gated import Network, bend, either, slope
 from taylorfx.truth.oracles import alone, observations, ones, parted
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from taylorfx.scoring.measurement import ObjectiveOptions
 
 __all__ = ["exact_second_order", "path_integral", "plan_path_integral", "plan_second_order"]
 
@@ -47,10 +54,9 @@ def exact_second_order(
     batches: Batch | Iterable[Batch],
     coupling: Coupling,
     *,
-    loss: Loss = cross_entropy,
-    per_example: bool = True,
-    split: Split | None = None,
+    measurement: Measurement | None = None,
     chunk: int = 8,
+    **options: Unpack[ObjectiveOptions],
 ) -> Tensor:
     """``-E[g_u] + 1/2 E[H_uu]``, ``(units,)``: what `second_order` estimates, with the diagonal of the Hessian itself.
 
@@ -60,7 +66,7 @@ def exact_second_order(
     Raises:
         ValueError: for no or empty batches, or ones of another network.
     """
-    whole, objective = ones(params, coupling), Objective(loss, per_example, split)
+    whole, objective = ones(params, coupling), objective_of(measurement, options)
 
     def score(network: Network, some: list[int]) -> Tensor:
         along = torch.zeros(len(some), len(whole)).to(whole)
@@ -79,10 +85,9 @@ def path_integral(
     coupling: Coupling,
     *,
     nodes: int = 4,
-    loss: Loss = cross_entropy,
-    per_example: bool = True,
-    split: Split | None = None,
+    measurement: Measurement | None = None,
     chunk: int = 1,
+    **options: Unpack[ObjectiveOptions],
 ) -> Tensor:
     """``-int_0^1 E[g_u] dm_u`` with all other gates at one, ``(units,)``: the oracle, as ``nodes`` grow.
 
@@ -93,7 +98,7 @@ def path_integral(
         ValueError: for no nodes, no or empty batches, or ones of another network.
     """
     whole, points, weights = ones(params, coupling), *_quadrature(nodes)
-    objective = Objective(loss, per_example, split)
+    objective = objective_of(measurement, options)
 
     def score(network: Network, some: list[int]) -> Tensor:
         at = whole.repeat(nodes, len(some), 1)
@@ -110,16 +115,15 @@ def plan_second_order(
     batches: Batch | Iterable[Batch],
     plan: Plan,
     *,
-    loss: Loss = cross_entropy,
-    per_example: bool = True,
-    split: Split | None = None,
+    measurement: Measurement | None = None,
+    **options: Unpack[ObjectiveOptions],
 ) -> Tensor:
     """``-E[g].v + 1/2 v'E[H]v``: the change of the loss under a plan to second order, from one product with ``H``.
 
     Raises:
         ValueError: for no or empty batches, or ones of another network.
     """
-    objective = Objective(loss, per_example, split)
+    objective = objective_of(measurement, options)
 
     def change(network: Network, whole: Tensor, leaving: Tensor) -> Tensor:
         first, second = either(lambda plain: bend(network, whole, leaving, objective, plain=plain))
@@ -135,9 +139,8 @@ def plan_path_integral(
     plan: Plan,
     *,
     nodes: int = 4,
-    loss: Loss = cross_entropy,
-    per_example: bool = True,
-    split: Split | None = None,
+    measurement: Measurement | None = None,
+    **options: Unpack[ObjectiveOptions],
 ) -> Tensor:
     """``-v int_0^1 E[g(1 - t v)] dt``, ``(units,)``: each unit's share of the change of the loss under a plan.
 
@@ -147,7 +150,7 @@ def plan_path_integral(
         ValueError: for no nodes, no or empty batches, or ones of another network.
     """
     points, weights = _quadrature(nodes)
-    objective = Objective(loss, per_example, split)
+    objective = objective_of(measurement, options)
 
     def change(network: Network, whole: Tensor, leaving: Tensor) -> Tensor:
         at = [whole - t * leaving for t in points]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import optree
 import torch
@@ -18,10 +18,15 @@ from torch import Tensor
 from taylorfx.coupling.units import Coupling
 from taylorfx.network.run import Inputs, apply
 from taylorfx.network.spec import Spec
-from taylorfx.scoring.batches import Split
 from taylorfx.scoring.gates import gates
-from taylorfx.scoring.losses import Loss, Objective, Unvectorized, cross_entropy
+from taylorfx.scoring.losses import Objective, Unvectorized
+from taylorfx.scoring.measurement import Measurement, objective_of
 from taylorfx.tree import Params
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from taylorfx.scoring.measurement import ObjectiveOptions
 
 __all__ = ["Network", "bend", "curvature", "either", "gated", "gated_loss", "gradient", "rows", "slope"]
 
@@ -30,20 +35,20 @@ T = TypeVar("T")
 
 def gated_loss(
     params: Params, spec: Spec, inputs: Inputs, targets: Any, coupling: Coupling, values: Tensor,
-    *, loss: Loss = cross_entropy, per_example: bool = True, split: Split | None = None,
+    *, measurement: Measurement | None = None, **options: Unpack[ObjectiveOptions],
 ) -> Tensor:  # fmt: skip
     """The loss as a function of the gates: ``(N,)``, of every example, at gates ``(units,)`` or ``(N, units)``.
 
     With ``per_example=False`` it is ``(1,)``, of the whole batch.
     """
-    objective = Objective(loss, per_example, split)
+    objective = objective_of(measurement, options)
     batch = objective.parted(inputs, targets, spec)
     return either(lambda plain: gated((params, spec, *batch, coupling), values, objective, plain=plain))
 
 
 def gradient(
     params: Params, spec: Spec, inputs: Inputs, targets: Any, coupling: Coupling, values: Tensor,
-    *, loss: Loss = cross_entropy, per_example: bool = True, split: Split | None = None,
+    *, measurement: Measurement | None = None, **options: Unpack[ObjectiveOptions],
 ) -> Tensor:  # fmt: skip
     """Derivatives by the gates at any ``values`` of them; `derivatives` has those at one, with less memory.
 
@@ -51,21 +56,21 @@ def gradient(
         In the shape of the values: at ``(units,)`` those of the sum of the examples' losses, at ``(N, units)`` each
         example's own.
     """
-    objective = Objective(loss, per_example, split)
+    objective = objective_of(measurement, options)
     batch = objective.parted(inputs, targets, spec)
     return either(lambda plain: slope((params, spec, *batch, coupling), values, objective, plain=plain))
 
 
 def curvature(
     params: Params, spec: Spec, inputs: Inputs, targets: Any, coupling: Coupling, values: Tensor, direction: Tensor,
-    *, loss: Loss = cross_entropy, per_example: bool = True, split: Split | None = None,
+    *, measurement: Measurement | None = None, **options: Unpack[ObjectiveOptions],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The `gradient` at ``values`` and its change along ``direction``, ``H v`` with the Hessian by the gates.
 
     All are ``(units,)``, of the sum of the examples' losses. Forward over reverse (Pearlmutter 1994, "Fast exact
     multiplication by the Hessian"): some four forward passes, and the Hessian itself never exists.
     """
-    objective = Objective(loss, per_example, split)
+    objective = objective_of(measurement, options)
     batch = objective.parted(inputs, targets, spec)
     return either(lambda plain: bend((params, spec, *batch, coupling), values, direction, objective, plain=plain))
 

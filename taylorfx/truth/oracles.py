@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import optree
@@ -27,11 +27,17 @@ from taylorfx.coupling.units import Coupling
 from taylorfx.network.labels import Labels
 from taylorfx.network.run import apply, bind_inputs, evaluate
 from taylorfx.network.spec import Spec
-from taylorfx.scoring.batches import Batch, Split, each_batch, one_by_one
+from taylorfx.scoring.batches import Batch, each_batch, one_by_one
 from taylorfx.scoring.gates import gates
-from taylorfx.scoring.losses import Loss, Objective, cross_entropy, refuse_flat
+from taylorfx.scoring.losses import Objective, refuse_flat
+from taylorfx.scoring.measurement import Measurement, objective_of
 from taylorfx.tree import Params, flatten, restrict
 from taylorfx.truth.gated import Network, either, gated, rows
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from taylorfx.scoring.measurement import ObjectiveOptions
 
 __all__ = ["Oracle", "alone", "observations", "ones", "oracle", "parted"]
 
@@ -99,18 +105,18 @@ def oracle(
     batches: Batch | Iterable[Batch],
     coupling: Coupling,
     *,
-    loss: Loss = cross_entropy,
-    per_example: bool = True,
-    split: Split | None = None,
+    measurement: Measurement | None = None,
     units: Sequence[int] | None = None,
     chunk: int | None = None,
     progress: bool = False,
+    **options: Unpack[ObjectiveOptions],
 ) -> Oracle:
     """Leave each unit out by its gate and see what the losses of the examples do: no derivatives, the truth.
 
     Args:
         batches: one batch ``(inputs, targets)`` (a tuple), or any other iterable of batches.
-        loss, per_example, split: as in `measure`. With ``per_example=False`` a batch counts as one example.
+        measurement, options: the loss, as in `measure`: ``loss``, ``per_example``, ``split``. With
+            ``per_example=False`` a batch counts as one example.
         units: the numbers of the units to ask about; all by default.
         chunk: how many units to leave out side by side, under ``torch.func.vmap``. By default as many as make a batch
             of 64 examples on the CPU and of 4,096 elsewhere; with larger ones the CPU is slower than one by one.
@@ -126,7 +132,7 @@ def oracle(
     """
     own(params, spec, coupling)
     chosen = _chosen(units, coupling)
-    objective, parts = Objective(loss, per_example, split), parted(params, coupling, chosen)
+    objective, parts = objective_of(measurement, options), parted(params, coupling, chosen)
     total: Oracle | None = None
     first: Batch | None = None
     known = None

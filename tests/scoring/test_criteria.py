@@ -185,3 +185,14 @@ def test_sums_are_kept_in_single_precision_or_better():
     batch = net.batch[0]["input"].bfloat16(), net.batch[1]
     assert tfx.measure(half, net.spec, batch, net.coupling, moments=True).sum_abs.dtype == torch.float32
     assert tfx.measure(net.params, net.spec, net.batch, net.coupling).sum_abs.dtype == torch.float64
+
+
+def test_statistics_are_one_line():
+    spec, params, _, x, y = vgg()
+    coupling = tfx.couple(params, spec)
+    stats = tfx.measure(params, spec, [(x[:4], y[:4]), (x[4:], y[4:])], coupling, rows=True, moments=True)
+    loss = tfx.cross_entropy(tfx.apply(params, spec, x), y).mean()
+    assert repr(stats) == f"Statistics(6 examples in 2 batches, 9 units with moments with rows, mean loss {loss:.4g})"
+    whole = tfx.measure(params, spec, (x, y), coupling, per_example=False, loss=nn.functional.cross_entropy)
+    assert repr(whole) == f"Statistics(1 batch, 9 units of whole batches, mean loss {loss:.4g})"
+    assert repr(tfx.Statistics.neutral(coupling.names)) == "Statistics(0 examples in 0 batches, 9 units)"
