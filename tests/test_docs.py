@@ -1,4 +1,4 @@
-"""The documentation is true: the examples of all docstrings run, and README.md from top to bottom."""
+"""What the documentation shows runs: every docstring's example, and README.md from top to bottom."""
 
 import doctest
 import importlib
@@ -25,6 +25,16 @@ def test_the_examples_of_a_module_run(name: str) -> None:
     assert not found.failed
 
 
+def test_the_readme_lists_every_package_in_the_order_of_imports() -> None:
+    """A package or module at the top level imports only from rows of the table above its own."""
+    listed = re.findall(r"^\| `taylorfx\.(\w+)` \|", README.read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(name.removeprefix("taylorfx.") for name in MODULES if name.count(".") == 1)
+    for place, name in enumerate(listed):
+        path = Path(tfx.__file__).with_name(name)
+        for file in [*path.rglob("*.py")] or [path.with_suffix(".py")]:
+            assert {*re.findall(r"^ *from taylorfx\.(\w+)", file.read_text(), re.MULTILINE)} <= {*listed[: place + 1]}
+
+
 def test_there_are_examples() -> None:
     finder = doctest.DocTestFinder(exclude_empty=True)
     examples = sum(len(test.examples) for name in MODULES for test in finder.find(importlib.import_module(name)))
@@ -32,7 +42,7 @@ def test_there_are_examples() -> None:
 
 
 def test_the_readme_runs_from_top_to_bottom(capsys: pytest.CaptureFixture[str]) -> None:
-    """The blocks share one namespace, as in the session of a reader who types them one after the other."""
+    """Its blocks share one namespace, as for a reader who types them one after the other."""
     torch.manual_seed(0)
     text, space = README.read_text(), {"__name__": "readme"}
     blocks = list(BLOCK.finditer(text))
@@ -50,16 +60,6 @@ def test_the_readme_names_what_there_is() -> None:
         assert hasattr(tfx, name), name
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
         assert (README.parent / target).exists(), target
-
-
-def test_the_readme_lists_every_package_in_the_order_of_imports() -> None:
-    """A package or module at the top level imports only from rows of the table above its own."""
-    listed = re.findall(r"^\| `taylorfx\.(\w+)` \|", README.read_text(), re.MULTILINE)
-    assert sorted(listed) == sorted(name.removeprefix("taylorfx.") for name in MODULES if name.count(".") == 1)
-    for place, name in enumerate(listed):
-        path = Path(tfx.__file__).with_name(name)
-        for file in [*path.rglob("*.py")] or [path.with_suffix(".py")]:
-            assert {*re.findall(r"^ *from taylorfx\.(\w+)", file.read_text(), re.MULTILINE)} <= {*listed[: place + 1]}
 
 
 def test_the_readme_lists_every_layer() -> None:
