@@ -28,6 +28,16 @@ def test_the_examples_of_a_module_run(name: str) -> None:
     assert not found.failed
 
 
+def test_the_readme_lists_every_package_in_the_order_of_imports() -> None:
+    """A package or module at the top level imports only from rows of the table above its own."""
+    listed = re.findall(r"^\| `taylorfx\.(\w+)` \|", README.read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(name.removeprefix("taylorfx.") for name in MODULES if name.count(".") == 1)
+    for place, name in enumerate(listed):
+        path = Path(tfx.__file__).with_name(name)
+        for file in [*path.rglob("*.py")] or [path.with_suffix(".py")]:
+            assert {*re.findall(r"^ *from taylorfx\.(\w+)", file.read_text(), re.MULTILINE)} <= {*listed[: place + 1]}
+
+
 def test_there_are_examples() -> None:
     finder = doctest.DocTestFinder(exclude_empty=True)
     examples = sum(len(test.examples) for name in MODULES for test in finder.find(importlib.import_module(name)))
@@ -76,16 +86,6 @@ def test_the_map_of_the_house_has_every_package() -> None:
     levels = [next(k for k, stage in enumerate(stages) if name in stage) for name in order]
     assert set(order) == set().union(*stages)
     assert levels == sorted(levels)
-
-
-def test_the_readme_lists_every_package_in_the_order_of_imports() -> None:
-    """A package or module at the top level imports only from rows of the table above its own."""
-    listed = re.findall(r"^\| `taylorfx\.(\w+)` \|", README.read_text(), re.MULTILINE)
-    assert sorted(listed) == sorted(name.removeprefix("taylorfx.") for name in MODULES if name.count(".") == 1)
-    for place, name in enumerate(listed):
-        path = Path(tfx.__file__).with_name(name)
-        for file in [*path.rglob("*.py")] or [path.with_suffix(".py")]:
-            assert {*re.findall(r"^ *from taylorfx\.(\w+)", file.read_text(), re.MULTILINE)} <= {*listed[: place + 1]}
 
 
 def test_the_readme_lists_every_layer() -> None:

@@ -96,12 +96,12 @@ CHANNELS = """Layers and their inputs have to fit; received:
 DTYPES = """Inputs and parameters have to agree in dtype and device; received:
   torch.float64 on cpu: input input
   torch.float32 on cpu: conv1.weight, conv1.bias, bn.weight, bn.bias, ...
-first met at conv1 (Conv2d); convert one of them, x.to(...)."""
+first noticed at conv1 (Conv2d); convert one of them, x.to(...)."""
 
 DEVICES = """Inputs and parameters have to agree in dtype and device; received:
   torch.float32 on meta: input input
   torch.float32 on cpu: conv1.weight, conv1.bias, bn.weight, bn.bias, ...
-first met at bn (BatchNorm2d); convert one of them, x.to(...)."""
+first noticed at bn (BatchNorm2d); convert one of them, x.to(...)."""
 
 CUT = """A plan cuts trees like its own network's parameters; received:
   fc.weight: expected (3, 32), received (3, 96)"""
@@ -272,12 +272,12 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
     "two leaves at one path": (
         lambda: tfx.tree.combine(W.params, {"fc": {"bias": W.y}}),
         ValueError,
-        "A leaf lies where no other does; 'fc.bias' is there already.",
+        "Every leaf of a tree has a path of its own; 'fc.bias' is there already.",
     ),
     "a leaf below a leaf": (
         lambda: tfx.tree.unflatten({"fc": W.x, "fc.bias": W.y}),
         ValueError,
-        "A leaf lies where no other does; 'fc.bias' lies below another one.",
+        "Every leaf of a tree has a path of its own; 'fc.bias' lies below another one.",
     ),
     "a graph with everything wrong": (
         lambda: tfx.Spec(
@@ -309,7 +309,7 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
     "one name for two parts": (
         lambda: tfx.serial(L.Linear(3, 4), **{"0": L.ReLU()}),
         tfx.SpecError,
-        "Parts are numbered or named; received the name '0', which is a number taken.",
+        "Each part has a name of its own; received the name '0' for the part of that number.",
     ),
     "an input of unknown shape": (
         lambda: tfx.couple({"0": W.params["fc"]}, tfx.serial(L.Linear(32, 3))),

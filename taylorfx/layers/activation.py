@@ -1,4 +1,4 @@
-"""Activations: elementwise, so that every axis passes through. `Softmax` alone mixes, and holds its axis rigid."""
+"""Activations. All are elementwise and keep every axis, except `Softmax`, whose axis is rigid."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = [
 ]  # fmt: skip
 
 _SELU = 1.7580993408473766
-"""Minus the value of SELU far to the left: its ``alpha * scale``."""
+"""The ``alpha * scale`` of SELU; minus this is its limit at minus infinity."""
 
 
 def _times(backward: Any, kept: Tensor, gradient: Tensor, over: bool, *options: float, **named: str) -> Tensor:
@@ -189,11 +189,13 @@ class Hardsigmoid(_Elementwise):
 
 @dataclass(frozen=True)
 class Dropout(_Elementwise):
-    """``torch.nn.Dropout``: nothing in inference; in training it draws from the generator that it is given.
+    """``torch.nn.Dropout``. In training it draws from the generator that `taylorfx.train` passes on.
 
-    ``alone`` are the axes along which every position draws for itself, by default all of them: ``(0, 1)`` is
-    ``torch.nn.Dropout2d``, ``(0,)`` is stochastic depth (Huang et al. 2016, arXiv 1603.09382). With ``alpha`` mean
-    and variance are kept: ``torch.nn.AlphaDropout`` (Klambauer et al. 2017, arXiv 1706.02515).
+    Attributes:
+        p: the probability that a value is dropped.
+        alone: the axes along which every position draws its own number; by default all. ``(0, 1)`` gives
+            ``torch.nn.Dropout2d``, and ``(0,)`` stochastic depth (Huang et al. 2016, arXiv 1603.09382).
+        alpha: keep mean and variance, as ``torch.nn.AlphaDropout`` (Klambauer et al. 2017, arXiv 1706.02515).
     """
 
     p: float = 0.5
@@ -230,7 +232,7 @@ class Dropout(_Elementwise):
 
 @dataclass(frozen=True)
 class RReLU(_Elementwise):
-    """``torch.nn.RReLU``: in training every negative number draws its slope from ``[lower, upper)``."""
+    """``torch.nn.RReLU``: in training every negative value draws its slope from ``[lower, upper)``."""
 
     lower: float = 1 / 8
     upper: float = 1 / 3
@@ -249,7 +251,7 @@ class RReLU(_Elementwise):
 
 @dataclass(frozen=True)
 class PReLU(Layer):
-    """``torch.nn.PReLU``: one slope for all (``num_parameters=1``), or one per channel of ``(N, C, ...)``."""
+    """``torch.nn.PReLU``: one slope for all channels (``num_parameters=1``), or one for each of ``(N, C, ...)``."""
 
     num_parameters: int = 1
     init_value: float = 0.25
@@ -269,7 +271,7 @@ class PReLU(Layer):
 
 @dataclass(frozen=True)
 class Softmax(Layer):
-    """``torch.nn.Softmax`` over ``dim``, whose positions cannot leave alone: the axis is rigid."""
+    """``torch.nn.Softmax`` over ``dim``. The axis is rigid, because every position changes the values of all others."""
 
     dim: int = -1
 

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention between heads: self, cross, grouped-query, causal, masked."""
+"""Scaled dot-product attention with several heads: self, cross, grouped-query, causal, masked."""
 
 from __future__ import annotations
 
@@ -19,16 +19,22 @@ __all__ = ["Attention", "ScaledDotProduct"]
 
 @dataclass(frozen=True)
 class Attention(Layer):
-    """``softmax(q k^T scale + mask) v`` for every head (Vaswani et al. 2017, eq. 1; grouped queries: Ainslie 2023).
+    """``softmax(q k^T scale + mask) v`` for every head (Vaswani et al. 2017, arXiv 1706.03762, eq. 1).
 
-    Inputs: query ``(N, T, num_heads head_dim)``, key ``(N, S, num_kv_heads head_dim)``, value ``(N, S, num_kv_heads
-    v_head_dim)``, and optionally a mask: ``(N, S)`` or ``(N, 1 or num_heads, T or 1, S)``; boolean (true: attend) or
-    added to the scores. Output ``(N, T, num_heads v_head_dim)``; a query that may attend nowhere gets zeros, as torch's
-    fused attention gives it.
+    The inputs, in this order::
 
-    Each of the ``h`` key heads serves ``r`` query heads. Key heads ``h``, places ``r`` in every group of query heads,
-    query/key dimensions ``k`` and value dimensions ``v`` are units. ``scale`` stays that of the original ``head_dim``
-    when dimensions leave.
+        query   (N, T, num_heads * head_dim)
+        key     (N, S, num_kv_heads * head_dim)
+        value   (N, S, num_kv_heads * v_head_dim)
+        mask    (N, S) or (N, 1 or num_heads, T or 1, S), optional: booleans (true: attend), or added to the scores
+
+    The output is ``(N, T, num_heads * v_head_dim)``. A query that may attend to no position gets zeros, as in torch's
+    fused attention.
+
+    With grouped queries (Ainslie et al. 2023, arXiv 2305.13245) each of the ``h`` key heads serves ``r`` query heads.
+    What may leave is a key head with its query heads (``h``), one query head of every group (``r``), a dimension of
+    queries and keys (``k``), or a dimension of values (``v``). ``scale`` is by default ``head_dim ** -0.5``, and stays
+    so when dimensions leave.
     """
 
     num_heads: int
@@ -46,7 +52,7 @@ class Attention(Layer):
             if getattr(self, field) is None:
                 object.__setattr__(self, field, value)
         if self.num_heads % (self.num_kv_heads or 1):
-            raise ShapeError(f"The key heads divide the query heads; received {self}.")
+            raise ShapeError(f"The number of query heads is a multiple of the number of key heads; received {self}.")
 
     @property
     def separate(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -86,11 +92,11 @@ class Attention(Layer):
 
 @dataclass(frozen=True)
 class ScaledDotProduct(Layer):
-    """``torch.nn.functional.scaled_dot_product_attention``: ``(N, h, T, k)``, ``(N, h, S, k)``, ``(N, h, S, v)``.
+    """``torch.nn.functional.scaled_dot_product_attention`` of query, key and value.
 
-    A fourth input is the mask; a query that may attend nowhere gets zeros. ``scale`` stays that of the original
-    dimension. With ``grouped``, every key head serves several query heads. In training, weights drop out with
-    probability ``dropout``.
+    These are ``(N, h, T, k)``, ``(N, h, S, k)`` and ``(N, h, S, v)``, and an optional fourth input is the mask. A query
+    that may attend to no position gets zeros. ``scale`` stays the same when dimensions leave. With ``grouped``, every
+    key head serves several query heads. In training, weights drop out with probability ``dropout``.
     """
 
     scale: float
@@ -136,25 +142,29 @@ class ScaledDotProduct(Layer):
     def _attend(self, inputs: tuple[Tensor, ...], drop: Callable[[Tensor], Tensor] = lambda weights: weights) -> Tensor:
         q, k, v, *mask = inputs
         if self.grouped:
-            q, k, v = q.unflatten(-3, (k.shape[-3], -1)), k.unsqueeze(-3), v.unsqueeze(-3)  # type: ignore[no-untyped-call]
+            q, k, v = torch.unflatten(q, -3, (k.shape[-3], -1)), k.unsqueeze(-3), v.unsqueeze(-3)
         scores = q @ k.transpose(-1, -2) * self.scale
         if self.causal:
             past = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
             scores = scores.masked_fill(~past, -math.inf)
         for bias in mask:
-            if self.grouped and bias.ndim > 2:  # its heads become groups of heads, as the queries' do
+            if self.grouped and bias.ndim > 2:  # (..., h r, T, S) as (..., h, r, T, S), like the scores
                 groups = (1, 1) if bias.shape[-3] == 1 else (scores.shape[-4], -1)
-                bias = bias.unflatten(-3, groups)  # type: ignore[no-untyped-call]
+                bias = torch.unflatten(bias, -3, groups)
             scores = scores.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else scores + bias
         result = drop(attention_weights(scores) if mask else torch.softmax(scores, -1)) @ v
         return result.flatten(-4, -3) if self.grouped else result
 
 
 def attention_weights(scores: Tensor) -> Tensor:
-    """The softmax of scores over the last axis; zeros, without any derivative, in rows that are masked whole.
+    """The softmax of scores over the last axis. Rows in which everything is masked give zeros, with derivative zero.
 
-    A softmax of nothing but minus infinity is NaN, and so is its derivative even where nothing depends on it. Such a
-    row is therefore taken out before and after.
+    The softmax of a row of minus infinities is NaN, and so is its derivative, even if it is multiplied by zero later.
+    Such a row is therefore replaced before the softmax and again after it.
+
+    >>> attention_weights(torch.tensor([[0.0, -math.inf], [-math.inf, -math.inf]]))
+    tensor([[1., 0.],
+            [0., 0.]])
     """
     nowhere = scores.detach().amax(-1, keepdim=True) == -math.inf
     return torch.softmax(scores.masked_fill(nowhere, 0.0), -1).masked_fill(nowhere, 0.0)

@@ -1,7 +1,8 @@
 """Normalizations.
 
-A norm whose statistics run over space only (batch, instance) treats every channel alone: exact. One whose statistics
-run over channels (layer, RMS, within a group) changes its value for all when one leaves: inexact.
+Batch and instance norms compute statistics over space (and examples) only. They treat every channel alone, so that
+cutting a channel is exact. Layer, RMS and group norms compute statistics over channels. When a channel leaves, they
+change the values of all others: such units are inexact.
 """
 
 from __future__ import annotations
@@ -24,15 +25,17 @@ __all__ = [
 
 
 def _affine(letters: str, affine: bool, bias: bool = True) -> str:
+    """The parameters of a norm as a signature lists them."""
     return f"{f', weight: {letters}' if affine else ''}{f', bias: {letters}' if affine and bias else ''}"
 
 
 def _space(shapes: tuple[Shape, ...]) -> str:
-    """The axes after the channels, rigid since statistics run over them."""
+    """The axes after the channels, which are rigid because statistics run over them."""
     return " ".join(f"S{k}" for k in range(len(shapes[0]) - 2)) if shapes else "..."
 
 
 def _fresh(layer: Layer, generator: torch.Generator) -> dict[str, Tensor]:
+    """The parameters and buffers with which a norm starts: weights and variances one, all others zero."""
     ones = ("weight", "running_var")
     return {
         name: torch.zeros((), dtype=torch.long, device=generator.device)
@@ -44,7 +47,7 @@ def _fresh(layer: Layer, generator: torch.Generator) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class _Tracked(Layer):
-    """Batch and instance norm: statistics per channel, which may be tracked over the batches of training."""
+    """Batch and instance norms: statistics per channel, of which training may keep a running mean."""
 
     num_features: int
     eps: float = 1e-5
@@ -55,7 +58,7 @@ class _Tracked(Layer):
     buffers: ClassVar[tuple[str, ...]] = ("running_mean", "running_var", "num_batches_tracked")
     space: ClassVar[str] = ""
     across: ClassVar[bool] = True
-    """Statistics run over the examples of a batch as well, which untracked ones do in inference, too."""
+    """Whether statistics run over the examples of a batch, too. Without tracking they do so in inference as well."""
 
     def signature(self, *shapes: Shape) -> str:
         batch = "B" if self.track_running_stats or not self.across else "N"
@@ -70,11 +73,11 @@ class _Tracked(Layer):
         return _fresh(self, generator)
 
     def normalize(
-        self, x: Tensor, mean: Tensor | None, var: Tensor | None, params: Leaves, own: bool, momentum: float
+        self, x: Tensor, mean: Tensor | None, var: Tensor | None, params: Leaves, fresh: bool, momentum: float
     ) -> Tensor:
-        """Normalize by the given statistics, or by the input's own, which then move the given ones."""
+        """Normalize by ``mean`` and ``var``; if ``fresh``, by the statistics of ``x``, which then update these two."""
         weight, bias = (params["weight"], params["bias"]) if self.affine else (None, None)
-        return F.batch_norm(x, mean, var, weight, bias, own, momentum, self.eps)
+        return F.batch_norm(x, mean, var, weight, bias, fresh, momentum, self.eps)
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         if not self.track_running_stats:
@@ -87,11 +90,11 @@ class _Tracked(Layer):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         if not self.track_running_stats:
             return self.apply(params, *inputs), {}
-        # Fresh buffers take the batch's own statistics, so that nothing is mutated that vmap may share.
+        # The statistics of the batch are written to new tensors, because vmap may share the buffers between examples.
         old = [params[name].detach() for name in ("running_mean", "running_var")]
         mean, var = (inputs[0].new_zeros(self.num_features, dtype=leaf.dtype) for leaf in old)
         output = self.normalize(inputs[0], mean, var, params, True, 1.0)
-        # As in torch, instance norms do not count batches, so that without a momentum their statistics stay.
+        # As in torch, instance norms do not count batches: without a momentum their statistics stay as they are.
         count = params["num_batches_tracked"] + int(self.across)
         share: float | Tensor = self.momentum or 0.0
         if self.momentum is None and self.across:
@@ -153,10 +156,10 @@ class _Instance(_Tracked):
     roles = _Tracked.roles
 
     def normalize(
-        self, x: Tensor, mean: Tensor | None, var: Tensor | None, params: Leaves, own: bool, momentum: float
+        self, x: Tensor, mean: Tensor | None, var: Tensor | None, params: Leaves, fresh: bool, momentum: float
     ) -> Tensor:
         weight, bias = (params["weight"], params["bias"]) if self.affine else (None, None)
-        return F.instance_norm(x, mean, var, weight, bias, own, momentum, self.eps)
+        return F.instance_norm(x, mean, var, weight, bias, fresh, momentum, self.eps)
 
 
 @dataclass(frozen=True)
@@ -185,7 +188,10 @@ class InstanceNorm3d(_Instance):
 
 @dataclass(frozen=True)
 class GroupNorm(Layer):
-    """``torch.nn.GroupNorm``: ``(N, num_channels, ...)``. A whole group leaves exactly, a place in every group not."""
+    """``torch.nn.GroupNorm``: ``(N, num_channels, ...)``.
+
+    A whole group may leave exactly. One channel of every group may leave, too, but inexactly.
+    """
 
     num_groups: int
     num_channels: int
@@ -211,7 +217,7 @@ class GroupNorm(Layer):
 
 @dataclass(frozen=True)
 class _Last(Layer):
-    """Norms over the last axes."""
+    """A norm over the last axes."""
 
     normalized_shape: Shape | int
 
@@ -272,10 +278,10 @@ class RMSNorm(_Last):
 
 @dataclass(frozen=True)
 class WeightNorm(Layer):
-    """``torch.nn.utils.parametrizations.weight_norm``: a direction, normalized over all axes but ``dim``, and a scale.
+    """``torch.nn.utils.parametrizations.weight_norm``: the weight ``w = g v / ||v||`` from direction and scale.
 
-    Salimans & Kingma 2016 (arXiv 1602.07868, eq. 2): ``w = g v / ||v||``. Without ``dim`` the norm is that of the whole
-    tensor, and the scale is a single number.
+    The inputs are the direction ``v`` and the scale ``g``. The norm runs over all axes but ``dim``; without ``dim``,
+    over the whole tensor. Salimans & Kingma 2016 (arXiv 1602.07868, eq. 2).
     """
 
     dim: int | None = 0
@@ -298,10 +304,11 @@ class WeightNorm(Layer):
 
 @dataclass(frozen=True)
 class SpectralNorm(Layer):
-    """``torch.nn.utils.parametrizations.spectral_norm``: a weight divided by its largest singular value.
+    """``torch.nn.utils.parametrizations.spectral_norm``: a weight divided by an estimate of its largest singular value.
 
-    Miyato et al. 2018 (arXiv 1802.05957, algorithm 1): ``sigma = u' W v``, where training takes ``n_power_iterations``
-    steps of ``u = W v / |W v|``, ``v = W' u / |W' u|`` (``left``: in this order, otherwise ``v`` first).
+    The estimate is ``u' W v``, where ``W`` is the weight as a matrix with the rows ``dim``. Every pass in training
+    takes ``n_power_iterations`` steps of ``u = W v / |W v|``, ``v = W' u / |W' u|`` (``left``: in this order, otherwise
+    ``v`` first). Miyato et al. 2018 (arXiv 1802.05957, algorithm 1).
     """
 
     shape: Shape
@@ -326,8 +333,8 @@ class SpectralNorm(Layer):
         return {"shape": self._axes()[0]}
 
     def init(self, generator: torch.Generator) -> dict[str, Tensor]:
-        made = {x: torch.randn(n, generator=generator, device=generator.device) for x, n in self.shapes().items()}
-        return {name: F.normalize(x, dim=0, eps=self.eps) for name, x in made.items()}
+        drawn = {x: torch.randn(n, generator=generator, device=generator.device) for x, n in self.shapes().items()}
+        return {name: F.normalize(x, dim=0, eps=self.eps) for name, x in drawn.items()}
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         matrix = inputs[0].movedim(self.dim, 0).flatten(1)

@@ -1,4 +1,4 @@
-"""Pooling and upsampling: over space, every channel alone."""
+"""Pooling and upsampling, which treat every channel alone."""
 
 from __future__ import annotations
 
@@ -51,19 +51,19 @@ class _Window(Layer):
 
     def sizes(self, known: Mapping[str, int]) -> Mapping[str, int]:
         result: dict[str, int] = {}
-        for k, (given, made) in enumerate(zip("HW"[: self.rank], "PQ", strict=False)):
-            size, stride, padding = known[given], _tuple(self.stride)[k], _tuple(self.padding)[k]
+        for k, (before, after) in enumerate(zip("HW"[: self.rank], "PQ", strict=False)):
+            size, stride, padding = known[before], _tuple(self.stride)[k], _tuple(self.padding)[k]
             free = size + 2 * padding - self.spread(k) - 1
             count = (free + (stride - 1 if self.ceil_mode else 0)) // stride + 1
-            # In ceil mode a last window that would start in the padding on the right is dropped, as torch does.
-            result[made] = count - (self.ceil_mode and (count - 1) * stride >= size + padding)
+            # In ceil mode torch drops a last window that would start in the padding on the right.
+            result[after] = count - (self.ceil_mode and (count - 1) * stride >= size + padding)
         return positive(self, result)
 
 
 @dataclass(frozen=True)
 class _Max(_Window):
     dilation: Ints = 1
-    ceil_mode: bool = field(default=False, kw_only=True)  # in torch's positional order it is the sixth
+    ceil_mode: bool = field(default=False, kw_only=True)  # torch has it after dilation, as the sixth
 
     def __post_init__(self) -> None:
         as_tuple(self, self.rank, "dilation")
@@ -158,7 +158,7 @@ class AdaptiveAvgPool2d(_Adaptive):
 
 @dataclass(frozen=True)
 class Upsample(Layer):
-    """``torch.nn.Upsample`` of ``(N, C, L)`` or ``(N, C, H, W)`` by a factor; ``mode`` is one of torch's."""
+    """``torch.nn.Upsample`` of ``(N, C, L)`` or ``(N, C, H, W)`` by an integer factor, with any of torch's modes."""
 
     scale_factor: int
     mode: str = "nearest"
@@ -166,7 +166,7 @@ class Upsample(Layer):
 
     def __post_init__(self) -> None:
         if self.scale_factor < 1:
-            raise ShapeError(f"Upsample takes a whole factor of at least 1; received {self.scale_factor}.")
+            raise ShapeError(f"Upsample takes an integer factor of at least 1; received {self.scale_factor}.")
 
     def signature(self, *shapes: Shape) -> str:
         if len(shapes[0]) - 2 not in _SIGNATURE:
@@ -175,7 +175,9 @@ class Upsample(Layer):
 
     def sizes(self, known: Mapping[str, int]) -> Mapping[str, int]:
         return {
-            made: known[given] * self.scale_factor for given, made in zip("HW", "PQ", strict=True) if given in known
+            after: known[before] * self.scale_factor
+            for before, after in zip("HW", "PQ", strict=True)
+            if before in known
         }
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:

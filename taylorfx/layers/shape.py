@@ -1,4 +1,4 @@
-"""Data movement and the meeting of branches: nothing is computed along an axis, only labels move or are tied."""
+"""Data movement, sums and products of branches: they move or tie the labels of axes, and mix nothing along an axis."""
 
 from __future__ import annotations
 
@@ -24,13 +24,17 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Input(Layer):
-    """Where a network takes a tensor in; ``shape`` is that of one example, without the example axis.
+    """An input of a network.
 
-    ``dtype`` is named where it is not that of the parameters: ``"int64"`` for tokens, ``"bool"`` for masks. With
-    ``alone`` the network takes batches of one example: it was captured from a module that is made for a fixed number of
-    them; ``apart`` says that the module treats every example alone, so that a batch is run example by example.
-    ``ranges`` are the sizes that each axis of ``shape`` takes: the least, the greatest (none: no bound) and the step
-    between them; an empty tuple means any.
+    Attributes:
+        shape: that of one example, without the example axis; none if it is not declared.
+        alone: the network takes batches of one example, because it was captured from a module for a fixed number of
+            examples.
+        apart: that module treats every example alone, so that a batch may be run example by example.
+        ranges: for each axis of ``shape`` the sizes that it may have: the least, the greatest (none: no bound), and the
+            step between them. An empty tuple allows any size.
+        dtype: torch's name of the dtype, if it is not that of the parameters: ``"int64"`` for tokens, ``"bool"`` for
+            masks.
     """
 
     shape: Shape | int | None = None
@@ -50,11 +54,15 @@ class Input(Layer):
             )
 
     def __str__(self) -> str:
-        """Without the ranges, which are long."""
+        """The layer as it would be written, without ``ranges``, which are long."""
         return super(Input, replace(self, ranges=())).__str__()
 
     def refusal(self, shape: Shape) -> str:
-        """What is wrong with an example of this shape, by axis of a batch; empty if nothing is."""
+        """Why an example of this shape is refused, axis by axis (axis 0 is that of the examples); empty if it is not.
+
+        >>> Input((8,), ranges=((2, 16, 2),)).refusal((5,))
+        'axis 1 takes size 2 to 16 in steps of 2, received 5'
+        """
         wrong: list[str] = []
         for axis, (n, (least, most, step)) in enumerate(zip(shape, self.ranges, strict=False), 1):
             if n < least or (most is not None and n > most) or (n - least) % step:
@@ -66,7 +74,7 @@ class Input(Layer):
 
 @dataclass(frozen=True)
 class Add(Layer):
-    """The sum of its inputs, broadcast as torch does; branches that meet are tied."""
+    """The sum of its inputs, which broadcast as in torch. Their channels are tied: they leave together."""
 
     def signature(self, *shapes: Shape) -> str:
         return broadcast(*shapes)
@@ -80,7 +88,7 @@ class Add(Layer):
 
 @dataclass(frozen=True)
 class Multiply(Layer):
-    """The product of its inputs, broadcast as torch does (excitation, gated units, layer scale)."""
+    """The product of its inputs, which broadcast as in torch (squeeze-and-excitation, gated units, layer scale)."""
 
     def signature(self, *shapes: Shape) -> str:
         return broadcast(*shapes)
@@ -117,7 +125,7 @@ def _joined(dim: int, rank: int, count: int) -> str:
 
 @dataclass(frozen=True)
 class Slice(Layer):
-    """The positions ``start`` to ``stop`` (not included) of axis ``dim``; several of them split an axis."""
+    """The positions from ``start`` to before ``stop`` of axis ``dim``. Several slices split an axis."""
 
     dim: int
     start: int
@@ -128,10 +136,10 @@ class Slice(Layer):
             raise ShapeError(f"Slice takes 0 <= start < stop; received start={self.start}, stop={self.stop}.")
 
     def signature(self, *shapes: Shape) -> str:
-        given, made = names(len(shapes[0])), names(len(shapes[0]))
+        before, after = names(len(shapes[0])), names(len(shapes[0]))
         pieces = {name: n for name, n in self.letters(*shapes).items() if n}
-        given[self.dim], made[self.dim] = " + ".join(pieces), "b"
-        return f"{' '.join(given)} -> {' '.join(made)}"
+        before[self.dim], after[self.dim] = " + ".join(pieces), "b"
+        return f"{' '.join(before)} -> {' '.join(after)}"
 
     def fields(self, *shapes: Shape) -> Mapping[str, str]:
         return {"start": "a", "stop": "a + b"}
@@ -171,10 +179,9 @@ class Flatten(Layer):
 
 @dataclass(frozen=True)
 class Reshape(Layer):
-    """``torch.reshape`` of every example to ``shape`` (the example axis stays); one entry may be -1.
+    """``torch.reshape`` of every example to ``shape``, without the example axis. One entry may be -1.
 
-    Axes that are merged or split keep their labels; where the old and the new axes have no common refinement, they
-    are rigid.
+    Axes that are merged or split keep their labels. Axes that are neither are rigid: see `refine`.
     """
 
     shape: Shape | int
@@ -208,25 +215,39 @@ class Reshape(Layer):
 
 
 _EXAMPLES = 2**31 - 1
-"""Stands for the number of examples where axes are factored: a prime that no axis has by itself."""
+"""Stands for the number of examples when axes are factored: a prime number that is no size of an axis."""
 
 
 @lru_cache(maxsize=4096)
 def refine(before: Shape, after: Shape, given: int = -1, made: int = -1) -> tuple[str, str, dict[str, int]]:
-    """Name the axes of a reshape by the pieces that both sides are made of.
+    """Name the axes of a reshape by the pieces that both sides consist of.
 
-    Examples run along axis ``given`` before and ``made`` after (-1: there are none), counted as one; they are ``B``.
+    A boundary between two axes lies at the number of elements to its right. The boundaries of both sides together cut
+    the elements into pieces, and every axis is a product of pieces::
+
+        boundaries      24          6        3        1
+        before (4, 6)    |    4     |        6        |
+        after  (8, 3)    |         8         |   3    |
+        pieces           |  x3: 4   | x2: 2  | x1: 3  |
+
+    A piece has to be a whole number of elements. Where it is not, the axes are torn, and rigid.
 
     >>> refine((4, 6), (8, 3))
     ('x3 (x2 x1)', '(x3 x2) x1', {'x3': 4, 'x1': 3, 'x2': 2})
     >>> refine((2, 6, 4), (2, 4, 6))[:2]  # 6 and 4 are torn
     ('x4 A1 A2', 'x4 C1 C2')
-    >>> refine((6, 1, 4), (6, 4), 1, 0)[:2]  # positions first, then folded with the examples
+    >>> refine((6, 1, 4), (6, 4), 1, 0)[:2]  # positions and examples become one axis
     ('x3 B x1', '(x3 B) x1')
+
+    Args:
+        before, after: the shapes, in which the example axis counts as one.
+        given, made: the axes along which the examples run before and after; -1 if there is none. They are named ``B``.
+
+    Returns:
+        The names before and after, and the size of every piece.
     """
     before = tuple(n * _EXAMPLES if k == given else n for k, n in enumerate(before))
     after = tuple(n * _EXAMPLES if k == made else n for k, n in enumerate(after))
-    # An axis boundary is the number of elements to its right; pieces lie between the boundaries of both sides.
     left, right = ([math.prod(shape[k:]) for k in range(len(shape) + 1)] for shape in (before, after))
     cuts, common = sorted({*left, *right}), sorted({*left} & {*right})
     pieces = list(itertools.pairwise(cuts))
@@ -258,7 +279,7 @@ def refine(before: Shape, after: Shape, given: int = -1, made: int = -1) -> tupl
 
 @dataclass(frozen=True)
 class Permute(Layer):
-    """``torch.permute``: the axes in the order ``dims``, the example axis counted."""
+    """``torch.permute``: the axes in the order ``dims``, which counts the example axis as axis 0."""
 
     dims: Shape
 

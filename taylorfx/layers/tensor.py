@@ -1,8 +1,8 @@
-"""Tensor operations as they are captured from modules: views, expansions, products, reductions, elementwise maps.
+"""Tensor operations as captured from modules: views, expansions, products, reductions, pointwise operators.
 
-A captured operator is named as ATen names it and runs as it was captured. Its static arguments are a template:
-``Slot(k)`` stands for input ``k``. Sizes that were baked into the graph are fields here, so that they follow when axes
-shrink.
+A captured operator has its ATen name and runs as it was captured. Its constant arguments are a template, in which
+``("$", k)`` stands for input ``k``. Sizes that the exported graph holds as numbers are fields of the layers here, so
+that they change when axes shrink.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,23 +27,28 @@ __all__ = [
 ]  # fmt: skip
 
 STATISTICS = ("var", "std", "var_mean", "std_mean", "cosine_similarity")
-"""Operators along axes that may shrink: what they say of the rest then changes."""
+"""Statistics along axes that may shrink. Their value for the other positions then changes."""
 
 SUMS = ("linalg_vector_norm",)
-"""Operators along axes that may shrink, to whose value what is silenced adds nothing."""
+"""Operators along axes that may shrink, to whose value a silenced position adds nothing."""
 
 
-def fill(template: Any, inputs: tuple[Tensor, ...]) -> Any:
-    """The arguments that a template stands for."""
-    if isinstance(template, tuple):
-        if len(template) == 2 and template[0] == SLOT:
-            return inputs[template[1]]
-        if len(template) == 2 and template[0] == DTYPE:
-            return DTYPES[template[1]]
-        if len(template) == 2 and template[0] == COUNT:
-            return len(inputs[-1]) * template[1]
-        return [fill(item, inputs) for item in template]
-    return template
+def fill(template: object, inputs: tuple[Tensor, ...]) -> object:
+    """The argument that a template stands for; other tuples become lists.
+
+    >>> fill((("$", 0), 2, ("dtype", "int64"), ("examples", 4)), (torch.ones(3),))
+    [tensor([1., 1., 1.]), 2, torch.int64, 12]
+    """
+    if not isinstance(template, tuple):
+        return template
+    tag, value = template if len(template) == 2 else ("", None)
+    if tag == SLOT and isinstance(value, int):
+        return inputs[value]
+    if tag == DTYPE and isinstance(value, str):
+        return DTYPES[value]
+    if tag == COUNT and isinstance(value, int):
+        return len(inputs[-1]) * value
+    return [fill(item, inputs) for item in template]
 
 
 @dataclass(frozen=True)
@@ -51,12 +56,12 @@ class _Operator(Layer):
     """An ATen operator with the arguments that it was captured with; ``item`` chooses one of several results.
 
     Raises:
-        ShapeError: if the operator is none that a network may name, or takes other arguments.
+        ShapeError: if a network may not name this operator, or if it takes other arguments.
     """
 
     op: str
-    args: tuple[Any, ...] = ()
-    kwargs: tuple[tuple[str, Any], ...] = ()
+    args: tuple[object, ...] = ()
+    kwargs: tuple[tuple[str, object], ...] = ()
     item: int | None = None
 
     @property
@@ -66,17 +71,17 @@ class _Operator(Layer):
     def __post_init__(self) -> None:
         check_arguments(self.op, self.args, self.kwargs, self.item)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Out of a pickle: the operator is looked up now, since torch.compile cannot follow how."""
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """Unpickle. The operator is looked up here already, because torch.compile cannot trace the lookup."""
         self.__dict__.update(state)
         operator(self.op)
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         function = operator(self.op)
         kwargs = {name: fill(value, inputs) for name, value in self.kwargs}
-        result: Any = function(*(fill(value, inputs) for value in self.args), **kwargs)
-        chosen: Tensor = result if self.item is None else result[self.item]
-        return chosen
+        result = function(*(fill(value, inputs) for value in self.args), **kwargs)
+        value: Tensor = result if self.item is None else result[self.item]
+        return value
 
     def __str__(self) -> str:
         return f"{type(self).__name__}({self.title})"
@@ -84,10 +89,13 @@ class _Operator(Layer):
 
 @dataclass(frozen=True)
 class Captured(_Operator):
-    """An operator without a rule: it runs as it was captured, and what touches it is frozen.
+    """An operator without a rule. It runs as it was captured, and units that touch it are frozen.
 
-    ``shape`` is the output's for one example. Examples run along axis ``made`` of it, and along the axes ``given`` of
-    the inputs (-1: there are none); ``apart`` says that it is known to treat each of them alone.
+    Attributes:
+        shape: that of the output for one example.
+        made: the axis of the output along which the examples run; -1 if there is none.
+        given: the same for each input.
+        apart: whether the operator is known to treat every example alone.
     """
 
     shape: Shape = ()
@@ -97,21 +105,25 @@ class Captured(_Operator):
 
     def signature(self, *shapes: Shape) -> str | None:
         inputs = [[f"U{k}_{j}" for j in range(len(shape))] for k, shape in enumerate(shapes)]
-        made = [f"M{j}" for j in range(len(self.shape))]
+        output = [f"M{j}" for j in range(len(self.shape))]
         whole = "B" if self.apart else "N"
-        for letters, shape, axis in zip([*inputs, made], [*shapes, self.shape], [*self.given, self.made], strict=True):
-            if axis >= 0:  # where an example has several positions, as tokens that experts share out, they are a factor
+        for letters, shape, axis in zip(
+            [*inputs, output], [*shapes, self.shape], [*self.given, self.made], strict=True
+        ):
+            if (
+                axis >= 0
+            ):  # one example may have several positions there (tokens that share experts), which are a factor
                 letters[axis] = whole if shape[axis] == 1 else f"({whole} {letters[axis]})"
-        return f"{', '.join(map(' '.join, inputs))} -> {' '.join(made)}"
+        return f"{', '.join(map(' '.join, inputs))} -> {' '.join(output)}"
 
     def letters(self, *shapes: Shape) -> dict[str, int]:
-        given = {f"U{k}_{j}": n for k, shape in enumerate(shapes) for j, n in enumerate(shape)}
-        return {"B" if self.apart else "N": 1, **given, **{f"M{j}": n for j, n in enumerate(self.shape)}}
+        inputs = {f"U{k}_{j}": n for k, shape in enumerate(shapes) for j, n in enumerate(shape)}
+        return {"B" if self.apart else "N": 1, **inputs, **{f"M{j}": n for j, n in enumerate(self.shape)}}
 
 
 @dataclass(frozen=True)
 class Elementwise(_Operator):
-    """A pointwise operator: its inputs broadcast against each other, and every axis passes through."""
+    """A pointwise operator. Its inputs broadcast against each other, and it keeps every axis."""
 
     def signature(self, *shapes: Shape) -> str | None:
         return broadcast(*shapes)
@@ -119,12 +131,14 @@ class Elementwise(_Operator):
 
 @dataclass(frozen=True)
 class Along(_Operator):
-    """An operator that works along ``dims``, which it holds rigid, and passes the other axes.
+    """An operator along the axes ``dims``, which treats all positions of the other axes alike.
 
-    Statistics (variance, standard deviation) do not hold them: they are then of the positions that stay. Norms do not
-    either, and zeros do not change them, except those of negative order, which are small where an entry is.
-    ``lengths`` are the new sizes along ``dims`` where they change; 0 where the axis is gone. Several inputs have the
-    same axes.
+    The axes ``dims`` are rigid, with two exceptions. Statistics (variance, standard deviation) may lose positions, and
+    are then those of the positions that stay: inexact. Norms may lose positions, too, and do so exactly, because a
+    silenced position adds nothing to a norm (unless its order is negative).
+
+    ``lengths`` are the sizes of ``dims`` in the output, if they change; 0 if the axis is reduced. If there are several
+    inputs, they have the same axes.
     """
 
     dims: tuple[int, ...] = ()
@@ -133,19 +147,18 @@ class Along(_Operator):
     @property
     def inexact(self) -> tuple[str, ...]:  # type: ignore[override]
         name = self.op.split(".")[0]
-        order: Any = dict(self.kwargs).get("ord", self.args[1] if self.args[1:] else 2)
-        moves = name in STATISTICS or (name == "linalg_vector_norm" and order < 0)
-        return tuple(f"g{k}" for k in range(len(self.dims))) if moves else ()
+        order = dict(self.kwargs).get("ord", self.args[1] if self.args[1:] else 2)
+        negative = name in SUMS and isinstance(order, (int, float)) and order < 0
+        return tuple(f"g{k}" for k in range(len(self.dims))) if name in STATISTICS or negative else ()
 
     def signature(self, *shapes: Shape) -> str | None:
-        given = names(len(shapes[0]))
-        made = list(given)
+        before, after = names(len(shapes[0])), names(len(shapes[0]))
         free = self.op.split(".")[0] in (*STATISTICS, *SUMS)
         for k, dim in enumerate(self.dims):
-            given[dim] = made[dim] = f"g{k}" if free else f"G{k}"
+            before[dim] = after[dim] = f"g{k}" if free else f"G{k}"
             if self.lengths is not None:
-                made[dim] = f"M{k}" if self.lengths[k] else ""
-        return f"{', '.join([' '.join(given)] * len(shapes))} -> {' '.join(made)}"
+                after[dim] = f"M{k}" if self.lengths[k] else ""
+        return f"{', '.join([' '.join(before)] * len(shapes))} -> {' '.join(after)}"
 
     def letters(self, *shapes: Shape) -> dict[str, int]:
         return {f"M{k}": n for k, n in enumerate(self.lengths or ()) if n}
@@ -153,16 +166,16 @@ class Along(_Operator):
 
 @dataclass(frozen=True)
 class Maps(_Operator):
-    """An operator on every map alone, ``(N, C, ...)`` to ``(N, C, *space)``: resampling, unusual pooling.
+    """An operator that treats every map alone, ``(N, C, ...)`` to ``(N, C, *space)``, such as resampling.
 
-    Of several inputs, each has a map for every channel.
+    If there are several inputs, each has a map for every channel.
     """
 
     space: Shape = ()
 
     def signature(self, *shapes: Shape) -> str | None:
-        given = [f"B c {' '.join(f'G{j}_{k}' for k in range(len(shape) - 2))}" for j, shape in enumerate(shapes)]
-        return f"{', '.join(given)} -> B c {' '.join(f'M{k}' for k in range(len(self.space)))}"
+        inputs = [f"B c {' '.join(f'G{j}_{k}' for k in range(len(shape) - 2))}" for j, shape in enumerate(shapes)]
+        return f"{', '.join(inputs)} -> B c {' '.join(f'M{k}' for k in range(len(self.space)))}"
 
     def letters(self, *shapes: Shape) -> dict[str, int]:
         return {f"M{k}": n for k, n in enumerate(self.space)}
@@ -170,10 +183,13 @@ class Maps(_Operator):
 
 @dataclass(frozen=True)
 class View(Layer):
-    """The same numbers in another shape; ``shape`` is that for one example, with the example axis counted as one.
+    """The same numbers in another shape.
 
-    The examples run along axis ``given`` of the input and axis ``made`` of the output (-1: the tensor has none); they
-    may be one factor of that axis, as when windows or heads are folded into the batch.
+    Attributes:
+        shape: that of the output for one example, in which the example axis counts as one.
+        given: the axis of the input along which the examples run; -1 if there is none. The examples may be one factor
+            of the axis, for example when windows or heads are folded into the batch.
+        made: the same for the output.
     """
 
     shape: Shape
@@ -207,10 +223,10 @@ class View(Layer):
 
 @dataclass(frozen=True)
 class Expand(Layer):
-    """``Tensor.expand``: axes of size one repeated to ``shape``, -1 where an axis keeps its size.
+    """``Tensor.expand``: axes of size one are repeated to the sizes in ``shape``; -1 keeps the size of an axis.
 
-    The copies may leave like any position. With a second input, the new axis ``example`` runs over that input's
-    examples (its axis 0).
+    The copies are positions that may leave like any others. With a second input, the new axis ``example`` runs over
+    the examples of that input (its axis 0).
     """
 
     shape: Shape
@@ -218,15 +234,15 @@ class Expand(Layer):
 
     def signature(self, *shapes: Shape) -> str | None:
         (shape, *reference) = shapes
-        made = names(len(self.shape))
-        given = made[len(made) - len(shape) :]
+        after = names(len(self.shape))
+        new = len(after) - len(shape)  # axes that the input does not have
+        before = after[new:]
         for k, n in enumerate(self.shape):
-            j = k - (len(made) - len(shape))
             if n != -1:
-                made[k] = f"n{k}" if k != self.example else "B"
-                if j >= 0:
-                    given[j] = "1"
-        return f"{' '.join(given)}{', B ...' if reference else ''} -> {' '.join(made)}"
+                after[k] = f"n{k}" if k != self.example else "B"
+                if k >= new:
+                    before[k - new] = "1"
+        return f"{' '.join(before)}{', B ...' if reference else ''} -> {' '.join(after)}"
 
     def letters(self, *shapes: Shape) -> dict[str, int]:
         return {f"n{k}": n for k, n in enumerate(self.shape) if n != -1 and k != self.example}
@@ -243,9 +259,9 @@ class Expand(Layer):
 
 @dataclass(frozen=True)
 class MatMul(Layer):
-    """``torch.matmul`` of two activations of two or more axes: the inner axis is contracted, the others broadcast.
+    """``torch.matmul`` of two activations of two or more axes. The inner axis is contracted, the others broadcast.
 
-    The first one carries the gate.
+    The first activation carries the gate.
     """
 
     multiplies: ClassVar[tuple[str, ...]] = ("x0 x1 x2 x3 x4 x5 m k n",)
@@ -263,7 +279,7 @@ class MatMul(Layer):
 
 @dataclass(frozen=True)
 class Einsum(Layer):
-    """``torch.einsum`` with every axis named: what the output lacks is contracted."""
+    """``torch.einsum`` with a letter for every axis. Axes that the output lacks are contracted."""
 
     equation: str
 
@@ -286,20 +302,22 @@ class Einsum(Layer):
 
 
 def _letter(name: str) -> str:
+    """The lower-case letter of a signature for one of an equation: ``a`` for ``a``, ``a_`` for ``A``."""
     return name if name.islower() else f"{name.lower()}_"
 
 
 REDUCTIONS: dict[str, Callable[..., Tensor]] = {
     "mean": torch.mean, "sum": torch.sum, "amax": torch.amax, "amin": torch.amin
 }  # fmt: skip
-"""What `Reduce` may do, by name."""
+"""The reductions that `Reduce` may name."""
 
 
 @dataclass(frozen=True)
 class Reduce(Layer):
-    """A reduction over some axes (``mean``, ``sum``, ``amax``, ``amin``), whose positions it reads.
+    """A reduction over the axes ``dims``, whose positions it reads: ``mean``, ``sum``, ``amax`` or ``amin``.
 
-    A sum does not miss what is silenced. The other statistics are then of fewer positions: those are inexact.
+    A silenced position adds nothing to a sum, so that it may leave exactly. The other reductions change with the number
+    of positions: inexact.
     """
 
     op: str
@@ -316,11 +334,11 @@ class Reduce(Layer):
 
     def signature(self, *shapes: Shape) -> str | None:
         rank = len(shapes[0])
-        letters, made = names(rank), names(rank)
+        before, after = names(rank), names(rank)
         for dim in {d % rank for d in self.dims}:
-            letters[dim] = f"s{dim}"
-            made[dim] = "1" if self.keepdim else ""
-        return f"{' '.join(letters)} -> {' '.join(made)}"
+            before[dim] = f"s{dim}"
+            after[dim] = "1" if self.keepdim else ""
+        return f"{' '.join(before)} -> {' '.join(after)}"
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         result: Tensor = REDUCTIONS[self.op](inputs[0], self.dims, keepdim=self.keepdim)
@@ -329,7 +347,7 @@ class Reduce(Layer):
 
 @dataclass(frozen=True)
 class Pad(Layer):
-    """``torch.nn.functional.pad``; padded axes are rigid."""
+    """``torch.nn.functional.pad``. The axes that are padded are rigid."""
 
     pad: tuple[int, ...]
     mode: str = "constant"
@@ -341,10 +359,10 @@ class Pad(Layer):
 
     def signature(self, *shapes: Shape) -> str | None:
         rank = len(shapes[0])
-        given, made = names(rank), names(rank)
+        before, after = names(rank), names(rank)
         for axis in self._axes(rank):
-            given[axis], made[axis] = f"G{axis}", f"M{axis}"
-        return f"{' '.join(given)} -> {' '.join(made)}"
+            before[axis], after[axis] = f"G{axis}", f"M{axis}"
+        return f"{' '.join(before)} -> {' '.join(after)}"
 
     def letters(self, *shapes: Shape) -> dict[str, int]:
         (shape,) = shapes
@@ -356,39 +374,40 @@ class Pad(Layer):
 
 @dataclass(frozen=True)
 class Gather(Layer):
-    """Positions of axis ``dim`` by a table of numbers (the second input, of any shape), which stands in its place.
+    """Positions of axis ``dim``, looked up by their numbers in the second input, whose axes take the place of ``dim``.
 
-    The axis itself is rigid: its positions are looked up by number.
+    The axis itself is rigid, because its positions are known by number.
     """
 
     dim: int
 
     def signature(self, *shapes: Shape) -> str | None:
         table, index = shapes
-        given = names(len(table))
-        made = [*given[: self.dim], *(f"y{k}" for k in range(len(index))), *given[self.dim + 1 :]]
-        given[self.dim] = "V"
-        return f"{' '.join(given)}, {' '.join(f'y{k}' for k in range(len(index)))} -> {' '.join(made)}"
+        before, numbers = names(len(table)), [f"y{k}" for k in range(len(index))]
+        after = [*before[: self.dim], *numbers, *before[self.dim + 1 :]]
+        before[self.dim] = "V"
+        return f"{' '.join(before)}, {' '.join(numbers)} -> {' '.join(after)}"
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         index: list[Tensor | None] = [None] * self.dim
-        return torch.ops.aten.index(inputs[0], [*index, inputs[1]])  # type: ignore[no-any-return]
+        value: Tensor = torch.ops.aten.index(inputs[0], [*index, inputs[1]])
+        return value
 
 
 def runs_operator(cls: type[Layer]) -> bool:
-    """Layers of this class run an operator that they name."""
+    """Whether layers of this class run an operator, which they name."""
     return issubclass(cls, _Operator)
 
 
 def operator_of(layer: Layer) -> str | None:
-    """The name of the operator that a layer runs, ``"add.Tensor"``; none where it runs code of its own."""
+    """The name of the operator that a layer runs, such as ``"add.Tensor"``; none if it runs its own code."""
     return layer.op if isinstance(layer, _Operator) else None
 
 
 def slots(layer: Layer) -> int:
-    """How many inputs the arguments of an operator are filled with."""
+    """How many inputs the template of an operator's arguments uses."""
 
-    def highest(template: Any) -> int:
+    def highest(template: object) -> int:
         if not isinstance(template, tuple):
             return 0
         if len(template) == 2 and template[0] == SLOT:

@@ -1,7 +1,7 @@
-"""Building networks from parts: `serial`, `residual`, `concat`, `inline`, `multihead_attention`.
+"""Build networks from parts: `serial`, `residual`, `concat`, `inline`, `multihead_attention`.
 
-A part is a layer or another network. Networks compose by value: a part's nodes are copied under the name that the part
-gets, as torch names the children of a module.
+A part is a layer or another network. Building copies the nodes of a part, and puts the name of the part before theirs,
+as torch does with the children of a module: node ``conv`` of part ``block`` becomes ``block.conv``.
 """
 
 from __future__ import annotations
@@ -19,12 +19,19 @@ INPUT = "input"
 
 
 def inline(part: Part, name: str, inputs: tuple[str, ...]) -> tuple[Node, ...]:
-    """The nodes of a part, named under ``name`` and fed from ``inputs``; the last one gives its value out.
+    """The nodes of a part, with ``name`` before their names. The last of them computes the part's output.
 
-    This is how a network becomes a piece of a larger one that is written node by node.
+    Use it for a part of a network that is otherwise written node by node.
+
+    >>> from taylorfx import layers as L
+    >>> [f"{node.name} of {node.inputs}" for node in inline(serial(L.ReLU(), L.Tanh()), "act", ("x",))]
+    ["act.0 of ('x',)", "act.1 of ('act.0',)"]
+
+    Args:
+        inputs: the nodes that the part's inputs are, in their order.
 
     Raises:
-        SpecError: if the part does not take that many inputs or has several outputs.
+        SpecError: if the part has another number of inputs, or several outputs.
     """
     if isinstance(part, Layer):
         return (Node(name, part, inputs),)
@@ -32,10 +39,10 @@ def inline(part: Part, name: str, inputs: tuple[str, ...]) -> tuple[Node, ...]:
         raise SpecError(f"A part is a layer or a network, ReLU() and not ReLU; received {part!r} for {name!r}.")
     if len(part.inputs) != len(inputs) or len(part.outputs) != 1:
         raise SpecError(
-            f"A part {name!r} has one output and takes the {len(inputs)} inputs that it is given; "
-            f"received one with {len(part.inputs)} inputs and {len(part.outputs)} outputs."
+            f"Here the part {name!r} needs {len(inputs)} inputs and one output; "
+            f"received a network with {len(part.inputs)} inputs and {len(part.outputs)} outputs."
         )
-    heard = dict(zip((node.name for node in part.inputs), inputs, strict=True))
+    names = dict(zip((node.name for node in part.inputs), inputs, strict=True))  # old name to new
 
     def under(path: str) -> str:
         return f"{name}.{path}" if name else path
@@ -49,17 +56,17 @@ def inline(part: Part, name: str, inputs: tuple[str, ...]) -> tuple[Node, ...]:
             params = under(params)
         elif isinstance(params, tuple):
             params = tuple((leaf, under(path)) for leaf, path in params)
-        heard[node.name] = under(node.name)
-        nodes.append(Node(under(node.name), node.layer, tuple(heard[x] for x in node.inputs), params))
-    last = heard[part.outputs[0]]
+        names[node.name] = under(node.name)
+        nodes.append(Node(under(node.name), node.layer, tuple(names[x] for x in node.inputs), params))
+    last = names[part.outputs[0]]
     nodes.sort(key=lambda node: node.name == last)
     return tuple(nodes)
 
 
 def serial(*parts: Part, **named: Part) -> Spec:
-    """One part after the other, named ``0``, ``1``, ... as in ``torch.nn.Sequential``, or by keyword.
+    """The parts one after the other, named ``0``, ``1``, ... as in ``torch.nn.Sequential``, or by keyword.
 
-    Begin with an `Input` to declare the shape of an example; it counts as no part. Without any part it is the identity.
+    An `Input` at the beginning declares the shape of an example; it gets no number. Without parts this is the identity.
 
     >>> from taylorfx import layers as L
     >>> spec = serial(L.Input((1, 8, 8)), conv=L.Conv2d(1, 4, 3), flat=L.Flatten(), fc=L.Linear(144, 10))
@@ -73,7 +80,9 @@ def serial(*parts: Part, **named: Part) -> Spec:
     numbered = {str(k): part for k, part in enumerate(parts)}
     twice = numbered.keys() & named.keys()
     if twice:
-        raise SpecError(f"Parts are numbered or named; received the name {min(twice)!r}, which is a number taken.")
+        raise SpecError(
+            f"Each part has a name of its own; received the name {min(twice)!r} for the part of that number."
+        )
     for name, part in {**numbered, **named}.items():
         added = inline(part, name, (current,))
         nodes += added
@@ -82,9 +91,13 @@ def serial(*parts: Part, **named: Part) -> Spec:
 
 
 def residual(body: Part, shortcut: Part | None = None) -> Spec:
-    """``body(x) + x``, or ``body(x) + shortcut(x)``; the channels of both are tied.
+    """``body(x) + x``, or ``body(x) + shortcut(x)``. The channels of both operands are tied: they leave together.
 
-    The body's nodes keep their names, the shortcut's lie under ``shortcut``, the sum is ``add``.
+    The nodes of the body keep their names, those of the shortcut begin with ``shortcut.``, and the sum is ``add``.
+
+    >>> from taylorfx import layers as L
+    >>> [node.name for node in residual(serial(conv=L.Conv2d(4, 4, 1)), shortcut=L.Conv2d(4, 4, 1))]
+    ['input', 'conv', 'shortcut', 'add']
     """
     inner = serial(body) if isinstance(body, Layer) else body
     nodes = [Node(INPUT, Input()), *inline(inner, "", (INPUT,))]
@@ -97,9 +110,14 @@ def residual(body: Part, shortcut: Part | None = None) -> Spec:
 
 
 def concat(*branches: Part, dim: int = 1) -> Spec:
-    """All branches applied to the same input, their outputs joined along ``dim``; ``serial()`` is the input itself.
+    """All branches applied to the same input, and their outputs concatenated along ``dim``.
 
-    Branches are named ``0``, ``1``, ...; the joint is ``concat``.
+    The branches are named ``0``, ``1``, ..., and the last node ``concat``. The branch ``serial()`` is the input itself.
+
+    >>> from taylorfx import layers as L
+    >>> spec = serial(L.Input((4, 8, 8)), dense=concat(serial(), L.Conv2d(4, 6, 1)))
+    >>> [node.name for node in spec]
+    ['input', 'dense.1', 'dense.concat']
     """
     nodes, ends = [Node(INPUT, Input())], []
     for k, branch in enumerate(branches):
@@ -124,10 +142,19 @@ def multihead_attention(
 ) -> Spec:
     """``torch.nn.MultiheadAttention`` (``batch_first``) with separate projections, as one part.
 
-    Nodes ``q_proj``, ``k_proj``, ``v_proj``, ``attention``, ``out_proj``. Self-attention takes one input
-    ``(N, T, embed_dim)``; with ``cross`` it takes query, key and value (of ``kdim`` and ``vdim`` features); with
-    ``mask`` a mask after these, as `Attention` takes it. ``num_kv_heads`` below ``num_heads`` groups the queries.
-    The projections start as torch's ``Linear``, not as its packed attention.
+    Its nodes are ``q_proj``, ``k_proj``, ``v_proj``, ``attention`` and ``out_proj``. The projections are initialized as
+    torch's ``Linear``, not as its packed attention.
+
+    Args:
+        num_kv_heads: fewer heads for keys and values than for queries (grouped-query attention).
+        head_dim: features of a head; by default ``embed_dim / num_heads``.
+        kdim, vdim: features of key and value, with ``cross``; by default ``embed_dim``.
+        causal: no query attends to a later position.
+        cross: three inputs, query, key and value, instead of a single ``(N, T, embed_dim)``.
+        mask: one more input, the mask as `Attention` takes it.
+
+    Raises:
+        SpecError: if the heads do not divide ``embed_dim`` and no ``head_dim`` is given.
     """
     width, kv_heads = head_dim or embed_dim // num_heads, num_kv_heads or num_heads
     if head_dim is None and embed_dim % num_heads:
@@ -139,12 +166,16 @@ def multihead_attention(
     nodes = [Node(name, Input()) for name in (*names, *(("mask",) if mask else ()))]
     for x, source in sources.items():
         nodes.append(Node(f"{x}_proj", Linear(features[x], heads[x] * width, bias), (source,)))
-    heard = ("q_proj", "k_proj", "v_proj", *(("mask",) if mask else ()))
-    nodes.append(Node("attention", Attention(num_heads, width, kv_heads, causal=causal), heard))
+    operands = ("q_proj", "k_proj", "v_proj", *(("mask",) if mask else ()))
+    nodes.append(Node("attention", Attention(num_heads, width, kv_heads, causal=causal), operands))
     nodes.append(Node("out_proj", Linear(num_heads * width, embed_dim, bias), ("attention",)))
     return Spec(tuple(nodes), ("out_proj",))
 
 
 def unused(name: str, taken: Container[str]) -> str:
-    """The name, or one much like it that nobody has."""
+    """The name; if it is taken, the name with underscores that is not.
+
+    >>> unused("fc", {"fc", "fc_"})
+    'fc__'
+    """
     return unused(f"{name}_", taken) if name in taken else name

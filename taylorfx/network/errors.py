@@ -1,9 +1,9 @@
-"""What is wrong with inputs, where torch's own error would not say it."""
+"""Errors of a run, explained: torch names two shapes that do not fit, this module the layer and the rule."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import NoReturn
 
 from torch import Tensor
 
@@ -16,19 +16,31 @@ from taylorfx.tree import Params, flatten
 __all__ = ["explain"]
 
 
-def explain(params: Params, spec: Spec, values: Mapping[str, Any], node: Node, error: Exception) -> None:
-    """Say what is wrong with the inputs where torch's own error would not say where."""
-    strange = [f"{name} is {type(x).__name__}" for name, x in values.items() if not isinstance(x, Tensor)]
-    if strange:
-        raise ShapeError(f"A network takes tensors; received: {', '.join(strange)}.") from error
+def explain(params: Params, spec: Spec, values: Mapping[str, object], node: Node, error: Exception) -> NoReturn:
+    """Raise an error that says what is wrong with the inputs, from one that a layer raised.
+
+    The causes are tried in this order: an input that is no tensor; shapes that do not fit, by the signatures of the
+    layers; a layer's own error; dtypes or devices that differ; and last, whatever torch raised, with the node's name.
+
+    Args:
+        values: the inputs of the network, by the names of its Input nodes.
+        node: the one that failed.
+        error: what it raised.
+
+    Raises:
+        ShapeError: always.
+    """
+    inputs = {name: x for name, x in values.items() if isinstance(x, Tensor)}
+    if others := [f"{name} is {type(x).__name__}" for name, x in values.items() if name not in inputs]:
+        raise ShapeError(f"A network takes tensors; received: {', '.join(others)}.") from error
     try:
-        propagate(spec.at(*(tuple(values[n.name].shape[1:]) for n in spec.inputs)), Ties(labeled=False))
+        propagate(spec.at(*(tuple(inputs[n.name].shape[1:]) for n in spec.inputs)), Ties(labeled=False))
     except ShapeError as problem:
-        found = ", ".join(f"{name} {tuple(x.shape)}" for name, x in values.items())
-        raise ShapeError(f"{problem}\n(with inputs of shape {found})") from error
-    if isinstance(error, ValueError):  # a layer's own words
+        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in inputs.items())
+        raise ShapeError(f"{problem}\n(with inputs of shape {shapes})") from error
+    if isinstance(error, ValueError):  # the layer itself says what is wrong
         raise ShapeError(f"{node.name}: {error}") from error
-    tensors = {**{f"input {name}": x for name, x in values.items()}, **flatten(params)}
+    tensors = {**{f"input {name}": x for name, x in inputs.items()}, **flatten(params)}
     kinds: dict[str, list[str]] = {}
     for name, tensor in tensors.items():
         if tensor.is_floating_point():
@@ -38,6 +50,6 @@ def explain(params: Params, spec: Spec, values: Mapping[str, Any], node: Node, e
         raise ShapeError(
             "Inputs and parameters have to agree in dtype and device; received:\n  "
             + "\n  ".join(lines)
-            + f"\nfirst met at {node.name} ({type(node.layer).__name__}); convert one of them, x.to(...)."
+            + f"\nfirst noticed at {node.name} ({type(node.layer).__name__}); convert one of them, x.to(...)."
         ) from error
     raise ShapeError(f"{node.name}: {type(node.layer).__name__} failed: {error}") from error

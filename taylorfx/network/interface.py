@@ -1,7 +1,7 @@
-"""What a module has beyond what it computes: the arguments of its call, names that share a tensor, what is not trained.
+"""What a module has besides its computation: arguments of its call, names that share a tensor, frozen parameters.
 
-A captured network keeps it beside its nodes, as names and plain values, so that the module that comes back is called,
-trained and saved as the one that went in.
+A captured network keeps these beside its nodes, as names and plain values. So the module that `to_torch` builds is
+called, trained and saved like the one that `from_torch` captured.
 """
 
 from __future__ import annotations
@@ -11,26 +11,27 @@ import keyword
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
 
 __all__ = ["Argument", "Fixed", "Interface"]
 
 Fixed = bool | int | float | str | None
-"""A value that is part of the network: what is no plain value is held as its text."""
+"""The value of an argument that is no tensor, fixed when the module was captured; other objects are held as text."""
 
 KINDS = ("POSITIONAL_ONLY", "POSITIONAL_OR_KEYWORD", "VAR_POSITIONAL", "KEYWORD_ONLY", "VAR_KEYWORD")
 
 
 @dataclass(frozen=True)
 class Argument:
-    """One argument of ``forward``, with a place for every value in it: ``""`` is the argument itself, ``"0.mask"`` an
-    entry of a container.
+    """One argument of ``forward``.
+
+    An argument may be a container of several values. A *place* says which one is meant: ``""`` is the argument itself,
+    ``"0.mask"`` is ``argument[0]["mask"]``.
 
     Attributes:
-        kind: that of ``inspect.Parameter``, by name.
-        default: the default as a tuple of one, or nothing where there is none.
-        inputs: ``(place, name of the Input node)`` of every tensor.
-        fixed: ``(place, value)`` of everything else, as it was when the module was captured.
+        kind: the name of a kind of ``inspect.Parameter``.
+        default: the default as a tuple of one; empty if there is none.
+        inputs: ``(place, name of the Input node)`` for every tensor.
+        fixed: ``(place, value)`` for everything else, as it was when the module was captured.
     """
 
     name: str
@@ -45,10 +46,10 @@ class Interface:
     """How a network is called, saved and trained as a module.
 
     Attributes:
-        arguments: those of ``forward``, in order.
-        ties: ``(second name, name)`` where two names are one tensor, or one submodule.
-        frozen: the parameters that are not trained, by path.
-        transient: the buffers that a ``state_dict`` leaves out, by path.
+        arguments: those of ``forward``, in their order.
+        ties: ``(second name, first name)`` for every two names of the same tensor, or of the same submodule.
+        frozen: the paths of the parameters that are not trained.
+        transient: the paths of the buffers that a ``state_dict`` leaves out.
     """
 
     arguments: tuple[Argument, ...] = ()
@@ -58,7 +59,7 @@ class Interface:
 
     @classmethod
     def of(cls, names: Iterable[str]) -> Interface:
-        """The interface of a network that no module stands behind: one argument for every input, by its name.
+        """The interface of a network that was not captured: one argument for every input, named after it.
 
         >>> [x.name for x in Interface.of(["tokens", "image.left", "lambda"]).arguments]
         ['tokens', 'image_left', 'lambda_']
@@ -73,71 +74,97 @@ class Interface:
 
     @property
     def inputs(self) -> set[str]:
-        """The Input nodes that the arguments fill."""
+        """The names of the Input nodes that the arguments fill."""
         return {node for argument in self.arguments for _, node in argument.inputs}
 
     def signature(self, *first: str) -> inspect.Signature:
-        """The arguments as a function has them, behind ``first`` ones that are positional."""
+        """The signature of a function with these arguments, after the positional ones that ``first`` names.
+
+        >>> str(Interface.of(["tokens"]).signature("self"))
+        '(self, /, tokens)'
+        """
         kinds = inspect.Parameter
-        own = [kinds(name, kinds.POSITIONAL_ONLY) for name in first]
+        parameters = [kinds(name, kinds.POSITIONAL_ONLY) for name in first]
         for x in self.arguments:
-            own.append(kinds(x.name, getattr(kinds, x.kind), default=x.default[0] if x.default else kinds.empty))
-        return inspect.Signature(own)
+            default = x.default[0] if x.default else kinds.empty
+            parameters.append(kinds(x.name, getattr(kinds, x.kind), default=default))
+        return inspect.Signature(parameters)
 
     @classmethod
-    def from_data(cls, data: Mapping[str, Any]) -> Interface:
+    def from_data(cls, data: Mapping[str, object]) -> Interface:
         """The interface that ``dataclasses.asdict`` wrote, read from JSON, where tuples are lists.
 
         Raises:
-            ValueError: naming the first entry that is of another kind.
+            ValueError: at the first entry of another kind; names it.
         """
-        entries = {**data, "arguments": [_argument(entry) for entry in _list(data, "arguments")]}
-        for name in ("ties", "frozen", "transient"):
-            entries[name] = [tuple(x) if isinstance(x, list) else x for x in _list(data, name)]
-        for name, size in (("ties", 2), ("frozen", None), ("transient", None)):
-            for entry in entries[name]:
-                if not (isinstance(entry, str) if size is None else _names(entry, size)):
-                    raise ValueError(f"interface.{name} has names; received {entry!r}")
-        _known(cls, entries, "interface")
-        interface = cls(**{name: tuple(value) for name, value in entries.items()})
+        _check_fields(cls, data, "interface")
+        interface = cls(
+            arguments=tuple(_argument(entry) for entry in _list(data, "arguments")),
+            ties=tuple(_tie(entry) for entry in _list(data, "ties")),
+            frozen=tuple(_name(entry, "frozen") for entry in _list(data, "frozen")),
+            transient=tuple(_name(entry, "transient") for entry in _list(data, "transient")),
+        )
         try:
             interface.signature("self")
         except ValueError as error:
-            raise ValueError(f"interface.arguments are those of a function of Python; {error}") from error
+            raise ValueError(f"interface.arguments are those of a Python function; {error}") from error
         return interface
 
 
-def _argument(data: Any) -> Argument:
+def _argument(data: object) -> Argument:
     where = "interface.arguments"
-    if not isinstance(data, Mapping) or not isinstance(data.get("name"), str):
+    if not isinstance(data, Mapping) or not isinstance(name := data.get("name"), str):
         raise ValueError(f"{where} has entries with a name; received {data!r}")
-    _known(Argument, data, where)
-    if data.get("kind", KINDS[1]) not in KINDS or not data["name"].isidentifier() or keyword.iskeyword(data["name"]):
-        raise ValueError(f"{where} has names and kinds of Python's; received {data['name']!r}, {data.get('kind')!r}")
-    pairs: dict[str, Any] = {}
-    for field in ("inputs", "fixed"):
-        pairs[field] = tuple(tuple(x) if isinstance(x, list) else x for x in _list(data, field))
-        for pair in pairs[field]:
-            plain = isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], Fixed)
-            if not plain or not isinstance(pair[0], str) or (field == "inputs" and not isinstance(pair[1], str)):
-                raise ValueError(f"{where} has pairs of a place and a value in {field}; received {pair!r}")
-    default = tuple(_list(data, "default"))
-    if len(default) > 1 or not all(isinstance(x, Fixed) for x in default):
-        raise ValueError(f"{where} has at most one plain value as a default; received {list(default)!r}")
-    return Argument(**{**data, **pairs, "default": default})
+    _check_fields(Argument, data, where)
+    kind = data.get("kind", KINDS[1])
+    if kind not in KINDS or not name.isidentifier() or keyword.iskeyword(name):
+        raise ValueError(f"{where} has names and kinds of Python's; received {name!r}, {kind!r}")
+    default: tuple[()] | tuple[Fixed]
+    match _list(data, "default"):
+        case []:
+            default = ()
+        case [bool() | int() | float() | str() | None as value]:
+            default = (value,)
+        case values:
+            raise ValueError(f"{where} has at most one plain value as a default; received {values!r}")
+    inputs = tuple(_input(entry) for entry in _list(data, "inputs"))
+    return Argument(name, kind, default, inputs, tuple(_fixed(entry) for entry in _list(data, "fixed")))
 
 
-def _known(cls: type[Any], data: Mapping[str, Any], where: str) -> None:
-    if strange := data.keys() - {field.name for field in fields(cls)}:
-        raise ValueError(f"{where} has no field {', '.join(map(repr, sorted(strange)))}")
+def _input(entry: object) -> tuple[str, str]:
+    match entry:
+        case [str() as place, str() as node]:
+            return place, node
+    raise ValueError(f"interface.arguments has pairs of a place and a node in inputs; received {entry!r}")
 
 
-def _list(data: Mapping[str, Any], name: str) -> list[Any]:
+def _fixed(entry: object) -> tuple[str, Fixed]:
+    match entry:
+        case [str() as place, bool() | int() | float() | str() | None as value]:
+            return place, value
+    raise ValueError(f"interface.arguments has pairs of a place and a plain value in fixed; received {entry!r}")
+
+
+def _tie(entry: object) -> tuple[str, str]:
+    match entry:
+        case [str() as second, str() as first]:
+            return second, first
+    raise ValueError(f"interface.ties has pairs of names; received {entry!r}")
+
+
+def _name(entry: object, field: str) -> str:
+    if isinstance(entry, str):
+        return entry
+    raise ValueError(f"interface.{field} has names; received {entry!r}")
+
+
+def _check_fields(cls: type[Argument] | type[Interface], data: Mapping[str, object], where: str) -> None:
+    if unknown := data.keys() - {field.name for field in fields(cls)}:
+        raise ValueError(f"{where} has no field {', '.join(map(repr, sorted(unknown)))}")
+
+
+def _list(data: Mapping[str, object], name: str) -> list[object]:
     value = data.get(name, [])
     if not isinstance(value, (list, tuple)):
         raise ValueError(f"interface: {name} is a list; received {value!r}")
     return list(value)
-
-
-def _names(entry: Any, size: int) -> bool:
-    return isinstance(entry, tuple) and len(entry) == size and all(isinstance(x, str) for x in entry)

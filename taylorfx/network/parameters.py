@@ -1,23 +1,36 @@
-"""The parameters of a network: fresh ones, what fits, and which are trained."""
+"""The parameters of a network: drawing them, checking that they fit, and telling which of them are trained."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from taylorfx.network.spec import Spec, SpecError
-from taylorfx.tree import Params, flatten, unflatten
+from taylorfx.tree import Params, Tree, flatten, unflatten
 
 __all__ = ["check", "init", "partition"]
 
 
 def init(
     spec: Spec, generator: torch.Generator, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> dict[str, Any]:
-    """Fresh parameters, distributed as torch initializes its layers; shared ones are drawn once."""
+) -> Tree:
+    """New parameters, drawn as torch initializes its layers; parameters that several nodes share are drawn once.
+
+    >>> from taylorfx import layers as L, serial
+    >>> spec = serial(L.Input((3,)), fc=L.Linear(3, 2))
+    >>> {path: tuple(leaf.shape) for path, leaf in flatten(init(spec, torch.Generator().manual_seed(0))).items()}
+    {'fc.weight': (2, 3), 'fc.bias': (2,)}
+
+    Args:
+        generator: draws the parameters, on its own device.
+        dtype: of all floating-point parameters and buffers.
+        device: where the parameters are put.
+
+    Raises:
+        SpecError: if a layer cannot be initialized; names the node.
+    """
     leaves: dict[str, Tensor] = {}
     for node in spec.nodes:
         try:
@@ -36,7 +49,7 @@ def check(params: Params, spec: Spec) -> None:
     """Refuse parameters that do not fit the network.
 
     Raises:
-        SpecError: listing every parameter that is missing, unknown, misshapen or no tensor.
+        SpecError: if parameters are missing, unknown, of another shape, or no tensors; lists all of them.
     """
     if not isinstance(params, Mapping) or not isinstance(spec, Spec):
         raise SpecError(
@@ -57,8 +70,16 @@ def check(params: Params, spec: Spec) -> None:
         raise SpecError("Parameters have to fit the network; received:\n  " + "\n  ".join(errors))
 
 
-def partition(params: Params, spec: Spec) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Separate what is trained from what is not (running statistics, frozen parameters); `combine` joins them again."""
+def partition(params: Params, spec: Spec) -> tuple[Tree, Tree]:
+    """The parameters that are trained, and those that are not: running statistics and frozen parameters.
+
+    `taylorfx.tree.combine` joins the two again.
+
+    >>> from taylorfx import layers as L, serial
+    >>> spec = serial(L.Input((2, 4, 4)), bn=L.BatchNorm2d(2))
+    >>> [list(flatten(part)) for part in partition(init(spec, torch.Generator()), spec)]
+    [['bn.weight', 'bn.bias'], ['bn.running_mean', 'bn.running_var', 'bn.num_batches_tracked']]
+    """
     buffers = {*(spec.interface.frozen if spec.interface else ())}
     buffers |= {node.path(leaf) for node in spec.nodes for leaf in node.layer.buffers}
     leaves = flatten(params)

@@ -157,7 +157,7 @@ def test_layers_that_say_the_same_are_equal(one: str, other: str) -> None:
         ("ConvTranspose1d(4, 6, 3, 2, 1, 2)", "smaller than stride or dilation"),
         ("AvgPool2d(3, 1, 2)", "half of the window"),
         ("MaxPool1d(None)", "takes a whole number for kernel_size"),
-        ("Attention(6, 2, 4)", "key heads divide"),
+        ("Attention(6, 2, 4)", "multiple of the number of key heads"),
         ("Slice(1, 3, 3)", "start < stop"),
         ("Upsample(0)", "at least 1"),
         ("Dropout(1.5)", "probability"),

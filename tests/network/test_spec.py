@@ -74,7 +74,7 @@ def test_inline_feeds_a_network_from_named_nodes():
     nodes = inline(attention, "cross", ("x", "memory", "memory"))
     assert nodes[-1].name == "cross.out_proj"
     assert nodes[1].inputs == ("memory",)
-    with pytest.raises(tfx.SpecError, match="has one output and takes the 1 inputs"):
+    with pytest.raises(tfx.SpecError, match="needs 1 inputs and one output"):
         inline(attention, "cross", ("x",))
 
 
