@@ -29,7 +29,7 @@ T = TypeVar("T")
 def total(value: T | Callable[[], T], group: ProcessGroup | None = None) -> T:
     """The sum of what every process holds, the same on all of them: of `Statistics`, `Means`, `LeastSquares`.
 
-    Values are added in the order of the ranks, in which rows (``measure(..., rows=True)``) then stand, too. Each process
+    Values are added in the order of the ranks, so that rows (``measure(..., rows=True)``) stand in it. Each process
     receives the values of all, which takes as many times the memory for a moment. Where ``torch.distributed`` is not
     initialized there is one process, and its value is the sum.
 
