@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -18,8 +17,12 @@ from taylorfx.network.spec import Spec
 __all__ = ["bind", "dotted", "example_of", "interface_of", "off_path", "read_interface"]
 
 
-def dotted(path: Sequence[Any]) -> str:
-    """The place of a leaf in a tree: ``hidden_states.0``."""
+def dotted(path: Sequence[pytree.KeyEntry]) -> str:
+    """The place of a leaf in a tree: ``hidden_states.0``.
+
+    >>> [dotted(path) for path, _ in pytree.tree_flatten_with_path({"hidden_states": (1, 2), "loss": 3})[0]]
+    ['hidden_states.0', 'hidden_states.1', 'loss']
+    """
     names = ("key", "idx", "name")  # of an entry of a dict, a sequence, a dataclass
     return ".".join(str(next(getattr(key, name) for name in names if hasattr(key, name))) for key in path)
 
@@ -49,26 +52,27 @@ def read_interface(module: nn.Module, program: ExportedProgram, inputs: Mapping[
         elif item.kind is InputKind.BUFFER and not item.persistent and item.target in spec.shapes:
             transient.append(str(item.target))
     args, kwargs = pytree.tree_unflatten(leaves, program.call_spec.in_spec)
-    own = inspect.signature(module.forward)
-    bound = own.bind(*args, **kwargs)
+    signature = inspect.signature(module.forward)
+    bound = signature.bind(*args, **kwargs)
     bound.apply_defaults()
-    arguments = tuple(_argument(own.parameters[name], value) for name, value in bound.arguments.items())
+    arguments = tuple(_argument(signature.parameters[name], value) for name, value in bound.arguments.items())
     trained = dict(module.named_parameters(remove_duplicate=False))
     frozen = tuple(path for path in spec.shapes if path in trained and not trained[path].requires_grad)
     return Interface(arguments, tuple(_ties(module, spec)), frozen, tuple(transient))
 
 
-def _argument(own: inspect.Parameter, value: Any) -> Argument:
+def _argument(parameter: inspect.Parameter, value: object) -> Argument:
+    """An argument of ``forward`` as it was captured: which of its leaves are inputs, and what the others are."""
     leaves = [(dotted(path), leaf) for path, leaf in pytree.tree_flatten_with_path(value)[0]]
     inputs = tuple((place, leaf.name) for place, leaf in leaves if isinstance(leaf, _Input))
     fixed = tuple((place, _plain(leaf)) for place, leaf in leaves if not isinstance(leaf, _Input))
-    default: tuple[()] | tuple[Fixed] = () if own.default is own.empty else (_plain(own.default),)
+    default: tuple[()] | tuple[Fixed] = () if parameter.default is parameter.empty else (_plain(parameter.default),)
     if default and len(fixed) == 1 and not fixed[0][0]:
         default = (fixed[0][1],)
-    return Argument(own.name, own.kind.name, default, inputs, fixed)
+    return Argument(parameter.name, parameter.kind.name, default, inputs, fixed)
 
 
-def _plain(value: Any) -> Fixed:
+def _plain(value: object) -> Fixed:
     return value if isinstance(value, Fixed) else str(value)
 
 
@@ -85,7 +89,8 @@ def _ties(module: nn.Module, spec: Spec) -> Iterator[tuple[str, str]]:
                 yield name, first
 
 
-def _seconds(named: Iterator[tuple[str, Any]], spec: Spec) -> Iterator[tuple[str, str]]:
+def _seconds(named: Iterator[tuple[str, object]], spec: Spec) -> Iterator[tuple[str, str]]:
+    """Pairs of a second name and the first one, of everything that has several names."""
     groups: dict[int, list[str]] = {}
     for name, value in named:
         groups.setdefault(id(value), []).append(name)
@@ -100,7 +105,7 @@ def _dots(path: str) -> Iterator[int]:
     return (k for k, letter in enumerate(path) if letter == ".")
 
 
-def off_path(module: nn.Module, paths: Mapping[str, Any]) -> list[str]:
+def off_path(module: nn.Module, paths: Container[str]) -> list[str]:
     """The parameters of a module that are not in a network, under none of their names."""
     named = list(module.named_parameters(remove_duplicate=False))
     captured = {id(parameter) for name, parameter in named if name in paths}
@@ -119,7 +124,7 @@ def interface_of(spec: Spec) -> Interface:
     return replace(interface, arguments=Interface.of(names).arguments)
 
 
-def bind(interface: Interface, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+def bind(interface: Interface, args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict[str, Tensor]:
     """The tensors of a call by the names of the Input nodes.
 
     Raises:
@@ -127,17 +132,18 @@ def bind(interface: Interface, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     """
     errors: list[str] = []
     values = _sort(interface, args, kwargs, errors)
-    found: dict[str, Tensor] = {}
+    inputs: dict[str, Tensor] = {}
     for x in interface.arguments:
         if x.name not in values:
             errors += [f"{_where(x, place)}: missing; it was captured as a tensor" for place, _ in x.inputs]
             continue
         leaves, fixed = _leaves(values[x.name]), dict(x.fixed)
         for place, node in x.inputs:
-            if place in leaves and isinstance(leaves[place], Tensor):
-                found[node] = leaves.pop(place)
+            kind = type(leaves[place]).__name__ if place in leaves else "none"
+            leaf = leaves.pop(place, None)
+            if isinstance(leaf, Tensor):
+                inputs[node] = leaf
             else:
-                kind = type(leaves.pop(place)).__name__ if place in leaves else "none"
                 errors.append(f"{_where(x, place)}: it was captured as a tensor; received {kind}")
         for place, leaf in leaves.items():
             if place not in fixed:
@@ -151,13 +157,15 @@ def bind(interface: Interface, args: tuple[Any, ...], kwargs: Mapping[str, Any])
             + "\n  ".join(errors)
             + "\nLeave it out, or capture the module with it: from_torch(module, example_inputs, example_kwargs=...)."
         )
-    return found
+    return inputs
 
 
-def _sort(interface: Interface, args: tuple[Any, ...], kwargs: Mapping[str, Any], errors: list[str]) -> dict[str, Any]:
-    """What a call gives, by argument, as Python's own calls do it."""
-    values: dict[str, Any] = {}
-    rest: Sequence[Any] = args
+def _sort(
+    interface: Interface, args: tuple[object, ...], kwargs: Mapping[str, object], errors: list[str]
+) -> dict[str, object]:
+    """The values of a call by argument, as Python itself sorts them."""
+    values: dict[str, object] = {}
+    rest = args
     for x in interface.arguments:
         if x.kind == "VAR_POSITIONAL":
             values[x.name], rest = tuple(rest), ()
@@ -166,7 +174,7 @@ def _sort(interface: Interface, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     errors += [f"argument {len(args) - len(rest) + k}: there is no such argument" for k in range(len(rest))]
     by_name = {x.name for x in interface.arguments if x.kind in ("POSITIONAL_OR_KEYWORD", "KEYWORD_ONLY")}
     others = [x.name for x in interface.arguments if x.kind == "VAR_KEYWORD"]
-    extra: dict[str, Any] = {}
+    extra: dict[str, object] = {}
     for name, value in kwargs.items():
         if name not in by_name:
             extra[name] = value
@@ -181,9 +189,9 @@ def _sort(interface: Interface, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     return values
 
 
-def _leaves(value: Any) -> dict[str, Any]:
+def _leaves(value: object) -> dict[str, object]:
     """The values of an argument by place."""
-    if isinstance(value, (Tensor, bool, int, float, str)) or value is None:  # as a compiler follows it
+    if isinstance(value, (Tensor, bool, int, float, str)) or value is None:  # a compiler follows no pytree
         return {"": value}
     return {dotted(path): leaf for path, leaf in pytree.tree_flatten_with_path(value)[0]}
 
@@ -194,23 +202,23 @@ def _where(argument: Argument, place: str) -> str:
     return f"{argument.name}.{place}" if place else argument.name
 
 
-def _said(value: Any) -> str:
+def _said(value: object) -> str:
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(_plain(value))
 
 
-def example_of(interface: Interface, inputs: Mapping[str, Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def example_of(interface: Interface, inputs: Mapping[str, Tensor]) -> tuple[tuple[object, ...], dict[str, object]]:
     """The arguments and keywords of a module's own call that hand it these tensors: the inverse of `bind`."""
-    args: list[Any] = []
-    kwargs: dict[str, Any] = {}
+    args: list[object] = []
+    kwargs: dict[str, object] = {}
     by_position = True
     by_name = all(x.kind in ("POSITIONAL_OR_KEYWORD", "KEYWORD_ONLY", "VAR_KEYWORD") for x in interface.arguments)
     for x in interface.arguments:
         places = {**dict(x.fixed), **{place: inputs[node] for place, node in x.inputs}}
         value = _nested(places)
         if x.kind == "VAR_POSITIONAL":
-            args += value or []
+            args += value if isinstance(value, list) else []
         elif x.kind == "VAR_KEYWORD":
-            kwargs |= value or {}
+            kwargs |= value if isinstance(value, dict) else {}
         elif by_name and not x.inputs and x.default == tuple(places.values()):
             by_position = False  # left out
         elif by_position and x.kind != "KEYWORD_ONLY":
@@ -220,13 +228,17 @@ def example_of(interface: Interface, inputs: Mapping[str, Tensor]) -> tuple[tupl
     return tuple(args), kwargs
 
 
-def _nested(places: Mapping[str, Any]) -> Any:
-    """A value from its places: a list where they are numbers, a dict where they are names."""
+def _nested(places: Mapping[str, object]) -> object:
+    """A value from its places: a list where they are numbers, a dict where they are names.
+
+    >>> _nested({"mask.0": 1, "mask.1": 2, "scale": 3})
+    {'mask': [1, 2], 'scale': 3}
+    """
     if not places:
         return None
     if "" in places:
         return places[""]
-    parts: dict[str, dict[str, Any]] = {}
+    parts: dict[str, dict[str, object]] = {}
     for place, leaf in places.items():
         key, _, below = place.partition(".")
         parts.setdefault(key, {})[below] = leaf

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,8 @@ from torch.testing import assert_close
 
 from taylorfx.internals import pytree
 from taylorfx.interop.calls import bind, dotted, example_of, interface_of, off_path
-from taylorfx.layers import Embedding, Input
+from taylorfx.layers import Embedding, Input, Layer
+from taylorfx.network.interface import Interface
 from taylorfx.network.run import apply
 from taylorfx.network.spec import Spec
 from taylorfx.tree import Params, flatten
@@ -31,25 +32,25 @@ def resized(
     params: Params,
     spec: Spec,
     like: M,
-    example_inputs: Any,
-    example_kwargs: Mapping[str, Any] | None,
+    example_inputs: object,
+    example_kwargs: Mapping[str, object] | None,
     unchanged: Sequence[str],
 ) -> M:
     """A copy of the module with these parameters, proven equal to the spec on the example."""
     module = copy.deepcopy(like)
     leaves = flatten(params)
-    own: dict[str, Tensor] = {
+    tensors: dict[str, Tensor] = {
         **dict(module.named_parameters(remove_duplicate=False)),
         **dict(module.named_buffers(remove_duplicate=False)),
     }
-    strange = [path for path in leaves if path not in own and not path.startswith("constants.")]
+    strange = [path for path in leaves if path not in tensors and not path.startswith("constants.")]
     if strange:
         raise LikeError(
             f"The parameters are the module's own, by name; {type(like).__name__} has no {', '.join(strange)}. "
             "Give the module that was captured."
         )
-    _refuse_left_over(module, leaves, own, unchanged)
-    changed = {id(own[path]): leaf.detach().clone() for path, leaf in leaves.items() if path in own}
+    _refuse_left_over(module, leaves, tensors, unchanged)
+    changed = {id(tensors[path]): leaf.detach().clone() for path, leaf in leaves.items() if path in tensors}
     for part in module.modules():
         for table in (part._parameters, part._buffers):
             for tensor in table.values():
@@ -64,16 +65,16 @@ def resized(
 
 
 def _refuse_left_over(
-    module: nn.Module, leaves: Mapping[str, Tensor], own: Mapping[str, Tensor], unchanged: Sequence[str]
+    module: nn.Module, leaves: Mapping[str, Tensor], tensors: Mapping[str, Tensor], unchanged: Sequence[str]
 ) -> None:
     """Refuse to leave parameters outside the network at their old sizes, unless nothing else changes its size."""
-    names = [*own, *(name for name, _ in module.named_modules(remove_duplicate=False) if name)]
+    names = [*tensors, *(name for name, _ in module.named_modules(remove_duplicate=False) if name)]
     if unknown := [name for name in unchanged if name not in names]:
         raise LikeError(
             f"Unchanged are parameters and submodules of {type(module).__name__}, by name; it has no "
             f"{', '.join(map(repr, unknown))}."
         )
-    if all(leaf.shape == own[path].shape for path, leaf in leaves.items() if path in own):
+    if all(leaf.shape == tensors[path].shape for path, leaf in leaves.items() if path in tensors):
         return
     left = [x for x in off_path(module, leaves) if not any(f"{x}.".startswith(f"{name}.") for name in unchanged)]
     if left:
@@ -85,58 +86,74 @@ def _refuse_left_over(
         )
 
 
-def _set_fields(part: nn.Module, layer: Any) -> None:
-    """The sizes that a layer and its module both write down."""
+def _set_fields(part: nn.Module, layer: Layer) -> None:
+    """Write the sizes of a layer into the attributes of its module that have the same names."""
     for name in layer.fields():
         old, new = getattr(part, name, None), getattr(layer, name)
         if isinstance(old, (int, tuple)) and old != new and not isinstance(old, bool):
             setattr(part, name, new if isinstance(old, tuple) or not isinstance(new, tuple) else new[0])
 
 
-def _compare(module: nn.Module, params: Params, spec: Spec, inputs: Any, kwargs: Mapping[str, Any] | None) -> None:
+def _compare(
+    module: nn.Module, params: Params, spec: Spec, inputs: object, kwargs: Mapping[str, object] | None
+) -> None:
+    """Refuse a module that does not compute what the network does."""
+    kind, (args, named) = type(module).__name__, _call(params, spec, inputs, kwargs)
     interface = interface_of(spec)
-    if inputs is None and not kwargs:
-        args, named = example_of(interface, _random(params, spec))
-    else:
-        args = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs or ())
-        named = dict(kwargs or {})
     try:
-        given = bind(interface, args, named)
+        tensors = bind(interface, args, named)
     except TypeError as error:
-        raise LikeError(f"The example is a call of {type(module).__name__} as it was captured. {error}") from error
-    own = inspect.signature(module.forward)
-    supplied, plain = own.bind(*args, **named).arguments, ("POSITIONAL_OR_KEYWORD", "KEYWORD_ONLY")
-    for x in interface.arguments:  # what the network holds as a value, where that is not the module's default
-        if x.name not in supplied and x.default and x.kind in plain and x.default[0] != own.parameters[x.name].default:
-            named[x.name] = x.default[0]
+        raise LikeError(f"The example is a call of {kind} as it was captured. {error}") from error
+    _fill(named, interface, inspect.signature(module.forward), args)
     modes = {part: part.training for part in module.modules()}
     with torch.no_grad():
-        expected = apply(params, spec, given)
+        expected = apply(params, spec, tensors)
         try:
-            found = module.eval()(*args, **named)
+            outputs = module.eval()(*args, **named)
         except Exception as error:  # whatever the module's own code raises
             raise LikeError(
-                f"The forward of {type(module).__name__} does not run with smaller layers: {error}. It has their old "
-                "sizes written down; to_torch without `like` gives a module that has not."
+                f"The forward of {kind} does not run with smaller layers: {error}. It has their old sizes written "
+                "down; to_torch without `like` gives a module that has not."
             ) from error
     for part, mode in modes.items():
         part.training = mode
-    leaves: list[tuple[Any, Tensor]] = [
-        (dotted(path), x) for path, x in pytree.tree_flatten_with_path(found)[0] if isinstance(x, Tensor)
-    ]
-    if spec.keys:  # what else a module gives out (a cache, where the network was captured without) is left alone
-        leaves = [(key, x) for key, x in leaves if key in expected]
-    else:
+    leaves = {dotted(path): x for path, x in pytree.tree_flatten_with_path(outputs)[0] if isinstance(x, Tensor)}
+    if not spec.keys:  # outputs in their order
         expected = dict(enumerate(expected if isinstance(expected, tuple) else (expected,)))
-        leaves = list(enumerate(x for _, x in leaves))
+        results: dict[str | int, Tensor] = dict(enumerate(leaves.values()))
+    else:  # another output of the module (a cache, where the network was captured without one) is left alone
+        results = {key: x for key, x in leaves.items() if key in expected}
     largest = max((float(x.abs().max()) for x in expected.values() if x.numel()), default=0.0)
     try:
-        assert_close(dict(leaves), expected, rtol=1e-4, atol=1e-4 * largest)
+        assert_close(results, expected, rtol=1e-4, atol=1e-4 * largest)
     except AssertionError as error:
         raise LikeError(
-            f"The forward of {type(module).__name__} computes something else with smaller layers: {error} It has their "
-            "old sizes written down; to_torch without `like` gives a module that has not."
+            f"The forward of {kind} computes something else with smaller layers: {error} It has their old sizes "
+            "written down; to_torch without `like` gives a module that has not."
         ) from error
+
+
+def _call(
+    params: Params, spec: Spec, inputs: object, kwargs: Mapping[str, object] | None
+) -> tuple[tuple[object, ...], dict[str, object]]:
+    """The call to compare on: the example, or random numbers without one."""
+    if inputs is None and not kwargs:
+        return example_of(interface_of(spec), _random(params, spec))
+    if isinstance(inputs, Tensor):
+        return (inputs,), dict(kwargs or {})
+    return tuple(inputs) if isinstance(inputs, Iterable) else (), dict(kwargs or {})
+
+
+def _fill(
+    named: dict[str, object], interface: Interface, signature: inspect.Signature, args: tuple[object, ...]
+) -> None:
+    """Add what the network was captured with as a value, where that is not the module's default."""
+    supplied = signature.bind(*args, **named).arguments
+    for x in interface.arguments:
+        if x.name in supplied or not x.default or x.kind not in ("POSITIONAL_OR_KEYWORD", "KEYWORD_ONLY"):
+            continue
+        if x.default[0] != signature.parameters[x.name].default:
+            named[x.name] = x.default[0]
 
 
 def _random(params: Params, spec: Spec) -> dict[str, Tensor]:

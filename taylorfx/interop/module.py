@@ -31,9 +31,9 @@ class SpecModule(nn.Module):
     """
 
     def __new__(cls, params: Params | None = None, spec: Spec | None = None) -> SpecModule:
-        # A signature is a class's own: torch.export, compilers and trainers read it from the function.
-        own: Any = cls  # which mypy takes for no key of a cache
-        return super().__new__(cls if spec is None else _called(own, interface_of(spec)))
+        # Each interface has a class: torch.export, compilers and trainers read the signature from the class's forward.
+        kind: Any = cls  # which mypy does not take for hashable
+        return super().__new__(cls if spec is None else _called(kind, interface_of(spec)))
 
     def __init__(self, params: Params, spec: Spec) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class SpecModule(nn.Module):
         self._buffer_paths = tuple(path for path in leaves if path in buffers)
         _tie(self, interface, leaves)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         base = next(cls for cls in type(self).__mro__ if "_interface_of_class" not in vars(cls))
         return _blank, (base, self._interface), self.__dict__
 
@@ -62,19 +62,19 @@ class SpecModule(nn.Module):
         """The parameters and buffers as they are now, as a tree."""
         return unflatten((path, getattr(*_owner(self, path))) for path in self._paths)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The network's outputs.
+    def forward(self, *args: object, **kwargs: object) -> Any:
+        """The network's outputs: a tensor, a tuple of tensors, or a dict of them.
 
         Raises:
             TypeError: naming every argument that was not captured.
             ShapeError: if the inputs do not fit.
         """
-        given = bind(self._interface, args, kwargs)
+        inputs = bind(self._interface, args, kwargs)
         if not self.training:
-            return apply(self.tree(), self.spec, given)
-        device = next((x.device for x in given.values()), torch.device("cpu"))
+            return apply(self.tree(), self.spec, inputs)
+        device = next((x.device for x in inputs.values()), torch.device("cpu"))
         generator = None if torch.compiler.is_compiling() else _generator(device)
-        outputs, new = train(self.tree(), self.spec, given, generator=generator)
+        outputs, new = train(self.tree(), self.spec, inputs, generator=generator)
         moved = flatten(new)
         with torch.no_grad():
             for path in self._buffer_paths:
@@ -90,8 +90,8 @@ def to_torch(
     spec: Spec,
     *,
     like: M,
-    example_inputs: Any = None,
-    example_kwargs: Mapping[str, Any] | None = None,
+    example_inputs: object = None,
+    example_kwargs: Mapping[str, object] | None = None,
     unchanged: Sequence[str] = (),
 ) -> M: ...
 
@@ -105,8 +105,8 @@ def to_torch(
     spec: Spec,
     *,
     like: nn.Module | None = None,
-    example_inputs: Any = None,
-    example_kwargs: Mapping[str, Any] | None = None,
+    example_inputs: object = None,
+    example_kwargs: Mapping[str, object] | None = None,
     unchanged: Sequence[str] = (),
 ) -> nn.Module:
     """A module that computes what the spec computes; its ``state_dict`` has the parameters' paths as names.
@@ -135,16 +135,16 @@ def to_torch(
 
 
 @lru_cache(maxsize=256)
-def _called(cls: Any, interface: Interface) -> type[SpecModule]:
+def _called(cls: type[SpecModule], interface: Interface) -> type[SpecModule]:
     """The same class with a ``forward`` of these arguments."""
 
-    def forward(self: SpecModule, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: SpecModule, *args: object, **kwargs: object) -> object:
         return cls.forward(self, *args, **kwargs)
 
-    forward.__doc__, forward.__signature__ = cls.forward.__doc__, interface.signature("self")  # type: ignore[attr-defined]
+    vars(forward)["__signature__"], forward.__doc__ = interface.signature("self"), cls.forward.__doc__
     names = ("__module__", "__qualname__", "__doc__")
-    own = {"forward": forward, "_interface_of_class": interface, **{name: getattr(cls, name) for name in names}}
-    return type(cls.__name__, (cls,), own)
+    members = {"forward": forward, "_interface_of_class": interface, **{name: getattr(cls, name) for name in names}}
+    return type(cls.__name__, (cls,), members)
 
 
 def _generator(device: torch.device) -> torch.Generator:
@@ -153,8 +153,8 @@ def _generator(device: torch.device) -> torch.Generator:
         return torch.default_generator
     backend: Any = torch.get_device_module(device)
     generators = backend.default_generators
-    found: torch.Generator = generators[backend.current_device() if device.index is None else device.index]
-    return found
+    generator: torch.Generator = generators[backend.current_device() if device.index is None else device.index]
+    return generator
 
 
 def _blank(cls: Any, interface: Interface) -> SpecModule:
@@ -171,11 +171,12 @@ def _tie(module: SpecModule, interface: Interface, leaves: Mapping[str, Tensor])
             continue
         owner, name = _owner(module, second, create=True)
         if first in leaves:
-            home, own = _owner(module, first)
-            if own in home._parameters:
-                owner.register_parameter(name, home._parameters[own])
+            home, leaf = _owner(module, first)
+            if leaf in home._parameters:
+                owner.register_parameter(name, home._parameters[leaf])
             else:
-                owner.register_buffer(name, getattr(home, own), persistent=own not in home._non_persistent_buffers_set)
+                saved = leaf not in home._non_persistent_buffers_set
+                owner.register_buffer(name, getattr(home, leaf), persistent=saved)
         else:
             owner.add_module(name, known[first])
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from scipy.stats import rankdata
 
@@ -31,15 +31,15 @@ def plot_fidelity(fidelity: Fidelity, *, title: str = "") -> Figure:
     names = sorted(fidelity.spearman, key=lambda name: -_number(fidelity.spearman[name].value))
     wide = 4
     rows = -(-len(names) // wide)
-    figure = _figure(figsize=(12, 0.32 * len(names) + 1.5 + 2.6 * rows))
+    figure = _figure((12, 0.32 * len(names) + 1.5 + 2.6 * rows))
     grid = figure.add_gridspec(1 + rows, wide, height_ratios=[0.32 * len(names) + 1.5, *[2.6] * rows])
     bars = _bare(figure.add_subplot(grid[0, :]))
     for kind, color, shift in (("spearman", BLUE, -0.18), ("kendall", ORANGE, 0.18)):
-        found: list[Interval] = [getattr(fidelity, kind)[name] for name in names]
+        intervals: list[Interval] = [getattr(fidelity, kind)[name] for name in names]
         height = [k + shift for k in range(len(names))]
-        values = [_number(x.value) for x in found]
-        ends = [[max(0.0, _number(v - x.low)) for v, x in zip(values, found, strict=True)],
-                [max(0.0, _number(x.high - v)) for v, x in zip(values, found, strict=True)]]  # fmt: skip
+        values = [_number(x.value) for x in intervals]
+        ends = [[max(0.0, _number(v - x.low)) for v, x in zip(values, intervals, strict=True)],
+                [max(0.0, _number(x.high - v)) for v, x in zip(values, intervals, strict=True)]]  # fmt: skip
         bars.barh(height, values, 0.34, color=color, label=kind.capitalize(), xerr=ends, ecolor=SOFT)
     if not math.isnan(fidelity.ceiling):
         bars.axvline(fidelity.ceiling, color=INK, linewidth=1, linestyle=":", label="noise ceiling (Spearman)")
@@ -77,13 +77,15 @@ def plot_frontier(
     Raises:
         ImportError: without matplotlib.
     """
-    figure = _figure(figsize=(8, 5))
+    figure = _figure((8, 5))
     axes = _bare(figure.add_subplot())
     for name, points in lines.items():
         ordered = sorted(points, key=lambda point: point[0])
         costs = [cost for cost, _ in ordered]
-        (line,) = axes.plot(costs, [found.value for _, found in ordered], "-o", linewidth=2, markersize=4, label=name)
-        low, high = ([found[k] for _, found in ordered] for k in (1, 2))
+        (line,) = axes.plot(
+            costs, [interval.value for _, interval in ordered], "-o", linewidth=2, markersize=4, label=name
+        )
+        low, high = ([interval[k] for _, interval in ordered] for k in (1, 2))
         axes.fill_between(costs, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     if whole is not None:
         axes.axhline(whole, color=SOFT, linewidth=1, linestyle=":", label="unpruned")
@@ -95,12 +97,12 @@ def plot_frontier(
     return figure
 
 
-def _figure(**options: Any) -> Figure:
+def _figure(figsize: tuple[float, float]) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("Plots are drawn with matplotlib, which is not installed; pip install matplotlib.") from error
-    return Figure(dpi=160, layout="constrained", **options)
+    return Figure(dpi=160, layout="constrained", figsize=figsize)
 
 
 def _bare(axes: Axes) -> Axes:

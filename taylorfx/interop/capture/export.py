@@ -13,10 +13,11 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from enum import Enum
-from typing import Any
+from functools import partial
+from typing import Any, Protocol, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +33,14 @@ from taylorfx.tree import Params
 
 __all__ = ["from_torch"]
 
+T = TypeVar("T")
+
+Example = tuple[tuple[object, ...], dict[str, object]]
+"""The arguments of a call, by position and by name."""
+
 
 def from_torch(
-    module: nn.Module, example_inputs: Any, *, example_kwargs: Mapping[str, Any] | None = None
+    module: nn.Module, example_inputs: object, *, example_kwargs: Mapping[str, object] | None = None
 ) -> tuple[Params, Spec]:
     """Capture a module in inference mode as parameters and a spec; the module itself is left as it was.
 
@@ -59,25 +65,25 @@ def from_torch(
     """
     if not isinstance(module, nn.Module):
         raise CaptureError(f"from_torch captures a torch.nn.Module; received {type(module).__name__}.")
-    args, kwargs = _arguments(example_inputs, example_kwargs)
-    _refuse(module, args, kwargs)
+    example = _arguments(example_inputs, example_kwargs)
+    _refuse(module, example)
     original = twin(module)
-    _leave_cache(original, kwargs)
-    network = _opened(original, (args, kwargs), module)
+    _leave_cache(original, example[1])
+    network = _opened(original, example, module)
     if unused := off_path(module, network[1].shapes):
         warnings.warn(
             f"{type(module).__name__} does not use all of its parameters in inference; no part of the network, nor of "
-            f"what to_torch gives back without `like`: {', '.join(unused)}.",
+            f"what to_torch returns without `like`: {', '.join(unused)}.",
             stacklevel=2,
         )
     return network
 
 
-def _opened(twin: nn.Module, example: Any, module: nn.Module) -> tuple[Params, Spec]:
-    """Capture with as much left open as can be."""
+def _opened(twin: nn.Module, example: Example, module: nn.Module) -> tuple[Params, Spec]:
+    """Capture with as many sizes left open as possible."""
     # An example of one would be taken for a constant: two of it say the same.
     several = _each_tensor(lambda x: x.repeat(2, *[1] * (x.ndim - 1)) if len(x) == 1 else x, example)
-    with contextlib.suppress(Exception):  # which the next try meets again, or which comes of the open sizes
+    with contextlib.suppress(Exception):  # the next try raises it again, unless the open sizes were its cause
         return _network(twin, several, _Open.SIZES, module)
     try:
         return _network(twin, several, _Open.EXAMPLES, module)
@@ -97,22 +103,34 @@ def _opened(twin: nn.Module, example: Any, module: nn.Module) -> tuple[Params, S
         return network
 
 
-def _separates(twin: nn.Module, several: Any) -> bool:
-    """The module gives a batch what it gives its examples one by one."""
+def _separates(twin: nn.Module, several: Example) -> bool:
+    """The module computes for a batch what it computes for its examples one by one."""
 
-    def run(example: Any) -> list[Tensor]:
+    def run(example: Example) -> list[Tensor]:
         args, kwargs = example
-        return [x for x in pytree.tree_leaves(twin(*args, **kwargs)) if isinstance(x, Tensor)]
+        return _tensors(twin(*args, **kwargs))
 
-    count = len(next(x for x in pytree.tree_leaves(several) if isinstance(x, Tensor)))
+    count = len(_tensors(several)[0])
     try:
         with torch.no_grad(), _quiet():
             whole = run(several)
-            parts = [run(_each_tensor(lambda x, k=k: x[k : k + 1], several)) for k in range(count)]
+            parts = [run(_each_tensor(partial(_only, k), several)) for k in range(count)]
             joined = [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
         return all(torch.allclose(a, b, 1e-4, 1e-5) for a, b in zip(whole, joined, strict=True))
     except Exception:  # whatever the module's own code raises for fewer examples
         return False
+
+
+def _only(k: int, x: Tensor) -> Tensor:
+    """The k-th example, as a batch of one."""
+    return x[k : k + 1]
+
+
+class _Norm(Protocol):
+    """A norm with running statistics."""
+
+    running_mean: Tensor
+    momentum: float | None
 
 
 class _Open(Enum):
@@ -123,41 +141,41 @@ class _Open(Enum):
     NOTHING = "nothing"
 
 
-def _arguments(inputs: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments; a dict of inputs names them, and views are laid out for themselves."""
-    positional: Any = inputs
+def _arguments(inputs: object, kwargs: Mapping[str, object] | None) -> Example:
+    """Positional and keyword arguments; a dict of inputs names them. Views become tensors with memory of their own."""
+    positional: tuple[object, ...] = ()
+    named = dict(kwargs or {})
     if isinstance(inputs, Tensor):
         positional = (inputs,)
     elif isinstance(inputs, Mapping):
-        positional, kwargs = (), {**inputs, **(kwargs or {})}
-    elif not isinstance(inputs, Sequence) or isinstance(inputs, str):
+        named = {**inputs, **named}
+    elif isinstance(inputs, Sequence) and not isinstance(inputs, str):
+        positional = tuple(inputs)
+    else:
         raise CaptureError(
             "Example inputs are a tensor, a tuple of the positional arguments or a dict of arguments by name; "
             f"received {type(inputs).__name__}."
         )
-    found: tuple[tuple[Any, ...], dict[str, Any]] = _each_tensor(
-        lambda x: x.contiguous() if x.layout is torch.strided else x, (tuple(positional), dict(kwargs or {}))
-    )
-    return found
+    return _each_tensor(lambda x: x.contiguous() if x.layout is torch.strided else x, (positional, named))
 
 
-def _leave_cache(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
-    """Have models of ``transformers`` give out no cache, unless the call asks for one: it is no tensor."""
+def _leave_cache(module: nn.Module, kwargs: Mapping[str, object]) -> None:
+    """Have models of ``transformers`` return no cache, unless the call asks for one: it is no tensor."""
     for part in module.modules() if "use_cache" not in kwargs else ():
         config = vars(part).get("config")
-        if getattr(config, "use_cache", False):
-            config.use_cache = False  # type: ignore[union-attr]
+        if config is not None and getattr(config, "use_cache", False):
+            config.use_cache = False
 
 
-def _network(twin: nn.Module, example: Any, opened: _Open, module: nn.Module) -> tuple[Params, Spec]:
+def _network(twin: nn.Module, example: Example, opened: _Open, module: nn.Module) -> tuple[Params, Spec]:
     """Capture the twin of a module, in inference and in training."""
     names = {id(leaf): path for path, leaf in twin.named_buffers()}
-    tracked: dict[str, Any] = {names[id(part.running_mean)]: part for part in twin.modules() if _cumulative(part)}
+    tracked = {names[id(part.running_mean)]: part for part in twin.modules() if _cumulative(part)}
     program = _export(twin.eval(), example, opened)
     said = ""
     try:
         for part in tracked.values():
-            part.momentum = 0.1  # what it is, a batch number, is no constant
+            part.momentum = 0.1  # any constant: the average's own factor changes from batch to batch
         align(program, _export(twin.train(), example, opened))
     except Difference as difference:
         said = f"{difference}"
@@ -173,25 +191,30 @@ def _network(twin: nn.Module, example: Any, opened: _Open, module: nn.Module) ->
     network = Reader(program, alone=opened is _Open.NOTHING, cumulative=frozenset(tracked)).read(module)
     if said:
         warnings.warn(
-            f"{type(module).__name__} does something else in training than in inference, at {said}: its copy trains "
-            "there as it infers.",
+            f"{type(module).__name__} does something else in training than in inference, at {said}: there, the "
+            "captured network does in training what it does in inference.",
             stacklevel=4,
         )
     return network
 
 
-def _cumulative(part: nn.Module) -> bool:
+def _cumulative(part: nn.Module) -> TypeGuard[_Norm]:
     """A norm whose running statistics are averages over all batches."""
     return getattr(part, "running_mean", None) is not None and getattr(part, "momentum", 0.1) is None
 
 
-def _each_tensor(function: Any, tree: Any) -> Any:
-    return pytree.tree_map(lambda x: function(x) if isinstance(x, Tensor) else x, tree)
+def _each_tensor(function: Callable[[Tensor], Tensor], tree: T) -> T:
+    changed: T = pytree.tree_map(lambda x: function(x) if isinstance(x, Tensor) else x, tree)
+    return changed
 
 
-def _refuse(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _tensors(tree: object) -> list[Tensor]:
+    return [x for x in pytree.tree_leaves(tree) if isinstance(x, Tensor)]
+
+
+def _refuse(module: nn.Module, example: Example) -> None:
     """Refuse what could be captured wrongly or not at all, all of it at once."""
-    leaves = pytree.tree_flatten_with_path((args, kwargs))[0]
+    leaves = pytree.tree_flatten_with_path(example)[0]
     inputs = {f"input {dotted(path[1:])}": x for path, x in leaves if isinstance(x, Tensor)}
     if not inputs:
         raise CaptureError("from_torch runs the module on an example; received no tensor. Pass example inputs.")
@@ -225,13 +248,12 @@ def _refuse(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         raise CaptureError(f"from_torch cannot take {type(module).__name__}:\n  " + "\n  ".join(errors))
 
 
-def _export(module: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]], opened: _Open) -> ExportedProgram:
+def _export(module: nn.Module, example: Example, opened: _Open) -> ExportedProgram:
     """The module as a graph."""
     shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
-    for tensor in pytree.tree_leaves(example):
-        if isinstance(tensor, Tensor) and opened is not _Open.NOTHING:
-            axes = range(tensor.ndim) if opened is _Open.SIZES else range(1)
-            shapes[tensor] = {k: Dim.AUTO if k else Dim.DYNAMIC for k in axes}
+    for tensor in _tensors(example) if opened is not _Open.NOTHING else ():
+        axes = range(tensor.ndim) if opened is _Open.SIZES else range(1)
+        shapes[tensor] = {k: Dim.AUTO if k else Dim.DYNAMIC for k in axes}
     with torch.no_grad(), _quiet(), Plain():
         return torch.export.export(module, *example, dynamic_shapes=shapes, strict=False)
 
@@ -250,7 +272,7 @@ def _quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
-def _causes(module: nn.Module, example: tuple[Any, ...], error: Exception) -> str:
+def _causes(module: nn.Module, example: Example, error: Exception) -> str:
     """Why a module cannot be captured: every cause with its line, as far as torch finds them."""
     lines: list[str] = []
     try:
@@ -260,8 +282,10 @@ def _causes(module: nn.Module, example: tuple[Any, ...], error: Exception) -> st
         for failure in report.failures:
             frames = [*failure.data.get("stack", ()), *failure.data.get("user_stack", ())]
             places = [(files[f["filename"]], f["line"], f.get("loc", "")) for f in frames]
-            own = [f"{file}:{line}: {code}" for file, line, code in places if "/torch/" not in file]
-            lines.append(f"{failure.failure_type.name.lower().replace('_', ' ')} at {own[-1] if own else 'unknown'}")
+            users = [f"{file}:{line}: {code}" for file, line, code in places if "/torch/" not in file]
+            lines.append(
+                f"{failure.failure_type.name.lower().replace('_', ' ')} at {users[-1] if users else 'unknown'}"
+            )
     except Exception:  # the first cause is known already
         lines.clear()
     if not lines:

@@ -6,17 +6,16 @@ import operator
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
-from typing import Any
 
 import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
+from torch.export.graph_signature import ArgumentSpec, InputKind, OutputKind, TensorArgument
 
 from taylorfx.internals import pytree
 from taylorfx.interop.calls import dotted, read_interface
-from taylorfx.interop.capture.arguments import Unmapped
+from taylorfx.interop.capture.arguments import Unmapped, called_with, tensor_node
 from taylorfx.interop.capture.convert import RULES, Convert
 from taylorfx.interop.capture.operators import CONVERTERS
 from taylorfx.interop.capture.sizes import Sizes
@@ -43,18 +42,18 @@ class Reader:
         self.program = program
         self.convert = Convert(alone=alone, cumulative=cumulative)
         self.placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
-        given = [self.placeholders[name] for name in program.graph_signature.user_inputs if isinstance(name, str)]
-        self.given = [node for node in given if isinstance(node.meta.get("val"), Tensor)]
+        inputs = [self.placeholders[name] for name in program.graph_signature.user_inputs if isinstance(name, str)]
+        self.inputs = [node for node in inputs if isinstance(node.meta.get("val"), Tensor)]
         """The tensors that the module takes; numbers and None are in the graph."""
-        self.sizes = Sizes(program, self.given)
+        self.sizes = Sizes(program, self.inputs)
 
     def read(self, module: nn.Module) -> tuple[Params, Spec]:
         """The parameters and the network.
 
         Raises:
-            CaptureError: if a node cannot be followed or has no derivative, or what is given out is no tensor.
+            CaptureError: if a node cannot be followed or has no derivative, or an output is no tensor.
         """
-        self._inputs()
+        self._read_inputs()
         for node in self.program.graph.nodes:
             if node.op == "call_function":
                 try:
@@ -78,23 +77,23 @@ class Reader:
         return unflatten(leaves), self._sized(spec)
 
     def _sized(self, spec: Spec) -> Spec:
-        """The inputs say which sizes they take."""
-        names = {self.convert.names[node.name]: node.name for node in self.given}
+        """The network, whose inputs say which sizes they take."""
+        names = {self.convert.names[node.name]: node.name for node in self.inputs}
 
-        def shapes(given: Mapping[str, Shape]) -> dict[str, Shape]:
-            at = spec.at(*(given[names[node.name]] for node in spec.inputs))
+        def shapes(inputs: Mapping[str, Shape]) -> dict[str, Shape]:
+            at = spec.at(*(inputs[names[node.name]] for node in spec.inputs))
             bounds = propagate(at, Ties(labeled=False))
             return {key: bounds[name].shape for key, name in self.convert.names.items() if name in bounds}
 
         ranges = self.sizes.ranges(shapes)
         return spec.declared({node.name: {"ranges": ranges[names[node.name]]} for node in spec.inputs})
 
-    def _inputs(self) -> None:
-        state: dict[str, Any] = {**self.program.state_dict, **self.program.constants}
+    def _read_inputs(self) -> None:
+        state: dict[str, Tensor] = {**self.program.state_dict, **self.program.constants}
         for item in self.program.graph_signature.input_specs:
             node = self.placeholders[getattr(item.arg, "name", "")]
             if item.kind is InputKind.USER_INPUT:
-                if node in self.given:
+                if node in self.inputs:
                     self.convert.user_input(node)
             elif item.kind is InputKind.CONSTANT_TENSOR and item.target is not None:
                 self.convert.constant(node, state[item.target], item.target)
@@ -102,43 +101,48 @@ class Reader:
                 self.convert.parameter(node, state[item.target], item.target)
 
     def _call(self, node: fx.Node) -> None:
-        target: Any = node.target
         before = len(self.convert.nodes)
-        if target is operator.getitem:
+        if node.target is operator.getitem:
             self.convert.getitem(node)
         elif not isinstance(node.meta.get("val"), (Tensor, tuple, list)):
             return  # arithmetic on sizes: read from the shapes of the tensors that use it
         elif not self.convert.folded(node):
-            space, name = str(target).split(".")[:2]
-            own = RULES.get(f"{space}::{name}") or (CONVERTERS.get(name) if space in ("aten", "taylorfx") else None)
+            space, name = str(node.target).split(".")[:2]
+            rule = RULES.get(f"{space}::{name}") or (CONVERTERS.get(name) if space in ("aten", "taylorfx") else None)
             try:
-                (own or Convert.generic)(self.convert, node)
+                (rule or Convert.generic)(self.convert, node)
             except Unmapped:
                 self.convert.captured(node)
-        if any(operator_of(made.layer) for made in self.convert.nodes[before:]):
-            _refuse_rigid(node.args[0] if target is operator.getitem else node)
+        if any(operator_of(new.layer) for new in self.convert.nodes[before:]):
+            _refuse_rigid(tensor_node(node.args[0]) if node.target is operator.getitem else node)
 
-    def _outputs(self) -> dict[Any, str]:
-        """The nodes that are given out, by name if the module names them, otherwise by number."""
+    def _outputs(self) -> dict[str | int, str]:
+        """The nodes of the outputs, by name if the module names them, otherwise by number."""
         items = self.program.graph_signature.output_specs
-        values = [_given_out(item.arg) for item in items if item.kind is OutputKind.USER_OUTPUT]
+        values = [_output(item.arg) for item in items if item.kind is OutputKind.USER_OUTPUT]
         tree = pytree.tree_unflatten(values, self.program.call_spec.out_spec)
         leaves = [(path, x) for path, x in pytree.tree_flatten_with_path(tree)[0] if x is not None]
         if not leaves:
-            raise CaptureError("A captured module gives out at least one tensor; this one gives out none.")
+            raise CaptureError("A captured module returns at least one tensor; this one returns none.")
         named = isinstance(tree, Mapping) or is_dataclass(tree)
-        found = {dotted(path) if named else k: self.convert.names.get(x) for k, (path, x) in enumerate(leaves)}
-        kinds = {key: "a parameter" if isinstance(x, str) else x for key, (_, x) in zip(found, leaves, strict=True)}
-        if strange := [f"output {key} is {kinds[key]}" for key, name in found.items() if name is None]:
+        outputs: dict[str | int, str] = {}
+        strange: list[str] = []
+        for k, (path, x) in enumerate(leaves):
+            key = dotted(path) if named else k
+            if x in self.convert.names:
+                outputs[key] = self.convert.names[x]
+            else:
+                strange.append(f"output {key} is {'a parameter' if isinstance(x, str) else x}")
+        if strange:
             raise CaptureError(
-                "A captured module gives out tensors that it computes, or None, which is left out; "
+                "A captured module returns tensors that it computes, or None, which is left out; "
                 f"{', '.join(strange)}. Have its forward leave it out."
             )
-        return {key: name for key, name in found.items() if name is not None}
+        return outputs
 
 
-def _given_out(argument: Any) -> Any:
-    """The name of a tensor that is given out, nothing for None, and what is no tensor as it is."""
+def _output(argument: ArgumentSpec) -> str | _Number | None:
+    """The name of a tensor, None as it is, and anything else as a `_Number`."""
     if isinstance(argument, TensorArgument):
         return argument.name
     value = getattr(argument, "value", argument)
@@ -147,49 +151,53 @@ def _given_out(argument: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Number:
-    """What a module gives out besides tensors."""
+    """An output that is no tensor."""
 
-    value: Any
+    value: object
 
     def __str__(self) -> str:
         return f"{self.value!r}, a {type(self.value).__name__}"
 
 
-def _refuse_rigid(node: Any) -> None:
-    """Refuse an operator that floating-point numbers pass through without a derivative."""
+def _refuse_rigid(node: fx.Node) -> None:
+    """Refuse an operator that floating-point numbers pass through without a derivative.
+
+    The operator is run on tensors without memory, of two examples, and asked for gradients.
+    """
     target, values = node.target, node.meta["val"]
+    assert callable(target)
     if not any(isinstance(x, Tensor) and x.is_floating_point() for x in pytree.tree_leaves(values)):
         return
     if str(target).startswith(_BY_STRIDES):
         raise CaptureError(
-            f"{node.format_node()} looks at memory by its strides, which a network does not fix; index or unfold "
-            "instead."
+            f"Operators see values, not memory: {node.format_node()} reads memory by strides, which a network does not "
+            "fix. Index or unfold instead."
         )
 
-    def number(size: Any) -> Any:  # of two examples: with symbols, torch would take notes of what is asked
-        if not isinstance(size, torch.SymInt):
+    def number(size: int | torch.SymInt) -> int:  # with symbols, torch would record guards about them
+        if isinstance(size, int):
             return size
         return int(size.node.expr.xreplace(dict.fromkeys(size.node.expr.free_symbols, sympy.Integer(2))))
 
-    def differentiated(x: fx.Node) -> Any:
-        value = x.meta.get("val")
+    def differentiated(x: fx.Node) -> object:
+        value: object = x.meta.get("val")
         if not isinstance(value, Tensor):
-            return number(value)
+            return number(value) if isinstance(value, torch.SymInt) else value
         leaf = torch.empty([number(n) for n in value.shape], dtype=value.dtype, device="meta")
         return leaf.requires_grad_() if leaf.is_floating_point() or leaf.is_complex() else leaf
 
-    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), differentiated)
+    args, kwargs = called_with(node, differentiated)
     try:
         with torch.enable_grad():
-            found = [x for x in pytree.tree_leaves(target(*args, **kwargs)) if isinstance(x, Tensor)]
-            whole = [x.sum() for x in found if x.requires_grad and x.is_floating_point()]
-            if whole and node.target.namespace not in OWN:  # others say it only when it is asked for
-                torch.stack(whole).sum().backward()  # type: ignore[no-untyped-call]
+            results = [x for x in pytree.tree_leaves(target(*args, **kwargs)) if isinstance(x, Tensor)]
+            sums = [x.sum() for x in results if x.requires_grad and x.is_floating_point()]
+            if sums and str(target).split(".")[0] not in OWN:  # others fail only when a gradient is asked for
+                torch.autograd.backward(sums)
     except Exception as error:
         if "derivative" in str(error) or "autograd" in str(error):
             raise CaptureError(
                 f"Floating-point numbers pass through operators that have derivatives; {target} has none "
-                f"({node.format_node()}). Give it a rule, taylorfx.rule, or write it with other operators."
+                f"({node.format_node()}). Give it a rule, taylorfx.interop.rule, or write it with other operators."
             ) from error
 
 
@@ -211,12 +219,12 @@ def _warn_of_randomness(module: nn.Module, spec: Spec) -> None:
 
 def _reachable(nodes: Sequence[Node], outputs: Sequence[str]) -> set[str]:
     """The nodes that the outputs depend on."""
-    heard = {node.name: node.inputs for node in nodes}
-    found: set[str] = set()
+    inputs = {node.name: node.inputs for node in nodes}
+    reached: set[str] = set()
     waiting = list(outputs)
     while waiting:
         name = waiting.pop()
-        if name not in found:
-            found.add(name)
-            waiting += heard[name]
-    return found
+        if name not in reached:
+            reached.add(name)
+            waiting += inputs[name]
+    return reached

@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.node import Argument
 from torch.overrides import TorchFunctionMode
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.printers import PythonPrinter
@@ -32,6 +34,9 @@ __all__ = ["Plain", "Range", "Sizes"]
 
 Range = tuple[int, int | None, int]
 """The sizes of an axis: the least, the greatest (none: no bound), and the step between them."""
+
+Shapes = Callable[[Mapping[str, Shape]], Mapping[str, Shape]]
+"""The shapes that a network gives the values of a graph, for inputs of these shapes."""
 
 _OPERATIONS = 10
 """The longest size that is followed, in operations."""
@@ -47,7 +52,13 @@ class Plain(TorchFunctionMode):
         OverflowError: within the export.
     """
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        function: Callable[..., object],
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         result = function(*args, **(kwargs or {}))
         for n in result.shape if isinstance(result, Tensor) else ():
             if isinstance(n, torch.SymInt) and n.node.expr.count_ops() > _OPERATIONS:
@@ -62,13 +73,15 @@ class Sizes:
         values = [node.meta["val"] for node in inputs]
         self.axes = {node.name: [_expression(n) for n in node.meta["val"].shape[1:]] for node in inputs}
         self.examples = {s for x in values for s in _symbols(x.shape[:1])}
-        self.shapes: dict[str, tuple[Any, ...]] = {}
+        self.shapes: dict[str, tuple[sympy.Expr, ...]] = {}
         """For every value of the graph, its shape in symbols."""
-        self.fixed: set[Any] = set()
+        self.fixed: set[sympy.Symbol] = set()
         """Symbols that an argument holds the number of."""
-        self.numbers: dict[Any, Any] = {}
-        self.env: Any = next((n.node.shape_env for x in values for n in x.shape if isinstance(n, torch.SymInt)), None)
-        if self.env is not None:
+        self.numbers: dict[sympy.Symbol, sympy.Integer] = {}
+        envs = (n.node.shape_env for x in values for n in x.shape if isinstance(n, torch.SymInt))
+        env = next(envs, None)
+        self.env = ShapeEnv() if env is None else env
+        if env is not None:
             known = getattr(self.env, "backed_var_to_val", None) or self.env.var_to_val
             self.numbers = {s: sympy.Integer(int(n)) for s, n in known.items() if s not in self.examples}
             self._settle(program)
@@ -84,58 +97,62 @@ class Sizes:
                 node.args, node.kwargs = fx.map_arg((node.args, dict(node.kwargs)), self._argument)
         for node in nodes:
             if "val" in node.meta:
-                node.meta["val"] = self._number(node.meta["val"])
+                node.meta["val"] = self._settled(node.meta["val"])
 
-    def _argument(self, node: fx.Node) -> Any:
-        found = node.meta.get("val")
-        if not isinstance(found, _SYMBOLIC):
+    def _argument(self, node: fx.Node) -> Argument:
+        """The number in the place of a size, whose symbols are then fixed."""
+        size = node.meta.get("val")
+        if not isinstance(size, _SYMBOLIC):
             return node
-        self.fixed |= _symbols([found]) - self.examples
-        number = self._number(found)
+        self.fixed |= _symbols([size]) - self.examples
+        number = self._number(size)
         return node if isinstance(number, _SYMBOLIC) else number
 
-    def _number(self, value: Any) -> Any:
-        if self._is_number(value):
-            expression = _expression(value).xreplace(self.numbers)
-            if expression.free_symbols:
-                return self.env.create_symintnode(expression, hint=value.node.hint)
-            return value.node.pytype(expression)
-        if isinstance(value, Tensor) and any(map(self._is_number, value.shape)):
-            return value.new_empty([self._number(n) for n in value.shape])
-        return type(value)(map(self._number, value)) if isinstance(value, (list, tuple)) else value
+    def _settled(self, value: object) -> object:
+        """A value of the graph with the example's numbers for symbols; tuples and lists entry by entry."""
+        if isinstance(value, _SYMBOLIC):
+            return self._number(value)
+        if isinstance(value, Tensor):
+            shape = list(value.shape)
+            sizes = [self._number(n) if isinstance(n, torch.SymInt) else n for n in shape]
+            return value if all(map(operator.is_, sizes, shape)) else value.new_empty(sizes)
+        return type(value)(map(self._settled, value)) if isinstance(value, (list, tuple)) else value
 
-    def _is_number(self, value: Any) -> bool:
-        """A size that is no plain number yet, and that more than the number of examples makes."""
-        if not isinstance(value, _SYMBOLIC):
-            return False
-        found = _symbols([value])
-        return not found or not found <= self.examples
+    def _number(self, size: _Symbolic) -> _Symbolic | int | float | bool:
+        """A size in numbers, unless it is written with the symbol of the number of examples alone: ``4 * s0``."""
+        symbols = _symbols([size])
+        if symbols and symbols <= self.examples:
+            return size
+        expression = _expression(size).xreplace(self.numbers)
+        if expression.free_symbols:
+            return self.env.create_symintnode(expression, hint=size.node.hint)
+        number: int | float | bool = size.node.pytype(expression)
+        return number
 
-    def ranges(self, shapes: Callable[[Mapping[str, Shape]], Mapping[str, Shape]]) -> dict[str, tuple[Range, ...]]:
+    def ranges(self, shapes: Shapes) -> dict[str, tuple[Range, ...]]:
         """The sizes that every axis of every input takes, but for axis 0.
 
         Args:
             shapes: the shapes that the network gives the graph's values, for inputs of these shapes.
         """
         axes = list(itertools.chain(*self.axes.values()))
-        single = {
-            x for x in axes if x in self.numbers and axes.count(x) == 1
-        }  # others are equal, or parts of each other
+        # An axis whose symbol stands in no other; others are equal, or parts of each other.
+        single = {x for x in axes if x in self.numbers and axes.count(x) == 1}
         single -= self.fixed | {s for x in axes if x not in self.numbers for s in _symbols([x])}
         guards = [guard.expr.xreplace(self.env.replacements) for guard in self.env.guards] if single else []
         free = {s: self._range(s, [g for g in guards if g.free_symbols == {s}]) for s in single}
         for guard in guards:
             if not self._proven(guard, free):
-                free = {s: found for s, found in free.items() if s not in guard.free_symbols}
+                free = {s: sizes for s, sizes in free.items() if s not in guard.free_symbols}
         for chosen in ({s} for s in tuple(free)):
             if not self._fits(shapes, chosen, free):
-                free = {s: found for s, found in free.items() if s not in chosen}
+                free = {s: sizes for s, sizes in free.items() if s not in chosen}
         if not self._fits(shapes, set(free), free):
             free = {}
         held = {x: (n, n, 1) for x in axes for n in [int(x.xreplace(self.numbers))]}
-        return {name: tuple({**held, **free}[x] for x in own) for name, own in self.axes.items()}
+        return {name: tuple({**held, **free}[x] for x in expressions) for name, expressions in self.axes.items()}
 
-    def _range(self, symbol: Any, guards: Sequence[Any]) -> Range:
+    def _range(self, symbol: sympy.Symbol, guards: Sequence[sympy.Basic]) -> Range:
         """All sizes around the example's, in equal steps, of which the guards say what they say of the example's."""
         bounds, here = self.env.var_to_range[symbol], int(self.numbers[symbol])
         source = " and ".join(f"({PythonPrinter().doprint(guard)})" for guard in guards) or "True"
@@ -154,7 +171,7 @@ class Sizes:
             beyond = False
         return here - down * step, None if beyond else here + up * step, step
 
-    def _proven(self, guard: Any, free: Mapping[Any, Range]) -> bool:
+    def _proven(self, guard: sympy.Basic, free: Mapping[sympy.Symbol, Range]) -> bool:
         """A guard on several sizes says the same at all that they may be."""
         several = guard.free_symbols & free.keys()
         if not several or (guard.free_symbols == several and len(several) == 1):
@@ -162,10 +179,10 @@ class Sizes:
         ranges = {s: ValueRanges(a, int_oo if b is None else b) for s, (a, b, _) in free.items()}
         ranges |= {s: ValueRanges(n, n) for s, n in self.numbers.items() if s not in free}
         ranges |= {s: self.env.var_to_range[s] for s in self.examples}
-        found = bound_sympy(guard, ranges)
-        return bool(found.is_singleton() and found.lower == sympy.true)
+        truth = bound_sympy(guard, ranges)
+        return bool(truth.is_singleton() and truth.lower == sympy.true)
 
-    def _fits(self, shapes: Any, chosen: set[Any], free: Mapping[Any, Range]) -> bool:
+    def _fits(self, shapes: Shapes, chosen: set[sympy.Symbol], free: Mapping[sympy.Symbol, Range]) -> bool:
         """At other sizes, the network's shapes are the graph's."""
         if not chosen:
             return True
@@ -178,21 +195,22 @@ class Sizes:
             sizes |= dict.fromkeys(self.examples, sympy.Integer(1))
             wanted = {name: tuple(int(n.xreplace(sizes)) for n in shape) for name, shape in self.shapes.items()}
             try:
-                found = shapes({name: wanted[name][1:] for name in self.axes})
+                inferred = shapes({name: wanted[name][1:] for name in self.axes})
             except ValueError:
                 return False
-            if any(found.get(name, shape) != shape for name, shape in wanted.items()):
+            if any(inferred.get(name, shape) != shape for name, shape in wanted.items()):
                 return False
         return True
 
 
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+_Symbolic = torch.SymInt | torch.SymFloat | torch.SymBool
 
 
-def _expression(value: Any) -> Any:
+def _expression(value: object) -> sympy.Expr:
     """A size in sympy."""
     return value.node.expr if isinstance(value, _SYMBOLIC) else sympy.sympify(value)
 
 
-def _symbols(values: Iterable[Any]) -> set[Any]:
+def _symbols(values: Iterable[object]) -> set[sympy.Symbol]:
     return {s for value in values for s in _expression(value).free_symbols}

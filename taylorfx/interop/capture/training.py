@@ -1,14 +1,14 @@
 """What training does beyond inference: a module is captured in inference, and compared with itself in training.
 
 Both graphs are walked side by side. What training alone does has to be one of a few things, which are then written into
-the graph of inference as operators of our own (they pass their input on, and `run_decompositions` leaves them alone):
+the graph of inference as operators of taylorfx (they return their input, and `run_decompositions` leaves them alone):
 
     x -> dropout(x)                     torch's dropouts, over positions, maps or whole examples
     x -> x * bernoulli((N, 1, 1)) / p   stochastic depth
     attention(..., dropout_p)           dropout of attention weights, a number of the operator
     W -> W / sigma(W)                   spectral norm, whose power iteration moves its vectors
 
-Everything else is named to the caller: the copy of the module then trains there as it infers.
+Everything else is named to the caller: there, the captured network does in training what it does in inference.
 """
 
 from __future__ import annotations
@@ -18,19 +18,23 @@ import itertools
 from collections import deque
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, InputSpec
+from torch.fx.node import Argument
 from torch.nn.utils import parametrizations
 from torch.nn.utils.spectral_norm import SpectralNorm
+
+from taylorfx.interop.capture.arguments import tensor_node
 
 __all__ = ["Difference", "align", "twin"]
 
 
 class Difference(Exception):
-    """What the module does in training, and its copy does not."""
+    """A place where training does what cannot be captured; the message names it."""
 
 
 # Operators that say in a graph of inference what training does. They survive every decomposition.
@@ -70,15 +74,14 @@ _TRAINS: Mapping[str, tuple[int, ...]] = {
 """Arguments in which an operator may differ in training: a flag, a momentum, a probability of dropout."""
 
 
-def _parametrized(norm: Any, weight: Tensor) -> Tensor:
+def _parametrized(norm: parametrizations._SpectralNorm, weight: Tensor) -> Tensor:
     """Torch's spectral norm, a parametrization, as one operator."""
-    found: Tensor = torch.ops.taylorfx.spectral_norm(
-        weight, norm._u, norm._v, norm.dim, norm.n_power_iterations, norm.eps, True
-    )
-    return found
+    steps = norm.n_power_iterations
+    value: Tensor = torch.ops.taylorfx.spectral_norm(weight, norm._u, norm._v, norm.dim, steps, norm.eps, True)
+    return value
 
 
-def _hooked(norm: Any, module: nn.Module, inputs: Any) -> None:
+def _hooked(norm: SpectralNorm, module: nn.Module, inputs: tuple[object, ...]) -> None:
     """Torch's older spectral norm, a hook before the module runs, as one operator."""
     weight, u, v = (getattr(module, f"{norm.name}_{part}") for part in ("orig", "u", "v"))
     value = torch.ops.taylorfx.spectral_norm(weight, u, v, norm.dim, norm.n_power_iterations, norm.eps, False)
@@ -87,7 +90,7 @@ def _hooked(norm: Any, module: nn.Module, inputs: Any) -> None:
 
 def twin(module: nn.Module) -> nn.Module:
     """A copy of the module that shares its tensors, in which spectral norms are operators."""
-    shared: dict[int, Any] = {id(t): t for t in (*module.parameters(), *module.buffers())}
+    shared = {id(t): t for t in (*module.parameters(), *module.buffers())}
     for part in module.modules():  # tensors that were computed, as older weight norms keep them
         shared |= {id(x): x for x in vars(part).values() if isinstance(x, Tensor)}
     other = copy.deepcopy(module, shared)
@@ -113,19 +116,19 @@ def align(inference: ExportedProgram, training: ExportedProgram | None) -> None:
         for node in list(inference.graph.nodes):
             if _name(node) in _DROPOUTS and not node.args[2]:  # one that is never off is no matter of training
                 alone, alpha = _DROPOUTS[_name(node)]
-                _insert(inference.graph, node, node.args[0], (node.args[1], alone, alpha))
+                _insert(inference.graph, node, tensor_node(node.args[0]), (node.args[1], alone, alpha))
                 inference.graph.erase_node(node)
 
 
-def _insert(graph: fx.Graph, node: fx.Node, x: fx.Node, arguments: tuple[Any, ...]) -> fx.Node:
+def _insert(graph: fx.Graph, node: fx.Node, x: fx.Node, arguments: tuple[Argument, ...]) -> fx.Node:
     """Our dropout of ``x`` in the place of a node, which may have written on ``x`` itself."""
     with graph.inserting_after(node):
         ours = graph.call_function(torch.ops.taylorfx.dropout.default, (x, *arguments))
     ours.meta = dict(node.meta)
     node.replace_all_uses_with(ours)
     if _name(node).endswith("_"):
-        behind = set(graph.nodes) - set(itertools.takewhile(lambda n: n is not ours, graph.nodes)) - {ours}
-        x.replace_all_uses_with(ours, delete_user_cb=behind.__contains__)
+        later = set(graph.nodes) - set(itertools.takewhile(lambda n: n is not ours, graph.nodes)) - {ours}
+        x.replace_all_uses_with(ours, delete_user_cb=later.__contains__)
     return ours
 
 
@@ -133,21 +136,31 @@ _IDENTITIES = ("alias", "clone", "contiguous", "detach", "detach_", "lift_fresh_
 """Operators that give their input."""
 
 
+class _Noise(NamedTuple):
+    """Noise of training, ``bernoulli(shape) / keep``."""
+
+    keep: Argument
+    """The probability to keep a position."""
+    shape: tuple[Argument, ...]
+    divided: bool
+    """It is divided by ``keep`` already."""
+
+
 class _Pair:
     """Walks the two graphs; ``seen`` says which value of inference stands for one of training."""
 
     def __init__(self, inference: ExportedProgram, training: ExportedProgram) -> None:
         self.inference, self.training = inference, training
-        self.seen: dict[Any, fx.Node] = {}
-        self.noise: dict[Any, tuple[float, tuple[Any, ...], bool]] = {}
-        """Noise of training, ``bernoulli(shape) / keep``: the probability to keep, the shape, and if it is divided."""
-        self.noisy: dict[Any, fx.Node] = {}
+        self.seen: dict[fx.Node, fx.Node] = {}
+        self.noise: dict[fx.Node, _Noise] = {}
+        self.noisy: dict[fx.Node, fx.Node] = {}
         """Values that training multiplies by noise, and what stands for them in inference."""
         self.waiting = deque(filter(_computes, inference.graph.nodes))
         """The steps of inference that have not been met in training."""
-        self.roots: dict[Any, Any] = {}
-        """What stands behind a value that only copies it."""
-        self.counters: set[Any] = set()
+        self.roots: dict[fx.Node, fx.Node] = {}
+        """For a value that only copies another one, that one."""
+        self.counters: set[fx.Node] = set()
+        """Numbers of batches, counted up."""
 
     def walk(self) -> None:
         places = {_home(item): node for item, node in _inputs(self.inference)}
@@ -174,7 +187,7 @@ class _Pair:
                 return True
             if _name(other) not in _IDENTITIES:
                 return False
-            self.roots[other] = other.args[0]
+            self.roots[other] = tensor_node(other.args[0])
         return False
 
     def _same(self, node: fx.Node, other: fx.Node) -> bool:
@@ -189,7 +202,8 @@ class _Pair:
             other.args, other.kwargs = (*two[:4], one[4], two[5]), {"scale": two[6], "enable_gqa": two[7]}
         return name not in ("batch_norm", "instance_norm") or bool(one[5])
 
-    def _equal(self, one: Any, other: Any) -> bool:
+    def _equal(self, one: Argument, other: Argument) -> bool:
+        """An argument of training is one of inference: the same number, or values that stand for each other."""
         if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
             return len(one) == len(other) and all(map(self._equal, one, other))
         if isinstance(one, fx.Node) and isinstance(other, fx.Node):
@@ -200,57 +214,70 @@ class _Pair:
         return type(one) is type(other) and bool(one == other)
 
     def _follow(self, node: fx.Node, other: fx.Node) -> None:
-        """What training reads behind noise, inference reads behind the dropout that stands for it."""
+        """What training reads with noise, inference reads from the dropout that stands for it."""
         if any(x in self.noisy for x in node.all_input_nodes):
-            other.args = self._behind(node.args, other.args)
+            other.args = tuple(self._dropped(a, b) for a, b in zip(node.args, other.args, strict=True))
 
-    def _behind(self, one: Any, other: Any) -> Any:
-        if isinstance(one, (list, tuple)):
-            return type(other)([self._behind(a, b) for a, b in zip(one, other, strict=True)])
+    def _dropped(self, one: Argument, other: Argument) -> Argument:
+        if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+            return type(other)([self._dropped(a, b) for a, b in zip(one, other, strict=True)])
         return self.noisy.get(one, other) if isinstance(one, fx.Node) else other
 
-    def _root(self, node: Any) -> Any:
+    def _root(self, node: fx.Node | None) -> fx.Node | None:
         while node in self.roots:
             node = self.roots[node]
         return node
 
     def _passes(self, node: fx.Node) -> bool:
         """A copy of what inference does not copy."""
-        if _name(node) not in _IDENTITIES or node.args[0] not in self.seen:
+        x = _first(node)
+        if _name(node) not in _IDENTITIES or x not in self.seen:
             return False
-        self.seen[node] = self.seen[node.args[0]]
-        if node.args[0] in self.noisy:
-            self.noisy[node] = self.noisy[node.args[0]]
+        self.seen[node] = self.seen[x]
+        if x in self.noisy:
+            self.noisy[node] = self.noisy[x]
         return True
 
     def _counts(self, node: fx.Node) -> bool:
         """A batch norm counts its batches."""
-        x: Any = node.args[0] if node.args else None
-        if _name(node) != "add_" or not (x in self.counters or str(x.target).endswith("num_batches_tracked")):
+        x = _first(node)
+        if _name(node) != "add_" or x is None:
+            return False
+        if x not in self.counters and not str(x.target).endswith("num_batches_tracked"):
             return False
         self.counters.add(node)
         return True
 
     def _draws(self, node: fx.Node) -> bool:
         """A step of drawing noise."""
-        arguments: Any = node.args or (None,)
-        name, (x, *rest) = _name(node), arguments
+        name, x, rest = _name(node), _first(node), node.args[1:]
         if name in ("empty", "new_empty"):
-            self.noise[node] = 1.0, tuple(rest[0] if rest else x), False
-        elif x in self.noise and name in ("bernoulli_", "bernoulli") and rest:
-            self.noise[node] = rest[0], self.noise[x][1], False
-        elif x in self.noise and name in ("div_", "div") and rest == [self.noise[x][0]] and not self.noise[x][2]:
-            self.noise[node] = *self.noise[x][:2], True
+            shape = rest[0] if rest else node.args[0]
+            if not isinstance(shape, (list, tuple)):
+                return False
+            self.noise[node] = _Noise(1.0, tuple(shape), False)
+            return True
+        if x not in self.noise or not rest:
+            return False
+        noise = self.noise[x]
+        if name in ("bernoulli_", "bernoulli"):
+            self.noise[node] = _Noise(rest[0], noise.shape, False)
+        elif name in ("div_", "div") and rest == (noise.keep,) and not noise.divided:
+            self.noise[node] = noise._replace(divided=True)
         else:
             return False
         return True
 
     def _multiplies(self, node: fx.Node) -> bool:
         """Values times noise that keeps whole examples, maps or positions."""
-        pair: Any = node.args[:2]
-        if _name(node) not in ("mul", "mul_") or len(pair) < 2 or pair[1] not in self.noise or pair[0] not in self.seen:
+        if _name(node) not in ("mul", "mul_") or len(node.args) < 2:
             return False
-        (keep, shape, divided), x = self.noise[pair[1]], self.noisy.get(pair[0], self.seen[pair[0]])
+        value, factor = node.args[:2]
+        if not isinstance(value, fx.Node) or not isinstance(factor, fx.Node):
+            return False
+        if value not in self.seen or factor not in self.noise:
+            return False
+        (keep, shape, divided), x = self.noise[factor], self.noisy.get(value, self.seen[value])
         sizes = x.meta["val"].shape
         if len(shape) != len(sizes) or not isinstance(keep, float) or not divided:
             return False
@@ -258,9 +285,9 @@ class _Pair:
         with (graph := self.inference.graph).inserting_after(x):
             ours = graph.call_function(torch.ops.taylorfx.dropout.default, (x, 1 - keep, alone, False))
         ours.meta = dict(x.meta)
-        self.seen[node], self.noisy[node] = self.seen[pair[0]], ours
+        self.seen[node], self.noisy[node] = self.seen[value], ours
         if _name(node) == "mul_":
-            self.noisy[pair[0]] = ours
+            self.noisy[value] = ours
         return True
 
 
@@ -273,17 +300,23 @@ def _name(node: fx.Node) -> str:
     return str(node.target).removeprefix("aten.").split(".")[0]
 
 
-def _inputs(program: ExportedProgram) -> list[tuple[Any, fx.Node]]:
+def _first(node: fx.Node) -> fx.Node | None:
+    """An operator's first argument, if it is a value of the graph."""
+    return node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+
+
+def _inputs(program: ExportedProgram) -> list[tuple[InputSpec, fx.Node]]:
+    """What the inputs of a graph are, with their nodes."""
     nodes = {node.name: node for node in program.graph.nodes}
     return [(item, nodes[item.arg.name]) for item in program.graph_signature.input_specs if item.arg.name in nodes]
 
 
-def _home(item: Any) -> tuple[Any, str]:
+def _home(item: InputSpec) -> tuple[InputKind, str]:
     """What an input of a graph is: one of the module's own tensors, or an argument."""
     return item.kind, item.target or item.arg.name
 
 
-def _filled(node: fx.Node) -> tuple[Any, ...]:
+def _filled(node: fx.Node) -> tuple[Argument, ...]:
     """All arguments of an operator in their order, the defaults filled in."""
     schema = getattr(node.target, "_schema", None)
     if schema is None:
