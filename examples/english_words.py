@@ -114,8 +114,9 @@ def draw(word: str, face: str, rng: np.random.Generator) -> Tensor:
     image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 1.5)))
     width = min(WIDTH, round(image.width * HEIGHT / image.height))
     pixels = np.asarray(image.resize((width, HEIGHT), Image.Resampling.BICUBIC), np.float32)
-    pixels = np.pad(pixels, ((0, 0), (0, WIDTH - width)), "edge") + rng.normal(0, rng.uniform(0, 25), (HEIGHT, WIDTH))
-    return torch.from_numpy(pixels.clip(0, 255) / 127.5 - 1).float()[None]
+    noise = rng.normal(0, rng.uniform(0, 25), (HEIGHT, WIDTH))
+    noisy = np.pad(pixels, ((0, 0), (0, WIDTH - width)), "edge") + noise
+    return torch.from_numpy(noisy.clip(0, 255) / 127.5 - 1).float()[None]
 
 
 def lesson(count: int, generator: torch.Generator, *, test: bool = False) -> Batch:

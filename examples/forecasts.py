@@ -59,10 +59,10 @@ def main() -> None:
         plot_fidelity(found).savefig(options.plot)
 
     for share in options.flops:
-        constraints = {"budget": tfx.Flops(share), "floor": 2}
-        plans = {name: tfx.select(values, coupling, **constraints) for name, values in scores.items()}
-        plans["jointly"] = tfx.joint(stats, coupling, **constraints)
-        plans["jointly, cautious"] = tfx.joint(stats, coupling, cautious=True, **constraints)
+        budget = tfx.Flops(share)
+        plans = {name: tfx.select(values, coupling, budget=budget, floor=2) for name, values in scores.items()}
+        plans["jointly"] = tfx.joint(stats, coupling, budget=budget, floor=2)
+        plans["jointly, cautious"] = tfx.joint(stats, coupling, cautious=True, budget=budget, floor=2)
         title = f"The loss rises at {share:.0%} of the FLOPs"
         table = Table("chosen by", "one by one", "jointly", "Hessian", "path", "in truth", title=title)
         for name, plan in plans.items():

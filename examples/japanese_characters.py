@@ -68,7 +68,7 @@ class Point(NamedTuple):
 
     maps: int
     widths: tuple[int, ...]
-    macs: int
+    macs: float
     accuracy: float
 
 
@@ -159,7 +159,7 @@ def main() -> None:
     )
 
     spec = network(options.classes, options.size, options.width)
-    params = tfx.init(spec, generator, device=device)
+    params: tfx.Params = tfx.init(spec, generator, device=device)
     params, _ = fit(
         params, at_rest(params, spec), spec, *train, epochs=options.epochs, batch_size=options.batch,
         lr=cosine(options.lr, warmup=0.1), weight_decay=1e-4, generator=generator,

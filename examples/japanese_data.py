@@ -164,7 +164,7 @@ def load(
             chosen = {face: designs[face] for face in faces}
             arrays |= render(split, characters, chosen, count, size=size, seed=seed, progress=progress)
         partial = cache / f"partial-{os.getpid()}-{stored.name}"
-        np.savez_compressed(partial, **arrays)
+        np.savez_compressed(partial, allow_pickle=False, **arrays)
         partial.replace(stored)  # whole or not at all
     with np.load(stored) as file:
         made = {name: torch.from_numpy(array) for name, array in file.items()}
@@ -364,5 +364,6 @@ def distort(mask: np.ndarray, size: int, generator: np.random.Generator, strengt
     shift = generator.normal(0, 0.02 * strength, 2)
     grid = bend + np.stack(np.meshgrid(axis + shift[0], axis + shift[1], indexing="ij"))
     source = np.tensordot(matrix, grid, 1) + np.mean(spans, 1)[:, None, None]
-    sampled = map_coordinates(mask, source, output=np.float32, order=1)
-    return sampled.reshape(size, SAMPLE, size, SAMPLE).mean((1, 3)).round().astype(np.uint8)
+    sampled: np.ndarray = map_coordinates(mask, source, output=np.float32, order=1)
+    pixels: np.ndarray = sampled.reshape(size, SAMPLE, size, SAMPLE).mean((1, 3)).round().astype(np.uint8)
+    return pixels

@@ -135,7 +135,7 @@ def tune(study: Study, params: tfx.Params, spec: tfx.Spec, options: Namespace) -
     for _ in range(options.steps):
         x, target = study.lesson(options.batch, generator)
         optimizer.zero_grad()
-        study.loss(module(x), target).backward()  # type: ignore[no-untyped-call]
+        study.loss(module(x), target).backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         schedule.step()

@@ -72,8 +72,8 @@ class Row(NamedTuple):
     """What is known of the network after a step."""
 
     units: int
-    parameters: int
-    flops: int
+    parameters: float
+    flops: float
     accuracy: float
 
 
@@ -83,7 +83,9 @@ def main() -> None:
     generator = torch.Generator().manual_seed(options.seed)
     images, targets, test_images, test_targets = digits()
 
-    def train(params: tfx.Params, momentum: tfx.Params, epochs: int, peak: float, label: str) -> tuple[tfx.Params, ...]:
+    def train(
+        params: tfx.Params, momentum: tfx.Params, epochs: int, peak: float, label: str
+    ) -> tuple[tfx.Params, tfx.Params]:
         return fit(
             params, momentum, spec, images, targets, epochs=epochs, batch_size=64, lr=cosine(peak, warmup=0.1),
             weight_decay=5e-4, generator=generator, label=label,
@@ -91,11 +93,11 @@ def main() -> None:
 
     def look(params: tfx.Params, spec: tfx.Spec) -> Row:
         coupling = tfx.couple(params, spec)
-        costs = (cost(coupling).total for cost in (tfx.cost.parameters, tfx.cost.flops))
-        return Row(len(coupling), *costs, accuracy(params, spec, test_images, test_targets))
+        parameters, flops = (cost(coupling).total for cost in (tfx.cost.parameters, tfx.cost.flops))
+        return Row(len(coupling), parameters, flops, accuracy(params, spec, test_images, test_targets))
 
     spec = network()
-    params = tfx.init(spec, generator)
+    params: tfx.Params = tfx.init(spec, generator)
     params, momentum = train(params, at_rest(params, spec), options.epochs, 0.1, "train")
     rows, plans, networks = [look(params, spec)], [], [(params, spec)]
 
@@ -185,8 +187,8 @@ def plot(rows: Sequence[Row], seconds: Sequence[float], plan: tfx.Plan, path: Pa
         costs.plot(steps, share, "-o", color=color, linewidth=2, markersize=4)
         ends.append((share[-1], f"{name} {share[-1]:.0%}", color))
     height = -1.0
-    for share, text, color in sorted(ends):
-        height = max(share, height + 0.09)  # labels that would touch move apart
+    for end, text, color in sorted(ends):
+        height = max(end, height + 0.09)  # labels that would touch move apart
         costs.annotate(text, (len(rows) - 1, height), (8, 0), "data", "offset points",
                        va="center", color=color, fontsize=10, fontweight="bold", bbox=clear)  # fmt: skip
     costs.set_ylim(0, 1.08 * max(1.0, *(second / seconds[0] for second in seconds)))
@@ -203,7 +205,7 @@ def plot(rows: Sequence[Row], seconds: Sequence[float], plan: tfx.Plan, path: Pa
     first = {name: coupling.unit_ids(f"{name}.weight", 0)[0, 0] for name in names}
     shared = Counter(first.values())
     for place, name in enumerate(names):
-        before, after = (spec[name].layer.out_channels for spec in (coupling.spec, plan.spec))
+        before, after = (spec.shapes[f"{name}.weight"][0] for spec in (coupling.spec, plan.spec))
         layers.barh(place, before, 0.72, color=pale)
         layers.barh(place, after, 0.72, color=blue if shared[first[name]] > 1 else orange)
         layers.text(after + 1, place, str(after), va="center", fontsize=8.5, color=ink)

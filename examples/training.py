@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import optree
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
@@ -40,7 +39,7 @@ def cosine(peak: float, *, warmup: float = 0.0) -> Schedule:
 def at_rest(params: tfx.Params, spec: tfx.Spec) -> tfx.Params:
     """Momentum to begin with: zeros in the shape of everything that is trained."""
     trained, _ = tfx.partition(params, spec)
-    return optree.tree_map(torch.zeros_like, trained)
+    return tfx.tree.map_paths(lambda path, leaf: torch.zeros_like(leaf), trained)
 
 
 def sgd_step(
@@ -63,9 +62,10 @@ def sgd_step(
         return F.cross_entropy(logits, y), tfx.partition(new, spec)[1]
 
     grads, (value, running) = torch.func.grad_and_value(loss, has_aux=True)(trained)
-    momentum = optree.tree_map(lambda m, g, p: beta * m + g + weight_decay * p, momentum, grads, trained)
-    trained = optree.tree_map(lambda p, m: p - lr * m, trained, momentum)
-    return tfx.tree.combine(trained, running), momentum, value
+    slopes, weights = tfx.tree.flatten(grads), tfx.tree.flatten(trained)
+    moved = {k: beta * m + slopes[k] + weight_decay * weights[k] for k, m in tfx.tree.flatten(momentum).items()}
+    stepped = tfx.tree.unflatten({path: weight - lr * moved[path] for path, weight in weights.items()})
+    return tfx.tree.combine(stepped, running), tfx.tree.unflatten(moved), value
 
 
 def fit(
@@ -115,7 +115,7 @@ def learn(
     label: str = "train",
 ) -> tfx.Params:
     """A network from the start: as the quickstart trains its own."""
-    params = tfx.init(spec, generator)
+    params: tfx.Params = tfx.init(spec, generator)
     params, _ = fit(
         params, at_rest(params, spec), spec, images, targets, epochs=epochs, batch_size=64,
         lr=cosine(peak, warmup=0.1), weight_decay=5e-4, generator=generator, label=label,

@@ -6,15 +6,19 @@ The table says how many units the capture has to find: what is right for the con
 import copy
 import functools
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import taylorfx as tfx
 
 
-def net(forward, units, *, x=(2, 4, 4), **parts):
+def net(
+    forward: Callable[[Any, Tensor], Tensor], units: int, *, x: tuple[int, ...] = (2, 4, 4), **parts: nn.Module | Tensor
+) -> tuple[nn.Module, tuple[int, ...], int]:
     """A module from its parts and a forward function ``(self, x) -> output``."""
     module = nn.Module()
     for name, part in parts.items():
@@ -29,90 +33,90 @@ def net(forward, units, *, x=(2, 4, 4), **parts):
     return module, x, units
 
 
-def conv(i=2, o=4, k=3, **options):
+def conv(i: int = 2, o: int = 4, k: int = 3, **options: Any) -> nn.Conv2d:
     return nn.Conv2d(i, o, k, padding=k // 2, **options)
 
 
-def head(features=64):
+def head(features: int = 64) -> nn.Linear:
     return nn.Linear(features, 2)
 
 
-def P(*shape):
+def P(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
 
 
-def flat(x):
+def flat(x: Tensor) -> Tensor:
     return x.flatten(1)
 
 
-def heads_by_hand(m, x):
+def heads_by_hand(m: Any, x: Tensor) -> Any:
     n, t, _ = x.shape
     q, k, v = (layer(x).view(n, t, 2, 3).transpose(1, 2) for layer in (m.q, m.k, m.v))
     weights = (q @ k.transpose(-2, -1) / 3**0.5).softmax(-1)
     return m.head((weights @ v).transpose(1, 2).reshape(n, t * 6))
 
 
-def fused_qkv(m, x):
+def fused_qkv(m: Any, x: Tensor) -> Any:
     n, t, _ = x.shape
     q, k, v = m.qkv(x).reshape(n, t, 3, 2, 3).permute(2, 0, 3, 1, 4).unbind(0)
     return m.head(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, -1))
 
 
-def grouped_queries(m, x):
+def grouped_queries(m: Any, x: Tensor) -> Any:
     n, t, _ = x.shape
     q = m.q(x).view(n, t, 4, 2).transpose(1, 2)
     k, v = (layer(x).view(n, t, 2, 2).transpose(1, 2).repeat_interleave(2, dim=1) for layer in (m.k, m.v))
     return m.head(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(1))
 
 
-def channel_shuffle(m, x):
+def channel_shuffle(m: Any, x: Tensor) -> Any:
     x = m.a(x)
     n, c, h, w = x.shape
     return m.head(flat(m.b(x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w))))
 
 
-def positions(m, x):
+def positions(m: Any, x: Tensor) -> Any:
     return m.head(flat(m.fc(x) + m.table[: x.shape[1]]))
 
 
-def class_token(m, x):
+def class_token(m: Any, x: Tensor) -> Any:
     x = torch.cat([m.token.expand(x.shape[0], -1, -1), m.fc(x)], 1)
     return m.head(x[:, 0])
 
 
-def standardized(m, x):
+def standardized(m: Any, x: Tensor) -> Any:
     w = m.weight - m.weight.mean((1, 2, 3), keepdim=True)
     return m.head(flat(F.conv2d(x, w / (w.std((1, 2, 3), keepdim=True) + 1e-5), padding=1).relu()))
 
 
-def depth(m, x):
+def depth(m: Any, x: Tensor) -> Any:
     """Torchvision's stochastic depth, in the mode that drops whole examples."""
     if not m.training:
         return x
     return x * torch.empty((x.shape[0], 1, 1, 1), dtype=x.dtype).bernoulli_(0.7).div_(0.7)
 
 
-def kept(m, x):
+def kept(m: Any, x: Tensor) -> Any:
     """The same of the whole batch at once, written on its input."""
     if m.training:
         x.mul_(torch.empty((1, 1, 1, 1), dtype=x.dtype).bernoulli_(0.7).div_(0.7))
     return x
 
 
-def dropping_attention(m, x):
+def dropping_attention(m: Any, x: Tensor) -> Any:
     n, t, _ = x.shape
     q, k, v = (layer(x).view(n, t, 2, 3).transpose(1, 2) for layer in (m.q, m.k, m.v))
     p = 0.4 if m.training else 0.0
     return m.head(F.scaled_dot_product_attention(q, k, v, dropout_p=p).transpose(1, 2).flatten(1))
 
 
-def written_in_place(m, x):
+def written_in_place(m: Any, x: Tensor) -> Any:
     y, z = m.a(x).clone(), m.b(m.a(x))
     y[:, :2] = z[:, :2].relu()
     return m.head(flat(y))
 
 
-def experts(m, x):
+def experts(m: Any, x: Tensor) -> Any:
     """Weights of every example's own, with the examples as groups."""
     n = x.shape[0]
     w = (m.r(x.mean((2, 3))).softmax(1) @ m.w).view(-1, 4, 3, 3)
@@ -198,10 +202,10 @@ MODULES = {
     "transposed volumes": net(lambda m, x: m.head(flat(m.b(m.a(x)))), 7, x=(2, 3, 3, 3), a=nn.Conv3d(2, 4, 2), b=nn.ConvTranspose3d(4, 3, 2), head=head(81)),
     "weight norm, transposed": net(lambda m, x: m.head(flat(m.b(m.a(x)))), 7, a=conv(), b=nn.utils.parametrizations.weight_norm(nn.ConvTranspose2d(4, 3, 2, 2)), head=head(192)),
     "weight norm, transposed sequences": net(lambda m, x: m.head(flat(m.b(m.a(x)))), 6, x=(2, 6), a=nn.Conv1d(2, 4, 3), b=nn.utils.parametrizations.weight_norm(nn.ConvTranspose1d(4, 4, 2, 2, groups=2)), head=head(32)),
-    "weight norm of the whole": net(lambda m, x: m.head(m.b(m.a(x))), 9, x=(4,), a=nn.Linear(4, 5), b=nn.utils.parametrizations.weight_norm(nn.Linear(5, 4), dim=None), head=head(4)),
+    "weight norm of the whole": net(lambda m, x: m.head(m.b(m.a(x))), 9, x=(4,), a=nn.Linear(4, 5), b=nn.utils.parametrizations.weight_norm(nn.Linear(5, 4), dim=None), head=head(4)),  # type: ignore[arg-type]
     "spectral norm, transposed": net(lambda m, x: m.head(flat(m.b(m.a(x)))), 7, a=conv(), b=nn.utils.parametrizations.spectral_norm(nn.ConvTranspose2d(4, 3, 2, 2)), head=head(192)),
     "largest of each part": net(lambda m, x: m.head(flat(F.adaptive_max_pool2d(m.a(x), 2))), 4, a=conv(), head=head(16)),
-    "pooled and put back": net(lambda m, x: m.head(flat(F.max_unpool2d(*F.max_pool2d(m.a(x), 2, return_indices=True), 2))), 4, a=conv(), head=head()),
+    "pooled and put back": net(lambda m, x: m.head(flat(F.max_unpool2d(*F.max_pool2d(m.a(x), 2, return_indices=True), (2, 2)))), 4, a=conv(), head=head()),
     "pooled sequences with their places": net(lambda m, x: m.head(flat(F.max_pool1d(m.a(x), 2, return_indices=True)[0])), 4, x=(2, 6), a=nn.Conv1d(2, 4, 3), head=head(8)),
     "upsampled to the nearest": net(lambda m, x: m.head(flat(F.interpolate(m.a(x), scale_factor=2, mode="nearest-exact"))), 4, a=conv(), head=head(256)),
     "downsampled smoothly": net(lambda m, x: m.head(flat(F.interpolate(m.a(x), (2, 2), mode="bilinear", antialias=True))), 4, a=conv(), head=head(16)),
@@ -229,7 +233,7 @@ MODULES = {
 
 
 @functools.cache
-def captured(name):
+def captured(name: str) -> tuple[nn.Module, Tensor, tfx.Params, tfx.Spec]:
     """A module in inference mode and double precision, an example of three, and the network: not to be changed."""
     module, shape, _ = MODULES[name]
     module = copy.deepcopy(module).double().eval()

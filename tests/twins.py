@@ -140,13 +140,15 @@ def twin(text: str, shape: tuple[int, ...]) -> Case:
 
     def reference(leaves: Leaves, *inputs: Tensor, training: bool = False) -> Tensor:
         named = {path.removeprefix("layer."): leaf for path, leaf in leaves.items()}
-        return functional_call(module.train(training), named, inputs)
+        value: Tensor = functional_call(module.train(training), named, inputs)
+        return value
 
     return Case(text, eval(text, vars(L)), reference, (shape,))
 
 
 def heads(x: Tensor, count: int) -> Tensor:
-    return x.unflatten(-1, (count, -1)).transpose(1, 2)
+    apart: Tensor = x.unflatten(-1, (count, -1))
+    return apart.transpose(1, 2)
 
 
 def sdpa(q: int, kv: int, **options: Any) -> Reference:
@@ -169,34 +171,40 @@ def multihead(bias: bool = True, kdim: int | None = None, vdim: int | None = Non
         query, *rest = inputs
         mask = rest.pop() if len(rest) in (1, 3) else None
         key, value = rest or (query, query)
-        weights, biases = ([leaves.get(f"layer.{x}_proj.{leaf}") for x in "qkv"] for leaf in ("weight", "bias"))
+        weights = [leaves[f"layer.{x}_proj.weight"] for x in "qkv"]
         named = {f"out_proj.{leaf}": leaves[f"layer.out_proj.{leaf}"] for leaf in ("weight", *["bias"] * bias)}
         if kdim or vdim:
             named.update({f"{x}_proj_weight": weight for x, weight in zip("qkv", weights, strict=True)})
         else:
             named["in_proj_weight"] = torch.cat(weights)
         if bias:
-            named["in_proj_bias"] = torch.cat(biases)
+            named["in_proj_bias"] = torch.cat([leaves[f"layer.{x}_proj.bias"] for x in "qkv"])
         told = dict(options)
         if mask is not None and mask.ndim == 2:
             told["key_padding_mask"] = ~mask
         elif mask is not None:
             full = mask.expand(len(query), 4, query.shape[1], key.shape[1]).flatten(0, 1)
             told["attn_mask"] = ~full if full.dtype == torch.bool else full
-        return functional_call(module, named, (query, key, value), {"need_weights": False, **told})[0]
+        outputs: tuple[Tensor, None] = functional_call(
+            module, named, (query, key, value), {"need_weights": False, **told}
+        )
+        return outputs[0]
 
     return reference
 
 
 def scaled(**options: Any) -> Reference:
-    return lambda _, q, k, v, *mask: F.scaled_dot_product_attention(q, k, v, *mask, scale=0.3, **options)
+    def reference(_: Leaves, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=0.3, **options)
+
+    return reference
 
 
-def graph(heard: str, out: tfx.Layer, **parameters: tfx.Layer) -> tfx.Spec:
-    """A layer that hears parameters, and the input ``x`` if it says so."""
+def graph(inputs: str, out: tfx.Layer, **parameters: tfx.Layer) -> tfx.Spec:
+    """A layer that consumes parameters, and the input ``x`` if ``inputs`` names it."""
     leaves = (tfx.Node(name, layer) for name, layer in parameters.items())
-    start = [tfx.Node("x", tfx.Input())] if "x" in heard.split() else []
-    return tfx.Spec((*start, *leaves, tfx.Node("out", out, tuple(heard.split()))), ("out",))
+    start = [tfx.Node("x", tfx.Input())] if "x" in inputs.split() else []
+    return tfx.Spec((*start, *leaves, tfx.Node("out", out, tuple(inputs.split()))), ("out",))
 
 
 def recurrent(text: str, result: str = "sequence") -> Reference:
@@ -208,7 +216,8 @@ def recurrent(text: str, result: str = "sequence") -> Reference:
         named = {path.removeprefix("layer."): leaf for path, leaf in leaves.items()}
         sequence, last = functional_call(module, named, (x, state))
         hidden, cell = last if isinstance(last, tuple) else (last, None)
-        return {"sequence": sequence, "hidden": hidden, "cell": cell}[result]
+        results: dict[str, Tensor] = {"sequence": sequence, "hidden": hidden, "cell": cell}
+        return results[result]
 
     return reference
 
@@ -274,10 +283,10 @@ OTHERS: list[tuple[str, Any, Reference, tuple[Any, ...]]] = [
     ("convolve, bias", graph("x w b", w=L.Parameter((6, 4, 3, 2)), b=L.Parameter(6),
                              out=L.Convolve((1, 2), (0, 1), (1, 1))),
      lambda p, x: F.conv2d(x, p["layer.w"], p["layer.b"], (1, 2), (0, 1)), ((3, 4, 5, 6),)),
-    ("convolve, volumes", graph("x w", w=L.Parameter((2, 2, 1, 2, 2)), out=L.Convolve(*3 * [(1, 1, 1)])),
+    ("convolve, volumes", graph("x w", w=L.Parameter((2, 2, 1, 2, 2)), out=L.Convolve((1, 1, 1), (1, 1, 1), (1, 1, 1))),
      lambda p, x: F.conv3d(x, p["layer.w"], None, 1, 1), ((3, 2, 3, 4, 2),)),
     ("permute", L.Permute((0, 3, 1, 2)), lambda _, x: x.permute(0, 3, 1, 2), ((3, 4, 5, 2),)),
-    ("permute, from the end", L.Permute([0, -1, -2]), lambda _, x: x.transpose(1, 2), ((3, 4, 5),)),
+    ("permute, from the end", L.Permute((0, -1, -2)), lambda _, x: x.transpose(1, 2), ((3, 4, 5),)),
     ("slice", L.Slice(1, 1, 3), lambda _, x: x[:, 1:3], ((3, 4, 5),)),
     ("slice, whole", L.Slice(1, 0, 4), lambda _, x: x, ((3, 4, 5),)),
     ("slice, from the end", L.Slice(-1, 2, 5), lambda _, x: x[..., 2:], ((3, 4, 5),)),

@@ -17,7 +17,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-import sympy  # type: ignore[import-untyped]
+import sympy
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
