@@ -57,12 +57,12 @@ def gradient(
 
     `taylorfx.derivatives` computes those at gates of one with less memory.
 
-    >>> from taylorfx import couple, derivatives, init, layers as L, serial
+    >>> from taylorfx import couple, init, layers as L, measure, serial
     >>> spec = serial(L.Input((3,)), a=L.Linear(3, 4), relu=L.ReLU(), b=L.Linear(4, 2))
     >>> params = init(spec, torch.Generator().manual_seed(0))
     >>> coupling, x, y = couple(params, spec), torch.eye(3), torch.tensor([0, 1, 0])
-    >>> at_one = gradient(params, spec, x, y, coupling, torch.ones(3, 4))
-    >>> torch.allclose(at_one, derivatives(params, spec, x, y, coupling))
+    >>> at_one = gradient(params, spec, x, y, coupling, torch.ones(4))
+    >>> torch.allclose(at_one, measure(params, spec, (x, y), coupling).sum)
     True
 
     Returns:
