@@ -42,7 +42,7 @@ class Proof:
         exact: the share of the units whose removal changes no norm's statistics.
         frozen: for each reason, the scopes that it holds, but for those of buffers.
         unmapped: how often there is each operator without a rule.
-        mixing: what lets the examples of a batch hear each other.
+        mixing: the nodes through which the examples of a batch depend on each other.
         captured: the error of the captured network, on other examples than it was captured with.
         cut: the error of the cut network against the gated one, half of its exact units removed at random.
         moved: how much those gates move the outputs.

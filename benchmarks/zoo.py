@@ -6,8 +6,8 @@
     python benchmarks/zoo.py --group classification     # all of torchvision's: hours; also segmentation, detection
     python benchmarks/zoo.py --write                    # the rows so far become the tables of benchmarks/README.md
 
-Every model has random weights in float64. What is proven of it is told in `_proof.py`; a model that fails is a row that
-says so. Rows are kept in a file (``--rows``), and a group goes on where it was stopped.
+Every model has random weights in float64. `_proof.py` says what is proven of it. A model that fails is a row that
+says so. Rows are kept in a file (``--rows``), and a group continues after an interruption.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def row(make: Callable[[], Case]) -> Row:
     except Exception as error:  # the table shows what fails, and goes on
         return {"failed": f"{type(error).__name__}: {error}"}
     finally:
-        gc.collect()  # graphs hold on to themselves
+        gc.collect()  # graphs have reference cycles
 
 
 def sound(row: Row) -> bool:

@@ -1,4 +1,4 @@
-"""For tests, ours and our users': random networks and plans (hypothesis strategies), and `check_layer`."""
+"""For tests, ours and our users': random networks and plans (strategies of hypothesis), and `check_layer`."""
 
 from taylorfx.testing.laws import assert_trees_equal, check_layer
 from taylorfx.testing.strategies import (

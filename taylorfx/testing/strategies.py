@@ -1,12 +1,11 @@
-"""For tests, ours and our users': random networks and plans (hypothesis strategies), and `check_layer`.
+"""Random networks and plans for tests, ours and our users': strategies of hypothesis.
 
-Everything is drawn through hypothesis, so that failures shrink to small networks; tensors come from a drawn seed.
+Everything is drawn by hypothesis, so that a failure shrinks to a small network. Tensors come from a seed that is drawn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from hypothesis import strategies as st
@@ -37,9 +36,6 @@ __all__ = [
 ]
 
 
-Draw = Callable[[st.SearchStrategy[Any]], Any]
-
-
 Part = Layer | Spec
 
 
@@ -56,7 +52,10 @@ class Network(NamedTuple):
 
 
 def random_params(spec: Spec, generator: torch.Generator, dtype: torch.dtype = torch.float64) -> Params:
-    """Parameters in general position: nothing is zero or one, and running variances are positive."""
+    """Random parameters, none of them exactly zero or one, and with positive running variances.
+
+    With the parameters of `init`, a test would miss the loss of a bias of zero or of a weight of one.
+    """
     leaves: dict[str, Tensor] = {}
     for path, leaf in flatten(init(spec, generator, dtype=dtype)).items():
         noise = torch.rand(leaf.shape, generator=generator, dtype=dtype)
@@ -69,10 +68,12 @@ def random_params(spec: Spec, generator: torch.Generator, dtype: torch.dtype = t
 
 
 def batch_for(spec: Spec, generator: torch.Generator, count: int = 3) -> Batch:
-    """Random inputs of the declared shapes (integers where an `Embedding` reads them), and random classes."""
+    """Random inputs of the declared shapes (integers for an `Embedding`), and random classes out of two as targets."""
     inputs: dict[str, Tensor] = {}
     for node in spec.inputs:
-        shape = node.layer.shape  # type: ignore[attr-defined]
+        assert isinstance(node.layer, Input)
+        assert isinstance(node.layer.shape, tuple), "the input has no declared shape"
+        shape = node.layer.shape
         readers = [n.layer for n in spec.nodes if node.name in n.inputs]
         tables = [r.num_embeddings for r in readers if isinstance(r, L.Embedding)]
         if tables:
@@ -83,7 +84,10 @@ def batch_for(spec: Spec, generator: torch.Generator, count: int = 3) -> Batch:
 
 
 def random_plan(coupling: Coupling, generator: torch.Generator, share: float = 0.5, *, exact: bool = False) -> Plan:
-    """Remove about ``share`` of the units at random, leaving every axis something; only exact ones if asked."""
+    """A plan that removes about ``share`` of the units at random, but no axis as a whole.
+
+    With ``exact`` it removes exact units only.
+    """
     keep = (torch.rand(len(coupling), generator=generator) >= share).numpy()
     if exact:
         keep |= ~coupling.exact
@@ -98,8 +102,10 @@ def random_plan(coupling: Coupling, generator: torch.Generator, share: float = 0
 
 
 # Random networks.
-def _conv_block(draw: Draw, channels: int, homogeneous: bool) -> tuple[Part, int]:
-    """A part that keeps the spatial size, and the channels that it gives out."""
+
+
+def _conv_block(draw: st.DrawFn, channels: int, homogeneous: bool) -> tuple[Part, int]:
+    """A random part that keeps the spatial size, and the number of channels of its output."""
     kinds = ["plain", "residual", "projected", "dense", "branches", "grouped", "depthwise", "pool"]
     if not homogeneous:
         kinds += ["norm", "groupnorm", "excite", "shuffle", "slices", "transposed", "shared", "pixels"]
@@ -109,7 +115,7 @@ def _conv_block(draw: Draw, channels: int, homogeneous: bool) -> tuple[Part, int
     act = draw(st.sampled_from(acts))
     bias = draw(st.booleans())
     if homogeneous and kind in ("grouped", "depthwise"):
-        bias = False  # a group is written before its convolution, whose bias it would lack
+        bias = False  # this convolution lies between a write and a read, where a bias is not homogeneous
     same = L.Conv2d(channels, channels, 3, padding=1, bias=bias)
     if kind == "plain":
         return serial(L.Conv2d(channels, width, draw(st.sampled_from([1, 3])), padding="same", bias=bias), act), width
@@ -160,7 +166,7 @@ def _conv_block(draw: Draw, channels: int, homogeneous: bool) -> tuple[Part, int
     return serial(L.Conv2d(channels, 4 * width, 1), L.PixelShuffle(2), L.AvgPool2d(2)), width
 
 
-def _specs(draw: Draw, homogeneous: bool) -> Spec:
+def _specs(draw: st.DrawFn, homogeneous: bool) -> Spec:
     channels, size = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([3, 4]))
     first = draw(st.sampled_from([2, 4, 6]))
     parts: list[Part] = [Input((channels, size, size)), L.Conv2d(channels, first, 3, padding=1)]
@@ -181,20 +187,20 @@ def _specs(draw: Draw, homogeneous: bool) -> Spec:
 
 
 @st.composite
-def specs(draw: Draw) -> Spec:
-    """Random convolutional networks of every construct that the library knows: a classifier with two classes."""
+def specs(draw: st.DrawFn) -> Spec:
+    """Random convolutional classifiers of two classes, with every construct that the library knows."""
     return _specs(draw, homogeneous=False)
 
 
 @st.composite
-def homogeneous_specs(draw: Draw) -> Spec:
-    """Random networks with nothing but positively homogeneous layers between a write and a read."""
+def homogeneous_specs(draw: st.DrawFn) -> Spec:
+    """Random networks in which all layers between a write and a read are positively homogeneous."""
     return _specs(draw, homogeneous=True)
 
 
 @st.composite
-def token_specs(draw: Draw) -> Spec:
-    """Random transformers: embeddings, positions, class token, grouped-query attention, gated units, layer scale."""
+def token_specs(draw: st.DrawFn) -> Spec:
+    """Random transformers, with embeddings, positions, class token, grouped queries, gated units and layer scale."""
     length, width = draw(st.sampled_from([2, 3])), draw(st.sampled_from([3, 4]))
     nodes = [Node("tokens", Input((length,))), Node("embed", L.Embedding(5, width), ("tokens",))]
     last = "embed"
@@ -242,21 +248,25 @@ def token_specs(draw: Draw) -> Spec:
 
 
 @st.composite
-def networks(draw: Draw, kinds: st.SearchStrategy[Spec] | None = None) -> Network:
-    """A random spec with random parameters and a batch, in float64."""
+def networks(draw: st.DrawFn, kinds: st.SearchStrategy[Spec] | None = None) -> Network:
+    """A random spec with random parameters and a random batch, in float64, coupled.
+
+    Args:
+        kinds: the strategy for the spec; by default `specs` or `token_specs`.
+    """
     spec = draw(st.one_of(specs(), token_specs()) if kinds is None else kinds)
     return network(spec, draw(st.integers(0, 2**16)))
 
 
 def network(spec: Spec, seed: int = 0) -> Network:
-    """Random parameters and a batch for a spec, coupled."""
+    """A spec with random parameters and a random batch, in float64, coupled."""
     generator = torch.Generator().manual_seed(seed)
     params = random_params(spec, generator)
     return Network(spec, params, batch_for(spec, generator), couple(params, spec))
 
 
 @st.composite
-def plans(draw: Draw, coupling: Coupling, *, exact: bool = False) -> Plan:
-    """A random plan that leaves every axis something."""
+def plans(draw: st.DrawFn, coupling: Coupling, *, exact: bool = False) -> Plan:
+    """A random plan that removes no axis as a whole; with ``exact`` only exact units."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     return random_plan(coupling, generator, draw(st.sampled_from([0.2, 0.5, 0.9])), exact=exact)
