@@ -51,12 +51,14 @@ def test_classes_are_the_labels_that_a_chain_of_ties_leads_to(pairs: list[tuple[
 
 
 def test_two_layouts_of_one_axis_are_matched_as_a_whole() -> None:
-    """Channels are groups by channels, and again channels by groups; a third layer has other channels of its own."""
+    """One axis is laid out as groups by channels and as channels by groups; another one twice in the same way."""
     grid = labels(0, 1, 2, 3), labels(4, 4, 5, 5), labels(6, 7, 6, 7)
     exchanged = labels(0, 1, 2, 3), labels(8, 9, 8, 9), labels(10, 10, 11, 11)
     other = labels(12, 13, 14, 15), labels(16, 16, 17, 17), labels(18, 19, 18, 19)
-    of = join(Ties(count=20, products=[grid, exchanged, other])).of
+    again = labels(12, 13, 14, 15), labels(20, 20, 21, 21), labels(22, 23, 22, 23)
+    of = join(Ties(count=24, products=[grid, exchanged, other, again])).of
     assert of[[4, 5, 6, 7]].tolist() == of[[10, 11, 8, 9]].tolist()
+    assert of[[16, 17, 18, 19]].tolist() == of[[20, 21, 22, 23]].tolist()
     assert len({*of[[4, 5, 6, 7, 16, 17, 18, 19]].tolist()}) == 8
 
 
