@@ -148,7 +148,7 @@ def test_axes_differ_and_have_the_sizes_of_what_they_belong_to(net: Network) -> 
         assert (place.units >= 0).any(1).all()
 
 
-def test_the_first_reason_is_the_one_that_is_told() -> None:
+def test_the_first_reason_is_the_one_that_is_shown() -> None:
     """A scope that an output holds and that no layer consumes."""
     nodes = Node("x", Input((2,))), Node("a", L.Linear(2, 3), "x"), Node("b", L.Softmax(1), "a")
     coupling = network(Spec(nodes, ("a", "b"))).coupling
@@ -171,3 +171,15 @@ def test_a_coupling_and_a_plan_are_one_line() -> None:
     assert repr(tfx.Plan(coupling, plan.keep)) == "Plan(keeps 5 of 7 units)"
     assert "scope" in str(coupling)
     assert str(plan).count("\n") > 4
+
+
+def test_a_read_of_a_weight_has_no_gate_and_its_units_are_inexact() -> None:
+    """The norm of a weight sums along the channels that the layer reads; the norm itself stays when one is silenced."""
+    normed = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(4, 2))
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), normed)
+    params, spec = tfx.from_torch(module, torch.zeros(2, 3))
+    coupling = tfx.couple(params, spec)
+    assert len(coupling) == 4
+    assert not coupling.exact.any()
+    (place,) = coupling.reads
+    assert coupling.spec[place.node].inputs[place.slot] in ("1", "relu"), str(spec)
