@@ -1,1 +1,1 @@
-"""What lives and dies together: the units of a network."""
+"""Coupling: the units of a network, what leaves together."""

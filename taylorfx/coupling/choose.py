@@ -1,7 +1,7 @@
 """Choose: which classes are units.
 
 A class is a unit unless it is a product of others, or has to stay: its labels touch an axis that cannot shrink, no
-layer consumes it, or it is the whole of an axis. Why the labels of a scope have to stay is told by the first reason.
+layer consumes it, or it is the whole of an axis. Of several reasons the first is shown.
 """
 
 from __future__ import annotations

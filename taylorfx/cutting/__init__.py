@@ -1,1 +1,1 @@
-"""The going: plans, and what they take out of trees."""
+"""Cutting: plans, and taking out of trees what leaves."""

@@ -1,4 +1,4 @@
-"""What lives and dies together: the coupling of every construct, pinned."""
+"""Units: what leaves together in every construct, pinned."""
 
 import hypothesis.strategies as st
 import numpy as np
@@ -43,9 +43,9 @@ SCOPES = {
 @pytest.mark.parametrize("name", SCOPES)
 def test_every_construct_has_its_units(name):
     coupling = network(CONSTRUCTS[name]).coupling
-    found = dict(zip(coupling.scopes, coupling.sizes.tolist(), strict=True))
-    assert found == SCOPES[name], str(coupling)
-    assert len(coupling.names) == len(coupling) == sum(found.values())
+    sizes = dict(zip(coupling.scopes, coupling.sizes.tolist(), strict=True))
+    assert sizes == SCOPES[name], str(coupling)
+    assert len(coupling.names) == len(coupling) == sum(sizes.values())
 
 
 def test_outputs_and_inputs_stay_and_say_why():
@@ -76,7 +76,7 @@ def test_a_group_that_passes_a_grouped_convolution_is_counted_once():
     net = network(classifier(L.Conv2d(4, 4, 3, padding=1, groups=2, bias=False), L.ReLU(), channels=4))
     stats = tfx.measure(net.params, net.spec, net.batch, net.coupling)
 
-    def loss(scale):  # of what the stem writes; the way from there to the reads is homogeneous
+    def loss(scale):  # of what the stem writes; all layers from there to the reads are homogeneous
         rows = scale.repeat_interleave(2)
         stem = {"weight": net.params["0"]["weight"] * rows[:, None, None, None], "bias": net.params["0"]["bias"] * rows}
         output = tfx.apply({**net.params, "0": stem}, net.spec, net.batch[0])
@@ -103,7 +103,7 @@ def test_a_softmax_over_channels_freezes_them_and_says_so():
 
 
 class Cumulative(tfx.Layer):
-    """A layer of a user's who gave it no signature."""
+    """A layer that a user wrote without a signature."""
 
     def apply(self, params, *inputs):
         return inputs[0].cumsum(1)

@@ -51,12 +51,14 @@ def test_classes_are_the_labels_that_a_chain_of_ties_leads_to(pairs: list[tuple[
 
 
 def test_two_layouts_of_one_axis_are_matched_as_a_whole() -> None:
-    """Channels are groups by channels, and again channels by groups; a third layer has other channels of its own."""
+    """One axis is laid out as groups by channels and as channels by groups; another one twice in the same way."""
     grid = labels(0, 1, 2, 3), labels(4, 4, 5, 5), labels(6, 7, 6, 7)
     exchanged = labels(0, 1, 2, 3), labels(8, 9, 8, 9), labels(10, 10, 11, 11)
     other = labels(12, 13, 14, 15), labels(16, 16, 17, 17), labels(18, 19, 18, 19)
-    of = join(Ties(count=20, products=[grid, exchanged, other])).of
+    again = labels(12, 13, 14, 15), labels(20, 20, 21, 21), labels(22, 23, 22, 23)
+    of = join(Ties(count=24, products=[grid, exchanged, other, again])).of
     assert of[[4, 5, 6, 7]].tolist() == of[[10, 11, 8, 9]].tolist()
+    assert of[[16, 17, 18, 19]].tolist() == of[[20, 21, 22, 23]].tolist()
     assert len({*of[[4, 5, 6, 7, 16, 17, 18, 19]].tolist()}) == 8
 
 
@@ -146,7 +148,7 @@ def test_axes_differ_and_have_the_sizes_of_what_they_belong_to(net: Network) -> 
         assert (place.units >= 0).any(1).all()
 
 
-def test_the_first_reason_is_the_one_that_is_told() -> None:
+def test_the_first_reason_is_the_one_that_is_shown() -> None:
     """A scope that an output holds and that no layer consumes."""
     nodes = Node("x", Input((2,))), Node("a", L.Linear(2, 3), "x"), Node("b", L.Softmax(1), "a")
     coupling = network(Spec(nodes, ("a", "b"))).coupling
@@ -169,3 +171,15 @@ def test_a_coupling_and_a_plan_are_one_line() -> None:
     assert repr(tfx.Plan(coupling, plan.keep)) == "Plan(keeps 5 of 7 units)"
     assert "scope" in str(coupling)
     assert str(plan).count("\n") > 4
+
+
+def test_a_read_of_a_weight_has_no_gate_and_its_units_are_inexact() -> None:
+    """The norm of a weight sums along the channels that the layer reads; the norm itself stays when one is silenced."""
+    normed = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(4, 2))
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), normed)
+    params, spec = tfx.from_torch(module, torch.zeros(2, 3))
+    coupling = tfx.couple(params, spec)
+    assert len(coupling) == 4
+    assert not coupling.exact.any()
+    (place,) = coupling.reads
+    assert coupling.spec[place.node].inputs[place.slot] in ("1", "relu"), str(spec)

@@ -88,17 +88,17 @@ def test_blocks_of_rows_are_cut_bit_for_bit_as_axis_by_axis(case):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cutting, "BLOCK", block)
         scratch = cutting.Scratch()
-        found = cutting.take(leaf, indices, scratch)
+        result = cutting.take(leaf, indices, scratch)
         cutting.take(torch.zeros_like(leaf), indices, scratch)  # the next tensor takes nothing from the last one
     expected = axis_by_axis(leaf, indices)
-    assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
-    assert bits(found) == bits(expected)
+    assert (result.dtype, result.shape) == (expected.dtype, expected.shape)
+    assert bits(result) == bits(expected)
     if all(index is None for index in indices):
-        assert found is leaf
+        assert result is leaf
     else:
-        assert found.is_contiguous()
-        assert found.untyped_storage().nbytes() == found.nbytes, "it holds on to more than itself"
-        assert found.untyped_storage().data_ptr() != leaf.untyped_storage().data_ptr()
+        assert result.is_contiguous()
+        assert result.untyped_storage().nbytes() == result.nbytes, "it keeps memory that is not its own"
+        assert result.untyped_storage().data_ptr() != leaf.untyped_storage().data_ptr()
 
 
 def test_large_tensors_go_through_blocks_and_watched_ones_do_not(monkeypatch):
@@ -168,10 +168,10 @@ def test_a_shard_of_a_file_that_is_not_ours_is_cut_and_keeps_its_metadata(tmp_pa
     leaves = dict([*tfx.tree.flatten(net.params).items()][:3])
     save_file(leaves, tmp_path / "shard", {"format": "pt", "note": "äöü\n\x01"})
     tfx.cut_file(tmp_path / "shard", tmp_path / "small", plan)
-    found = load_file(tmp_path / "small")
-    assert found.keys() == leaves.keys()
+    small = load_file(tmp_path / "small")
+    assert small.keys() == leaves.keys()
     for path, leaf in tfx.tree.flatten(tfx.cut(tfx.tree.unflatten(leaves), plan)).items():
-        assert torch.equal(found[path], leaf)
+        assert torch.equal(small[path], leaf)
     raw = (tmp_path / "small").read_bytes()
     metadata = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["__metadata__"]
     assert metadata.pop("taylorfx.spec") == tfx.to_json(plan.spec)
