@@ -17,7 +17,7 @@ from taylorfx.cutting.cut import cut
 from taylorfx.layers import Input, Layer, Leaves, Shape
 from taylorfx.network.run import apply
 from taylorfx.network.spec import Node, Spec
-from taylorfx.rewrite.unused import way
+from taylorfx.rewrite.unused import positions
 from taylorfx.scoring.gates import gates
 from taylorfx.scoring.measure import derivatives
 from taylorfx.store import from_json, to_json
@@ -141,7 +141,7 @@ def _check_positions(params: Params, node: Node, given: dict[str, Tensor], coupl
     values: Any = apply(params, Spec(coupling.spec.nodes, (*node.inputs, node.name)), given)
     leaves, bound = flatten(params), coupling.bounds[node.name]
     for axis in range(1, len(bound.shape)):
-        found = way(coupling, node, axis)
+        found = positions(coupling, node, axis)
         if found is not None:
             letter, axes = found
             last = [
@@ -149,7 +149,7 @@ def _check_positions(params: Params, node: Node, given: dict[str, Tensor], coupl
             ]
             alone = node.layer.resize({**bound.sizes, letter: 1}, *bound.inputs)
             value = alone.apply({leaf: leaves[path] for leaf, path in node.paths.items()}, *last[:-1])
-            message = f"positions along {letter} hear each other: {{}}".format
+            message = f"positions along {letter} depend on each other: {{}}".format
             torch.testing.assert_close(value, last[-1], rtol=1e-9, atol=1e-9, msg=message)
 
 
