@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from taylorfx.cutting.plan import Indices, Plan, PlanError
+from taylorfx.internals import wrapped
 from taylorfx.layers import Shape
 from taylorfx.tree import Params, flatten, map_paths
 
@@ -102,8 +103,8 @@ def _along(rows: Tensor, axis: int, index: Tensor, out: Tensor) -> None:
 def _plain(leaf: Tensor) -> bool:
     """Nothing but real numbers in main memory: nobody differentiates, maps or traces."""
     watched = leaf.requires_grad and torch.is_grad_enabled()
-    wrapped = type(leaf) not in (Tensor, torch.nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(leaf)
-    traced = watched or wrapped or torch.compiler.is_compiling()
+    plain = type(leaf) in (Tensor, torch.nn.Parameter) and not wrapped(leaf)
+    traced = watched or not plain or torch.compiler.is_compiling()
     return leaf.device.type == "cpu" and not leaf.is_complex() and not traced
 
 

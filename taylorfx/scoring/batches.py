@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,22 +13,26 @@ from torch import Tensor
 from taylorfx.network.run import Inputs, bind_inputs
 from taylorfx.network.spec import Spec
 
-__all__ = ["Batch", "Parted", "Split", "by_example", "each_batch", "one_by_one", "size"]
+__all__ = ["Batch", "Parted", "Split", "Targets", "by_example", "each_batch", "one_by_one", "size", "sliced"]
 
 
-Batch = tuple[Inputs, Any]
+Targets = Any
+"""What a loss compares outputs with: a tensor, a tree of tensors, or whatever a loss of the user's own takes."""
+
+
+Batch = tuple[Inputs, Targets]
 """``(inputs, targets)``."""
 
 
-Split = Callable[[Any, int], Any]
+Split = Callable[[Targets, int], Targets]
 """``split(targets, k)``: the targets of example ``k`` as those of a batch of one."""
 
 
 @dataclass(frozen=True, eq=False)
 class Parted:
-    """Targets that are not tensors of all examples: each example's own, as those of a batch of one."""
+    """Targets that no slice takes apart, split into those of each example, each as the targets of a batch of one."""
 
-    each: tuple[Any, ...]
+    each: tuple[Targets, ...]
 
     def __len__(self) -> int:
         return len(self.each)
@@ -37,14 +41,21 @@ class Parted:
         return Parted(self.each[some])
 
 
-def size(x: Any) -> int:
+def size(x: object) -> int:
+    """Over how many examples a leaf of outputs or targets runs; 0 for what cannot be sliced along them."""
     return len(x) if isinstance(x, Parted) or (isinstance(x, Tensor) and x.ndim) else 0
 
 
-def by_example(targets: Any, count: int | None) -> Any:
-    """Targets as they are, if they are tensors; if lists lie among them with one entry per example, parted."""
+def by_example(targets: Targets, count: int | None) -> Targets:
+    """Targets as they are, if they are tensors; `Parted`, if lists with one entry per example lie among them.
 
-    def entries(x: Any) -> bool:
+    ::
+
+        {"class": (N,), "box": (N, 4)}      as they are
+        [{"boxes": (3, 4)}, {"boxes": (2, 4)}]  of N = 2: Parted(([{"boxes": (3, 4)}], [{"boxes": (2, 4)}]))
+    """
+
+    def entries(x: object) -> bool:
         return isinstance(x, (list, tuple)) and _has_entries(x, count)
 
     leaves = optree.tree_leaves(targets, is_leaf=entries)
@@ -61,7 +72,7 @@ def by_example(targets: Any, count: int | None) -> Any:
     return Parted(tuple(optree.tree_map(lambda x, k=k: x[k : k + 1], targets, is_leaf=entries) for k in range(count)))
 
 
-def _has_entries(x: Sequence[Any], count: int | None) -> bool:
+def _has_entries(x: Sequence[object], count: int | None) -> bool:
     """Whether a list has one entry per example, as detectors have it; it may also hold things that are of all examples.
 
     ::
@@ -78,7 +89,7 @@ def _has_entries(x: Sequence[Any], count: int | None) -> bool:
         count > 1
         and len({(type(entry), getattr(entry, "dtype", None), getattr(entry, "shape", None)) for entry in x}) == 1
     ):
-        kind = f"{type(x[0]).__name__}s of {len(x[0])}"
+        kind = f"{type(x[0]).__name__}s of {len(x[0]) if isinstance(x[0], Sized) else 1}"
         raise ValueError(
             f"A list of targets has an entry for each example, or tensors of all; received {count} {kind} for {count} "
             "examples, which can be either. Give split=..., or tensors of all in a dict."
@@ -86,7 +97,7 @@ def _has_entries(x: Sequence[Any], count: int | None) -> bool:
     return False
 
 
-def _is_of_all(x: Any, count: int) -> bool:
+def _is_of_all(x: object, count: int) -> bool:
     """Whether something can be of all examples."""
     if isinstance(x, (Tensor, np.ndarray)):
         return bool(x.ndim) and len(x) == count
@@ -97,12 +108,18 @@ def _is_of_all(x: Any, count: int) -> bool:
 
 def one_by_one(batch: Batch, spec: Spec) -> list[Batch]:
     """The examples of a parted batch as batches of one."""
-    count, whole = len(next(iter(bind_inputs(spec, (batch[0],)).values()))), cast(Any, batch)
-    return [cast(Batch, optree.tree_map(lambda x, k=k: x[k : k + 1], whole)) for k in range(count)]
+    count = len(next(iter(bind_inputs(spec, (batch[0],)).values())))
+    return [sliced(batch, slice(k, k + 1)) for k in range(count)]
+
+
+def sliced(batch: Batch, some: slice) -> Batch:
+    """Some examples of a parted batch."""
+    whole: Targets = batch
+    return cast("Batch", optree.tree_map(lambda x: x[some], whole))
 
 
 def each_batch(batches: Batch | Iterable[Batch]) -> Iterator[Batch]:
-    """The batches, of which a tuple is a single one."""
+    """The batches; a tuple is a single one."""
     for k, batch in enumerate([batches] if isinstance(batches, tuple) else batches):
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             kind = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__

@@ -16,15 +16,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from taylorfx.internals import vectorized
 from taylorfx.network.run import Inputs, apply, bind_inputs
 from taylorfx.network.spec import Spec
-from taylorfx.scoring.batches import Batch, Parted, Split, by_example, one_by_one, size
+from taylorfx.scoring.batches import Batch, Parted, Split, Targets, by_example, one_by_one, size
 from taylorfx.tree import Params
 
-__all__ = ["Loss", "Objective", "Unvectorized", "cross_entropy", "refuse_flat"]
+__all__ = ["Loss", "Objective", "Outputs", "Unvectorized", "cross_entropy", "refuse_flat"]
 
 
-Loss = Callable[[Any, Any], Tensor]
+Outputs = Any
+"""What a network gives out: a tensor, a tuple or a dict of tensors."""
+
+
+Loss = Callable[[Outputs, Targets], Tensor]
 """``loss(outputs, targets)``, called on every example as a batch of one, so that mean and sum are the same."""
 
 
@@ -51,7 +56,7 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
             f"on {outputs.device} as the outputs; received {targets.dtype} of shape {tuple(targets.shape)} on "
             f"{targets.device}."
         )
-    visible = targets.device.type == "cpu" and not torch._C._functorch.is_batchedtensor(targets)
+    visible = targets.device.type == "cpu" and not vectorized(targets)
     if not targets.is_floating_point() and visible and targets.numel():
         low, high = int(targets.min()), int(targets.max())
         if (low < 0 and low != -100) or high >= classes:
@@ -85,7 +90,7 @@ class Objective:
                 "Leave one of them out."
             )
 
-    def parted(self, inputs: Inputs, targets: Any, spec: Spec) -> Batch:
+    def parted(self, inputs: Inputs, targets: Targets, spec: Spec) -> Batch:
         """The batch, with targets that can be sliced along the examples as the inputs can."""
         tensors = [x for x in bind_inputs(spec, (inputs,)).values() if isinstance(x, Tensor) and x.ndim]
         if self.split is None and self.per_example:
@@ -108,7 +113,7 @@ class Objective:
         """How many losses a batch has."""
         return len(next(iter(bind_inputs(spec, (inputs,)).values()))) if self.per_example else 1
 
-    def vectorized(self, outputs: Any, targets: Any) -> Tensor:
+    def vectorized(self, outputs: Outputs, targets: Targets) -> Tensor:
         """The loss of every example, ``(N,)``, by ``torch.func.vmap``.
 
         Raises:
@@ -124,7 +129,7 @@ class Objective:
         except Exception as error:  # of any kind: numpy, for one, has its own; the loss runs again without vmap
             raise Unvectorized from error
 
-    def plain(self, outputs: Any, targets: Any) -> Tensor:
+    def plain(self, outputs: Outputs, targets: Targets) -> Tensor:
         """The losses, ``(N,)`` or ``(1,)`` of the whole batch, by plain calls: what they raise is the user's own.
 
         They are given copies of the outputs, which they may write over as in training.
@@ -134,13 +139,13 @@ class Objective:
         count = _same_length(outputs, targets)
 
         def example(k: int) -> Tensor:
-            mine: Any = optree.tree_map(lambda x: x[k : k + 1].clone(), outputs)
-            wanted: Any = optree.tree_map(lambda x: x[k : k + 1], targets)
+            mine: Outputs = optree.tree_map(lambda x: x[k : k + 1].clone(), outputs)
+            wanted: Targets = optree.tree_map(lambda x: x[k : k + 1], targets)
             return self._one(mine, wanted.each[0] if isinstance(wanted, Parted) else wanted)
 
         return torch.stack([example(k) for k in range(count)])
 
-    def slopes(self, outputs: Any, targets: Any) -> tuple[Tensor, Any]:
+    def slopes(self, outputs: Outputs, targets: Targets) -> tuple[Tensor, Outputs]:
         """The `plain` losses, and the derivatives of their sum by the outputs: ordinary autograd, without transforms.
 
         So a loss may look at numbers: copy to numpy, branch on data, match boxes.
@@ -155,8 +160,8 @@ class Objective:
         grads = iter(torch.autograd.grad(each.sum(), wanted, materialize_grads=True))
         return each.detach(), tree.unflatten([next(grads) if x.requires_grad else torch.zeros_like(x) for x in free])
 
-    def _one(self, outputs: Any, targets: Any) -> Tensor:
-        value: Any = self.loss(outputs, targets)
+    def _one(self, outputs: Outputs, targets: Targets) -> Tensor:
+        value: object = self.loss(outputs, targets)
         if not isinstance(value, Tensor) or value.numel() != 1:
             found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             what = "example" if self.per_example else "batch"
@@ -164,7 +169,7 @@ class Objective:
         return value.sum()
 
 
-def _same_length(outputs: Any, targets: Any) -> int:
+def _same_length(outputs: Outputs, targets: Targets) -> int:
     """The number of examples, which all outputs have for their first size."""
     sizes = {size(x) for tree in (outputs, targets) for x in optree.tree_leaves(tree)}
     if len(sizes) != 1:
@@ -220,10 +225,10 @@ def refuse_flat(
     )
 
 
-def _same_value(objective: Objective, points: Sequence[Any], targets: Any) -> bool:
+def _same_value(objective: Objective, points: Sequence[Outputs], targets: Targets) -> bool:
     """Whether the loss is the same at all these outputs, up to rounding."""
 
-    def spread(points: Sequence[Any], targets: Any) -> Tensor:
+    def spread(points: Sequence[Outputs], targets: Targets) -> Tensor:
         losses = torch.cat([objective.plain(outputs, targets) for outputs in points])
         return (losses - losses[0]).abs().max() / losses[0].abs().clamp(min=1)
 
@@ -234,10 +239,10 @@ def _same_value(objective: Objective, points: Sequence[Any], targets: Any) -> bo
             return bool(spread(points, targets) == 0)
 
 
-def _without_slope(objective: Objective, points: Sequence[Any], targets: Any) -> bool:
+def _without_slope(objective: Objective, points: Sequence[Outputs], targets: Targets) -> bool:
     """Whether the derivatives at all these outputs are zero or, as a higher precision tells, rounding."""
 
-    def steepness(outputs: Any, targets: Any) -> float:
+    def steepness(outputs: Outputs, targets: Targets) -> float:
         slopes = optree.tree_leaves(objective.slopes(outputs, targets)[1])
         pairs = [(x, s) for x, s in zip(optree.tree_leaves(outputs), slopes, strict=True) if x.numel()]
         return max(float(s.abs().max()) * (float(x.abs().max()) or 1.0) for x, s in pairs)
@@ -253,7 +258,8 @@ def _without_slope(objective: Objective, points: Sequence[Any], targets: Any) ->
     return all(map(flat, points))
 
 
-def _double(tree: Any) -> Any:
+def _double(tree: Targets) -> Targets:
+    """The tree with its floating-point tensors in double precision."""
     if isinstance(tree, Parted):
         return Parted(tuple(map(_double, tree.each)))
     return optree.tree_map(

@@ -17,7 +17,7 @@ from taylorfx.cutting.cut import cut
 from taylorfx.layers import Input, Layer, Leaves, Shape
 from taylorfx.network.run import apply
 from taylorfx.network.spec import Node, Spec
-from taylorfx.rewrite.unused import way
+from taylorfx.rewrite.unused import positions
 from taylorfx.scoring.gates import gates
 from taylorfx.scoring.measure import derivatives
 from taylorfx.store import from_json, to_json
@@ -146,7 +146,7 @@ def _check_values(params: Params, node: Node, given: dict[str, Tensor], coupling
     leaves = {leaf: tree[path] for leaf, path in node.paths.items()}
     check_roles(node.layer, leaves, values[:-1])
     for axis in range(1, len(bound.shape)):
-        through = way(coupling, node, axis)
+        through = positions(coupling, node, axis)
         if through is not None:
             letter, axes = through
             last = [

@@ -1,0 +1,133 @@
+"""How a network is measured, as a value: `Measurement`, which functions take whole or by its keywords."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, TypedDict, TypeVar
+
+import torch
+
+from taylorfx.scoring.batches import Split
+from taylorfx.scoring.gates import Gates
+from taylorfx.scoring.losses import Loss, Objective, cross_entropy
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+__all__ = ["Measurement", "MeasurementOptions", "names_of", "one_of"]
+
+T = TypeVar("T", bound="DataclassInstance")
+
+
+class MeasurementOptions(TypedDict, total=False):
+    """The keywords of `Measurement`, for the type checker."""
+
+    loss: Loss
+    per_example: bool
+    split: Split | None
+    moments: bool
+    rows: bool
+    at_writes: bool
+    training: bool
+    around: Gates | None
+    generator: torch.Generator | None
+    fold: bool
+    channels_last: bool | None
+    micro_batch: int | None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How a network is measured: the loss, what is summed, and how the network is run.
+
+    `measure`, `derivatives`, `prune` and `iterate` take one as ``measurement=``, or its attributes as keywords.
+
+    >>> alone = Measurement(rows=True, micro_batch=16)
+    >>> alone.rows, alone.moments
+    (True, False)
+
+    Attributes:
+        loss: called on each example as a batch of one, so that a mean and a sum over the batch mean the same: the
+            derivative is that of the example's own loss. By ``torch.func.vmap``, or one example after the other where
+            the loss looks at numbers (``item``, branches, numpy) or the targets are lists with one entry per example.
+        per_example: otherwise the loss is called on each batch as it is, and the batch is one observation: for losses
+            that compare examples. The derivatives are those of that number by gates that all examples share; of a
+            mean over examples, therefore, the mean of the per-example ones.
+        split: ``split(targets, k)`` gives the targets of example ``k`` as those of a batch of one, where they are
+            neither tensors nor lists with one entry per example.
+        moments: also sum the activations that are read (for `activation_mean`, `activation_std`, `apoz`).
+        rows: also keep every example's derivatives (for `joint`): four bytes for each example and unit.
+        at_writes: differentiate where activations are made instead of where they are read (for `compat`).
+        training: run the network in training mode (for `compat`). Batch norm then lets examples depend on each other,
+            so that only sums over a batch mean something.
+        around: gate the deviation from these values at the reads instead of the activation itself, from
+            `Means.centers`: ``m_u = 0`` then leaves the mean in the unit's place, and the derivative is ``(a - mean) *
+            dL/da``. Reads that are not named are gated as ever.
+        generator: what the network draws from in training mode, and the criterion `random` in `prune`.
+        fold: score a private copy in which batch norms are folded (`taylorfx.fold`), activations written over each
+            other, and unused positions left out: the reads and so the derivatives are the same up to rounding, with
+            less time and memory. Not where activations are made, nor in training.
+        channels_last: run images that convolutions read in ``torch.channels_last`` memory; by default the private copy
+            does so on a CPU, where it is faster.
+        micro_batch: run at most so many examples at a time, which bounds the memory; the statistics are the same.
+
+    Raises:
+        ValueError: for micro-batches where a batch is more than its examples (in training, or with a loss of the whole
+            batch), and for a split of what a loss of the whole batch takes as it is.
+    """
+
+    loss: Loss = cross_entropy
+    per_example: bool = True
+    split: Split | None = None
+    moments: bool = False
+    rows: bool = False
+    at_writes: bool = False
+    training: bool = False
+    around: Gates | None = None
+    generator: torch.Generator | None = None
+    fold: bool = True
+    channels_last: bool | None = None
+    micro_batch: int | None = None
+
+    def __post_init__(self) -> None:
+        Objective(self.loss, self.per_example, self.split)
+        if self.micro_batch is not None and (self.micro_batch < 1 or self.training or not self.per_example):
+            raise ValueError(
+                "Micro-batches have one or more examples, and are not for training nor for a loss of the whole batch; "
+                f"received micro_batch={self.micro_batch}, training={self.training}, per_example={self.per_example}."
+            )
+
+    @staticmethod
+    def of(measurement: Measurement | None, options: Mapping[str, object]) -> Measurement:
+        """The measurement, or one of these keywords.
+
+        Raises:
+            TypeError: for both at once, and for keywords that are none of its attributes.
+        """
+        return one_of(Measurement, measurement, options, "The options of a measurement", TypeError)
+
+    @property
+    def objective(self) -> Objective:
+        """The loss, and what it is a function of."""
+        return Objective(self.loss, self.per_example, self.split)
+
+
+def one_of(kind: type[T], value: T | None, options: Mapping[str, object], what: str, error: type[Exception]) -> T:
+    """A value of this kind as it is, or made of its keywords; never of both, nor of keywords that it does not have."""
+    known, keyword = names_of(kind), kind.__name__.lower()
+    if strange := [option for option in options if option not in known]:
+        raise error(f"{what} are {', '.join(known)}; received {', '.join(strange)}.")
+    if value is None:
+        return kind(**options)
+    if not isinstance(value, kind) or options:
+        raise error(
+            f"{keyword}= takes a tfx.{kind.__name__}, with no such keyword beside it; received a "
+            f"{' and '.join([type(value).__name__, *options])}. Put all of it into the value, or give keywords alone."
+        )
+    return value
+
+
+def names_of(kind: type[DataclassInstance]) -> tuple[str, ...]:
+    """The names of a value's attributes, which are its keywords."""
+    return tuple(field.name for field in fields(kind))
