@@ -133,8 +133,8 @@ def check_layer(layer: Layer, *inputs: Shape | Tensor, seeds: Sequence[int] = ra
         plan = random_plan(coupling, generator, exact=True)
         small, large = apply(cut(params, plan), plan.spec, given), apply(params, spec, given, gates=plan.gates)
         torch.testing.assert_close(small, large, rtol=1e-9, atol=1e-9, msg="cut differs from gated: {}".format)
-    _check_transforms(params, spec, given, coupling, generator)
     _check_values(params, spec["layer"], given, coupling)
+    _check_transforms(params, spec, given, coupling, generator)
     return coupling
 
 

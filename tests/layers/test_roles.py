@@ -357,8 +357,8 @@ def doubled(self, params, x):
     return 2 * L.Linear.apply(self, params, x)
 
 
-def mirrored(self, params, x):
-    return L.Conv2d.apply(self, {**params, "weight": params["weight"].flip(-1)}, x)
+def lifted(self, params, x):
+    return L.Conv2d.apply(self, params, x) + 1
 
 
 def raised(self, params, x):
@@ -371,7 +371,7 @@ def says(*roles):
 
 LIARS = {
     "windows": (lying(L.Linear, 4, 3, apply=doubled), (4,), "Mixing"),
-    "kernel": (lying(L.Conv2d, 4, 6, 3, apply=mirrored), (4, 5, 5), "Mixing"),
+    "kernel": (lying(L.Conv2d, 4, 6, 3, apply=lifted), (4, 5, 5), "Mixing"),
     "affine": (lying(L.BatchNorm2d, 4, apply=raised), (4, 3, 3), "ChannelAffine"),
     "average": (lying(L.BatchNorm2d, 4, roles=lambda self: (R.RunningStatistics(self),)), (4, 3, 3), "Running"),
     "normalizing": (lying(L.BatchNorm2d, 4, roles=says(R.Normalizing("bias"))), (4, 3, 3), "Normalizing"),
@@ -382,7 +382,7 @@ LIARS = {
     "dims": (lying(L.Permute, (0, 2, 1), roles=says(R.Viewing((0, 1, 2)))), (3, 3), "Viewing"),
     "slice": (lying(L.Slice, 1, 0, 2, roles=says(R.Slicing(1, 1, 3))), (4,), "Slicing"),
     "constant": (lying(L.Parameter, (3,), 1.0, 0.0, True, roles=says(R.Constant())), (4,), "Constant"),
-    "value": (lying(L.Conv1d, 4, 6, 3, roles=says(R.Memory(new_value=True))), (4, 5), "Memory"),
+    "value": (lying(L.Sigmoid, roles=says(R.Memory(new_value=True))), (4,), "Memory"),
     "input": (lying(L.Conv2d, 4, 6, 3, roles=says(R.Memory(keeps_input=False))), (4, 5, 5), "Memory"),
     "gradient": (lying(L.Identity, roles=says(R.Memory(new_gradient=True))), (4,), "Memory"),
 }
