@@ -234,7 +234,7 @@ class ConvTranspose3d(_Transposed):
 class Convolve(Layer):
     """``torch.nn.functional.conv1d``, ``conv2d``, ``conv3d`` with a weight that is computed: the second input.
 
-    A third input is the bias. The weight is the same for all examples (normalized, standardized, made of others).
+    A third input is the bias. The weight is the same for all examples (normalized, standardized, computed from others).
     """
 
     stride: tuple[int, ...]

@@ -1,7 +1,7 @@
 """Normalizations.
 
 A norm whose statistics run over space only (batch, instance) treats every channel alone: exact. One whose statistics
-run over channels (layer, RMS, within a group) changes its value for all when one leaves: inexact.
+run over channels (layer, RMS, within a group) changes its value for all of them when one is removed: inexact.
 """
 
 from __future__ import annotations
@@ -70,11 +70,11 @@ class _Tracked(Layer):
         return _fresh(self, generator)
 
     def normalize(
-        self, x: Tensor, mean: Tensor | None, var: Tensor | None, params: Leaves, own: bool, momentum: float
+        self, x: Tensor, mean: Tensor | None, var: Tensor | None, params: Leaves, batch: bool, momentum: float
     ) -> Tensor:
-        """Normalize by the given statistics, or by the input's own, which then move the given ones."""
+        """Normalize by ``mean`` and ``var``, or, with ``batch``, by the input's statistics, which then update them."""
         weight, bias = (params["weight"], params["bias"]) if self.affine else (None, None)
-        return F.batch_norm(x, mean, var, weight, bias, own, momentum, self.eps)
+        return F.batch_norm(x, mean, var, weight, bias, batch, momentum, self.eps)
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         if not self.track_running_stats:
@@ -87,7 +87,7 @@ class _Tracked(Layer):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         if not self.track_running_stats:
             return self.apply(params, *inputs), {}
-        # Fresh buffers take the batch's own statistics, so that nothing is mutated that vmap may share.
+        # Fresh buffers take the batch's statistics, so that nothing is mutated that vmap may share.
         old = [params[name].detach() for name in ("running_mean", "running_var")]
         mean, var = (inputs[0].new_zeros(self.num_features, dtype=leaf.dtype) for leaf in old)
         output = self.normalize(inputs[0], mean, var, params, True, 1.0)
@@ -153,10 +153,10 @@ class _Instance(_Tracked):
     roles = _Tracked.roles
 
     def normalize(
-        self, x: Tensor, mean: Tensor | None, var: Tensor | None, params: Leaves, own: bool, momentum: float
+        self, x: Tensor, mean: Tensor | None, var: Tensor | None, params: Leaves, batch: bool, momentum: float
     ) -> Tensor:
         weight, bias = (params["weight"], params["bias"]) if self.affine else (None, None)
-        return F.instance_norm(x, mean, var, weight, bias, own, momentum, self.eps)
+        return F.instance_norm(x, mean, var, weight, bias, batch, momentum, self.eps)
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ class InstanceNorm3d(_Instance):
 
 @dataclass(frozen=True)
 class GroupNorm(Layer):
-    """``torch.nn.GroupNorm``: ``(N, num_channels, ...)``. A whole group leaves exactly, a place in every group not."""
+    """``torch.nn.GroupNorm``: ``(N, num_channels, ...)``. Removing a whole group is exact, a channel of each not."""
 
     num_groups: int
     num_channels: int
@@ -326,8 +326,10 @@ class SpectralNorm(Layer):
         return {"shape": self._axes()[0]}
 
     def init(self, generator: torch.Generator) -> dict[str, Tensor]:
-        made = {x: torch.randn(n, generator=generator, device=generator.device) for x, n in self.shapes().items()}
-        return {name: F.normalize(x, dim=0, eps=self.eps) for name, x in made.items()}
+        return {
+            name: F.normalize(torch.randn(shape, generator=generator, device=generator.device), dim=0, eps=self.eps)
+            for name, shape in self.shapes().items()
+        }
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         matrix = inputs[0].movedim(self.dim, 0).flatten(1)
