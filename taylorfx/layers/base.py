@@ -41,8 +41,9 @@ class Layer:
     """One operation: immutable, hashable, comparable.
 
     A new layer is one frozen dataclass with `signature`, `fields` and `apply` (and `init` if it has parameters);
-    coupling, cutting and counting follow from the signature. `taylorfx.testing.check_layer` proves that they do.
-    A layer without a signature still runs: it freezes every unit that touches it.
+    coupling, cutting and counting follow from the signature; what other passes ask for are its `roles`.
+    `taylorfx.testing.check_layer` proves all of it. A layer without a signature still runs: it freezes every unit that
+    touches it.
     """
 
     buffers: ClassVar[tuple[str, ...]] = ()
@@ -79,7 +80,7 @@ class Layer:
         LAYERS[kind(cls)] = cls
 
     def signature(self, *shapes: Shape) -> str | None:
-        """The layer's axes in the language of `taylorfx.axes`; ``None`` where no rule is known.
+        """The layer's axes in the language of `taylorfx.layers.axes`; ``None`` where no rule is known.
 
         ``shapes`` are those of the inputs, the example axis counted as one; the axes of parameters must not depend
         on them.
@@ -185,8 +186,8 @@ LAYERS: dict[str, type[Layer]] = {}
 
 def kind(cls: type[Layer]) -> str:
     """The name of a layer class in JSON: bare for our own, with its module for those from outside."""
-    own = cls.__module__.startswith("taylorfx.layers")
-    return cls.__name__ if own else f"{cls.__module__}.{cls.__qualname__}"
+    ours = cls.__module__.startswith("taylorfx.layers")
+    return cls.__name__ if ours else f"{cls.__module__}.{cls.__qualname__}"
 
 
 def as_tuple(layer: Layer, rank: int, *fields: str) -> None:

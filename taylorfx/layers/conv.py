@@ -137,7 +137,7 @@ class _Forward(_Conv):
         return _FORWARD[self.rank](inputs[0], params["weight"], self._bias(params), *window)
 
     def roles(self) -> tuple[Role, ...]:
-        # Torch runs a convolution of rank 1 as one of rank 2, of whose value it gives a view.
+        # Not claimed of rank 1, which torch runs as rank 2 and squeezes.
         memory = Memory(new_value=self.rank > 1, new_gradient=True, channels_last=self.rank == 2)
         return Mixing(self, unfold=self._unfold), memory
 
@@ -234,7 +234,7 @@ class ConvTranspose3d(_Transposed):
 class Convolve(Layer):
     """``torch.nn.functional.conv1d``, ``conv2d``, ``conv3d`` with a weight that is computed: the second input.
 
-    A third input is the bias. The weight is the same for all examples (normalized, standardized, made of others).
+    A third input is the bias. The weight is the same for all examples (normalized, standardized, computed from others).
     """
 
     stride: tuple[int, ...]

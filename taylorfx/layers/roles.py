@@ -22,9 +22,11 @@ a layer states.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -141,14 +143,14 @@ class Mixing(Role):
             Linear       o i      ->  1    i    o
         """
         names, order, shape = self._layout
-        apart = weight.reshape([shape[name] for name in names])
-        return apart.permute([names.index(name) for name in order]).reshape(self.groups, -1, shape[self.letters[1]])
+        split = weight.reshape([shape[name] for name in names])
+        return split.permute([names.index(name) for name in order]).reshape(self.groups, -1, shape[self.letters[1]])
 
     def as_weight(self, matrix: Tensor, like: Tensor) -> Tensor:
         """The reverse of `matrix`, in the shape, dtype and device of ``like``."""
         names, order, shape = self._layout
-        apart = matrix.reshape([shape[name] for name in order])
-        return apart.permute([order.index(name) for name in names]).reshape(like.shape).to(like)
+        split = matrix.reshape([shape[name] for name in order])
+        return split.permute([order.index(name) for name in names]).reshape(like.shape).to(like)
 
     def scaled(self, weight: Tensor, scale: Tensor) -> Tensor:
         """The weight with which every channel of the output is ``scale`` times what it was, ``scale`` ``(g o,)``.
@@ -158,20 +160,16 @@ class Mixing(Role):
             Linear            o i    scale  o    ->  o 1
             ConvTranspose1d  (g i) o K      (g o)    (g i) o 1
         """
-        names, _, shape = self._layout
-        outputs = [name for name in names if name in self.letters[1:]]
-        apart = scale.reshape([shape[name] for name in self.letters[:0:-1] if name is not None])
-        if outputs == [*self.letters[1:]]:  # the weight has its groups behind its outputs
-            apart = apart.mT
-        whole: list[int] = []  # sizes of the weight's axes, those without outputs left out
-        wide = []
+        (names, _, shape), (_, o, g) = self._layout, self.letters
+        outputs = [o] if g is None else [g, o]  # as they stand in the scale
+        order = [outputs.index(name) for name in names if name in outputs]
+        spread = scale.reshape([shape[name] for name in outputs]).permute(order)
+        spread = spread.reshape([shape[name] if name in outputs else 1 for name in names])
+        sizes: list[list[int]] = []  # of every axis of the weight its letters', where one of them is an output's
         for axis in self._signature.parameters[self.weight]:
-            inside = [name for product in axis for name in product]
-            takes_part = any(name in outputs for name in inside)
-            wide += [shape[name] if takes_part else 1 for name in inside]
-            whole.append(axes.size(axis, shape) if takes_part else 1)
-        apart = apart.reshape([shape[name] if name in outputs else 1 for name in names])
-        return weight * apart.expand(wide).reshape(whole)
+            inside = axes.letters(axes.Pattern([axis]))
+            sizes.append([1 if set(outputs).isdisjoint(inside) else shape[name] for name in inside])
+        return weight * spread.expand([*chain.from_iterable(sizes)]).reshape([*map(math.prod, sizes)])
 
     @cached_property
     def _layout(self) -> tuple[list[str], list[str], Mapping[str, int]]:

@@ -91,23 +91,22 @@ class Spec:
     keys: tuple[str, ...] = ()
     interface: Interface | None = None
     steps: tuple[Step, ...] = field(init=False, repr=False, compare=False)
+    input_layers: Mapping[str, Input] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         nodes = tuple(self.nodes)
         outputs = (self.outputs,) if isinstance(self.outputs, str) else tuple(self.outputs)
         object.__setattr__(self, "outputs", outputs or tuple(node.name for node in nodes[-1:]))
         object.__setattr__(self, "nodes", _order(nodes, self.outputs))
+        # What every run needs is no cached_property: torch.compile does not trace the lock of one.
         object.__setattr__(self, "steps", _steps(self.nodes, self.outputs))
+        layers = {node.name: node.layer for node in self.nodes if isinstance(node.layer, Input)}
+        object.__setattr__(self, "input_layers", layers)
 
     @property
     def inputs(self) -> tuple[Node, ...]:
         """The nodes where tensors come in, in the order in which `apply` takes them."""
         return tuple(node for node in self.nodes if isinstance(node.layer, Input))
-
-    @cached_property
-    def input_layers(self) -> Mapping[str, Input]:
-        """What the network says of the tensors that come in, by the names of their nodes."""
-        return {node.name: node.layer for node in self.nodes if isinstance(node.layer, Input)}
 
     @cached_property
     def by_name(self) -> Mapping[str, Node]:

@@ -21,7 +21,7 @@ from taylorfx.rewrite.fused import fused_attention
 from taylorfx.rewrite.in_place import written_over
 from taylorfx.rewrite.parts import slices_as_parts
 from taylorfx.rewrite.scales import norms_as_scales
-from taylorfx.rewrite.unused import without_unheard
+from taylorfx.rewrite.unused import unused_positions
 from taylorfx.tree import Params, flatten
 
 __all__ = ["PASSES", "lean"]
@@ -46,14 +46,6 @@ def lean(
         if not (whole and rewrite is unused_positions) and (channels_last or rewrite is not weights_in_channels_last):
             draft = rewrite(draft)
     return draft.params, draft.spec
-
-
-def unused_positions(draft: Draft) -> Draft:
-    """Take slices before the layers that treat positions each alone (`taylorfx.rewrite.unused`). The first pass.
-
-    tokens --> up --> gelu --> down --> first token      tokens --> first token --> up --> gelu --> down
-    """
-    return Draft(draft.leaves, without_unheard(draft.coupling), draft.coupling)
 
 
 def folded(draft: Draft) -> Draft:

@@ -1,18 +1,16 @@
-"""Unused positions are not computed: of a network that classifies by one token, all others of the last block.
+"""A pass: positions that no output depends on are not computed.
 
-A slice is taken earlier: not of the values of layers that treat the positions along its axis each alone, but of what
-these layers consume. A network that uses token 0 of 197::
-
-    x --> norm --> linear --> slice        becomes        x --> slice --> norm --> linear
-
-Along an axis that may shrink, all layers treat positions each alone, unless they take statistics over it or have
-parameters for its positions; along a rigid one those that state it (`Layer.separate`), as attention does of queries.
+Of a network that classifies by one token, the last block computes all others for nothing. A slice is taken earlier
+than where it stands: not of what a layer gives out, but of what that layer consumes, if it treats the positions along
+the axis of the slice each alone. Along an axis that may shrink all layers do so, unless they take statistics over it or
+have parameters for its positions; along a rigid one those that say so, as attention does for its queries.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from taylorfx import layers as L
 from taylorfx.coupling.units import Coupling
@@ -20,42 +18,51 @@ from taylorfx.layers.axes import letters
 from taylorfx.layers.roles import Role, Slicing
 from taylorfx.network.build import unused
 from taylorfx.network.labels import is_example
-from taylorfx.network.spec import Node, Spec
+from taylorfx.network.spec import Node
+from taylorfx.rewrite.draft import Draft
 
-__all__ = ["Found", "Only", "way", "without_unheard"]
+__all__ = ["Only", "Positions", "Sliced", "positions", "unused_positions"]
 
 
 @dataclass(frozen=True)
 class Only(L.Slice):
-    """A slice that is taken earlier: the nodes from here to its `Found` have fewer positions than in the network."""
+    """A slice that is taken earlier than in the network: the values behind it have fewer positions than there."""
 
     def roles(self) -> tuple[Role, ...]:
-        return ()  # no pass may take it for a slice of the network itself
+        return ()  # no pass makes something else of it: taps count positions by it
 
 
 @dataclass(frozen=True)
-class Found(L.Identity):
-    """Where the network has the slice: the nodes from here on have as many positions as in the network."""
+class Sliced(L.Identity):
+    """Where the slice was: the values behind it are as in the network."""
 
 
-def without_unheard(coupling: Coupling) -> Spec:
-    """The network with its slices taken before matrix products, where they can be."""
-    earlier = _Earlier(coupling)
-    for node in coupling.spec.nodes:
-        role = node.layer.role(Slicing)
-        if role is not None:
-            earlier.take(node, role)
-    return earlier.spec()
+def unused_positions(draft: Draft) -> Draft:
+    """Take slices before the layers that treat positions each alone, if that spares matrix products. The first pass.
+
+    tokens --> up --> gelu --> down --> slice --> first token
+    tokens --> only --> up --> gelu --> down --> sliced --> first token
+    """
+    earlier = _Earlier(draft.coupling)
+    for node in draft.coupling.spec.nodes:
+        slicing = node.layer.role(Slicing)
+        if slicing is not None:
+            earlier.take(node, slicing)
+    return draft if len(earlier.nodes) == len(draft.spec.nodes) else draft.rewritten(earlier.nodes.values())
 
 
-Way = tuple[str, tuple[int | None, ...]]
-"""How positions run through a layer: their letter in its signature, and its axis in each input, if it is there."""
+class Positions(NamedTuple):
+    """Positions along one axis, as a layer has them: their letter, and the axis in each input that has them."""
+
+    letter: str
+    axes: tuple[int | None, ...]
 
 
-def way(coupling: Coupling, node: Node, axis: int) -> Way | None:
-    """How positions along an axis of a node's value run through its layer, if it treats each alone.
+def positions(coupling: Coupling, node: Node, axis: int) -> Positions | None:
+    """The positions along an axis of a node's value in what it consumes, if its layer treats each of them alone.
 
-    Of a linear layer ``B T i, weight: o i -> B T o``, axis 1 does, as ``("T", (1,))``, and axis 2 does not: ``None``.
+    Of attention, ``B h Q e, B h T e, B h T v -> B h Q v``, axis 2 has the letter ``Q``: the queries are treated each
+    alone, and lie along the axes ``(2, None, None)`` of the inputs.
     """
     signature = coupling.signature(node)
     letter = None if signature is None else signature.output.singles[axis]
@@ -71,51 +78,48 @@ def way(coupling: Coupling, node: Node, axis: int) -> Way | None:
         if len(places) != letters(pattern).count(letter) or len(places) > 1:
             return None
         axes.append(places[0] if places else None)
-    return None if axes.count(None) == len(axes) else (letter, tuple(axes))
+    return None if axes.count(None) == len(axes) else Positions(letter, tuple(axes))
 
 
 class _Earlier:
-    """The nodes of a network as they are after the slices taken until now."""
+    """The nodes of a network as they are after the slices until now."""
 
     def __init__(self, coupling: Coupling) -> None:
         self.coupling, self.nodes = coupling, dict(coupling.spec.by_name)
 
-    def spec(self) -> Spec:
-        whole = self.coupling.spec
-        return whole if len(self.nodes) == len(whole.nodes) else replace(whole, nodes=tuple(self.nodes.values()))
-
-    def take(self, node: Node, role: Slicing) -> None:
+    def take(self, node: Node, slicing: Slicing) -> None:
         """Take a slice as early as it can be, if that spares matrix products."""
-        (source,), bounds, count = node.inputs, self.coupling.bounds, role.stop - role.start
-        if count == bounds[source].shape[role.dim] or is_example(bounds[source].output[role.dim]):
+        (source,), bounds, count = node.inputs, self.coupling.bounds, slicing.stop - slicing.start
+        if count == bounds[source].shape[slicing.dim] or is_example(bounds[source].output[slicing.dim]):
             return
-        ways = dict(self._ways(source, role.dim))
-        if not any(self.nodes[x].layer.multiplies for x in ways):
+        smaller = dict(self._smaller(source, slicing.dim))
+        if not any(self.nodes[x].layer.multiplies for x in smaller):
             return
-        self.nodes[node.name] = replace(node, layer=Found())
-        taken: dict[tuple[str, int], str] = {}  # the name of the slice of each value that the spared layers consume
-        for name, (letter, axes) in ways.items():
+        self.nodes[node.name] = replace(node, layer=Sliced())
+        taken: dict[tuple[str, int], str] = {}
+        for name, (letter, axes) in smaller.items():
             node, bound = self.nodes[name], bounds[name]
             inputs = list(node.inputs)
             for slot, (x, axis) in enumerate(zip(node.inputs, axes, strict=True)):
-                if axis is not None and x not in ways:
+                if axis is not None and x not in smaller:
                     inputs[slot] = taken[x, axis] = taken.get((x, axis)) or unused(f"{x}.only", self.nodes)
-                    self.nodes[inputs[slot]] = Node(inputs[slot], Only(axis, role.start, role.stop), (x,))
+                    self.nodes[inputs[slot]] = Node(inputs[slot], Only(axis, slicing.start, slicing.stop), (x,))
             resized = node.layer.resize({**bound.sizes, letter: count}, *bound.inputs)
             self.nodes[name] = replace(node, layer=resized, inputs=tuple(inputs))
 
-    def _ways(self, name: str, axis: int) -> Iterator[tuple[str, Way]]:
-        """The nodes whose value along an axis is used by the slice alone, from its input upwards, and how it runs."""
-        asked: dict[str, list[int]] = {}
+    def _smaller(self, name: str, axis: int) -> Iterator[tuple[str, Positions]]:
+        """The layers of whose positions along an axis only some are used, from the value ``name`` back."""
+        asked: dict[str, list[int]] = {}  # for every value, the axes along which its consumers need some positions
         waiting = [(name, axis)]
         while waiting:
             name, axis = waiting.pop()
             axes = asked.setdefault(name, [])
             axes.append(axis)
             node = self.nodes[name]
-            all_ask = axes == [axis] * self.coupling.spec.uses.get(name, 0)  # the slice alone uses it, along one axis
-            taken = isinstance(node.layer, (Only, Found)) or node.layer.role(Slicing) is not None
-            through = way(self.coupling, node, axis) if all_ask and not taken else None
-            if through is not None:
-                yield name, through
-                waiting += [(x, k) for x, k in zip(node.inputs, through[1], strict=True) if k is not None]
+            sliced = isinstance(node.layer, (Only, Sliced)) or node.layer.role(Slicing) is not None
+            if sliced or axes != [axis] * self.coupling.spec.uses[name]:  # some consumer needs all, or has not asked
+                continue
+            along = positions(self.coupling, node, axis)
+            if along is not None:
+                yield name, along
+                waiting += [(x, k) for x, k in zip(node.inputs, along.axes, strict=True) if k is not None]

@@ -24,7 +24,7 @@ from taylorfx.network.spec import Node, Spec
 from taylorfx.rewrite.draft import StandIn
 from taylorfx.rewrite.fused import Fused
 from taylorfx.rewrite.in_place import Over
-from taylorfx.rewrite.unused import Found, Only
+from taylorfx.rewrite.unused import Only, Sliced
 from taylorfx.scoring.gates import Gates
 from taylorfx.tree import Params, flatten
 
@@ -217,7 +217,7 @@ def _only(spec: Spec) -> dict[str, str]:
     for node in spec.nodes:
         if isinstance(node.layer, Only):
             only[node.name] = node.name
-        elif not isinstance(node.layer, Found):
+        elif not isinstance(node.layer, Sliced):
             only.update((node.name, only[x]) for x in node.inputs if x in only)
     return only
 

@@ -17,7 +17,7 @@ from taylorfx.cutting.cut import cut
 from taylorfx.layers import Input, Layer, Leaves, Shape
 from taylorfx.network.run import apply
 from taylorfx.network.spec import Node, Spec
-from taylorfx.rewrite.unused import way
+from taylorfx.rewrite.unused import positions
 from taylorfx.scoring.gates import gates
 from taylorfx.scoring.measure import derivatives
 from taylorfx.store import from_json, to_json
@@ -41,7 +41,7 @@ def assert_trees_equal(one: Params, other: Params, *, rtol: float = 0.0, atol: f
 class _Write(Layer):
     """Mixes every axis with itself, so that every axis after it may shrink."""
 
-    given: Shape
+    source: Shape
     shape: Shape
 
     def _names(self, letter: str) -> list[str]:
@@ -53,7 +53,7 @@ class _Write(Layer):
         return f"B {' '.join(before)}, {mixes} -> B {' '.join(after)}"
 
     def fields(self, *shapes: Shape) -> dict[str, str]:
-        return {"given": " ".join(self._names("A")), "shape": " ".join(self._names("a"))}
+        return {"source": " ".join(self._names("A")), "shape": " ".join(self._names("a"))}
 
     def init(self, generator: torch.Generator) -> dict[str, Tensor]:
         return {name: torch.randn(shape, generator=generator) for name, shape in self.shapes().items()}
@@ -89,7 +89,7 @@ class _Read(Layer):
 
 
 def check_layer(layer: Layer, *inputs: Shape | Tensor, seeds: Sequence[int] = range(8)) -> Coupling:
-    """Prove a layer's rules: whatever leaves before or after it, what is cut computes what is gated.
+    """Prove what a layer states: whatever is removed before or after it, what is cut computes what is gated.
 
     The layer stands between layers that mix every axis, so that all axes may shrink that its signature lets shrink.
     Checked are the inferred shapes, cutting against gating under random plans, the gate derivatives against automatic
@@ -117,11 +117,11 @@ def check_layer(layer: Layer, *inputs: Shape | Tensor, seeds: Sequence[int] = ra
     nodes.append(Node("layer", layer, tuple(sources)))
     generator = torch.Generator().manual_seed(0)
     bare = Spec(tuple(nodes), ("layer",))
-    given = {
+    examples = {
         f"input{k}": x if isinstance(x, Tensor) else torch.randn(3, *x, generator=generator, dtype=torch.float64)
         for k, x in enumerate(inputs)
     }
-    shape = tuple(apply(random_params(bare, generator), bare, given).shape[1:])
+    shape = tuple(apply(random_params(bare, generator), bare, examples).shape[1:])
     spec = Spec((*nodes, Node("read", _Read(shape), ("layer",))), ("read",))
     assert from_json(to_json(spec)) == spec, f"{layer} does not come back from JSON"
     params = random_params(spec, generator)
@@ -131,22 +131,22 @@ def check_layer(layer: Layer, *inputs: Shape | Tensor, seeds: Sequence[int] = ra
     for seed in seeds:
         generator.manual_seed(seed)
         plan = random_plan(coupling, generator, exact=True)
-        small, large = apply(cut(params, plan), plan.spec, given), apply(params, spec, given, gates=plan.gates)
+        small, large = apply(cut(params, plan), plan.spec, examples), apply(params, spec, examples, gates=plan.gates)
         torch.testing.assert_close(small, large, rtol=1e-9, atol=1e-9, msg="cut differs from gated: {}".format)
-    _check_transforms(params, spec, given, coupling, generator)
-    _check_values(params, spec["layer"], given, coupling)
+    _check_values(params, spec["layer"], examples, coupling)
+    _check_transforms(params, spec, examples, coupling, generator)
     return coupling
 
 
-def _check_values(params: Params, node: Node, given: dict[str, Tensor], coupling: Coupling) -> None:
+def _check_values(params: Params, node: Node, examples: dict[str, Tensor], coupling: Coupling) -> None:
     """The layer's roles, and each position alone along the axes where it states that."""
-    values: Any = apply(params, Spec(coupling.spec.nodes, (*node.inputs, node.name)), given)
+    values: Any = apply(params, Spec(coupling.spec.nodes, (*node.inputs, node.name)), examples)
     values = values if node.inputs else (values,)
     tree, bound = flatten(params), coupling.bounds[node.name]
     leaves = {leaf: tree[path] for leaf, path in node.paths.items()}
     check_roles(node.layer, leaves, values[:-1])
     for axis in range(1, len(bound.shape)):
-        through = way(coupling, node, axis)
+        through = positions(coupling, node, axis)
         if through is not None:
             letter, axes = through
             last = [
@@ -159,13 +159,13 @@ def _check_values(params: Params, node: Node, given: dict[str, Tensor], coupling
 
 
 def _check_transforms(
-    params: Params, spec: Spec, given: dict[str, Tensor], coupling: Coupling, generator: torch.Generator
+    params: Params, spec: Spec, examples: dict[str, Tensor], coupling: Coupling, generator: torch.Generator
 ) -> None:
     targets = torch.randint(2, (3,), generator=generator)
     values = torch.rand(4, len(coupling), generator=generator, dtype=torch.float64)
 
     def run(gate: Tensor) -> Tensor:
-        output: Tensor = apply(params, spec, given, gates=gates(coupling, gate))
+        output: Tensor = apply(params, spec, examples, gates=gates(coupling, gate))
         return output
 
     one_by_one = torch.stack([run(gate) for gate in values])
@@ -177,9 +177,9 @@ def _check_transforms(
 
     slopes = torch.func.jacfwd(losses)(ones) if len(coupling) else ones.expand(3, 0)
     if not coupling.mixing:
-        rows = derivatives(params, spec, given, targets, coupling)[1]
+        rows = derivatives(params, spec, examples, targets, coupling)[1]
         torch.testing.assert_close(rows, slopes, rtol=1e-7, atol=1e-9, msg=lambda text: f"gate derivatives: {text}")
-        alone = [apply(params, spec, {name: x[k : k + 1] for name, x in given.items()}) for k in range(3)]
+        alone = [apply(params, spec, {name: x[k : k + 1] for name, x in examples.items()}) for k in range(3)]
         torch.testing.assert_close(
             torch.cat(alone), run(ones), rtol=1e-7, atol=1e-9, msg=lambda text: f"examples depend on each other: {text}"
         )

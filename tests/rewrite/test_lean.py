@@ -18,7 +18,8 @@ from taylorfx import Input, Node, Spec, residual, serial
 from taylorfx import layers as L
 from taylorfx.network.run import evaluate, gating
 from taylorfx.rewrite.draft import Draft
-from taylorfx.rewrite.lean import PASSES, lean, unused_positions
+from taylorfx.rewrite.lean import PASSES, lean
+from taylorfx.rewrite.unused import unused_positions
 from taylorfx.scoring import taps
 from taylorfx.testing.strategies import network, networks, specs, token_specs
 
