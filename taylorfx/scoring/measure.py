@@ -28,7 +28,8 @@ from torch import Tensor
 from taylorfx.coupling.couple import own
 from taylorfx.coupling.units import Coupling
 from taylorfx.internals import differentiated
-from taylorfx.layers import Conv2d, ShapeError
+from taylorfx.layers import ShapeError
+from taylorfx.layers.roles import Memory
 from taylorfx.network.run import Inputs, bind_inputs, evaluate
 from taylorfx.network.spec import Spec
 from taylorfx.rewrite.lean import lean
@@ -359,7 +360,8 @@ def _each_alone(run: Callable[..., Pass], spec: Spec, inputs: Inputs, targets: T
 
 
 def _channels_last(spec: Spec, inputs: Inputs) -> Inputs:
-    images = {x for node in spec.nodes if isinstance(node.layer, Conv2d) for x in node.inputs}
+    roles = [(node, node.layer.role(Memory)) for node in spec.nodes]
+    images = {x for node, role in roles if role is not None and role.channels_last for x in node.inputs}
     return {
         name: x.to(memory_format=torch.channels_last) if name in images and isinstance(x, Tensor) and x.ndim == 4 else x
         for name, x in bind_inputs(spec, (inputs,)).items()
