@@ -6,12 +6,14 @@ changes
     to second order by  -g.v + 1/2 v'Hv, with the Hessian itself instead of the Fisher information,
     exactly by          -int_0^1 g(1 - t v).v dt, here by Gauss-Legendre quadrature,
 
-where ``g`` and ``H`` are the gradient and the Hessian of the mean loss by the gates. The loss is ``loss``,
-``per_example`` and ``split``, or that of a ``measurement``, as in `taylorfx.measure`. Each is there for every unit alone
-(scores, ``(units,)``, higher means keep, estimates of `Oracle.signed`) and for all units of a plan together. For units
-alone they cost more than the oracle itself: they are there to tell where a criterion errs. For a plan they are cheap:
-one Hessian-vector product, or one gradient per node. The path integral of a plan is the integrated gradients of
-Sundararajan et al. 2017 (arXiv 1703.01365), which share the change out among the units.
+where ``g`` and ``H`` are the gradient and the Hessian of the mean loss by the gates. The loss is that of ``loss``,
+``per_example`` and ``split``, or of a ``measurement``, as in `taylorfx.measure`.
+
+Each is there for every unit alone (scores, ``(units,)``, higher means keep, estimates of `Oracle.signed`) and for all
+units of a plan together. For units alone they cost more than the oracle itself: they are there to tell where a
+criterion errs. For a plan they are cheap: one Hessian-vector product, or one gradient per node. The path integral of a
+plan is the integrated gradients of Sundararajan et al. 2017 (arXiv 1703.01365), which share the change out among the
+units.
 """
 
 from __future__ import annotations
