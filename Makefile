@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: test laws lint format quickstart bench clean
+.PHONY: test laws lint format quickstart bench release clean
 
 test: $(VENV)/dev.stamp  ## the test suite
 	$(BIN)/python -m pytest -n 2
@@ -26,6 +26,9 @@ quickstart: $(VENV)/examples.stamp  ## train, prune, fine-tune and draw docs/qui
 
 bench: $(VENV)/dev.stamp  ## every benchmark, one after the other
 	set -e; for file in benchmarks/[!_]*.py; do echo "== $$file"; $(BIN)/python $$file; done
+
+release: $(VENV)/dev.stamp  ## dist/: sdist and wheel, once the sdist passes its own tests (some: TESTS="tests/test_docs.py -x")
+	.ci/release $(BIN)/python $(or $(TESTS),-n 2)
 
 clean:
 	rm -rf $(VENV)

@@ -52,6 +52,16 @@ def unflatten(leaves: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> dict[str
     return tree
 
 
+def restrict(tree: Params, paths: Iterable[str]) -> dict[str, Any]:
+    """The tree of these leaves alone, in their order.
+
+    >>> restrict({"conv1": {"weight": 1, "bias": 2}, "fc": {"weight": 3}}, ["fc.weight"])
+    {'fc': {'weight': 3}}
+    """
+    leaves = flatten(tree)
+    return unflatten((path, leaves[path]) for path in paths)
+
+
 def combine(*trees: Params) -> dict[str, Any]:
     """One tree from several with no leaf in common."""
     return unflatten(item for tree in trees for item in flatten(tree).items())

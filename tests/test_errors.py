@@ -86,8 +86,8 @@ def select(scores: Any = W.scores, budget: Any = NINE, **options: Any) -> Any:
 PARAMETERS = """Parameters have to fit the network; received:
   conv1.bias: missing, expected (6,)
   conv1.weight: expected (6, 1, 3, 3), received (6, 2, 3, 3)
-  fc.scale: no layer has such a parameter
-  head: no layer has such a parameter"""
+  fc.scale: the network has no such parameter
+  head: the network has no such parameter"""
 
 CHANNELS = """Layers and their inputs have to fit; received:
   conv1: Conv2d takes 1 at input 0, axis 1; received 3
@@ -113,7 +113,7 @@ EXPANDED = """A plan expands what it has cut of its own network's parameters; re
 
 GRAPH = """A network is a graph of named nodes without cycles; received:
   two nodes are named 'a'; give each node a name of its own
-  'b' hears 'nowhere', which no node is named
+  'b' consumes 'nowhere', which no node is named
   the output 'end' is no node
   the nodes 'c', 'd' lie on or behind a cycle"""
 
@@ -127,8 +127,9 @@ BUDGET = (
 
 LEAST = (
     "The budget is {}; the constraints allow no less than {}. Loosen floor, most, multiple, uniform or protect, or ask "
-    "for no less. Frozen are layers with {}: {} by fc (Linear: an output of the network). Outputs keep their size: "
-    "other layers have to make up for them. coupling.frozen says it of every layer."
+    "for no less. Frozen are layers with {}: {} by fc (Linear: an output of the network). Outputs of the network "
+    "keep their size: allow a larger budget, or let other layers lose more. coupling.frozen tells the reason for every "
+    "layer."
 )
 
 STATISTICS = (
@@ -251,9 +252,9 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
         tfx.SpecError,
         "Parameters have to fit the network; received:\n"
         "  conv1.weight: expected (8, 1, 3, 3), received (6, 1, 3, 3)\n"
-        "  conv1.bias: no layer has such a parameter\n"
-        "  fc.weight: no layer has such a parameter\n"
-        "  fc.bias: no layer has such a parameter",
+        "  conv1.bias: the network has no such parameter\n"
+        "  fc.weight: the network has no such parameter\n"
+        "  fc.bias: the network has no such parameter",
     ),
     "arguments in another order": (
         lambda: tfx.apply(W.spec, W.params, W.x),
@@ -325,10 +326,10 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
     "a layer class that is not known": (
         lambda: tfx.from_json(tfx.to_json(W.spec).replace('"Conv2d"', '"Conv9d"').replace('"ReLU"', '"mine.ReLU"')),
         tfx.FileError,
-        "This document is no network's:\n"
-        "  nodes[1].layer: not known: 'Conv9d'. Import the class before, or update taylorfx\n"
-        "  nodes[3].layer: not known: 'mine.ReLU'. Import the class before, or update taylorfx\n"
-        "  nodes[4].layer: not known: 'Conv9d'. Import the class before, or update taylorfx",
+        "This document does not describe a network:\n"
+        "  nodes[1].layer: unknown: 'Conv9d'. Import the module of its class, or update taylorfx\n"
+        "  nodes[3].layer: unknown: 'mine.ReLU'. Import the module of its class, or update taylorfx\n"
+        "  nodes[4].layer: unknown: 'Conv9d'. Import the module of its class, or update taylorfx",
     ),
     "dropout without a generator": (
         lambda: tfx.train(W.params, W.spec, W.x),
@@ -368,8 +369,8 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
     "a plan for another network, composed": (
         lambda: tfx.compose(W.plan, W.plan),
         tfx.PlanError,
-        "Plans compose when the second is of the network that the first one leaves; received one of another. Make it "
-        "from couple(cut(params, first), first.spec).",
+        "Plans compose if the second is of the network that the first one leaves; received one of another network. "
+        "Select it for couple(cut(params, first), first.spec).",
     ),
     "an unknown leaf, cut": (
         lambda: tfx.cut({"head": {"weight": W.x}, "fc": {"bias": None}}, W.plan),

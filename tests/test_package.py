@@ -5,6 +5,7 @@ import importlib
 import importlib.metadata
 import inspect
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ ROOT = Path(tfx.__file__).parent
 
 # The house, from the ground up: a package imports from earlier rows only, a module of a package from its own, too.
 STAGES = (
-    {"tree", "functions"},
+    {"tree", "functions", "internals"},
     {"layers"},
     {"network"},
     {"coupling"},
@@ -40,6 +41,8 @@ HOMES = {
     "torch.distributed": {"distributed.py"},
     "matplotlib": {"report"},
     "hypothesis": {"testing"},
+    "torch._": {"internals.py"},
+    "torch.utils._sympy": {"interop/capture/sizes.py"},
 }
 
 SOURCES = sorted(ROOT.rglob("*.py"))
@@ -72,7 +75,9 @@ def imported(tree: ast.AST) -> Iterator[str]:
 
 
 def used(tree: ast.AST) -> set[str]:
-    return {*imported(tree), *(dotted(node) for node in ast.walk(tree) if isinstance(node, (ast.Attribute, ast.Name)))}
+    """All dotted names of a source, and ``torch._`` if one of them is private to torch and has no other home."""
+    names = {*imported(tree), *(dotted(node) for node in ast.walk(tree) if isinstance(node, (ast.Attribute, ast.Name)))}
+    return names | {"torch._" for name in names if re.match(r"torch\.(?!utils\._sympy)(.*\.)?_(?!_)", name)}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -99,12 +104,20 @@ def test_it_stands_in_its_own_module_only(what: str) -> None:
 
 def test_the_search_for_homes_finds_what_there_is() -> None:
     """The control of the test above: what exists already is found at home."""
-    homes = {"torch.func.vjp": "scoring/measure", "index_select": "cutting/cut", "hypothesis": "testing/strategies"}
+    homes = {
+        "torch._": "internals",
+        "torch.func.vjp": "scoring/measure",
+        "index_select": "cutting/cut",
+        "hypothesis": "testing/strategies",
+    }
     for what, home in homes.items():
         names = used(ast.parse((ROOT / f"{home}.py").read_text()))
         assert any(f".{what}." in f".{name}." for name in names)
     assert "torch.func.vjp" in used(ast.parse("from torch.func import vjp"))
     assert "torch.nn.Module" in used(ast.parse("class A(torch.nn.Module): pass"))
+    assert "torch._" in used(ast.parse("from torch.autograd.function import _SingleLevelFunction"))
+    assert "torch._" in used(ast.parse("torch._C._functorch.get_unwrapped(x)"))
+    assert "torch._" not in used(ast.parse("torch.nn.Linear(1, 2)._forward(torch.__version__)"))
     assert "leaf.index_select" in used(ast.parse("leaf.index_select(0, index)"))
 
 

@@ -163,7 +163,7 @@ def _spans(spec: Spec) -> Labels:
     place = {node.name: k for k, node in enumerate(spec.nodes)}
     first = [0 if isinstance(node.layer, Input) else k + 1 for k, node in enumerate(spec.nodes)]
     after = [len(first) + 1] * len(first)
-    for k, (_, _, done) in enumerate(spec._steps):  # type: ignore[attr-defined]
+    for k, (_, _, done) in enumerate(spec.steps):
         for name in done:
             after[place[name]] = k + 2
     return np.array([first, after], np.int64)

@@ -1,12 +1,32 @@
-"""Couple: from parameters and a spec to the units."""
+"""Couple: find what leaves together, from a network's labels to its units.
+
+Every axis of every tensor carries labels (`taylorfx.network.labels`). Layers tie labels, and lay some out as products
+of others. From them four steps lead to the units:
+
+    join        labels that are tied become one class
+    expand      a class that is a product gets the factors of its factors
+    choose      classes that may leave are the units
+    assemble    the units of every position of every axis
+
+    q_proj.weight, axis 0 (2 heads of 2):   label   0  1  2  3       each the product of a head and of a dimension
+                                            class   0  1  2  3
+                                            factors 4  4  5  5       the head h
+                                                    6  7  6  7       the dimension k
+                                            units   h0 h0 h1 h1
+                                                    k0 k1 k0 k1
+
+A position leaves if any of its units does. Usually it has one; it has one per factor where its axis is a product.
+"""
 
 from __future__ import annotations
 
-from taylorfx.coupling.solve import Solver
+from taylorfx.coupling.assemble import assemble
+from taylorfx.coupling.axes import lay_out
+from taylorfx.coupling.choose import choose
+from taylorfx.coupling.expand import expand
+from taylorfx.coupling.join import join
+from taylorfx.coupling.labeling import label
 from taylorfx.coupling.units import Coupling
-from taylorfx.network.bind import propagate
-from taylorfx.network.labels import Ties
-from taylorfx.network.limits import Room
 from taylorfx.network.parameters import check
 from taylorfx.network.spec import Spec
 from taylorfx.tree import Params
@@ -24,14 +44,25 @@ def couple(params: Params, spec: Spec) -> Coupling:
     Raises:
         SpecError: if the parameters do not fit the network.
         ShapeError: if an input's shape is not declared, or the layers do not fit each other.
+
+    >>> import torch
+    >>> from taylorfx import Input, init, serial
+    >>> from taylorfx.layers import Linear, ReLU
+    >>> spec = serial(Input((2,)), Linear(2, 3), ReLU(), Linear(3, 2), Linear(2, 4))
+    >>> coupling = couple(init(spec, torch.Generator()), spec)
+    >>> coupling
+    Coupling(5 units in 2 scopes, 1 frozen)
+    >>> coupling.names
+    ('0[0]', '0[1]', '0[2]', '2[0]', '2[1]')
+    >>> coupling.unit_ids("2.weight", 1)  # what the second linear layer reads, the first one writes
+    array([[0, 1, 2]])
     """
     check(params, spec)
-    ties = Ties(room=Room.beside(spec.shapes.values()))
-    bounds = propagate(spec, ties)
-    for name in spec.outputs:
-        for axis in bounds[name].output:
-            ties.freeze(axis, f"{name} is an output of the network")
-    return Solver(spec, bounds, ties).coupling()
+    labeling = label(spec)
+    factors = expand(join(labeling.ties))
+    axes = lay_out(labeling, factors)
+    units = choose(labeling, factors, axes)
+    return assemble(labeling, axes, units)
 
 
 def own(params: Params, spec: Spec, coupling: Coupling) -> None:

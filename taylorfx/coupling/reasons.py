@@ -1,10 +1,11 @@
-"""What holds a network: the operators that freeze the largest shares of it, for the errors that ask to do something."""
+"""Reasons: which operators freeze the largest shares of a network, for errors about budgets that cannot be met."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections import Counter, defaultdict
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,66 +16,84 @@ from taylorfx.network.spec import Node
 __all__ = ["held"]
 
 SHOWN = 4
-"""How many groups of operators, and nodes of each, are named."""
+"""How many causes, and nodes of each, are named."""
+
+
+class Cause(NamedTuple):
+    """What freezes layers: like reasons at several nodes have one cause."""
+
+    operator: str
+    rule: str
+
+    def __str__(self) -> str:
+        return ": ".join(filter(None, self))
 
 
 def held(coupling: Coupling, what: str = "parameters") -> str:
-    """In words: which operators hold layers at their width, the share of the network in these layers, what to do.
+    """Tell which operators keep layers at their width, which share of the network these layers are, and what to do.
 
-    A layer counts by its own parameters (or ``"FLOPs"``), with the share of its channels that cannot leave. Nothing if
-    nothing is frozen.
+    A layer counts by its own parameters (or ``"FLOPs"``), times the share of its channels that cannot leave. The text
+    is empty if nothing is frozen.
 
     Args:
         what: ``"FLOPs"``; anything else means parameters.
     """
-    weights = _weights(coupling, what)
-    whole = sum(weights.values()) or 1
-    shares: dict[tuple[str, str], float] = defaultdict(float)
-    nodes: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
-    writers = {scope: _writer(coupling, scope) for scope in coupling.frozen}
-    scopes = Counter(writers.values())  # a layer of several scopes is shared out among them
+    shares: dict[Cause, float] = defaultdict(float)
+    nodes: dict[Cause, dict[str, None]] = defaultdict(dict)
+    frozen = _frozen_shares(coupling, what)
     for scope, reason in coupling.frozen.items():
-        key, name = _operator(coupling, reason)
-        writer = writers[scope]
-        shares[key] += weights.get(writer, 0) * _part(coupling, scope, writer) / scopes[writer] / whole
-        nodes[key][name or scope] = None
+        cause, name = _cause(coupling, reason)
+        shares[cause] += frozen[scope]
+        nodes[cause][name or scope] = None
     if not shares:
         return ""
     largest = sorted(shares, key=shares.__getitem__, reverse=True)[:SHOWN]
-    said = [
-        f"{shares[key]:.1%} by {_listed(nodes[key])} ({reason})"
-        for key, reason in ((key, ": ".join(filter(None, key))) for key in largest)
-    ]
+    parts = [f"{shares[cause]:.1%} by {_listed(nodes[cause])} ({cause})" for cause in largest]
     more = f", and less by {len(shares) - SHOWN} other reasons" if len(shares) > SHOWN else ""
     counted = "FLOPs" if what == "FLOPs" else "parameters"
     return (
-        f"Frozen are layers with {sum(shares.values()):.1%} of the {counted}: {'; '.join(said)}{more}. "
+        f"Frozen are layers with {sum(shares.values()):.1%} of the {counted}: {'; '.join(parts)}{more}. "
         f"{_advice(' '.join(coupling.frozen.values()))}"
     )
 
 
+def _frozen_shares(coupling: Coupling, what: str) -> dict[str, float]:
+    """By frozen scope, the share of the network that its layer is, times the share of its channels that cannot leave.
+
+    A layer with several frozen scopes counts for each of them in equal parts.
+    """
+    weights = _weights(coupling, what)
+    whole = sum(weights.values()) or 1
+    writers = {scope: _writer(coupling, scope) for scope in coupling.frozen}
+    scopes = Counter(writers.values())
+    return {
+        scope: weights.get(writer, 0) * _frozen_part(coupling, scope, writer) / scopes[writer] / whole
+        for scope, writer in writers.items()
+    }
+
+
 def _weights(coupling: Coupling, what: str) -> dict[str, float]:
-    """What every node counts; shared parameters count at their first owner."""
+    """What every node counts; a shared parameter counts at the first node that has it."""
     spec, weights = coupling.spec, dict[str, float]()
     if what == "FLOPs":
         return {
             node.name: float(2 * products(node.layer.multiplies, coupling.bounds[node.name].sizes)) for node in spec
         }
-    shapes, seen = spec.shapes, set[str]()
+    shapes, counted = spec.shapes, set[str]()
     for node in spec:
-        own = {path for leaf, path in node.paths.items() if leaf not in node.layer.buffers} - seen
-        weights[node.name] = sum(math.prod(shapes[path]) for path in own)
-        seen |= own
+        paths = {path for leaf, path in node.paths.items() if leaf not in node.layer.buffers} - counted
+        weights[node.name] = sum(math.prod(shapes[path]) for path in paths)
+        counted |= paths
     return weights
 
 
 def _writer(coupling: Coupling, scope: str) -> str:
-    """The node that writes a scope: one of a layer's several scopes adds a letter to its name."""
+    """The node that writes a scope. Where a layer writes several, the name of each is the node's and a letter."""
     return scope if scope in coupling.letters else scope.rpartition(".")[0]
 
 
-def _part(coupling: Coupling, scope: str, writer: str) -> float:
-    """The share of a scope's channels that cannot leave."""
+def _frozen_part(coupling: Coupling, scope: str, writer: str) -> float:
+    """The share of a scope's channels that cannot leave: the mean over the axes of its writer that have the scope."""
     if scope not in coupling.scopes or writer not in coupling.letters:
         return 1.0
     number = coupling.scopes.index(scope)
@@ -87,19 +106,20 @@ NODE = (r"(\S+): ", r"(\S+) is an output", r".* at (?!a product)(\S+)")
 """Where a reason names a node."""
 
 
-def _operator(coupling: Coupling, reason: str) -> tuple[tuple[str, str], str]:
-    """A reason as its operator and the rest without the name of its node, and that name; like reasons are the same."""
+def _cause(coupling: Coupling, reason: str) -> tuple[Cause, str]:
+    """The cause of a reason, and the node that the reason names (empty where it names none)."""
     for pattern in NODE:
         match = re.match(pattern, reason)
         if match and match[1] in coupling.letters:
             return _without(coupling.spec[match[1]], reason), match[1]
-    return ("", reason), ""
+    return Cause("", reason), ""
 
 
-def _without(node: Node, reason: str) -> tuple[str, str]:
-    rest = reason.removeprefix(f"{node.name}: ").removeprefix(f"{node.name} is ").removesuffix(f" at {node.name}")
-    rest = rest.replace(f" at {node.name} ", " there ")
-    return ("", rest) if rest.startswith(node.layer.title) else (node.layer.title, rest)
+def _without(node: Node, reason: str) -> Cause:
+    """A reason without the name of its node."""
+    rule = reason.removeprefix(f"{node.name}: ").removeprefix(f"{node.name} is ").removesuffix(f" at {node.name}")
+    rule = rule.replace(f" at {node.name} ", " there ")
+    return Cause("" if rule.startswith(node.layer.title) else node.layer.title, rule)
 
 
 def _listed(names: dict[str, None]) -> str:
@@ -108,7 +128,7 @@ def _listed(names: dict[str, None]) -> str:
 
 
 def _advice(reasons: str) -> str:
-    """What to do, for the reasons that there are."""
+    """What to do about these reasons."""
     steps = []
     if "has no axis signature" in reasons:
         steps.append(
@@ -116,7 +136,10 @@ def _advice(reasons: str) -> str:
             "a layer of your own)."
         )
     if "is an output of the network" in reasons:
-        steps.append("Outputs keep their size: other layers have to make up for them.")
+        steps.append("Outputs of the network keep their size: allow a larger budget, or let other layers lose more.")
     if "rigid" in reasons or "cannot" in reasons or "broadcast" in reasons:
-        steps.append("Where an operator needs its whole axis, take it out of what is pruned, or ask for no less.")
-    return " ".join([*steps, "coupling.frozen says it of every layer."])
+        steps.append(
+            "Where an operator needs its whole axis, this keeps its size: replace the operator, or allow a larger "
+            "budget."
+        )
+    return " ".join([*steps, "coupling.frozen tells the reason for every layer."])

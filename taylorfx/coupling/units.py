@@ -1,4 +1,4 @@
-"""The units of a network, and where they lie."""
+"""The units of a network, and where they lie: `Coupling`, the value that `couple` returns."""
 
 from __future__ import annotations
 
@@ -23,11 +23,16 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Place:
-    """Where activations are read or written: along ``axis`` of a node's input ``slot`` (-1: its output).
+    """Where activations are read or written.
 
-    ``units`` has shape ``(factors, size)``: the units that gate each index there, -1 for none. ``shape`` is that of the
-    tensor for one example. ``example`` is the axis along which the examples run and the size of that axis' slower
-    factors; none where the tensor is the same for all examples.
+    Attributes:
+        node: the name of the node that reads or writes.
+        slot: the number of the node's input; -1 for its output.
+        axis: the axis of that tensor.
+        shape: the tensor's shape for one example.
+        units: ``(factors, size)``, the units that gate each index of the axis; -1 for none.
+        example: the axis along which the examples run, and the size of that axis' slower factors; none where the tensor
+            is the same for all examples.
     """
 
     node: str
@@ -49,24 +54,25 @@ class Coupling:
 
     Attributes:
         spec: the network.
-        scopes: the name of each family of units: the layer that writes them.
-        scope: ``(units,)``, the family of each unit.
-        index: ``(units,)``, each unit's position where it was first written.
-        exact: ``(units,)``, false where a norm's statistics change when the unit leaves.
-        frozen: why the units of a scope, or some of them, cannot leave.
+        scopes: the name of each scope, a family of units: that of the layer that writes them first.
+        scope: ``(units,)``, the number of each unit's scope.
+        index: ``(units,)``, each unit's position where it is first written.
+        exact: ``(units,)``, false where a statistic changes when the unit leaves: that of a norm, or of a weight.
+        frozen: by scope, why its channels, or some of them, cannot leave.
         axes: the different axes, each ``(factors, size)`` unit numbers, -1 for what stays.
-        parameters: the axis number of every axis of every parameter.
-        letters: for every node, the axis numbers of the letters of its signature.
+        parameters: for every parameter, by path, the number in ``axes`` of each of its axes.
+        letters: for every node, the numbers in ``axes`` of the letters of its signature.
         bounds: for every node, its shapes and the sizes of its letters (of one example).
-        reads, writes: where activations are mixed, and made.
-        mixing: what, if anything, lets the examples of a batch hear each other.
+        reads: where layers mix activations.
+        writes: where layers create activations.
+        mixing: which layers let the examples of a batch influence each other, and how; empty where none does.
     """
 
     spec: Spec
     scopes: tuple[str, ...]
     scope: Labels
     index: Labels
-    exact: NDArray[np.bool_]
+    exact: Mask
     frozen: Mapping[str, str]
     axes: tuple[Labels, ...]
     parameters: Mapping[str, tuple[int, ...]]
@@ -89,18 +95,19 @@ class Coupling:
         """The number of units of each scope."""
         return np.bincount(self.scope, minlength=len(self.scopes))
 
-    def alive(self, keep: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
+    def alive(self, keep: Mask) -> list[Mask]:
         """For every axis, which of its indices stay when these units are kept."""
         stays, (_, starts, place) = self._stays(keep), self._flat
         return [stays[starts[k] : starts[k + 1]] for k in place.tolist()]
 
-    def counts(self, keep: NDArray[np.bool_]) -> Labels:
+    def counts(self, keep: Mask) -> Labels:
         """For every axis, how many of its indices stay when these units are kept."""
         _, starts, place = self._flat
-        found = np.add.reduceat(self._stays(keep), starts[:-1], dtype=np.int32)  # twice as fast as in 64 bits
-        return found[place].astype(np.int64)
+        counts = np.add.reduceat(self._stays(keep), starts[:-1], dtype=np.int32)  # twice as fast as in 64 bits
+        return counts[place].astype(np.int64)
 
-    def _stays(self, keep: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    def _stays(self, keep: Mask) -> Mask:
+        """For every index of the axes end to end whether it stays: whether all its units do."""
         first, *rest = self._flat[0]
         extended = np.append(keep, True)  # so that unit -1 is always kept
         stays = np.asarray(extended[first], bool)
@@ -110,21 +117,32 @@ class Coupling:
 
     @cached_property
     def _flat(self) -> tuple[list[Labels], Labels, Labels]:
-        """All axes end to end, those of many factors first: by factor their units, the ends, and each axis' place."""
+        """All axes end to end, those of the most factors first: their units by factor, their ends, their places.
+
+        axes      0: a b      1: c d c d      2: g           axis 1 is the product of two factors
+                                 e e f f
+        units     c d c d a b g                              the first factors, of axes 1, 0 and 2
+                  e e f f                                    the second ones: where there are any, they are in front
+        ends      0       4   6 7
+        places    1 0 2                                      axis 0 is the second one
+        """
         order = np.argsort([-len(axis) for axis in self.axes], kind="stable")
         axes = [self.axes[k] for k in order]
         units = [np.concatenate([axis[k] for axis in axes if len(axis) > k]) for k in range(len(axes[0]))]
         return units, np.cumsum([0, *(axis.shape[1] for axis in axes)]), np.argsort(order)
 
     def unit_ids(self, path: str, axis: int) -> Labels:
-        """The unit of every index of an axis of a parameter, ``(factors, size)``; -1 is immovable."""
+        """The units of every index of an axis of a parameter, ``(factors, size)``; -1 for what stays."""
         return self.axes[self.parameters[path][axis]]
 
     def signature(self, node: Node) -> Signature | None:
-        """A node's signature, written out for the ranks of its inputs; none where its layer has none."""
+        """A node's signature, with ``...`` expanded for the ranks of its inputs; none where its layer has none."""
         shapes = self.bounds[node.name].inputs
         text = node.layer.signature(*shapes)
         return None if text is None else expand(text, tuple(map(len, shapes)))
+
+    def __repr__(self) -> str:
+        return f"Coupling({len(self):,} units in {len(self.scopes):,} scopes, {len(self.frozen):,} frozen)"
 
     def __str__(self) -> str:
         lines = [f"{len(self)} units in {len(self.scopes)} scopes"]

@@ -1,7 +1,16 @@
-"""The going: a `Plan` says which units stay; `cut` takes the others out of any tree shaped like the parameters.
+"""Cut: a `Plan` decides which units stay; `cut` takes the others out of any tree that is shaped like the parameters.
 
-Pruning is indexing: an index of an axis stays if all its units do. ``cut(params)`` with ``plan.spec`` computes what the
-original computes under ``plan.gates`` (for exact units), which is the law that everything here is tested by.
+Pruning is indexing: an index of an axis stays if all its units do.
+
+    weight (3 outputs, 4 inputs)     outputs 0 and 2 stay, inputs 0, 1 and 3 stay
+
+        0  1  2  3
+        4  5  6  7          0  1  3
+        8  9 10 11          8  9 11
+
+The law that cutting is tested by: the cut network computes what the original computes with the gates of the units that
+leave at zero, ``apply(cut(params, plan), plan.spec, x) == apply(params, spec, x, gates=plan.gates)``, if these units
+are exact.
 """
 
 from __future__ import annotations
@@ -15,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from taylorfx.cutting.plan import Indices, Plan, PlanError
+from taylorfx.internals import wrapped
 from taylorfx.layers import Shape
 from taylorfx.tree import Params, flatten, map_paths
 
@@ -22,12 +32,24 @@ __all__ = ["Scratch", "compose", "cut", "expand", "fits", "take"]
 
 
 def cut(tree: Params, plan: Plan) -> Params:
-    """Take what leaves out of a tree: the parameters, or gradients, momentum, averages of them.
+    """Take what leaves out of a tree: the parameters, or gradients, momentum or averages of them.
 
-    Returns a new tree; leaves that lose nothing are the same tensors, and a plan that keeps all returns the tree.
+    Args:
+        tree: some or all of the parameters, in their original shapes.
+
+    Returns:
+        A new tree. Leaves that lose nothing are the same tensors, not copies.
 
     Raises:
         PlanError: listing every leaf that is not one of the plan's parameters or not of its original shape.
+
+    >>> from taylorfx import Input, couple, serial
+    >>> from taylorfx.layers import Linear
+    >>> spec = serial(Input((2,)), Linear(2, 3, bias=False), Linear(3, 2, bias=False))
+    >>> params = {"0": {"weight": torch.arange(6).reshape(3, 2)}, "1": {"weight": torch.arange(6).reshape(2, 3)}}
+    >>> plan = Plan(couple(params, spec), np.array([True, False, True]))
+    >>> cut(params, plan)["0"]["weight"].tolist(), cut(params, plan)["1"]["weight"].tolist()
+    ([[0, 1], [4, 5]], [[0, 2], [3, 5]])
     """
     fits(tree, plan.coupling.spec.shapes, "A plan cuts trees like")
     indices, scratch = plan.indices, Scratch()
@@ -35,22 +57,30 @@ def cut(tree: Params, plan: Plan) -> Params:
 
 
 class Scratch(dict[torch.dtype, Tensor]):
-    """Memory for what lies between two axes of a cut, by type: new pages for every tensor cost more than their use."""
+    """Memory for intermediate results of cuts, by type. To take new memory for each costs more time than to cut."""
 
     def rows(self, count: int, of: Tensor) -> Tensor:
-        """So many rows like those of a tensor, with any numbers in them; the last ones that were given out are gone."""
-        held = self.get(of.dtype)
-        if held is None:
-            held = self[of.dtype] = of.new_empty(0)
-        return held.resize_(count, *of.shape[1:])
+        """A tensor of ``count`` rows like those of another, with any values, in the memory of the last one."""
+        memory = self.get(of.dtype)
+        if memory is None:
+            memory = self[of.dtype] = of.new_empty(0)
+        return memory.resize_(count, *of.shape[1:])
 
 
 def take(leaf: Tensor, indices: Indices, scratch: Scratch) -> Tensor:
-    """The kept indices of every axis of one tensor, contiguous and in memory of its own; itself if all stay.
+    """Take the kept indices of every axis of one tensor.
 
-    In main memory tensors go through the cache in blocks of rows, from which the other axes are taken: there is never
-    an intermediate larger than a block. Where derivatives, transforms or a compiler look on, or on another device, axis
-    follows axis.
+    In main memory a large tensor is cut block by block, so that intermediate results stay in the cache:
+
+        rows that stay      a block of them       their other axes       the last axis, into the result
+        0 2 3 5 7 8    ->   0 2 3            ->   index_select      ->   result[0:3]
+                            5 7 8            ->   index_select      ->   result[3:6]
+
+    On another device, and where derivatives, transforms or a compiler follow the tensor, one axis is cut after the
+    other.
+
+    Returns:
+        A contiguous tensor with memory of its own; the tensor itself if all indices stay.
     """
     axes = [(axis, index) for axis, index in enumerate(indices) if index is not None]
     small = leaf.nbytes <= BLOCK
@@ -58,41 +88,50 @@ def take(leaf: Tensor, indices: Indices, scratch: Scratch) -> Tensor:
         for axis, index in axes:
             leaf = leaf.index_select(axis, index if leaf.is_cpu else index.to(leaf.device))
         return leaf
-    bits, outer = leaf.detach().view(_WORDS[leaf.itemsize]), indices[0]
+    bits = leaf.detach().view(_WORDS[leaf.itemsize])
+    return (_at_once if small else _by_blocks)(bits, indices, scratch).view(leaf.dtype)
+
+
+def _at_once(bits: Tensor, indices: Indices, scratch: Scratch) -> Tensor:
+    """Cut one axis after the other. What lies between the first and the second one is in the scratch."""
+    outer = indices[0]
     if outer is not None:
-        axes = axes[1:]
-    if small:
-        if outer is not None:
-            bits = torch.index_select(bits, 0, outer, out=scratch.rows(len(outer), bits))
-        for axis, index in axes:
+        bits = torch.index_select(bits, 0, outer, out=scratch.rows(len(outer), bits))
+    for axis, index in enumerate(indices):
+        if axis and index is not None:
             bits = bits.index_select(axis, index)
-        return bits.view(leaf.dtype)
-    last, index = axes.pop()
-    result = bits.new_empty([n if i is None else len(i) for n, i in zip(leaf.shape, indices, strict=True)])
-    step = max(1, BLOCK * len(leaf) // leaf.nbytes)
+    return bits
+
+
+def _by_blocks(bits: Tensor, indices: Indices, scratch: Scratch) -> Tensor:
+    """Cut block by block of the rows that stay. Some axis but the first one loses something."""
+    outer = indices[0]
+    *between, (last, final) = [(k, index) for k, index in enumerate(indices) if k and index is not None]
+    result = bits.new_empty([n if i is None else len(i) for n, i in zip(bits.shape, indices, strict=True)])
+    step = max(1, BLOCK * len(bits) // bits.nbytes)
     for start in range(0, len(result), step):
         rows = bits[start : start + step]
         if outer is not None:
             kept = outer[start : start + step]
             rows = torch.index_select(bits, 0, kept, out=scratch.rows(len(kept), bits))
-        for axis, middle in axes:
-            rows = rows.index_select(axis, middle)
-        _along(rows, last, index, result[start : start + step])
-    return result.view(leaf.dtype)
+        for axis, index in between:
+            rows = rows.index_select(axis, index)
+        _along(rows, last, final, result[start : start + step])
+    return result
 
 
 BLOCK = 2**19
-"""Bytes of the rows that `take` indexes at a time: they stay in a core's cache in between."""
+"""Bytes of the rows that `take` cuts at a time: they fit into the cache of a core."""
 
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.float32, 8: torch.int64}
-"""What is copied where an element has so many bytes: the types that torch copies fastest."""
+"""By the bytes of an element, the type as which it is copied: the one that torch copies fastest."""
 
 
 def _along(rows: Tensor, axis: int, index: Tensor, out: Tensor) -> None:
-    """One axis of a block, into its part of the result."""
+    """Cut one axis of a block into its part of the result."""
     if rows.itemsize != 4 and math.prod(rows.shape[axis + 1 :]) == 1:
-        # But for floats, index_select takes three times as long as gather for single elements (torch 2.13).
+        # Unless they are floats, index_select takes three times as long as gather for single elements (torch 2.13).
         flat = rows.reshape(-1, rows.shape[axis])
         torch.gather(flat, 1, index.expand(len(flat), -1), out=out.view(-1, len(index)))
     else:
@@ -100,15 +139,15 @@ def _along(rows: Tensor, axis: int, index: Tensor, out: Tensor) -> None:
 
 
 def _plain(leaf: Tensor) -> bool:
-    """Nothing but real numbers in main memory: nobody differentiates, maps or traces."""
+    """Whether a tensor is nothing but real numbers in main memory: no derivative, transform or compiler follows it."""
     watched = leaf.requires_grad and torch.is_grad_enabled()
-    wrapped = type(leaf) not in (Tensor, torch.nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(leaf)
-    traced = watched or wrapped or torch.compiler.is_compiling()
+    plain = type(leaf) in (Tensor, torch.nn.Parameter) and not wrapped(leaf)
+    traced = watched or not plain or torch.compiler.is_compiling()
     return leaf.device.type == "cpu" and not leaf.is_complex() and not traced
 
 
 def expand(tree: Params, plan: Plan) -> Params:
-    """Put a cut tree back into its original shape, with zeros where something was taken out.
+    """Bring a cut tree back to its original shapes, with zeros where something was taken out.
 
     Raises:
         PlanError: listing every leaf that is not of the shape that the plan cuts to.
@@ -130,15 +169,21 @@ def expand(tree: Params, plan: Plan) -> Params:
 
 
 def compose(first: Plan, second: Plan) -> Plan:
-    """Two successive plans as one against the original network.
+    """Two successive plans as one plan for the original network.
+
+        indices of an axis       0  1  2  3  4  5
+        the first keeps          0     2  3     5
+        the second, of those     0        2  3          its indices are those of the smaller network
+        together                 0        3     5
 
     Raises:
-        PlanError: if the second plan was not made for what the first one leaves.
+        PlanError: if the second plan is not of the network that the first one leaves, or if no plan keeps just what
+            both keep.
     """
     if second.coupling.spec != first.spec:
         raise PlanError(
-            "Plans compose when the second is of the network that the first one leaves; received one of another. "
-            "Make it from couple(cut(params, first), first.spec)."
+            "Plans compose if the second is of the network that the first one leaves; received one of another network. "
+            "Select it for couple(cut(params, first), first.spec)."
         )
     coupling = first.coupling
     alive = np.zeros(len(coupling) + 1, bool)
@@ -156,23 +201,34 @@ def compose(first: Plan, second: Plan) -> Plan:
     for path, kept_axes in survivors.items():
         for index, kept, size in zip(plan.indices[path], kept_axes, _sizes(first, path), strict=True):
             if not np.array_equal(np.arange(size) if index is None else index.numpy(), kept):
-                raise PlanError(f"The two plans cannot be said as one: {path} would keep other indices.")
+                raise PlanError(
+                    "Two plans are one if some units of the first network keep what both keep; received plans for "
+                    f"which {path} would keep other indices. Apply them one after the other."
+                )
     return plan
 
 
 def _sizes(plan: Plan, path: str) -> list[int]:
+    """The original shape of a parameter."""
     return [plan.coupling.axes[number].shape[1] for number in plan.coupling.parameters[path]]
 
 
 def fits(tree: Params, shapes: Mapping[str, Shape], what: str) -> None:
-    """Refuse a tree with leaves that are not of these shapes; ``what`` is done with it."""
+    """Refuse a tree with leaves that are not of these shapes.
+
+    Args:
+        what: the beginning of the error: what takes the parameters of its own network.
+
+    Raises:
+        PlanError: listing every such leaf.
+    """
     errors: list[str] = []
     for path, leaf in flatten(tree).items():
         shape = leaf.shape if isinstance(leaf, Tensor) else None
         if path not in shapes:
             errors.append(f"{path}: the network has no such parameter")
         elif shape != shapes[path]:
-            found = type(leaf).__name__ if shape is None else tuple(shape)
-            errors.append(f"{path}: expected {shapes[path]}, received {found}")
+            received = type(leaf).__name__ if shape is None else tuple(shape)
+            errors.append(f"{path}: expected {shapes[path]}, received {received}")
     if errors:
         raise PlanError(f"{what} its own network's parameters; received:\n  " + "\n  ".join(errors))

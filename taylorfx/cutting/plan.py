@@ -1,4 +1,4 @@
-"""A `Plan` says which units stay: a value, nothing has changed yet."""
+"""A `Plan` decides which units stay. It is a value: nothing is cut yet."""
 
 from __future__ import annotations
 
@@ -21,24 +21,38 @@ __all__ = ["Indices", "Plan", "PlanError"]
 
 
 Indices = tuple[Tensor | None, ...]
-"""For every axis of a parameter the indices that stay, none where all do."""
+"""For every axis of a parameter the indices that stay; none where all of them do."""
 
 
 class PlanError(ValueError):
-    """A plan that does not fit what it is applied to, or would leave a layer with nothing."""
+    """A plan that does not fit what it is applied to, or that would take all channels of a layer."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Plan:
-    """Which units stay: a value, nothing has changed yet. ``print(plan)`` compares asked and got.
+    """Which units stay. It is a value: nothing is cut yet. ``print(plan)`` compares the network before and after.
+
+    Plans are equal if they keep the same units of the same network.
 
     Attributes:
         coupling: the units of the original network.
-        keep: ``(units,)``, true for those that stay.
+        keep: ``(units,)``, true for those that stay; it is copied and cannot be written.
         asked: the budget, in words.
 
     Raises:
-        PlanError: if an axis would lose all of its indices.
+        PlanError: for a mask of another length, or if an axis would lose all of its indices.
+
+    >>> from taylorfx import Flops, Input, couple, init, select, serial
+    >>> from taylorfx.layers import Linear
+    >>> spec = serial(Input((2,)), Linear(2, 4), Linear(4, 3))
+    >>> coupling = couple(init(spec, torch.Generator()), spec)
+    >>> plan = select(torch.tensor([4.0, 1.0, 2.0, 3.0]), coupling, budget=Flops(0.5))
+    >>> plan
+    Plan(keeps 2 of 4 units, asked for at most 50.0% of the FLOPs)
+    >>> plan.keep
+    array([ True, False, False,  True])
+    >>> plan.spec["0"].layer
+    Linear(in_features=2, out_features=2, bias=True)
     """
 
     coupling: Coupling
@@ -69,12 +83,12 @@ class Plan:
 
     @property
     def whole(self) -> bool:
-        """Nothing leaves."""
+        """Whether all units stay."""
         return bool(self.keep.all())
 
     @cached_property
     def indices(self) -> Mapping[str, Indices]:
-        """The indices that stay, for every axis of every parameter."""
+        """For every parameter, by path, the indices of each axis that stay; none where all of them do."""
         alive = self.alive
         kept = {k: torch.from_numpy(np.flatnonzero(alive[k])) for k in self._shorter}
         return {path: tuple([kept.get(k) for k in axes]) for path, axes in self.coupling.parameters.items()}
@@ -109,12 +123,17 @@ class Plan:
         }
 
     def _resize(self, node: Node) -> Node:
+        """A node with the sizes that stay; the node itself where nothing leaves."""
         bound, letters = self.coupling.bounds[node.name], self.coupling.letters[node.name]
         if self._shorter.isdisjoint(letters.values()):
             return node
         lengths = self._lengths
         layer = node.layer.resize({**bound.sizes, **{x: lengths[k] for x, k in letters.items()}}, *bound.inputs)
         return node if layer is node.layer else Node(node.name, layer, node.inputs, node.params)
+
+    def __repr__(self) -> str:
+        asked = f", asked for {self.asked}" if self.asked else ""
+        return f"Plan(keeps {int(self.keep.sum()):,} of {len(self.keep):,} units{asked})"
 
     def __str__(self) -> str:
         coupling = self.coupling
@@ -130,4 +149,5 @@ class Plan:
 
 
 def _row(name: str, before: float, after: float) -> tuple[str, str, str, str]:
+    """A row of the table: before, after, and the share that is kept."""
     return name, f"{before:,.0f}", f"{after:,.0f}", f"{after / before:.1%}" if before else "-"

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, TensorArgument
-from torch.utils._pytree import tree_flatten_with_path, tree_unflatten
 
+from taylorfx.internals import pytree
 from taylorfx.network.interface import Argument, Fixed, Interface
 from taylorfx.network.spec import Spec
 
@@ -48,7 +48,7 @@ def read_interface(module: nn.Module, program: ExportedProgram, inputs: Mapping[
             leaves.append(_Input(inputs[item.arg.name]) if tensor else getattr(item.arg, "value", None))
         elif item.kind is InputKind.BUFFER and not item.persistent and item.target in spec.shapes:
             transient.append(str(item.target))
-    args, kwargs = tree_unflatten(leaves, program.call_spec.in_spec)
+    args, kwargs = pytree.tree_unflatten(leaves, program.call_spec.in_spec)
     own = inspect.signature(module.forward)
     bound = own.bind(*args, **kwargs)
     bound.apply_defaults()
@@ -59,7 +59,7 @@ def read_interface(module: nn.Module, program: ExportedProgram, inputs: Mapping[
 
 
 def _argument(own: inspect.Parameter, value: Any) -> Argument:
-    leaves = [(dotted(path), leaf) for path, leaf in tree_flatten_with_path(value)[0]]
+    leaves = [(dotted(path), leaf) for path, leaf in pytree.tree_flatten_with_path(value)[0]]
     inputs = tuple((place, leaf.name) for place, leaf in leaves if isinstance(leaf, _Input))
     fixed = tuple((place, _plain(leaf)) for place, leaf in leaves if not isinstance(leaf, _Input))
     default: tuple[()] | tuple[Fixed] = () if own.default is own.empty else (_plain(own.default),)
@@ -185,7 +185,7 @@ def _leaves(value: Any) -> dict[str, Any]:
     """The values of an argument by place."""
     if isinstance(value, (Tensor, bool, int, float, str)) or value is None:  # as a compiler follows it
         return {"": value}
-    return {dotted(path): leaf for path, leaf in tree_flatten_with_path(value)[0]}
+    return {dotted(path): leaf for path, leaf in pytree.tree_flatten_with_path(value)[0]}
 
 
 def _where(argument: Argument, place: str) -> str:

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
-from torch.utils._pytree import tree_flatten_with_path
 
+from taylorfx.internals import pytree
 from taylorfx.interop.calls import bind, dotted, example_of, interface_of, off_path
 from taylorfx.layers import Embedding, Input
 from taylorfx.network.run import apply
@@ -122,7 +122,7 @@ def _compare(module: nn.Module, params: Params, spec: Spec, inputs: Any, kwargs:
     for part, mode in modes.items():
         part.training = mode
     leaves: list[tuple[Any, Tensor]] = [
-        (dotted(path), x) for path, x in tree_flatten_with_path(found)[0] if isinstance(x, Tensor)
+        (dotted(path), x) for path, x in pytree.tree_flatten_with_path(found)[0] if isinstance(x, Tensor)
     ]
     if spec.keys:  # what else a module gives out (a cache, where the network was captured without) is left alone
         leaves = [(key, x) for key, x in leaves if key in expected]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from taylorfx.layers.base import Layer, Leaves, Shape, names
+from taylorfx.layers.roles import Pointwise, Recomputed, Role
 
 __all__ = [
     "ELU", "GELU", "Dropout", "Hardsigmoid", "Hardswish", "Identity", "LeakyReLU", "Mish", "PReLU",
@@ -18,6 +20,13 @@ __all__ = [
 
 _SELU = 1.7580993408473766
 """Minus the value of SELU far to the left: its ``alpha * scale``."""
+
+
+def _times(backward: Any, kept: Tensor, gradient: Tensor, over: bool, *options: float, **named: str) -> Tensor:
+    """The gradient times the derivative at what is kept, by torch's own operator; with ``over`` in its place."""
+    operator, target = (backward.grad_input, {"grad_input": gradient}) if over else (backward, {})
+    value: Tensor = operator(gradient, kept, *options, **named, **target)
+    return value
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,15 @@ class ReLU(_Elementwise):
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         return F.relu(inputs[0])
 
+    def roles(self) -> tuple[Role, ...]:
+        return (Pointwise(self._slope, self._over),)
+
+    def _slope(self, kept: Tensor, gradient: Tensor, over: bool) -> Tensor:
+        return _times(torch.ops.aten.threshold_backward, kept, gradient, over, 0)
+
+    def _over(self, x: Tensor) -> Tensor:
+        return F.relu(x, inplace=True)
+
 
 @dataclass(frozen=True)
 class ReLU6(_Elementwise):
@@ -48,6 +66,15 @@ class ReLU6(_Elementwise):
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         return F.relu6(inputs[0])
+
+    def roles(self) -> tuple[Role, ...]:
+        return (Pointwise(self._slope, self._over),)
+
+    def _slope(self, kept: Tensor, gradient: Tensor, over: bool) -> Tensor:
+        return _times(torch.ops.aten.hardtanh_backward, kept, gradient, over, 0, 6)
+
+    def _over(self, x: Tensor) -> Tensor:
+        return F.relu6(x, inplace=True)
 
 
 @dataclass(frozen=True)
@@ -79,6 +106,12 @@ class GELU(_Elementwise):
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         return F.gelu(inputs[0], approximate=self.approximate)
 
+    def roles(self) -> tuple[Role, ...]:
+        return Pointwise(self._slope), Recomputed()
+
+    def _slope(self, kept: Tensor, gradient: Tensor, over: bool) -> Tensor:
+        return _times(torch.ops.aten.gelu_backward, kept, gradient, over, approximate=self.approximate)
+
 
 @dataclass(frozen=True)
 class SiLU(_Elementwise):
@@ -87,6 +120,12 @@ class SiLU(_Elementwise):
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         return F.silu(inputs[0])
 
+    def roles(self) -> tuple[Role, ...]:
+        return Pointwise(self._slope), Recomputed()
+
+    def _slope(self, kept: Tensor, gradient: Tensor, over: bool) -> Tensor:
+        return _times(torch.ops.aten.silu_backward, kept, gradient, over)
+
 
 @dataclass(frozen=True)
 class Mish(_Elementwise):
@@ -94,6 +133,9 @@ class Mish(_Elementwise):
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         return F.mish(inputs[0])
+
+    def roles(self) -> tuple[Role, ...]:
+        return (Recomputed(),)
 
 
 @dataclass(frozen=True)
@@ -122,6 +164,9 @@ class Softplus(_Elementwise):
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         return F.softplus(inputs[0], self.beta, self.threshold)
 
+    def roles(self) -> tuple[Role, ...]:
+        return (Recomputed(),)
+
 
 @dataclass(frozen=True)
 class Hardswish(_Elementwise):
@@ -129,6 +174,9 @@ class Hardswish(_Elementwise):
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         return F.hardswish(inputs[0])
+
+    def roles(self) -> tuple[Role, ...]:
+        return (Recomputed(),)
 
 
 @dataclass(frozen=True)

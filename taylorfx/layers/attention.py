@@ -12,6 +12,7 @@ from torch import Tensor
 
 from taylorfx.layers.activation import Dropout
 from taylorfx.layers.base import Layer, Leaves, Shape, ShapeError, names
+from taylorfx.layers.roles import Attending, Role
 
 __all__ = ["Attention", "ScaledDotProduct"]
 
@@ -119,6 +120,9 @@ class ScaledDotProduct(Layer):
 
     def letters(self, *shapes: Shape) -> dict[str, int]:
         return {"h": shapes[1][-3]} if shapes else {}
+
+    def roles(self) -> tuple[Role, ...]:
+        return (Attending(self.scale, self.causal, self.grouped),)
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         return self._attend(inputs)

@@ -10,10 +10,10 @@ A signature names the axes of a layer's inputs, parameters and output, in the sp
 - ``...`` stands for any number of axes that pass through, the same ones wherever it appears in one signature;
 - ``1`` is an axis of size one.
 
-A lower-case axis of an input that the output does not have is *contracted*: the layer mixes along it, which is where
-activations are *read*. A lower-case axis of the output that no input has is *written*.
+A lower-case axis of an input that the output does not have is *contracted*: the layer mixes along it, and activations
+are *read* there. A lower-case axis of the output that no input has is *written*.
 
-Shapes, coupling, cutting, resizing and counting are all read from signatures, so that they cannot disagree.
+Shapes, coupling, cutting, resizing and counting all follow from signatures, so that they cannot disagree.
 """
 
 from __future__ import annotations
@@ -35,16 +35,20 @@ Axis = tuple[Product, ...]
 
 
 class Pattern(tuple[Axis, ...]):
-    """The axes of one tensor."""
+    """The axes of one tensor, as `pattern` reads them."""
 
     @cached_property
     def singles(self) -> tuple[str | None, ...]:
-        """The letter of every axis that is a single one."""
+        """For every axis its letter, none where it is not a single one.
+
+        >>> pattern("B (c H) a + b 1").singles
+        ('B', None, None, None)
+        """
         return tuple(axis[0][0] if len(axis) == 1 == len(axis[0]) else None for axis in self)
 
 
 Place = tuple[int, int, Product]
-"""A product of letters in a signature: the number of the input (-1: the output), the axis, and the product."""
+"""Where a product of letters stands: the number of the input (-1 for the output), the axis, and the product."""
 
 ELLIPSIS: Axis = (("...",),)
 
@@ -52,12 +56,12 @@ _TOKEN = re.compile(r"\.\.\.|[A-Za-z_][A-Za-z_0-9]*|[()+1]")
 
 
 class SignatureError(ValueError):
-    """A signature that cannot be read."""
+    """Text that is not a signature, or a signature that does not fit the sizes or the inputs of a layer."""
 
 
 @dataclass(frozen=True)
 class Signature:
-    """A parsed signature: one pattern per input and parameter, and the output's."""
+    """A parsed signature: the patterns of the inputs, of the parameters by their names, and of the output."""
 
     inputs: tuple[Pattern, ...]
     parameters: Mapping[str, Pattern]
@@ -65,25 +69,39 @@ class Signature:
 
     @cached_property
     def reads(self) -> tuple[tuple[str, ...], ...]:
-        """For every input the letters along which it is read: in no output, and in no earlier input."""
-        heard = {*letters(self.output)}
-        found: list[tuple[str, ...]] = []
+        """For every input the letters along which it is read: the output does not have them, nor does an earlier input.
+
+        Of two inputs that are contracted with each other the first is read:
+
+        >>> parse("B i k, B k j -> B i j").reads
+        (('k',), ())
+        """
+        seen = {*letters(self.output)}
+        reads: list[tuple[str, ...]] = []
         for pattern in self.inputs:
             # A piece of a joined axis that the output lacks is dropped, not mixed.
             whole = Pattern(axis for axis in pattern if len(axis) == 1)
-            found.append(tuple(dict.fromkeys(x for x in letters(whole) if x.islower() and x not in heard)))
-            heard.update(letters(pattern))
-        return tuple(found)
+            reads.append(tuple(dict.fromkeys(x for x in letters(whole) if x.islower() and x not in seen)))
+            seen.update(letters(pattern))
+        return tuple(reads)
 
     @cached_property
     def written(self) -> tuple[str, ...]:
-        """The letters of the output that come from no input: what this layer creates."""
-        given = {letter for pattern in self.inputs for letter in letters(pattern)}
-        return tuple(dict.fromkeys(x for x in letters(self.output) if x.islower() and x not in given))
+        """The letters of the output that no input has: the layer creates these axes.
+
+        >>> parse("B ... i, weight: o i -> B ... o").written
+        ('o',)
+        """
+        inputs = {letter for pattern in self.inputs for letter in letters(pattern)}
+        return tuple(dict.fromkeys(x for x in letters(self.output) if x.islower() and x not in inputs))
 
     @cached_property
     def read_places(self) -> tuple[Place, ...]:
-        """Where the letters stand along which inputs are read."""
+        """Where the letters stand along which inputs are read.
+
+        >>> parse("B (g i) H W, weight: (g o) i K L -> B (g o) P Q").read_places
+        ((0, 1, ('g', 'i')),)
+        """
         places = (
             _places(k, pattern, read) for k, (pattern, read) in enumerate(zip(self.inputs, self.reads, strict=True))
         )
@@ -96,6 +114,7 @@ class Signature:
 
 
 def _places(slot: int, axes: Pattern, wanted: Sequence[str]) -> Iterator[Place]:
+    """The places in one pattern that have a wanted letter. An axis of several pieces is no place."""
     for k, axis in enumerate(axes):
         if len(axis) == 1 and not {*wanted}.isdisjoint(axis[0]):
             yield slot, k, axis[0]
@@ -154,6 +173,7 @@ def pattern(text: str) -> Pattern:
 
 
 def _group(stream: Iterator[str], text: str) -> Product:
+    """The names up to the parenthesis that closes a product."""
     names: list[str] = []
     for token in stream:
         if token == ")":
@@ -166,7 +186,11 @@ def _group(stream: Iterator[str], text: str) -> Product:
 
 
 def letters(axes: Pattern) -> tuple[str, ...]:
-    """Every name in a pattern, in order, each as often as it stands there."""
+    """Every name in a pattern, in order, each as often as it stands there.
+
+    >>> letters(pattern("B (c H) c + d"))
+    ('B', 'c', 'H', 'c', 'd')
+    """
     return tuple(name for axis in axes for product in axis for name in product)
 
 
@@ -216,7 +240,7 @@ def expand(signature: Signature | str, ranks: tuple[int, ...]) -> Signature:
 
 
 def size(axis: Axis, sizes: Mapping[str, int]) -> int:
-    """The length of an axis, given the sizes of its letters.
+    """The length of an axis, from the sizes of its letters.
 
     >>> size((("g", "i"), ("o",)), {"g": 2, "i": 3, "o": 4})
     10
@@ -235,13 +259,14 @@ def size(axis: Axis, sizes: Mapping[str, int]) -> int:
 def solve(fields: Mapping[str, str], values: Mapping[str, int | Sequence[int]]) -> Mapping[str, int]:
     """The sizes of the letters, from the values of a layer's fields.
 
-    A field is bound to an axis (``{"in_channels": "(g i)", "groups": "g"}``), or a tuple field to several.
+    A field holds the length of an axis (``{"in_channels": "(g i)", "groups": "g"}``), a field that is a tuple those of
+    several axes. Single letters are solved first, then products with one unknown letter.
 
     >>> solve({"in_channels": "(g i)", "groups": "g"}, {"in_channels": 12, "groups": 4})
     {'g': 4, 'i': 3}
 
     Raises:
-        SignatureError: if a product does not divide, or a size is less than one.
+        SignatureError: if a length is no multiple of the known sizes, or a size is less than one.
     """
     numbers = tuple([value if isinstance(value, int) else tuple(value) for value in map(values.__getitem__, fields)])
     return _solve(tuple(fields.items()), numbers)
@@ -271,10 +296,12 @@ def _solve(fields: tuple[tuple[str, str], ...], values: tuple[int | tuple[int, .
 
 
 def products(texts: Sequence[str], sizes: Mapping[str, int]) -> int:
-    """The multiply-adds of matrix products, each given by the letters whose sizes multiply to its own.
+    """The multiply-adds of matrix products. Each is a text of letters, whose sizes multiply to its own.
 
-    >>> products(("o i",), {"o": 4, "i": 3})
+    >>> products(("o i",), {"o": 4, "i": 3, "B": 7})
     12
+
+    ``...`` stands for the letters that `expand` replaced it by.
     """
     total = 0
     for text in texts:
@@ -284,7 +311,11 @@ def products(texts: Sequence[str], sizes: Mapping[str, int]) -> int:
 
 
 def show(axes: Pattern) -> str:
-    """A pattern as text again."""
+    """A pattern as text again.
+
+    >>> show(pattern("B (c H) a + b 1"))
+    'B (c H) a + b 1'
+    """
     return " ".join(
         " + ".join(
             product[0] if len(product) == 1 else f"({' '.join(product)})" if product else "1" for product in axis

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
-from typing import ClassVar
+from functools import cache
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from taylorfx.layers import axes
+from taylorfx.layers.roles import Leaves, Role
 
 __all__ = [
     "Layer",
@@ -19,7 +21,6 @@ __all__ = [
     "ShapeError",
     "as_tuple",
     "broadcast",
-    "computes_as",
     "names",
     "positive",
     "uniform",
@@ -28,8 +29,7 @@ __all__ = [
 Shape = tuple[int, ...]
 """The sizes of a tensor's axes; in layers the example axis counts as one, in `Input` it is left out."""
 
-Leaves = Mapping[str, Tensor]
-"""The tensors of one layer, by name: ``{"weight": ..., "bias": ...}``."""
+R = TypeVar("R", bound=Role)
 
 
 class ShapeError(ValueError):
@@ -108,6 +108,26 @@ class Layer:
         """The layer's value in training, and its new buffers."""
         return self.apply(params, *inputs), {}
 
+    def roles(self) -> tuple[Role, ...]:
+        """What the layer states of itself for the passes over networks (`taylorfx.layers.roles`); ask for it by `role`.
+
+        A base class states roles for subclasses that override nothing that it defines. One that does states roles anew,
+        as its own method or as ``roles = Base.roles``, or it has none.
+        """
+        return ()
+
+    def role(self, kind: type[R]) -> R | None:
+        """The role of this kind that the layer states, or ``None``.
+
+        >>> from taylorfx import layers as L
+        >>> from taylorfx.layers.roles import Slicing
+        >>> L.Slice(1, 0, 3).role(Slicing), L.ReLU().role(Slicing)
+        (Slicing(dim=1, start=0, stop=3), None)
+        """
+        cls: type = type(self)
+        stated = self.roles() if _keeps_roles(cls) else ()
+        return next((role for role in stated if isinstance(role, kind)), None)
+
     def letters(self, *shapes: Shape) -> dict[str, int]:
         """The sizes of the letters that the fields determine."""
         fields = self.fields(*shapes)
@@ -139,28 +159,21 @@ class Layer:
         return replace(self, **changes) if changes else self
 
 
-def computes_as(layer: Layer, kinds: Sequence[type[Layer]]) -> bool:
-    """Whether what is known of these kinds of layers is true of this one.
+@cache
+def _keeps_roles(cls: type) -> bool:
+    """Whether nothing that the class with the statement of the roles defines is overridden below it.
 
-    So it is of the kinds themselves, and of subclasses that override nothing that a kind defines, be it a method or a
-    class attribute. A subclass that does may compute something else and is like any layer that nothing is known of.
-
-    >>> from taylorfx import layers as L
-    >>> computes_as(L.Linear(2, 3), [L.Linear]), computes_as(L.Linear(2, 3), [L.Conv2d])
-    (True, False)
+    Be it a method or a class attribute: with another ``apply``, ``train`` or ``inexact``, what is stated may be wrong.
     """
-    for kind in kinds:
-        if isinstance(layer, kind):
-            below = type(layer).__mro__[: type(layer).__mro__.index(kind)]
-            own = {name for cls in below for name in vars(cls)}
-            if not any(name in own and _known(kind, name) for name in dir(kind)):
-                return True
-    return False
+    line = cls.__mro__
+    k = next(k for k, kind in enumerate(line) if "roles" in vars(kind))
+    below = {name for kind in line[:k] for name in vars(kind)}
+    return not any(_computes(line[k], name) for name in below.intersection(dir(line[k])))
 
 
-def _known(kind: type[Layer], name: str) -> bool:
-    """A name that says what a kind computes: no field, and nothing that Python or ``dataclass`` writes."""
-    return name == "__post_init__" or not (name.startswith("__") or name in {field.name for field in fields(kind)})
+def _computes(cls: type[Layer], name: str) -> bool:
+    """A name that says what a class computes: no field, and nothing that Python or ``dataclass`` writes."""
+    return name == "__post_init__" or not (name.startswith("__") or name in {field.name for field in fields(cls)})
 
 
 _WINDOW = ("kernel_size", "stride", "padding", "output_padding", "dilation", "output_size")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from taylorfx.layers.base import Layer, Leaves, Shape, ShapeError, as_tuple, positive, uniform
+from taylorfx.layers.roles import Memory, Mixing, Role
 
 __all__ = [
     "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "Convolve",
@@ -21,11 +22,43 @@ __all__ = [
 Ints = int | tuple[int, ...]
 
 _SPATIAL = {1: ("H", "K", "P"), 2: ("H W", "K L", "P Q"), 3: ("D H W", "K L M", "P Q R")}
+"""By rank, the letters of positions before, of the window, and of positions after a convolution."""
+
+_FORWARD: Mapping[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_TRANSPOSED: Mapping[int, Callable[..., Tensor]] = {
+    1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d,
+}  # fmt: skip
+
+
+def _forward_sizes(
+    layer: Layer, known: Mapping[str, int], stride: Shape, padding: Shape, dilation: Shape
+) -> Mapping[str, int]:
+    """Positions of a convolution's output along each axis (torch.nn.Conv2d): windows that fit, ``stride`` apart.
+
+    A kernel of 3 at stride 2 on 5 positions, padded by 1: ``(5 + 2 * 1 - 1 * (3 - 1) - 1) // 2 + 1 = 3``.
+    """
+    before, kernel, after = map(str.split, _SPATIAL[len(stride)])
+    steps = zip(before, kernel, stride, padding, dilation, strict=True)
+    sizes = ((known[x] + 2 * p - d * (known[k] - 1) - 1) // s + 1 for x, k, s, p, d in steps)
+    return positive(layer, dict(zip(after, sizes, strict=True)))
+
+
+def _transposed_sizes(
+    layer: Layer, known: Mapping[str, int], stride: Shape, padding: Shape, extra: Shape, dilation: Shape
+) -> Mapping[str, int]:
+    """Positions of a transposed convolution's output along each axis (torch.nn.ConvTranspose2d).
+
+    A kernel of 3 at stride 2 on 3 positions, padded by 1: ``(3 - 1) * 2 - 2 * 1 + 1 * (3 - 1) + 1 = 5``.
+    """
+    before, kernel, after = map(str.split, _SPATIAL[len(stride)])
+    steps = zip(before, kernel, stride, padding, extra, dilation, strict=True)
+    sizes = ((known[x] - 1) * s + e - 2 * p + d * (known[k] - 1) + 1 for x, k, s, p, e, d in steps)
+    return positive(layer, dict(zip(after, sizes, strict=True)))
 
 
 @dataclass(frozen=True)
 class _Conv(Layer):
-    """What all convolutions share. ``groups`` cuts the channels into groups ``g`` that do not hear each other."""
+    """What all convolutions share. ``groups`` cuts the channels into groups ``g`` that are mixed each alone."""
 
     in_channels: int
     out_channels: int
@@ -45,11 +78,6 @@ class _Conv(Layer):
         if self.groups < 1 or self.in_channels % self.groups or self.out_channels % self.groups:
             raise ShapeError(f"Groups divide the input and the output channels; received {self}.")
 
-    def signature(self, *shapes: Shape) -> str:
-        before, kernel, after = _SPATIAL[self.rank]
-        bias = ", bias: (g o)" if self.bias else ""
-        return f"B (g i) {before}, weight: (g o) i {kernel}{bias} -> B (g o) {after}"
-
     def fields(self, *shapes: Shape) -> Mapping[str, str]:
         kernel = _SPATIAL[self.rank][1]
         return {"in_channels": "(g i)", "out_channels": "(g o)", "groups": "g", "kernel_size": kernel}
@@ -62,12 +90,27 @@ class _Conv(Layer):
     def _bias(self, params: Leaves) -> Tensor | None:
         return params["bias"] if self.bias else None
 
+    def _unfold(self, x: Tensor) -> Tensor:
+        """The windows ``(rows, g, i K ...)`` of an input, for any stride, padding and dilation.
+
+        They are the rows of a convolution that takes every channel alone by the identity: output ``k`` of a channel is
+        number ``k`` of its window. With a kernel of 2, ``[1, 2, 3]`` becomes ``[1, 2]`` and ``[2, 3]``.
+        """
+        window = math.prod(_numbers(self.kernel_size))
+        channels = self.in_channels
+        alone = replace(self, out_channels=channels * window, groups=channels, bias=False)
+        one = torch.eye(window, dtype=x.dtype, device=x.device)
+        weight = one.repeat(channels, 1).reshape(alone.shapes()["weight"])
+        rows = alone.apply({"weight": weight}, x).movedim(1, -1)  # (N, P, ..., channels * window)
+        return rows.reshape(-1, self.groups, channels // self.groups * window)
+
 
 def _numbers(value: Ints | str) -> tuple[int, ...]:
     assert isinstance(value, tuple)
     return value
 
 
+@dataclass(frozen=True)
 class _Forward(_Conv):
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,21 +120,26 @@ class _Forward(_Conv):
             if self.padding == "same" and set(_numbers(self.stride)) != {1}:
                 raise ShapeError(f"Padding 'same' takes a stride of 1, as in torch; received {self}.")
 
-    def sizes(self, known: Mapping[str, int]) -> Mapping[str, int]:
-        before, _, after = _SPATIAL[self.rank]
-        result: dict[str, int] = {}
-        for k, (given, made) in enumerate(zip(before.split(), after.split(), strict=True)):
-            reach = _numbers(self.dilation)[k] * (_numbers(self.kernel_size)[k] - 1)
-            if self.padding == "same":
-                result[made] = known[given]
-            else:
-                padding = 0 if self.padding == "valid" else _numbers(self.padding)[k]
-                result[made] = (known[given] + 2 * padding - reach - 1) // _numbers(self.stride)[k] + 1
-        return positive(self, result)
+    def signature(self, *shapes: Shape) -> str:
+        before, kernel, after = _SPATIAL[self.rank]
+        bias = ", bias: (g o)" if self.bias else ""
+        return f"B (g i) {before}, weight: (g o) i {kernel}{bias} -> B (g o) {after}"
 
-    def _window(self) -> tuple[tuple[int, ...], tuple[int, ...] | str, tuple[int, ...]]:
-        padding = self.padding if isinstance(self.padding, str) else _numbers(self.padding)
-        return _numbers(self.stride), padding, _numbers(self.dilation)
+    def sizes(self, known: Mapping[str, int]) -> Mapping[str, int]:
+        before, _, after = map(str.split, _SPATIAL[self.rank])
+        if self.padding == "same":
+            return {new: known[old] for old, new in zip(before, after, strict=True)}
+        padding = (0,) * self.rank if self.padding == "valid" else _numbers(self.padding)
+        return _forward_sizes(self, known, _numbers(self.stride), padding, _numbers(self.dilation))
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        window = self.stride, self.padding, self.dilation, self.groups
+        return _FORWARD[self.rank](inputs[0], params["weight"], self._bias(params), *window)
+
+    def roles(self) -> tuple[Role, ...]:
+        # Torch runs a convolution of rank 1 as one of rank 2, of whose value it gives a view.
+        memory = Memory(new_value=self.rank > 1, new_gradient=True, channels_last=self.rank == 2)
+        return Mixing(self, unfold=self._unfold), memory
 
 
 @dataclass(frozen=True)
@@ -100,10 +148,7 @@ class Conv1d(_Forward):
 
     rank: ClassVar[int] = 1
     multiplies: ClassVar[tuple[str, ...]] = ("g o i K P",)
-
-    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
-        stride, padding, dilation = self._window()
-        return F.conv1d(inputs[0], params["weight"], self._bias(params), stride, padding, dilation, self.groups)
+    roles = _Forward.roles
 
 
 @dataclass(frozen=True)
@@ -112,10 +157,7 @@ class Conv2d(_Forward):
 
     rank: ClassVar[int] = 2
     multiplies: ClassVar[tuple[str, ...]] = ("g o i K L P Q",)
-
-    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
-        stride, padding, dilation = self._window()
-        return F.conv2d(inputs[0], params["weight"], self._bias(params), stride, padding, dilation, self.groups)
+    roles = _Forward.roles
 
 
 @dataclass(frozen=True)
@@ -124,10 +166,7 @@ class Conv3d(_Forward):
 
     rank: ClassVar[int] = 3
     multiplies: ClassVar[tuple[str, ...]] = ("g o i K L M P Q R",)
-
-    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
-        stride, padding, dilation = self._window()
-        return F.conv3d(inputs[0], params["weight"], self._bias(params), stride, padding, dilation, self.groups)
+    roles = _Forward.roles
 
 
 @dataclass(frozen=True)
@@ -151,16 +190,17 @@ class _Transposed(_Conv):
         return f"B (g i) {before}, weight: (g i) o {kernel}{bias} -> B (g o) {after}"
 
     def sizes(self, known: Mapping[str, int]) -> Mapping[str, int]:
-        before, _, after = _SPATIAL[self.rank]
-        result: dict[str, int] = {}
-        for k, (given, made) in enumerate(zip(before.split(), after.split(), strict=True)):
-            reach = _numbers(self.dilation)[k] * (_numbers(self.kernel_size)[k] - 1)
-            spread = (known[given] - 1) * _numbers(self.stride)[k] + _numbers(self.output_padding)[k]
-            result[made] = spread - 2 * _numbers(self.padding)[k] + reach + 1
-        return positive(self, result)
+        return _transposed_sizes(
+            self, known, _numbers(self.stride), _numbers(self.padding), _numbers(self.output_padding),
+            _numbers(self.dilation),
+        )  # fmt: skip
 
-    def _window(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        return _numbers(self.stride), _numbers(self.padding), _numbers(self.output_padding)
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        window = self.stride, self.padding, self.output_padding, self.groups, self.dilation
+        return _TRANSPOSED[self.rank](inputs[0], params["weight"], self._bias(params), *window)
+
+    def roles(self) -> tuple[Role, ...]:
+        return Mixing(self, unfold=self._unfold), Memory(new_value=self.rank > 1)
 
 
 @dataclass(frozen=True)
@@ -169,10 +209,7 @@ class ConvTranspose1d(_Transposed):
 
     rank: ClassVar[int] = 1
     multiplies: ClassVar[tuple[str, ...]] = ("g o i K H",)
-
-    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
-        bias, dilation = self._bias(params), _numbers(self.dilation)
-        return F.conv_transpose1d(inputs[0], params["weight"], bias, *self._window(), self.groups, dilation)
+    roles = _Transposed.roles
 
 
 @dataclass(frozen=True)
@@ -181,10 +218,7 @@ class ConvTranspose2d(_Transposed):
 
     rank: ClassVar[int] = 2
     multiplies: ClassVar[tuple[str, ...]] = ("g o i K L H W",)
-
-    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
-        bias, dilation = self._bias(params), _numbers(self.dilation)
-        return F.conv_transpose2d(inputs[0], params["weight"], bias, *self._window(), self.groups, dilation)
+    roles = _Transposed.roles
 
 
 @dataclass(frozen=True)
@@ -193,10 +227,7 @@ class ConvTranspose3d(_Transposed):
 
     rank: ClassVar[int] = 3
     multiplies: ClassVar[tuple[str, ...]] = ("g o i K L M D H W",)
-
-    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
-        bias, dilation = self._bias(params), _numbers(self.dilation)
-        return F.conv_transpose3d(inputs[0], params["weight"], bias, *self._window(), self.groups, dilation)
+    roles = _Transposed.roles
 
 
 @dataclass(frozen=True)
@@ -225,16 +256,11 @@ class Convolve(Layer):
         return {"groups": "g"}
 
     def sizes(self, known: Mapping[str, int]) -> Mapping[str, int]:
-        before, kernel, after = map(str.split, _SPATIAL[len(self.stride)])
-        sizes = ((known[x] + 2 * p - d * (known[k] - 1) - 1) // s + 1 for x, k, s, p, d in zip(
-            before, kernel, self.stride, self.padding, self.dilation, strict=True))  # fmt: skip
-        return positive(self, dict(zip(after, sizes, strict=True)))
+        return _forward_sizes(self, known, self.stride, self.padding, self.dilation)
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
-        function: Any = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(self.stride)]
-        bias = inputs[2] if len(inputs) > 2 else None
-        made: Tensor = function(*inputs[:2], bias, self.stride, self.padding, self.dilation, self.groups)
-        return made
+        x, weight, bias = (*inputs, None)[:3]
+        return _FORWARD[len(self.stride)](x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 @dataclass(frozen=True)
@@ -264,14 +290,9 @@ class ConvolveTransposed(Layer):
         return {"groups": "g"}
 
     def sizes(self, known: Mapping[str, int]) -> Mapping[str, int]:
-        before, kernel, after = map(str.split, _SPATIAL[len(self.stride)])
-        steps = zip(before, kernel, self.stride, self.padding, self.output_padding, self.dilation, strict=True)
-        sizes = ((known[x] - 1) * s + extra - 2 * p + d * (known[k] - 1) + 1 for x, k, s, p, extra, d in steps)
-        return positive(self, dict(zip(after, sizes, strict=True)))
+        return _transposed_sizes(self, known, self.stride, self.padding, self.output_padding, self.dilation)
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
-        function: Any = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[len(self.stride)]
-        bias = inputs[2] if len(inputs) > 2 else None
-        options = (self.stride, self.padding, self.output_padding, self.groups, self.dilation)
-        made: Tensor = function(*inputs[:2], bias, *options)
-        return made
+        x, weight, bias = (*inputs, None)[:3]
+        window = self.stride, self.padding, self.output_padding, self.groups, self.dilation
+        return _TRANSPOSED[len(self.stride)](x, weight, bias, *window)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from taylorfx.layers.base import Layer, Leaves, Shape, as_tuple, names, uniform
+from taylorfx.layers.roles import Constant, Memory, Mixing, Role
 
 __all__ = ["Buffer", "Embedding", "Linear", "Parameter"]
 
@@ -41,6 +42,9 @@ class Linear(Layer):
         # weight for each of the batch.
         x = inputs[0] if inputs[0].ndim < 3 else inputs[0].contiguous()
         return F.linear(x, params["weight"], params["bias"] if self.bias else None)
+
+    def roles(self) -> tuple[Role, ...]:
+        return Mixing(self), Memory(keeps_input=False, new_gradient=True)
 
 
 @dataclass(frozen=True)
@@ -112,9 +116,13 @@ class Parameter(Layer):
         value = params["value"]
         return value.expand(inputs[0].shape[0], *value.shape) if self.expand else value
 
+    def roles(self) -> tuple[Role, ...]:
+        return () if self.expand else (Constant(),)
+
 
 @dataclass(frozen=True)
 class Buffer(Parameter):
     """A `Parameter` that is not trained: a table of numbers."""
 
     buffers: ClassVar[tuple[str, ...]] = ("value",)
+    roles = Parameter.roles

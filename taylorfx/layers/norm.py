@@ -7,7 +7,7 @@ run over channels (layer, RMS, within a group) changes its value for all when on
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from taylorfx.layers.base import Layer, Leaves, Shape, as_tuple, names
+from taylorfx.layers.roles import ChannelAffine, Normalizing, Recomputed, Role, RunningStatistics
 
 __all__ = [
     "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "GroupNorm", "InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d",
@@ -98,24 +99,47 @@ class _Tracked(Layer):
         mean, var = ((1 - share) * past + share * present for past, present in zip(old, (mean, var), strict=True))
         return output, {"running_mean": mean, "running_var": var, "num_batches_tracked": count}
 
+    def roles(self) -> tuple[Role, ...]:
+        return (ChannelAffine(self._numbers),) if self.track_running_stats else ()
+
+    def _numbers(self, params: Leaves) -> tuple[Tensor, Tensor]:
+        """Scale and shift: ``weight / sqrt(var + eps)`` and ``bias - mean * scale``, in single precision or better."""
+        wide = torch.promote_types(params["running_var"].dtype, torch.float32)
+        scale = (params["running_var"].to(wide) + self.eps).rsqrt()
+        scale = scale * params["weight"] if self.affine else scale
+        shift = -params["running_mean"] * scale
+        return scale, shift + params["bias"] if self.affine else shift
+
 
 @dataclass(frozen=True)
-class BatchNorm1d(_Tracked):
+class _Batch(_Tracked):
+    """Every channel is normalized over the examples of a batch and their positions."""
+
+    def roles(self) -> tuple[Role, ...]:
+        scale = (Normalizing(),) if self.affine else ()
+        tracked = (RunningStatistics(replace(self, momentum=None)),) if self.track_running_stats else ()
+        return (*super().roles(), *scale, *tracked)
+
+
+@dataclass(frozen=True)
+class BatchNorm1d(_Batch):
     """``torch.nn.BatchNorm1d``: ``(N, num_features)`` or ``(N, num_features, L)``."""
 
 
 @dataclass(frozen=True)
-class BatchNorm2d(_Tracked):
+class BatchNorm2d(_Batch):
     """``torch.nn.BatchNorm2d``: ``(N, num_features, H, W)``."""
 
     space: ClassVar[str] = "H W"
+    roles = _Batch.roles
 
 
 @dataclass(frozen=True)
-class BatchNorm3d(_Tracked):
+class BatchNorm3d(_Batch):
     """``torch.nn.BatchNorm3d``: ``(N, num_features, D, H, W)``."""
 
     space: ClassVar[str] = "D H W"
+    roles = _Batch.roles
 
 
 @dataclass(frozen=True)
@@ -126,6 +150,7 @@ class _Instance(_Tracked):
     track_running_stats: bool = False
 
     across: ClassVar[bool] = False
+    roles = _Tracked.roles
 
     def normalize(
         self, x: Tensor, mean: Tensor | None, var: Tensor | None, params: Leaves, own: bool, momentum: float
@@ -139,6 +164,7 @@ class InstanceNorm1d(_Instance):
     """``torch.nn.InstanceNorm1d``: ``(N, num_features, L)``, every map normalized alone."""
 
     space: ClassVar[str] = "L"
+    roles = _Instance.roles
 
 
 @dataclass(frozen=True)
@@ -146,6 +172,7 @@ class InstanceNorm2d(_Instance):
     """``torch.nn.InstanceNorm2d``: ``(N, num_features, H, W)``, every map normalized alone."""
 
     space: ClassVar[str] = "H W"
+    roles = _Instance.roles
 
 
 @dataclass(frozen=True)
@@ -153,6 +180,7 @@ class InstanceNorm3d(_Instance):
     """``torch.nn.InstanceNorm3d``: ``(N, num_features, D, H, W)``, every map normalized alone."""
 
     space: ClassVar[str] = "D H W"
+    roles = _Instance.roles
 
 
 @dataclass(frozen=True)
@@ -222,6 +250,9 @@ class LayerNorm(_Last):
         weight = params["weight"] if self.elementwise_affine else None
         bias = params["bias"] if self.elementwise_affine and self.bias else None
         return F.layer_norm(inputs[0], self._shape, weight, bias, self.eps)
+
+    def roles(self) -> tuple[Role, ...]:
+        return (Recomputed(),)
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch._ops import OpOverload
 
+from taylorfx.internals import OpOverload, schemas
 from taylorfx.layers.base import ShapeError
 
 __all__ = [
@@ -117,9 +117,8 @@ def _resolve(name: str) -> OpOverload[..., Any]:
     space, packet, overload = _parts(name)
     # torch's namespaces are Python objects with attributes of their own. Its list of schemas says which names are
     # operators; no other name is looked up.
-    schemas = torch._C._jit_get_schemas_for_operator(f"{space}::{packet}")
     found: Any = None
-    if any((schema.overload_name or "default") == overload for schema in schemas):
+    if any((schema.overload_name or "default") == overload for schema in schemas(f"{space}::{packet}")):
         found = getattr(getattr(getattr(torch.ops, space), packet), overload)
     if not isinstance(found, OpOverload):
         library = "" if space in OWN else f" Import the library that registers {space}::{packet}."

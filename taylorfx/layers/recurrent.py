@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from taylorfx.internals import vectorized
 from taylorfx.layers.activation import Dropout
 from taylorfx.layers.base import Layer, Leaves, Shape, ShapeError, uniform
 
@@ -127,7 +128,7 @@ class _Recurrent(Layer):
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         x = inputs[0].transpose(0, 1) if self.batch_first else inputs[0]
         start = self._start(x, inputs[1:])
-        if any(torch._C._functorch.is_batchedtensor(t) for t in (*inputs, *params.values())):
+        if any(map(vectorized, (*inputs, *params.values()))):
             return self._chosen(self._unrolled(x, start, params))
         return self._chosen(self._layers(x, start, params, range(self.num_layers)))
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from taylorfx.layers.base import Layer, Leaves, Shape, ShapeError, as_tuple, broadcast, names
+from taylorfx.layers.roles import Product, Role, Slicing, Sum, Viewing
 
 __all__ = [
     "Add", "ChannelShuffle", "Concat", "Flatten", "Input", "Multiply", "Permute", "PixelShuffle", "PixelUnshuffle",
@@ -73,6 +74,9 @@ class Add(Layer):
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         return reduce(torch.add, inputs)
 
+    def roles(self) -> tuple[Role, ...]:
+        return (Sum(),)
+
 
 @dataclass(frozen=True)
 class Multiply(Layer):
@@ -83,6 +87,9 @@ class Multiply(Layer):
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         return reduce(torch.mul, inputs)
+
+    def roles(self) -> tuple[Role, ...]:
+        return (Product(),)
 
 
 @dataclass(frozen=True)
@@ -138,6 +145,9 @@ class Slice(Layer):
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         return inputs[0].narrow(self.dim, self.start, self.stop - self.start)
 
+    def roles(self) -> tuple[Role, ...]:
+        return (Slicing(self.dim, self.start, self.stop),)
+
 
 @dataclass(frozen=True)
 class Flatten(Layer):
@@ -154,6 +164,9 @@ class Flatten(Layer):
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         return inputs[0].flatten(self.start_dim, self.end_dim)
+
+    def roles(self) -> tuple[Role, ...]:
+        return (Viewing(),)
 
 
 @dataclass(frozen=True)
@@ -182,6 +195,9 @@ class Reshape(Layer):
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         assert isinstance(self.shape, tuple)
         return inputs[0].reshape(inputs[0].shape[0], *self.shape)
+
+    def roles(self) -> tuple[Role, ...]:
+        return (Viewing(),)
 
     def _target(self, shape: Shape) -> Shape:
         assert isinstance(self.shape, tuple)
@@ -255,6 +271,9 @@ class Permute(Layer):
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         return inputs[0].permute(self.dims)
+
+    def roles(self) -> tuple[Role, ...]:
+        return (Viewing(self.dims),)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from taylorfx.layers.base import Layer, Leaves, Shape, ShapeError, broadcast, names
 from taylorfx.layers.operators import COUNT, DTYPE, DTYPES, SLOT, check_arguments, operator
+from taylorfx.layers.roles import Role, Viewing
 from taylorfx.layers.shape import refine
 
 __all__ = [
@@ -199,6 +200,9 @@ class View(Layer):
         if self.made >= 0:
             shape[self.made] = -1
         return inputs[0].reshape(shape)
+
+    def roles(self) -> tuple[Role, ...]:
+        return (Viewing(),)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def check(params: Params, spec: Spec) -> None:
     for path, leaf in leaves.items():
         shape = expected.get(path)
         if shape is None:
-            errors.append(f"{path}: no layer has such a parameter")
+            errors.append(f"{path}: the network has no such parameter")
         elif not isinstance(leaf, Tensor):
             errors.append(f"{path}: expected a tensor, received {type(leaf).__name__}")
         elif leaf.shape != shape:

@@ -11,7 +11,7 @@ from torch import Tensor
 from taylorfx.layers import ShapeError
 from taylorfx.network.errors import explain
 from taylorfx.network.parameters import check
-from taylorfx.network.spec import Spec, SpecError
+from taylorfx.network.spec import Node, Paths, Spec, SpecError
 from taylorfx.tree import Params, merge
 
 __all__ = ["Inputs", "apply", "bind_inputs", "evaluate", "gating", "train"]
@@ -44,7 +44,7 @@ def apply(
     tap = None
     if gates is not None:
         tap = gating(gates)
-        strange = {name for name, _, _ in gates} - {node.name for node in spec.nodes}
+        strange = {name for name, _, _ in gates} - spec.by_name.keys()
         if strange and not torch.compiler.is_compiling():
             raise SpecError(
                 f"Gates lie at the reads of their own network; received some at {', '.join(sorted(strange))}, which "
@@ -87,79 +87,116 @@ def evaluate(
     training: bool = False,
     generator: torch.Generator | None = None,
 ) -> tuple[Any, Params]:
-    """Run the nodes in order. Everything that runs a network comes through here."""
+    """The outputs and the new parameters. Everything that runs a network comes through here."""
     if not torch.compiler.is_compiling():
         check(params, spec)
     values = bind_inputs(spec, inputs)
-    alone = [node for node in spec.inputs if node.layer.alone and len(values[node.name]) != 1]  # type: ignore[attr-defined]
-    if alone and not training and all(node.layer.apart for node in alone):  # type: ignore[attr-defined]
+    single = [layer for name, layer in spec.input_layers.items() if layer.alone and len(values[name]) != 1]
+    if single and not training and all(layer.apart for layer in single):
         return _one_by_one(params, spec, values, tap), params
-    if alone:
+    if single:
         raise ShapeError(
             "This network takes one example at a time: it was captured from a module made for a fixed number of them. "
             "Give batches of one."
         )
     if not torch.compiler.is_compiling():
         _refuse_sizes(spec, values)
-    moved: dict[str, Tensor] = {}  # running statistics, which a shared layer hears of at once
-    try:
-        for node, leaves, done in spec._steps:  # type: ignore[attr-defined]
-            if node.name not in values:
-                found = {leaf: _at(params, path) for leaf, path in leaves}
+    compute = _Training(params, generator) if training else _Inference(params)
+    return _run(params, spec, values, compute, tap), compute.parameters()
+
+
+def _run(params: Params, spec: Spec, values: dict[str, Any], compute: _Inference, tap: Tap | None) -> Any:
+    """The nodes in order; a value that no later node uses is let go at once."""
+    inputs = dict(values)
+    for node, paths, unused in spec.steps:
+        if node.name not in values:
+            try:
                 args = [values[x] for x in node.inputs]
                 if tap is not None:
                     args = [tap(node.name, slot, x) for slot, x in enumerate(args)]
-                if training:
-                    found |= {leaf: moved[node.path(leaf)] for leaf in node.layer.buffers if node.path(leaf) in moved}
-                    value, new = node.layer.train(found, *args, generator=generator)
-                    moved |= {node.path(leaf): tensor for leaf, tensor in new.items()}
-                else:
-                    value = node.layer.apply(found, *args)
+                value = compute(node, paths, args)
                 values[node.name] = value if tap is None else tap(node.name, -1, value)
-            for name in done:
-                del values[name]
-    except (RuntimeError, IndexError, ValueError, TypeError) as error:
-        if not torch.compiler.is_compiling():
-            explain(params, spec, bind_inputs(spec, inputs), node, error)
-        raise
+            except (RuntimeError, IndexError, ValueError, TypeError) as error:
+                if not torch.compiler.is_compiling():
+                    explain(params, spec, inputs, node, error)
+                raise
+        for name in unused:
+            del values[name]
     outputs = tuple(values[x] for x in spec.outputs)
     if spec.keys:
-        return dict(zip(spec.keys, outputs, strict=True)), merge(params, moved)
-    return outputs[0] if len(outputs) == 1 else outputs, merge(params, moved)
+        return dict(zip(spec.keys, outputs, strict=True))
+    return outputs[0] if len(outputs) == 1 else outputs
+
+
+class _Inference:
+    """A node's value in inference."""
+
+    def __init__(self, params: Params) -> None:
+        self.params = params
+
+    def __call__(self, node: Node, paths: Paths, args: Sequence[Tensor]) -> Tensor:
+        return node.layer.apply(self.leaves(paths), *args)
+
+    def leaves(self, paths: Paths) -> dict[str, Tensor]:
+        """The parameters of a node by their names in the layer."""
+        return {leaf: _at(self.params, keys) for leaf, keys in paths}
+
+    def parameters(self) -> Params:
+        """The parameters after the run."""
+        return self.params
+
+
+class _Training(_Inference):
+    """A node's value in training. Nodes that share running statistics move them one after the other."""
+
+    def __init__(self, params: Params, generator: torch.Generator | None) -> None:
+        super().__init__(params)
+        self.generator = generator
+        self.moved: dict[str, Tensor] = {}  # running statistics by path
+
+    def __call__(self, node: Node, paths: Paths, args: Sequence[Tensor]) -> Tensor:
+        leaves, buffers = self.leaves(paths), [(leaf, node.path(leaf)) for leaf in node.layer.buffers]
+        leaves |= {leaf: self.moved[path] for leaf, path in buffers if path in self.moved}
+        value, new = node.layer.train(leaves, *args, generator=self.generator)
+        self.moved |= {node.path(leaf): tensor for leaf, tensor in new.items()}
+        return value
+
+    def parameters(self) -> Params:
+        return merge(self.params, self.moved)
 
 
 def _one_by_one(params: Params, spec: Spec, values: Mapping[str, Tensor], tap: Tap | None) -> Any:
     """The outputs for every example of a batch alone, joined along axis 0."""
     count = max(map(len, values.values()))
-    given = [{name: x[k : k + 1] for name, x in values.items()} for k in range(count)]
-    found = [evaluate(params, spec, (one,), tap=tap)[0] for one in given]
-    if isinstance(found[0], Tensor):
-        return torch.cat(found)
-    if isinstance(found[0], Mapping):
-        return {name: torch.cat([one[name] for one in found]) for name in found[0]}
-    return tuple(map(torch.cat, zip(*found, strict=True)))
+    examples = [{name: x[k : k + 1] for name, x in values.items()} for k in range(count)]
+    outputs = [evaluate(params, spec, (example,), tap=tap)[0] for example in examples]
+    if isinstance(outputs[0], Tensor):
+        return torch.cat(outputs)
+    if isinstance(outputs[0], Mapping):
+        return {name: torch.cat([one[name] for one in outputs]) for name in outputs[0]}
+    return tuple(map(torch.cat, zip(*outputs, strict=True)))
 
 
 def bind_inputs(spec: Spec, inputs: Sequence[Inputs]) -> dict[str, Any]:
     """The tensors that come in, by the names of the input nodes."""
-    given: Any = inputs[0] if len(inputs) == 1 and isinstance(inputs[0], (Mapping, Sequence)) else inputs
-    names = [node.name for node in spec.inputs]
-    if isinstance(given, Mapping) and set(given) != set(names):
+    tensors: Any = inputs[0] if len(inputs) == 1 and isinstance(inputs[0], (Mapping, Sequence)) else inputs
+    names = [*spec.input_layers]
+    if isinstance(tensors, Mapping) and set(tensors) != set(names):
         raise ShapeError(
-            f"Inputs are named as the network's Input nodes, {', '.join(names)}; received {', '.join(given)}."
+            f"Inputs are named as the network's Input nodes, {', '.join(names)}; received {', '.join(tensors)}."
         )
-    if len(given) != len(names):
+    if len(tensors) != len(names):
         raise ShapeError(
             f"Inputs are as many as the network's Input nodes, {len(names)} ({', '.join(names)}); "
-            f"received {len(given)}."
+            f"received {len(tensors)}."
         )
-    return dict(given) if isinstance(given, Mapping) else dict(zip(names, given, strict=True))
+    return dict(tensors) if isinstance(tensors, Mapping) else dict(zip(names, tensors, strict=True))
 
 
 def _refuse_sizes(spec: Spec, values: Mapping[str, Any]) -> None:
     """Refuse sizes at which a captured network would compute something else than its module."""
-    found = {node.name: node.layer.refusal(values[node.name].shape[1:]) for node in spec.inputs}  # type: ignore[attr-defined]
-    if wrong := [f"{name}: {text}" for name, text in found.items() if text]:
+    refusals = {name: layer.refusal(values[name].shape[1:]) for name, layer in spec.input_layers.items()}
+    if wrong := [f"{name}: {text}" for name, text in refusals.items() if text]:
         raise ShapeError(
             "A captured network takes the sizes at which it computes what its module does; received:\n  "
             + "\n  ".join(wrong)

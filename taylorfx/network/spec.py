@@ -8,11 +8,11 @@ are a separate tree, so that ``apply(params, spec, x)`` is a function of values 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from heapq import heappop, heappush
-from typing import Any
+from typing import Any, NamedTuple
 
 from taylorfx.layers import Input, Layer, Shape
 from taylorfx.layers import axes as language
@@ -30,7 +30,7 @@ class SpecError(ValueError):
 
 @dataclass(frozen=True)
 class Node:
-    """One layer at its place: a unique name, the names of the nodes that it hears.
+    """One layer at its place: a unique name, the names of the nodes whose values it consumes.
 
     ``params`` is the path of its parameters where that is not the node's name: two nodes with one path share them. As
     a tuple of pairs it says the path of single ones: ``(("weight", "embed.weight"),)``.
@@ -63,6 +63,18 @@ class Node:
         return {leaf: self.path(leaf) for leaf in self.shapes}
 
 
+Paths = tuple[tuple[str, tuple[str, ...]], ...]
+"""For each parameter of a layer, its name in the layer and the keys that lead to it in the tree."""
+
+
+class Step(NamedTuple):
+    """One node of a run: where its parameters lie, and the values that no later node uses."""
+
+    node: Node
+    paths: Paths
+    unused: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class Spec:
     """A network: nodes in the order of evaluation, and the names of those whose values it gives out.
@@ -78,24 +90,84 @@ class Spec:
     outputs: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
     interface: Interface | None = None
+    steps: tuple[Step, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         nodes = tuple(self.nodes)
         outputs = (self.outputs,) if isinstance(self.outputs, str) else tuple(self.outputs)
         object.__setattr__(self, "outputs", outputs or tuple(node.name for node in nodes[-1:]))
         object.__setattr__(self, "nodes", _order(nodes, self.outputs))
-        last = {name: k for k, node in enumerate(self.nodes) for name in node.inputs}
-        done: list[list[str]] = [[] for _ in self.nodes]
-        for name, k in last.items():
-            if name not in self.outputs:
-                done[k].append(name)
-        leaves = [tuple([(leaf, tuple(path.split("."))) for leaf, path in x.paths.items()]) for x in self.nodes]
-        object.__setattr__(self, "_steps", tuple(zip(self.nodes, leaves, done, strict=True)))
+        object.__setattr__(self, "steps", _steps(self.nodes, self.outputs))
 
     @property
     def inputs(self) -> tuple[Node, ...]:
         """The nodes where tensors come in, in the order in which `apply` takes them."""
         return tuple(node for node in self.nodes if isinstance(node.layer, Input))
+
+    @cached_property
+    def input_layers(self) -> Mapping[str, Input]:
+        """What the network says of the tensors that come in, by the names of their nodes."""
+        return {node.name: node.layer for node in self.nodes if isinstance(node.layer, Input)}
+
+    @cached_property
+    def by_name(self) -> Mapping[str, Node]:
+        """The nodes by their names."""
+        return {node.name: node for node in self.nodes}
+
+    @cached_property
+    def consumers(self) -> Mapping[str, tuple[Node, ...]]:
+        """For every node those that consume its value, in order; one that does so twice stands there twice."""
+        consumers: dict[str, list[Node]] = {node.name: [] for node in self.nodes}
+        for node in self.nodes:
+            for name in node.inputs:
+                consumers[name].append(node)
+        return {name: tuple(nodes) for name, nodes in consumers.items()}
+
+    @cached_property
+    def uses(self) -> Mapping[str, int]:
+        """How often the value of every node is used: consumed, or given out by the network."""
+        return {name: len(nodes) + self.outputs.count(name) for name, nodes in self.consumers.items()}
+
+    @cached_property
+    def owners(self) -> Mapping[str, tuple[Node, ...]]:
+        """For the path of every parameter the nodes that have it, in order; several share it."""
+        owners: dict[str, list[Node]] = {}
+        for node in self.nodes:
+            for path in node.paths.values():
+                owners.setdefault(path, []).append(node)
+        return {path: tuple(nodes) for path, nodes in owners.items()}
+
+    def upstream(self, names: Iterable[str]) -> set[str]:
+        """These nodes and all whose values they depend on."""
+        reached = set(names)
+        for node in reversed(self.nodes):  # every node comes after its inputs
+            if node.name in reached:
+                reached.update(node.inputs)
+        return reached
+
+    def downstream(self, names: Iterable[str]) -> set[str]:
+        """These nodes and all whose values depend on theirs."""
+        reached = set(names)
+        for node in self.nodes:
+            if not reached.isdisjoint(node.inputs):
+                reached.add(node.name)
+        return reached
+
+    def part(self, names: Iterable[str], outputs: Sequence[str], keys: Sequence[str] = ()) -> Spec:
+        """The network of these nodes alone, which gives out ``outputs``.
+
+        What they consume of other nodes comes in: there is an `Input` node of that name.
+
+        >>> from taylorfx import layers as L
+        >>> nodes = Node("x", L.Input((3,))), Node("a", L.Linear(3, 2), "x"), Node("b", L.ReLU(), "a")
+        >>> [(node.name, node.layer.title) for node in Spec(nodes).part(["b"], ["b"])]
+        [('a', 'Input'), ('b', 'ReLU')]
+        """
+        chosen = set(names)
+        nodes = [node for node in self.nodes if node.name in chosen]
+        needed = dict.fromkeys([*(x for node in nodes for x in node.inputs), *outputs])
+        inputs = (Node(name, Input()) for name in needed if name not in chosen)
+        return Spec((*inputs, *nodes), tuple(outputs), tuple(keys))
 
     @cached_property
     def shapes(self) -> Mapping[str, Shape]:
@@ -116,10 +188,7 @@ class Spec:
         return shapes
 
     def __getitem__(self, name: str) -> Node:
-        for node in self.nodes:
-            if node.name == name:
-                return node
-        raise KeyError(name)
+        return self.by_name[name]
 
     def __iter__(self) -> Iterator[Node]:
         return iter(self.nodes)
@@ -137,7 +206,7 @@ class Spec:
         input's shape is not known, shapes and FLOPs are left out.
         """
         spec = self.at(*shapes) if shapes else self
-        known = all(node.layer.shape is not None for node in spec.inputs if isinstance(node.layer, Input))
+        known = all(layer.shape is not None for layer in spec.input_layers.values())
         bounds = propagate(spec, Ties(labeled=False)) if known else {}
         rows, seen, total, work = [("name", "layer", "output", "parameters", "FLOPs")], set[str](), 0, 0
         for node in spec.nodes:
@@ -166,8 +235,19 @@ class Spec:
 
     def declared(self, fields: Mapping[str, Mapping[str, Any]]) -> Spec:
         """The same network whose `Input` nodes say this: their fields, by the names of the nodes."""
-        made = {name: replace(self[name], layer=replace(self[name].layer, **given)) for name, given in fields.items()}
-        return replace(self, nodes=tuple(made.get(n.name, n) for n in self.nodes))
+        nodes = {name: replace(self[name], layer=replace(self[name].layer, **new)) for name, new in fields.items()}
+        return replace(self, nodes=tuple(nodes.get(node.name, node) for node in self.nodes))
+
+
+def _steps(nodes: Sequence[Node], outputs: Sequence[str]) -> tuple[Step, ...]:
+    """The nodes with where their parameters lie, and which values no later node uses."""
+    last = {name: k for k, node in enumerate(nodes) for name in node.inputs}
+    unused: list[list[str]] = [[] for _ in nodes]
+    for name, k in last.items():
+        if name not in outputs:
+            unused[k].append(name)
+    paths = [tuple([(leaf, tuple(path.split("."))) for leaf, path in node.paths.items()]) for node in nodes]
+    return tuple(map(Step, nodes, paths, map(tuple, unused)))
 
 
 def _order(nodes: tuple[Node, ...], outputs: tuple[str, ...]) -> tuple[Node, ...]:
@@ -182,22 +262,22 @@ def _order(nodes: tuple[Node, ...], outputs: tuple[str, ...]) -> tuple[Node, ...
         if node.name in seen:
             errors.append(f"two nodes are named {node.name!r}; give each node a name of its own")
         seen.add(node.name)
-        errors += [f"{node.name!r} hears {x!r}, which no node is named" for x in node.inputs if x not in names]
+        errors += [f"{node.name!r} consumes {x!r}, which no node is named" for x in node.inputs if x not in names]
     errors += [f"the output {x!r} is no node" for x in outputs if x not in names]
     missing = [{*node.inputs} & names.keys() for node in nodes]
-    hearers: dict[str, list[int]] = {name: [] for name in names}
-    for k, name in ((k, name) for k, heard in enumerate(missing) for name in heard):
-        hearers[name].append(k)
-    ready = [k for k, heard in enumerate(missing) if not heard]  # a heap: what was given first comes first
+    waiting: dict[str, list[int]] = {name: [] for name in names}
+    for k, name in ((k, name) for k, inputs in enumerate(missing) for name in inputs):
+        waiting[name].append(k)
+    ready = [k for k, inputs in enumerate(missing) if not inputs]  # a heap: what was given first comes first
     ordered: list[Node] = []
     while ready:
         node = nodes[heappop(ready)]
         ordered.append(node)
-        for k in hearers.pop(node.name, ()):
+        for k in waiting.pop(node.name, ()):
             missing[k].discard(node.name)
             if not missing[k]:
                 heappush(ready, k)
-    if cyclic := [repr(node.name) for node, heard in zip(nodes, missing, strict=True) if heard]:
+    if cyclic := [repr(node.name) for node, inputs in zip(nodes, missing, strict=True) if inputs]:
         errors.append(f"the nodes {', '.join(cyclic)} lie on or behind a cycle")
     if errors:
         raise SpecError("A network is a graph of named nodes without cycles; received:\n  " + "\n  ".join(errors))

@@ -8,7 +8,14 @@ __all__ = ["columns"]
 
 
 def columns(rows: Sequence[Sequence[str]], right: int = 2) -> str:
-    """Rows as aligned text; the last ``right`` columns are numbers."""
+    """Rows as aligned text, the first one as the head; the last ``right`` columns are numbers.
+
+    >>> print(columns([("layer", "units"), ("conv1", "64"), ("fc", "1,000")], right=1))
+    layer  units
+    -----  -----
+    conv1     64
+    fc     1,000
+    """
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     left = len(widths) - right
     ruled = [rows[0], ["-" * width for width in widths], *rows[1:]]

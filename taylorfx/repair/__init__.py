@@ -1,8 +1,8 @@
 """Repair: make up for what a cut takes away, without training."""
 
-from taylorfx.repair.batches import Repair
+from taylorfx.repair.batches import Batches, Repair
 from taylorfx.repair.biases import Means, compensate, means
 from taylorfx.repair.least_squares import LeastSquares, reconstruct
 from taylorfx.repair.norms import recalibrate
 
-__all__ = ["LeastSquares", "Means", "Repair", "compensate", "means", "recalibrate", "reconstruct"]
+__all__ = ["Batches", "LeastSquares", "Means", "Repair", "compensate", "means", "recalibrate", "reconstruct"]

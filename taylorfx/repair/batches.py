@@ -14,6 +14,7 @@ __all__ = ["Batches", "Repair", "inputs_of"]
 
 
 Batches = Batch | Iterable[Batch]
+"""``(inputs, targets)``, or an iterable of such."""
 
 
 Repair = Callable[[Params, Plan, Batches], tuple[Params, Spec]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -10,12 +10,12 @@ from torch import Tensor
 
 from taylorfx.cutting.cut import cut
 from taylorfx.cutting.plan import Plan
-from taylorfx.layers import Input, Linear
+from taylorfx.layers.roles import Mixing
 from taylorfx.network.run import Inputs, apply, bind_inputs
 from taylorfx.network.spec import Node, Spec
 from taylorfx.repair.batches import Batches, inputs_of
-from taylorfx.repair.readers import as_matrix, as_rows, as_weight, as_windows, kept_channels, lost, sharing, shifted
-from taylorfx.tree import Params, flatten, merge, unflatten
+from taylorfx.repair.readers import kept_channels, lost, sharing, shifted
+from taylorfx.tree import Params, flatten, merge, restrict, unflatten
 
 __all__ = ["LeastSquares", "reconstruct"]
 
@@ -75,7 +75,7 @@ def reconstruct(
     far, so that each layer also makes up for what the layers before it could not (He et al. 2017, arXiv 1707.06168; a
     convolution reads unfolded windows). The solution is closed (`LeastSquares`), batches are only summed over. Both
     networks run once, side by side, from layer to layer. Held are, for all batches, the activations that layers ahead
-    hear, and, one after the other, a batch's windows and a layer's ``(channels * window)^2`` products of inputs in
+    consume, and, one after the other, a batch's windows and a layer's ``(channels * window)^2`` products of inputs in
     double precision.
 
     Layers that share their weight share the solution (both networks are run anew for them); a weight that an
@@ -97,36 +97,50 @@ def reconstruct(
         raise ValueError(
             f"A ridge is above 0, as dead inputs would leave their weights undetermined; received {ridge}."
         )
-    given = list(inputs_of(batches))
+    batch_inputs = list(inputs_of(batches))
     original, small, spec, losers = plan.coupling.spec, cut(params, plan), plan.spec, lost(plan)
-    old, new = ([_Run(network, inputs) for inputs in given] for network in (original, spec))
+    old, new = ([_Run(network, inputs) for inputs in batch_inputs] for network in (original, spec))
     for group in sharing(original, "weight"):
-        names = [node.name for node in group]
-        if not _joint(original, group) or not losers & _ancestors(original, names):
+        names = [node.name for node, _ in group]
+        if not _joint(original, group) or not losers & original.upstream(names):
             continue
         sums: LeastSquares | None = None
-        for inputs, before, after in zip(given, old, new, strict=True):
-            if len(names) > 1:  # later places hear what is not solved yet, which must not stay
+        for inputs, before, after in zip(batch_inputs, old, new, strict=True):
+            if len(names) > 1:  # later places consume what is not solved yet, which must not stay
                 before, after = _Run(original, inputs), _Run(spec, inputs)
-            for name in names:
-                x = after.value(small, spec, spec[name].inputs[0])
-                y = before.value(params, original, name)
-                axis, writes = -1 if isinstance(spec[name].layer, Linear) else 1, kept_channels(plan, original[name])[1]
-                y = y.movedim(axis, 0)[writes.to(y.device)].movedim(0, axis)
-                found = LeastSquares.of(as_windows(spec[name].layer, x), as_rows(spec[name].layer, y))
-                sums = found if sums is None else sums + found
+            for node, role in group:
+                x = after.value(small, spec, spec[node.name].inputs[0])
+                y = before.value(params, original, node.name)
+                part = _rows(plan, spec[node.name], node, role, x, y)
+                sums = part if sums is None else sums + part
         assert sums is not None
-        sums = sums if total is None else total(sums)
-        layer, path, leaves = spec[names[0]].layer, group[0].path("weight"), flatten(small)
-        matrix, bias = sums.solve(as_matrix(layer, leaves[path].detach()).double(), ridge)
-        past = leaves[group[0].path("bias")].detach() if layer.bias else 0.0  # type: ignore[attr-defined]
-        small = merge(small, {path: as_weight(layer, matrix, leaves[path])})
-        small, spec = shifted(small, spec, names, bias.flatten() - past)
+        small, spec = _solved(small, spec, names, sums if total is None else total(sums), ridge)
     return small, spec
 
 
+def _rows(plan: Plan, small: Node, node: Node, role: Mixing, x: Tensor, y: Tensor) -> LeastSquares:
+    """The sums of a batch: windows of what the small layer consumes, rows of what stays of the original's output."""
+    smaller = small.layer.role(Mixing)
+    assert smaller is not None
+    writes, axis = kept_channels(plan, node, role)[1], role.axis
+    y = y.movedim(axis, 0)[writes.to(y.device)].movedim(0, axis)
+    return LeastSquares.of(smaller.windows(x), smaller.rows(y))
+
+
+def _solved(params: Params, spec: Spec, names: Sequence[str], sums: LeastSquares, ridge: float) -> tuple[Params, Spec]:
+    """The network with the weight and the bias that these nodes share as the regression has them."""
+    node, leaves = spec[names[0]], flatten(params)
+    role = node.layer.role(Mixing)
+    assert role is not None
+    path = node.path(role.weight)
+    matrix, bias = sums.solve(role.matrix(leaves[path].detach()).double(), ridge)
+    past = leaves[node.path(role.bias)].detach() if role.has_bias else 0.0
+    params = merge(params, {path: role.as_weight(matrix, leaves[path])})
+    return shifted(params, spec, names, bias.flatten() - past)
+
+
 class _Run:
-    """A network on one batch, as far as it has been asked for; what nothing further hears is not kept."""
+    """A network on one batch, as far as it has been asked for; what no later node consumes is not kept."""
 
     def __init__(self, spec: Spec, inputs: Inputs) -> None:
         self.values: dict[str, Tensor] = bind_inputs(spec, (inputs,))
@@ -134,34 +148,23 @@ class _Run:
 
     def value(self, params: Params, spec: Spec, name: str) -> Tensor:
         """What a node gives out, without derivatives; nodes are asked for in their order."""
-        place = [node.name for node in spec].index(name) + 1
+        place = [*spec.by_name].index(name) + 1
         if place > self.done:
-            nodes, self.done = spec.nodes[self.done : place], place
-            made = [node.name for node in nodes]
+            names = [node.name for node in spec.nodes[self.done : place]]
             later = {name, *(x for node in spec.nodes[place:] for x in node.inputs)}
-            heard = {x for node in nodes for x in node.inputs}.difference(made)
-            given = [node for node in nodes if isinstance(node.layer, Input)] + [Node(x, Input()) for x in heard]
-            wanted = tuple(x for x in made if x in later)
-            part = Spec((*given, *(node for node in nodes if node not in given)), wanted, wanted)
-            leaves = flatten(params)
-            inputs = {node.name: self.values[node.name] for node in given}
-            new = apply(unflatten((path, leaves[path].detach()) for path in part.shapes), part, inputs)
+            wanted = [x for x in names if x in later]
+            part = spec.part(names, wanted, keys=wanted)
+            leaves = restrict(params, part.shapes)
+            detached = unflatten((path, leaf.detach()) for path, leaf in flatten(leaves).items())
+            new = apply(detached, part, {x: self.values[x] for x in part.input_layers})
             self.values = {x: value for x, value in self.values.items() if x in later} | new
+            self.done = place
         return self.values[name]
 
 
-def _joint(spec: Spec, group: Sequence[Node]) -> bool:
+def _joint(spec: Spec, group: Sequence[tuple[Node, Mixing]]) -> bool:
     """Layers of a group are one layer at several places, and nothing else uses their weight."""
-    path = group[0].path("weight")
-    used = [node.name for node in spec if path in node.paths.values()]
-    kinds = {(type(node.layer), node.layer.bias, node.path("bias")) for node in group}  # type: ignore[attr-defined]
-    return used == [node.name for node in group] and len(kinds) == 1
-
-
-def _ancestors(spec: Spec, names: Iterable[str]) -> set[str]:
-    """These nodes and all that they hear."""
-    found, inputs = set(names), {node.name: node.inputs for node in spec}
-    for name in reversed(inputs):  # every node comes after its inputs
-        if name in found:
-            found.update(inputs[name])
-    return found
+    node, role = group[0]
+    used = [owner.name for owner in spec.owners[node.path(role.weight)]]
+    kinds = {(type(node.layer), role.has_bias, node.path(role.bias)) for node, role in group}
+    return used == [node.name for node, _ in group] and len(kinds) == 1

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from taylorfx.cutting.cut import cut
 from taylorfx.cutting.plan import Plan
-from taylorfx.layers.base import computes_as
+from taylorfx.layers.roles import RunningStatistics
 from taylorfx.network.run import evaluate
 from taylorfx.network.spec import Node, Spec
 from taylorfx.repair.batches import Batches, inputs_of
-from taylorfx.repair.readers import NORMS
 from taylorfx.tree import Params, flatten, merge
 
 __all__ = ["recalibrate"]
@@ -33,7 +32,7 @@ def recalibrate(params: Params, spec: Spec | Plan, batches: Batches) -> Params |
 
     One pass in which batch norms run in training mode and all other layers in inference; the statistics are the plain
     averages of those of the batches, as ``torch.nn.BatchNorm2d`` with ``momentum=None`` computes them. Later norms
-    hear what the earlier ones make of the same batch, so take batches as large as in training.
+    consume what the earlier ones compute of the same batch, so take batches as large as in training.
 
     Args:
         params: those of the network; with a plan the original ones.
@@ -49,11 +48,8 @@ def recalibrate(params: Params, spec: Spec | Plan, batches: Batches) -> Params |
 
 
 def _recalibrated(params: Params, spec: Spec, batches: Batches) -> Params:
-    norms = {
-        node.name: replace(node, layer=replace(node.layer, momentum=None))  # type: ignore[call-arg]
-        for node in spec
-        if computes_as(node.layer, NORMS) and node.layer.track_running_stats  # type: ignore[attr-defined]
-    }
+    roles = ((node, node.layer.role(RunningStatistics)) for node in spec)
+    norms = {node.name: replace(node, layer=role.average) for node, role in roles if role is not None}
     leaves = flatten(params)
     fresh = {path: torch.zeros_like(leaves[path]) for node in norms.values() for path in _buffers(node)}
 
@@ -61,16 +57,16 @@ def _recalibrated(params: Params, spec: Spec, batches: Batches) -> Params:
         if name not in norms:
             return x
         if slot == 0:
-            heard[name] = x
+            inputs_by_norm[name] = x
             return x
         node = norms[name]
-        found = {leaf: fresh.get(path, leaves[path]) for leaf, path in node.paths.items()}
-        value, new = node.layer.train(found, heard.pop(name), generator=None)
+        current = {leaf: fresh.get(path, leaves[path]) for leaf, path in node.paths.items()}
+        value, new = node.layer.train(current, inputs_by_norm.pop(name), generator=None)
         fresh.update({node.path(leaf): tensor for leaf, tensor in new.items()})
         return value
 
     for inputs in inputs_of(batches):
-        heard: dict[str, Tensor] = {}
+        inputs_by_norm: dict[str, Tensor] = {}
         evaluate(params, spec, (inputs,), tap=tap)
     return merge(params, fresh)
 

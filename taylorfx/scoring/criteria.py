@@ -27,8 +27,7 @@ import torch
 from torch import Tensor
 
 from taylorfx.coupling.units import Coupling
-from taylorfx.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from taylorfx.layers.base import computes_as
+from taylorfx.layers.roles import Normalizing
 from taylorfx.network.parameters import check
 from taylorfx.scoring.criterion import Criterion
 from taylorfx.scoring.statistics import Moments, Statistics
@@ -42,8 +41,6 @@ __all__ = [
 
 Normalizer = Callable[[Tensor, Coupling], Tensor]
 """``normalizer(scores, coupling)``: the scores, ``(units,)``, made comparable across scopes."""
-
-NORMS = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
 
 
 def unnormalized(scores: Tensor, coupling: Coupling) -> Tensor:
@@ -227,9 +224,9 @@ def batchnorm_scale(params: Params, coupling: Coupling, *, normalizer: Normalize
     """
     _parameters(params, coupling)
     leaves = flatten(params)
-    norms = [n for n in coupling.spec if computes_as(n.layer, NORMS) and n.layer.affine]  # type: ignore[attr-defined]
+    scales = [node.path(role.scale) for node in coupling.spec if (role := node.layer.role(Normalizing))]
     total = torch.zeros(2, len(coupling) + 1, dtype=torch.float64)
-    for path in dict.fromkeys(node.path("weight") for node in norms):
+    for path in dict.fromkeys(scales):
         scale = leaves[path].detach().to("cpu", torch.float64).abs()
         for row in coupling.unit_ids(path, 0):
             index = torch.as_tensor(row % total.shape[1])

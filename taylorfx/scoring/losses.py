@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from taylorfx.internals import vectorized
 from taylorfx.network.run import Inputs, apply, bind_inputs
 from taylorfx.network.spec import Spec
 from taylorfx.scoring.batches import Batch, Parted, Split, Targets, by_example, one_by_one, size
@@ -55,7 +56,7 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
             f"on {outputs.device} as the outputs; received {targets.dtype} of shape {tuple(targets.shape)} on "
             f"{targets.device}."
         )
-    visible = targets.device.type == "cpu" and not torch._C._functorch.is_batchedtensor(targets)
+    visible = targets.device.type == "cpu" and not vectorized(targets)
     if not targets.is_floating_point() and visible and targets.numel():
         low, high = int(targets.min()), int(targets.max())
         if (low < 0 and low != -100) or high >= classes:

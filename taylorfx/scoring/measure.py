@@ -27,6 +27,7 @@ from torch import Tensor
 
 from taylorfx.coupling.couple import own
 from taylorfx.coupling.units import Coupling
+from taylorfx.internals import differentiated
 from taylorfx.layers import Conv2d, ShapeError
 from taylorfx.network.run import Inputs, bind_inputs, evaluate
 from taylorfx.network.spec import Spec
@@ -35,7 +36,9 @@ from taylorfx.scoring.batches import Batch, Parted, Targets, each_batch, one_by_
 from taylorfx.scoring.losses import Objective, Outputs, Unvectorized, refuse_flat
 from taylorfx.scoring.measurement import Measurement
 from taylorfx.scoring.statistics import Moments, Statistics
-from taylorfx.scoring.taps import Sums, Taps, followed
+from taylorfx.scoring.sums import Sums
+from taylorfx.scoring.tap_plan import TapPlan
+from taylorfx.scoring.taps import Taps
 from taylorfx.tree import Params, flatten
 
 if TYPE_CHECKING:
@@ -180,7 +183,8 @@ def derivatives(
 
 
 def _refuse_followed(values: Iterable[object]) -> None:
-    if any(isinstance(x, Tensor) and followed(x) for x in values):  # what is no tensor is refused where it is used
+    tensors = (x for x in values if isinstance(x, Tensor))  # what is no tensor is refused where it is used
+    if any(map(differentiated, tensors)):
         raise ValueError(
             "What is measured cannot be differentiated; received parameters or inputs inside of torch.func.grad, vjp "
             "or jvp. Use tfx.truth.gradient, which can, or measure outside."
@@ -227,12 +231,12 @@ class _Scorer:
 
     Attributes:
         networks: what is run, first a lean copy with the same reads; the network itself, the last, says what is wrong
-            with inputs.
+            with inputs. Each comes with the plan of its taps.
         pace: how the loss is called, which the first batch finds out.
         sums: how derivatives at the reads add up to those of units.
     """
 
-    networks: Sequence[tuple[Params, Spec]]
+    networks: Sequence[tuple[Params, Spec, TapPlan]]
     coupling: Coupling
     measurement: Measurement
     objective: Objective
@@ -252,7 +256,9 @@ class _Scorer:
             networks = [lean(params, coupling, channels_last=channels_last, whole=whole), *networks]
         objective, places = measurement.objective, coupling.writes if measurement.at_writes else coupling.reads
         sums = Sums.at(places, len(coupling), params)
-        return _Scorer(networks, coupling, measurement, objective, Pace(objective), sums, bool(channels_last))
+        plans = (TapPlan.of(*network, places, measurement.around, moments=measurement.moments) for network in networks)
+        planned = [(*network, plan) for network, plan in zip(networks, plans, strict=True)]
+        return _Scorer(planned, coupling, measurement, objective, Pace(objective), sums, bool(channels_last))
 
     def __call__(self, inputs: Inputs, targets: Targets) -> Derivatives:
         try:
@@ -260,14 +266,14 @@ class _Scorer:
         except ShapeError:
             return self._of_batch(*self.networks[-1], inputs, targets)
 
-    def _of_batch(self, params: Params, spec: Spec, inputs: Inputs, targets: Targets) -> Derivatives:
+    def _of_batch(self, params: Params, spec: Spec, plan: TapPlan, inputs: Inputs, targets: Targets) -> Derivatives:
         """Those of one network, some examples at a time."""
         batch = self.objective.parted(inputs, targets, spec)
         values, how = bind_inputs(spec, (inputs,)), self.measurement
         _refuse_followed(values.values())
         mixed = self.coupling.mixing or any(place.example is None for place in self.sums.places)
         alone = mixed and self.objective.per_example and not how.training
-        plainly_or_not = partial(self._one_pass, params, spec, channels_last=self.channels_last and not alone)
+        plainly_or_not = partial(self._one_pass, params, spec, plan, channels_last=self.channels_last and not alone)
         run = partial(_each_alone, plainly_or_not, spec) if alone else partial(self.pace, plainly_or_not)
         count = len(next(iter(values.values())))
         size = how.micro_batch or count
@@ -277,7 +283,15 @@ class _Scorer:
         return Derivatives(losses, summed, mean, Moments(*tally) if how.moments else None)
 
     def _one_pass(
-        self, params: Params, spec: Spec, inputs: Inputs, targets: Targets, *, plain: bool, channels_last: bool
+        self,
+        params: Params,
+        spec: Spec,
+        plan: TapPlan,
+        inputs: Inputs,
+        targets: Targets,
+        *,
+        plain: bool,
+        channels_last: bool,
     ) -> Pass:
         """One forward and one backward pass of the network, with gates of one at every place."""
         how, sums = self.measurement, self.sums
@@ -285,7 +299,7 @@ class _Scorer:
         spread: dict[str, float] = {}  # how many positions of an example each index of a read stands for
 
         def network(gates: Mapping[str, Tensor]) -> tuple[Outputs, dict[str, Tensor]]:
-            taps = Taps(params, spec, sums.places, gates, how.around or {}, moments=how.moments)
+            taps = Taps(plan, gates)
             laid_out = _channels_last(spec, inputs) if channels_last else inputs  # not held for the backward pass
             outputs, _ = evaluate(params, spec, (laid_out,), tap=taps, training=how.training, generator=how.generator)
             spread.update(taps.spread)

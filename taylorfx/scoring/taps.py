@@ -1,182 +1,81 @@
 """The taps of one pass: where activations are multiplied by their gradients and summed to the derivatives of gates.
 
-A tap is the identity; in the backward pass it takes ``a * dL/da``. What it keeps for that is the activation ``a``, or,
-where this is made anew with little work from something that is kept anyway, nothing: an activation function or a layer
-norm keeps its input, so that what it gave out need not be kept for the linear layer that reads it (no derivative by
-weights asks for it); fused attention keeps its output, of which the layer behind it reads another view.
-
-Where nobody else hears the activation function, the tap also multiplies the gradient by its derivative, part by part
-while it is in the processor's cache, and over itself: it is the gradient of what is kept that then goes on.
+A tap is the identity; in the backward pass it takes ``a * dL/da``. What each keeps for that, and where the same tap
+serves several layers, is planned beforehand (`taylorfx.scoring.tap_plan`).
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from taylorfx import layers as L
 from taylorfx.coupling.units import Place
-from taylorfx.network.spec import Node, Spec
-from taylorfx.rewrite.lean import Function, Fused, Over
-from taylorfx.rewrite.unused import Found, Only
-from taylorfx.tree import Params, flatten
+from taylorfx.internals import Function, vectorized
+from taylorfx.scoring.tap_plan import KEPT, Read, Recipe, TapPlan, Where
 
-__all__ = ["Sums", "Taps", "followed"]
-
-KEEPERS = (L.GELU, L.SiLU, L.Mish, L.Hardswish, L.Softplus, L.LayerNorm)
-"""They keep their input for their derivative."""
-
-_ATEN = torch.ops.aten
-SLOPES: dict[type[L.Layer], Callable[[Any, Tensor, Tensor], object]] = {
-    L.GELU: lambda layer, x, y: _ATEN.gelu_backward.grad_input(y, x, approximate=layer.approximate, grad_input=y),
-    L.SiLU: lambda layer, x, y: _ATEN.silu_backward.grad_input(y, x, grad_input=y),
-    L.ReLU: lambda layer, x, y: _ATEN.threshold_backward.grad_input(y, x, 0, grad_input=y),
-    L.ReLU6: lambda layer, x, y: _ATEN.hardtanh_backward.grad_input(y, x, 0, 6, grad_input=y),
-}
-"""Write over a gradient ``y`` its product with the derivative, at what is kept, ``x``."""
-
-READERS = (L.Linear, L.Conv1d, L.Conv2d, L.Conv3d)
-"""The gradients by their input are new and nobody else's."""
-
-VIEWS = (L.Permute, L.View, L.Reshape, L.Flatten)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How an activation is made from what is kept."""
-
-    steps: tuple[Callable[..., Tensor], ...] = ()
-    rows: bool = True
-    """The steps leave the examples where they are, first, and treat each alone."""
-    new: bool = False
-    """What they make is nobody else's."""
-    slope: Callable[[Tensor, Tensor], object] | None = None
-    """Writes over a gradient by the activation that by what is kept."""
-
-    def then(self, step: Callable[..., Tensor], *, view: bool, slope: Any = None) -> Recipe:
-        return Recipe((*self.steps, step), self.rows and not view, self.new or not view, slope)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        for step in self.steps:
-            x = step(x)
-        return x
-
-
-KEPT = Recipe()
-"""The activation itself is kept."""
+__all__ = ["Taps"]
 
 
 class Taps:
-    """Called by `taylorfx.spec.evaluate` at every input and output of a node; gives back the tensor, tapped or not.
+    """Called by `taylorfx.network.run.evaluate` at every input and output of a node; returns the tensor, tapped or not.
+
+    The plan says what to do; here is what it cannot know: the tensors, how many positions they have, and whether
+    ``torch.func.vmap`` sees them.
 
     Args:
         gates: ones that receive the derivatives, ``(N, size)`` for every place, by its key as text.
-        around: what activations are measured from, by place.
-        moments: also sum what is read, into ``seen``.
 
     Attributes:
         seen: ``(4, size)`` for every place: count, sum, sum of squares and zeros of the activations.
         spread: how many positions of an example each index of a place stands for.
     """
 
-    def __init__(
-        self, params: Params, spec: Spec, places: Sequence[Place], gates: Mapping[str, Tensor],
-        around: Mapping[tuple[str, int, int], Tensor], *, moments: bool,
-    ) -> None:  # fmt: skip
-        self.gates, self.around, self.moments = gates, around, moments
-        self.leaves = flatten(params)
-        self.nodes = {node.name: node for node in spec.nodes}
-        self.heard = Counter([*spec.outputs, *(x for node in spec.nodes for x in node.inputs)])
-        self.last = {x: node.name for node in spec.nodes for x in node.inputs}
-        self.places: dict[tuple[str, int], list[Place]] = {}
-        for place in places:
-            self.places.setdefault((place.node, place.slot), []).append(place)
-        self.origins: dict[str, tuple[Tensor, Recipe]] = {}
-        self.tapped: dict[str, list[tuple[Tensor, Place, Tensor]]] = {}
+    def __init__(self, plan: TapPlan, gates: Mapping[str, Tensor]) -> None:
+        self.plan, self.gates = plan, gates
+        self.kept: dict[Where, Tensor] = {}  # what activations are made from
+        self.tapped: dict[int, Tensor] = {}  # what came out of the first of several twins
+        self.shares: dict[str, float] = {}  # how many times as many positions there are before a node as behind it
         self.seen: dict[str, Tensor] = {}
         self.spread: dict[str, float] = {}
-        self.spared: dict[str, float] = {}  # how many times as many positions the network itself has
 
     def __call__(self, name: str, slot: int, x: Tensor) -> Tensor:
-        node = self.nodes[name]
-        for place in self.places.get((name, slot), ()):
-            x = self._through(node, x, place)
-        self._trace(node, slot, x)
-        self._count(node, slot, x)
-        if slot < 0:  # what nobody hears any more is not held
-            for heard in node.inputs:
-                if self.last[heard] == name:
-                    self.origins.pop(heard, None)
-                    self.tapped.pop(heard, None)
+        stop = self.plan.stops.get((name, slot))
+        if stop is None:
+            return x
+        for read in stop.reads:
+            x = self._through(read, x)
+        if stop.kept:
+            self.kept[name, slot] = x
+        if stop.only is not None:
+            self.shares[name] = x.shape[stop.only.dim] / (stop.only.stop - stop.only.start)
+        for source in stop.sources:
+            del self.kept[source]
+        for number in stop.twins:
+            del self.tapped[number]
         return x
 
-    def _through(self, node: Node, x: Tensor, place: Place) -> Tensor:
-        """A tensor that several layers read the same way (queries, keys and values) is tapped once for all."""
-        key, size, example, gate = str(place.key), place.units.shape[1], place.example, self.gates[str(place.key)]
-        heard = node.name if place.slot < 0 else node.inputs[place.slot]
-        self.spread[key] = x.numel() / (size * (1 if example is None else len(gate))) * self.spared.get(heard, 1)
-        if self.moments:
-            alone = x.detach()[None] if example is None else apart(x.detach(), len(gate), *example)
-            self.seen[key] = activation(alone, place.axis + 1)
-        center = self.around.get(place.key)
-        for given, other, made in self.tapped.get(heard, ()) if center is None else ():
-            if given is x and other.axis == place.axis and np.array_equal(other.units, place.units):
-                return made
-        kept, recipe = self.origins.get(heard, (x, KEPT))
-        if type(node.layer) not in READERS or (recipe.steps and type(node.layer) is not L.Linear):
-            kept, recipe = x, KEPT
-        elif self.heard[heard] > 1 or _vectorized(x):
+    def _through(self, read: Read, x: Tensor) -> Tensor:
+        """The tensor, tapped; noted is what is known of it in the forward pass."""
+        place, gate = read.place, self.gates[read.key]
+        examples = 1 if place.example is None else len(gate)
+        share = 1 if read.only is None else self.shares[read.only]
+        self.spread[read.key] = x.numel() / (place.units.shape[1] * examples) * share
+        if self.plan.moments:
+            rows = x.detach()[None] if place.example is None else examples_first(x.detach(), len(gate), *place.example)
+            self.seen[read.key] = activation_sums(rows, place.axis + 1)
+        if read.twin in self.tapped:
+            return self.tapped[read.twin]
+        kept, recipe = x if read.source is None else self.kept[read.source], read.recipe
+        if recipe.slope is not None and vectorized(x):  # vmap has no operators that write over a gradient
             recipe = replace(recipe, slope=None)
-        fresh: Tensor = Tap.apply(x, gate, place, center, kept, recipe)
-        if center is None:
-            self.tapped.setdefault(heard, []).append((x, place, fresh))
-        return fresh
-
-    def _count(self, node: Node, slot: int, x: Tensor) -> None:
-        """Follow the positions that are not computed."""
-        if isinstance(node.layer, Only):
-            if slot == 0:
-                self.spared[node.name] = x.shape[node.layer.dim] / (node.layer.stop - node.layer.start)
-        elif slot >= 0 and node.inputs[slot] in self.spared and not isinstance(node.layer, Found):
-            self.spared[node.name] = self.spared[node.inputs[slot]]
-
-    def _trace(self, node: Node, slot: int, x: Tensor) -> None:
-        """Find out what a value can be made from."""
-        layer = node.layer.layer if isinstance(node.layer, Over) else node.layer
-        kind = type(layer)
-        slope = partial(SLOPES[kind], layer) if kind in SLOPES else None
-        if slot < 0 and kind is Fused:
-            self.origins[node.name] = x, KEPT
-        elif slot == 0 and layer is not node.layer and slope:  # what is written over is the activation by now
-            self.origins[node.name] = x, replace(KEPT, slope=slope)
-        elif slot == 0 and (kind in KEEPERS or (kind in VIEWS and node.inputs[0] in self.origins)):
-            kept, recipe = (x, KEPT) if kind in KEEPERS else self.origins[node.inputs[0]]
-            step = partial(layer.apply, {leaf: self.leaves[path] for leaf, path in node.paths.items()})
-            self.origins[node.name] = kept, recipe.then(step, view=kind in VIEWS, slope=slope)
-
-
-def _vectorized(x: Tensor) -> bool:
-    """Under ``torch.func.vmap``, which has no operators that write over a gradient."""
-    return any(map(torch._C._functorch.is_batchedtensor, _wrappings(x)))
-
-
-def followed(x: Tensor) -> bool:
-    """Under ``torch.func.grad`` or the like, which does not see what is written over."""
-    return any(map(torch._C._functorch.is_gradtrackingtensor, _wrappings(x)))
-
-
-def _wrappings(x: Tensor) -> Iterator[Tensor]:
-    """What every transform of torch.func that runs makes of a tensor, from the innermost on."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(x):
-        yield x
-        x = torch._C._functorch.get_unwrapped(x)
+        result: Tensor = Tap.apply(x, gate, place, read.center, kept, recipe)
+        if read.twin is not None:
+            self.tapped[read.twin] = result
+        return result
 
 
 class Tap(Function):
@@ -208,24 +107,45 @@ class Tap(Function):
             if example is None:
                 gate = contract(value[None], grad[None], axis + 1).expand(ctx.count, -1) / ctx.count
             else:
-                gate = contract(apart(value, ctx.count, *example), apart(grad, ctx.count, *example), axis + 1)
+                rows, slopes = (examples_first(tensor, ctx.count, *example) for tensor in (value, grad))
+                gate = contract(rows, slopes, axis + 1)
             if recipe.slope is not None:
-                recipe.slope(x, grad)
+                recipe.slope(x, grad, True)
         by_activation, by_kept = (grad, None) if recipe.slope is None else (None, grad)
         return by_activation, gate.to(ctx.dtype), None, None, by_kept, None
 
 
-def apart(x: Tensor, count: int, axis: int, before: int) -> Tensor:
-    """The examples first: ``(N, ...)``, the rest shaped as for one example."""
-    split: Tensor = x.unflatten(axis, (before, count, -1)).movedim(axis + 1, 0)  # type: ignore[no-untyped-call]
-    return split.flatten(axis + 1, axis + 2)
+def examples_first(x: Tensor, count: int, axis: int, before: int) -> Tensor:
+    """The examples first: ``(N, ...)``, the rest shaped as for one example.
+
+    They run along ``axis``, perhaps among other factors of it, of which ``before`` is the size of the slower ones. Two
+    examples, A and B, of 2 windows with 3 tokens each, as an axis of 12::
+
+        window   0     0     1     1
+                AAA   BBB   AAA   BBB         axis 0, before 2, count 2
+
+    >>> x = torch.tensor([1, 2, 3, 10, 20, 30, 4, 5, 6, 40, 50, 60])
+    >>> examples_first(x, 2, 0, 2)
+    tensor([[ 1,  2,  3,  4,  5,  6],
+            [10, 20, 30, 40, 50, 60]])
+    """
+    shape = (*x.shape[:axis], before, count, x.shape[axis] // (before * count), *x.shape[axis + 1 :])
+    return x.reshape(shape).movedim(axis + 1, 0).flatten(axis + 1, axis + 2)
 
 
 def contract(x: Tensor, y: Tensor, axis: int, recipe: Recipe = KEPT) -> Tensor:
-    """``(a * y)`` summed over all axes but the first and ``axis``: ``(N, size)``; ``a`` is made from ``x``.
+    """``a * y`` summed over all axes but the first and ``axis``: ``(N, size)``; ``a`` is made from ``x``.
 
-    A product and a sum, some examples at a time so that the product stays in the processor's cache: as fast in every
-    memory format, where einsum would copy and multiply matrices of one row. A slope is then written over ``y``.
+    A product and a sum, for some examples at a time, so that the product stays in the processor's cache. This is as
+    fast in every memory format, where einsum would copy and multiply matrices of one row. A slope is then written over
+    ``y``. Of 4 examples, 2 of which fit::
+
+        x  [ 0 1 | 2 3 ]   -->   a  [ 0 1 ]   -->   a * y   -->   sums of 0 and 1   -->   y[0:2] *= slope
+        y  [ 0 1 | 2 3 ]         then 2 and 3 likewise
+
+    >>> a, y = torch.tensor([[[1., 2.], [3., 4.]]]), torch.tensor([[[1., 1.], [10., 10.]]])
+    >>> contract(a, y, axis=1)
+    tensor([[ 3., 70.]])
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     rest = [k for k in range(1, x.ndim) if k != axis]
@@ -236,7 +156,7 @@ def contract(x: Tensor, y: Tensor, axis: int, recipe: Recipe = KEPT) -> Tensor:
         product = value.mul_(b) if recipe.new else value * b
         parts.append(product.sum(rest) if rest else product)
         if recipe.slope is not None:
-            recipe.slope(a, b)
+            recipe.slope(a, b, True)
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
@@ -244,46 +164,16 @@ CACHED = 2**20
 """How many numbers a product has that is summed up before it leaves the processor's cache."""
 
 
-def activation(x: Tensor, axis: int) -> Tensor:
-    """``(4, size)``: count, sum, sum of squares and zeros along ``axis``."""
+def activation_sums(x: Tensor, axis: int) -> Tensor:
+    """``(4, size)``: count, sum, sum of squares and number of zeros along ``axis``.
+
+    >>> activation_sums(torch.tensor([[0., 2.], [3., 4.]]), axis=1)
+    tensor([[ 2.,  2.],
+            [ 3.,  6.],
+            [ 9., 20.],
+            [ 1.,  0.]])
+    """
     rest = [k for k in range(x.ndim) if k != axis]
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     count = torch.full((x.shape[axis],), x.numel() // x.shape[axis], dtype=wide.dtype, device=x.device)
     return torch.stack([count, wide.sum(rest), wide.square().sum(rest), (wide == 0).to(wide.dtype).sum(rest)])
-
-
-@dataclass(frozen=True)
-class Sums:
-    """Which units' derivatives those at all places are; made once for all batches, as a copy to a device waits for it.
-
-    Attributes:
-        index: the units of all columns: one for every index of a place, and one more for every further unit that gates
-            it. Where none does, it is one past the last.
-        shares: for every row of units of a place, one by how many of its columns are the unit's.
-        dtype: in which is summed: that of the parameters, single precision at least.
-    """
-
-    places: tuple[Place, ...]
-    units: int
-    index: Tensor
-    shares: tuple[Tensor, ...]
-    dtype: torch.dtype
-
-    @staticmethod
-    def at(places: Sequence[Place], units: int, params: Params) -> Sums:
-        real = next((x for x in flatten(params).values() if x.is_floating_point()), torch.zeros(()))
-        kind: dict[str, Any] = {"dtype": torch.promote_types(real.dtype, torch.float32), "device": real.device}
-        rows = [row for place in places for row in place.units % (units + 1)]
-        index = np.concatenate([np.zeros(0, np.int64), *rows])
-        shares = np.concatenate([np.zeros(0), *(1 / np.bincount(row)[row] for row in rows)])
-        split = torch.split(torch.as_tensor(shares, **kind), [len(row) for row in rows])
-        return Sums(tuple(places), units, torch.as_tensor(index, device=real.device), split, kind["dtype"])
-
-    def __call__(self, height: int, found: Mapping[str, Tensor], spread: Mapping[str, float] | None = None) -> Tensor:
-        """The sums over each unit's columns, ``(height, units)``; given how far they are spread, of their means."""
-        keys = [str(place.key) for place in self.places for _ in place.units]
-        columns = [found[key].to(self.dtype) for key in keys]
-        if spread is not None:
-            columns = [x * share / spread[key] for x, share, key in zip(columns, self.shares, keys, strict=True)]
-        zero = torch.zeros(height, self.units + 1, dtype=self.dtype, device=self.index.device)
-        return zero.index_add(1, self.index, torch.cat([zero[:, :0], *columns], 1))[:, :-1]

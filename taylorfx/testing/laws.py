@@ -21,6 +21,7 @@ from taylorfx.rewrite.unused import way
 from taylorfx.scoring.gates import gates
 from taylorfx.scoring.measure import derivatives
 from taylorfx.store import from_json, to_json
+from taylorfx.testing.roles import check_roles
 from taylorfx.testing.strategies import random_params, random_plan
 from taylorfx.tree import Params, flatten
 
@@ -92,8 +93,8 @@ def check_layer(layer: Layer, *inputs: Shape | Tensor, seeds: Sequence[int] = ra
 
     The layer stands between layers that mix every axis, so that all axes may shrink that its signature lets shrink.
     Checked are the inferred shapes, cutting against gating under random plans, the gate derivatives against automatic
-    differentiation of the gates, one example at a time against the batch, ``vmap`` and ``jvp``, JSON, and that each
-    position along these axes is treated alone.
+    differentiation of the gates, one example at a time against the batch, ``vmap`` and ``jvp``, JSON, that each
+    position along these axes is treated alone, and every role that the layer states (`taylorfx.layers.roles`).
 
     Args:
         layer: the layer.
@@ -106,14 +107,14 @@ def check_layer(layer: Layer, *inputs: Shape | Tensor, seeds: Sequence[int] = ra
         AssertionError: saying what does not hold.
     """
     nodes: list[Node] = []
-    heard: list[str] = []
+    sources: list[str] = []
     for k, x in enumerate(inputs):
         shape = tuple(x.shape[1:]) if isinstance(x, Tensor) else tuple(x)
         nodes.append(Node(f"input{k}", Input(shape)))
         if not isinstance(x, Tensor):
             nodes.append(Node(f"write{k}", _Write(shape, shape), (f"input{k}",)))
-        heard.append(nodes[-1].name)
-    nodes.append(Node("layer", layer, tuple(heard)))
+        sources.append(nodes[-1].name)
+    nodes.append(Node("layer", layer, tuple(sources)))
     generator = torch.Generator().manual_seed(0)
     bare = Spec(tuple(nodes), ("layer",))
     given = {
@@ -133,23 +134,27 @@ def check_layer(layer: Layer, *inputs: Shape | Tensor, seeds: Sequence[int] = ra
         small, large = apply(cut(params, plan), plan.spec, given), apply(params, spec, given, gates=plan.gates)
         torch.testing.assert_close(small, large, rtol=1e-9, atol=1e-9, msg="cut differs from gated: {}".format)
     _check_transforms(params, spec, given, coupling, generator)
-    _check_positions(params, spec["layer"], given, coupling)
+    _check_values(params, spec["layer"], given, coupling)
     return coupling
 
 
-def _check_positions(params: Params, node: Node, given: dict[str, Tensor], coupling: Coupling) -> None:
+def _check_values(params: Params, node: Node, given: dict[str, Tensor], coupling: Coupling) -> None:
+    """The layer's roles, and each position alone along the axes where it states that."""
     values: Any = apply(params, Spec(coupling.spec.nodes, (*node.inputs, node.name)), given)
-    leaves, bound = flatten(params), coupling.bounds[node.name]
+    values = values if node.inputs else (values,)
+    tree, bound = flatten(params), coupling.bounds[node.name]
+    leaves = {leaf: tree[path] for leaf, path in node.paths.items()}
+    check_roles(node.layer, leaves, values[:-1])
     for axis in range(1, len(bound.shape)):
-        found = way(coupling, node, axis)
-        if found is not None:
-            letter, axes = found
+        through = way(coupling, node, axis)
+        if through is not None:
+            letter, axes = through
             last = [
                 x if k is None else x.narrow(k, x.shape[k] - 1, 1) for x, k in zip(values, (*axes, axis), strict=True)
             ]
             alone = node.layer.resize({**bound.sizes, letter: 1}, *bound.inputs)
-            value = alone.apply({leaf: leaves[path] for leaf, path in node.paths.items()}, *last[:-1])
-            message = f"positions along {letter} hear each other: {{}}".format
+            value = alone.apply(leaves, *last[:-1])
+            message = f"positions along {letter} depend on each other: {{}}".format
             torch.testing.assert_close(value, last[-1], rtol=1e-9, atol=1e-9, msg=message)
 
 
@@ -176,6 +181,6 @@ def _check_transforms(
         torch.testing.assert_close(rows, slopes, rtol=1e-7, atol=1e-9, msg=lambda text: f"gate derivatives: {text}")
         alone = [apply(params, spec, {name: x[k : k + 1] for name, x in given.items()}) for k in range(3)]
         torch.testing.assert_close(
-            torch.cat(alone), run(ones), rtol=1e-7, atol=1e-9, msg=lambda text: f"examples hear each other: {text}"
+            torch.cat(alone), run(ones), rtol=1e-7, atol=1e-9, msg=lambda text: f"examples depend on each other: {text}"
         )
     assert np.isfinite(slopes.numpy()).all()

@@ -37,7 +37,7 @@ from taylorfx.scoring.losses import Objective
 from taylorfx.scoring.measurement import Measurement, objective_of
 from taylorfx.tree import Params
 from taylorfx.truth.gated import Network, bend, either, slope
-from taylorfx.truth.oracles import alone, apart, ones, parted
+from taylorfx.truth.oracles import alone, observations, ones, parted
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -217,7 +217,7 @@ def _singly(
 ) -> Iterator[Batch]:
     own(params, spec, coupling)
     for batch in each_batch(batches):
-        yield from apart(batch, coupling, objective)
+        yield from observations(batch, coupling, objective)
 
 
 def _each(function: Callable[[Tensor, bool], T], points: Tensor) -> T:

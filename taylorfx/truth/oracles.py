@@ -5,8 +5,8 @@ For unit ``u`` and every example,
     dL_u = L(m_u = 0) - L(1),
 
 one forward pass per unit and batch, with the unit's gate at zero: "the oracle" of Molchanov et al. 2016 (arXiv
-1611.06440, section 3.2). What lies before a unit's first read, and beside it, does not hear of its gate: it is computed
-once, and only the `Part` of the network that does is run again.
+1611.06440, section 3.2). What does not depend on any read of the unit is computed once; only the
+`Part` of the network that does is run again.
 """
 
 from __future__ import annotations
@@ -24,15 +24,14 @@ from torch import Tensor
 
 from taylorfx.coupling.couple import own
 from taylorfx.coupling.units import Coupling
-from taylorfx.layers import Input
 from taylorfx.network.labels import Labels
 from taylorfx.network.run import apply, bind_inputs, evaluate
-from taylorfx.network.spec import Node, Spec
+from taylorfx.network.spec import Spec
 from taylorfx.scoring.batches import Batch, each_batch, one_by_one
 from taylorfx.scoring.gates import gates
 from taylorfx.scoring.losses import Objective, refuse_flat
 from taylorfx.scoring.measurement import Measurement, objective_of
-from taylorfx.tree import Params, flatten, unflatten
+from taylorfx.tree import Params, flatten, restrict
 from taylorfx.truth.gated import Network, either, gated, rows
 
 if TYPE_CHECKING:
@@ -40,14 +39,14 @@ if TYPE_CHECKING:
 
     from taylorfx.scoring.measurement import ObjectiveOptions
 
-__all__ = ["Oracle", "alone", "apart", "ones", "oracle", "parted"]
+__all__ = ["Oracle", "alone", "observations", "ones", "oracle", "parted"]
 
 
 @dataclass(frozen=True)
 class Oracle:
     """Sums over the examples of the change of their loss when a unit leaves, alone: an additive value.
 
-    The sums are kept apart for the examples at even and at odd places, so that the oracle knows its own noise;
+    The sums are kept separately for the examples at even and at odd places, so that the oracle knows its own noise;
     ``+`` goes on counting where the first one ended.
 
     Attributes:
@@ -140,7 +139,7 @@ def oracle(
     if isinstance(batches, Sequence):
         known = [objective.observations(objective.parted(*batch, spec)[0], spec) for batch in each_batch(batches)]
     with torch.no_grad(), _bar(progress, sum(known) * len(chosen) if known else None) as advance:
-        for one in (x for batch in each_batch(batches) for x in apart(batch, coupling, objective)):
+        for one in (x for batch in each_batch(batches) for x in observations(batch, coupling, objective)):
             first = first or one
             asked = _ask(params, one, coupling, chosen, parts, objective, chunk, advance)
             total = asked if total is None else total + asked
@@ -193,8 +192,8 @@ def _changed(network: Network, points: Tensor, objective: Objective) -> Tensor:
     def losses(plain: bool) -> Tensor:
         if not plain:
             return rows(partial(gated, network, objective=objective, plain=False), points)
-        found = rows(outputs, points)
-        each = (optree.tree_map(lambda x, k=k: x[k], found) for k in range(len(points)))
+        values = rows(outputs, points)
+        each = (optree.tree_map(lambda x, k=k: x[k], values) for k in range(len(points)))
         return torch.stack([objective.plain(one, network[3]) for one in each])
 
     return either(losses)
@@ -202,27 +201,27 @@ def _changed(network: Network, points: Tensor, objective: Objective) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Units that are read at the same places, and the part of the network that hears of them: one of its own.
+    """Units that are read at the same places, and the part of the network that depends on them.
 
-    Its inputs, ``heard``, are nodes of the whole network that do not hear of these units.
+    Its ``inputs`` are nodes of the whole network, whose values do not depend on these units.
     """
 
     units: tuple[int, ...]
     params: Params
     spec: Spec
     coupling: Coupling
-    heard: tuple[str, ...]
+    inputs: tuple[str, ...]
 
 
 def alone(
     params: Params, batch: Batch, coupling: Coupling, parts: Sequence[Part], chunk: int | None = None
 ) -> Iterator[tuple[list[int], Network]]:
-    """Go through the units of all parts, some at a time, with the part of the network that hears of their gates.
+    """Go through the units of all parts, some at a time, with the part of the network that depends on their gates.
 
     The part's losses are those of the whole network, as long as the gates of all other units are one.
     """
     inputs, targets = batch
-    wanted = {name for part in parts for name in part.heard}
+    wanted = {name for part in parts for name in part.inputs}
     values = bind_inputs(coupling.spec, (inputs,))
     if chunk is None:
         first = next(iter(values.values()))
@@ -237,9 +236,12 @@ def alone(
 
     evaluate(params, coupling.spec, (inputs,), tap=keep)
     for part in parts:
-        heard = {name: values[name] for name in part.heard}
+        inputs_of_part = {name: values[name] for name in part.inputs}
         for start in range(0, len(part.units), chunk):
-            yield list(part.units[start : start + chunk]), (part.params, part.spec, heard, targets, part.coupling)
+            yield (
+                list(part.units[start : start + chunk]),
+                (part.params, part.spec, inputs_of_part, targets, part.coupling),
+            )
 
 
 def parted(params: Params, coupling: Coupling, units: Sequence[int]) -> list[Part]:
@@ -256,26 +258,16 @@ def parted(params: Params, coupling: Coupling, units: Sequence[int]) -> list[Par
 
 
 def _part(params: Params, coupling: Coupling, read: Labels, units: tuple[int, ...]) -> Part:
+    """The part of the network that depends on what is read at some of its places."""
     spec = coupling.spec
     reads = tuple(place for place, here in zip(coupling.reads, read, strict=True) if here)
-    hears = {place.node for place in reads}
-    for node in spec:
-        if hears & {*node.inputs}:
-            hears.add(node.name)
-    nodes = [node for node in spec if node.name in hears]
-    needed = [*(x for node in nodes for x in node.inputs), *spec.outputs]
-    heard = tuple(dict.fromkeys(name for name in needed if name not in hears))
-    paths = {path for node in nodes for path in node.paths.values()}
-    return Part(
-        units,
-        unflatten((path, leaf) for path, leaf in flatten(params).items() if path in paths),
-        Spec((*(Node(name, Input()) for name in heard), *nodes), spec.outputs),
-        replace(coupling, reads=reads),
-        heard,
-    )
+    names = spec.downstream(place.node for place in reads)
+    part = spec.part(names, spec.outputs)
+    inputs = tuple(name for name in part.input_layers if name not in names)
+    return Part(units, restrict(params, part.shapes), part, replace(coupling, reads=reads), inputs)
 
 
-def apart(batch: Batch, coupling: Coupling, objective: Objective) -> list[Batch]:
+def observations(batch: Batch, coupling: Coupling, objective: Objective) -> list[Batch]:
     """The batch, parted; its examples one at a time where layers would mix them, and the loss does not."""
     batch = objective.parted(*batch, coupling.spec)
     return one_by_one(batch, coupling.spec) if coupling.mixing and objective.per_example else [batch]

@@ -12,8 +12,8 @@ import pytest
 import torch
 from constructs import CONSTRUCTS
 from hypothesis import HealthCheck, example, given, settings
+from networks import convolutional, transformer
 from safetensors.torch import load_file, save_file
-from test_transforms import convolutional, transformer
 from torch import Tensor
 
 import taylorfx as tfx

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 import taylorfx as tfx
 from taylorfx import layers as L
-from taylorfx.layers.base import computes_as
+from taylorfx.layers.roles import Mixing
 from taylorfx.testing.strategies import random_params
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -62,17 +62,20 @@ class Linear(L.Linear):
     pass
 
 
-def test_a_subclass_is_one_of_its_kind_until_it_overrides_something():
-    conv, linear = (L.Conv2d,), (L.Conv2d, L.Linear)
-    assert computes_as(L.Conv2d(4, 6, 3), conv)
-    assert computes_as(Renamed(4, 6, 3), conv)
-    assert computes_as(Linear(4, 6), linear)
-    assert not computes_as(Squared(4, 6, 3), conv)
-    assert not computes_as(Tenfold(4, 6), linear)
-    assert not computes_as(L.ReLU(), linear)
-    for name in ("train", "signature", "init", "multiplies", "inexact", "_anything"):
-        kind = type("Own", (L.Linear,), {name: None})
-        assert computes_as(kind(4, 6), linear) == (name == "_anything")
+def test_a_subclass_has_the_roles_of_its_base_until_it_overrides_something():
+    assert L.Conv2d(4, 6, 3).role(Mixing)
+    assert Renamed(4, 6, 3).role(Mixing)
+    assert Linear(4, 6).role(Mixing)
+    assert not Squared(4, 6, 3).role(Mixing)
+    assert not Tenfold(4, 6).role(Mixing)
+    assert not L.ReLU().role(Mixing)
+    for name in ("apply", "train", "signature", "init", "multiplies", "inexact", "_anything"):
+        kind = type("Own", (L.Linear,), {name: getattr(L.Linear, name, None)})
+        assert bool(kind(4, 6).role(Mixing)) == (name == "_anything")
+        again = type("Again", (kind,), {"roles": L.Linear.roles})  # it states them anew
+        below = type("Below", (again,), {})
+        assert again(4, 6).role(Mixing)
+        assert below(4, 6).role(Mixing)
 
 
 def spec_of(conv=L.Conv2d, norm=L.BatchNorm2d, linear=L.Linear):

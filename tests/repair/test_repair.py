@@ -13,9 +13,10 @@ from torch.testing import assert_close
 
 import taylorfx as tfx
 from taylorfx import layers as L
+from taylorfx.layers.roles import Mixing, RunningStatistics
 from taylorfx.network.parameters import check
 from taylorfx.network.run import evaluate
-from taylorfx.repair import readers as consumers
+from taylorfx.repair import readers
 from taylorfx.scoring.measure import derivatives
 from taylorfx.testing.laws import assert_trees_equal
 from taylorfx.testing.strategies import batch_for, network, networks, random_params, random_plan, token_specs
@@ -62,8 +63,8 @@ def values(params, spec, inputs):
 def repaired_alone(net, plan, small, spec):
     """Layers with weights of their own: their output before, and after on what is kept of the same input."""
     seen = values(net.params, net.spec, net.batch[0])
-    for (node,) in (group for group in consumers.sharing(net.spec, "weight") if len(group) == 1):
-        axis = -1 if isinstance(node.layer, L.Linear) else 1
+    for ((node, role),) in (group for group in readers.sharing(net.spec, "weight") if len(group) == 1):
+        axis = role.axis
         letters = net.coupling.letters[node.name]
         groups = plan.alive[letters["g"]] if "g" in letters else np.ones(1, bool)
         reads, writes = (np.flatnonzero(np.outer(groups, plan.alive[letters[x]])) for x in "io")
@@ -71,9 +72,9 @@ def repaired_alone(net, plan, small, spec):
         x, y = (t.movedim(axis, 0)[i].movedim(0, axis) for t, i in ((x, reads), (y, writes)))
         leaves = {leaf: tfx.tree.flatten(small)[path] for leaf, path in spec[node.name].paths.items()}
         after = spec[node.name].layer.apply(leaves, x)
-        hearer = next((n for n in spec if node.name in n.inputs), node)
-        path = f"{hearer.params or hearer.name}.running_mean"
-        if isinstance(hearer.layer, L.BatchNorm2d) and not spec[node.name].layer.bias:
+        consumer = next((n for n in spec if node.name in n.inputs), node)
+        path = f"{consumer.params or consumer.name}.running_mean"
+        if consumer.layer.role(RunningStatistics) and not spec[node.name].layer.bias:
             moved = tfx.tree.flatten(small)[path] - tfx.tree.flatten(tfx.cut(net.params, plan))[path]
             after = after - moved.reshape(-1, 1, 1)
         yield node, y, after, axis
@@ -172,7 +173,7 @@ def test_repair_is_exact_where_what_is_removed_is_constant(name, method):
     assert_close(tfx.apply(small, spec, x), tfx.apply(params, net.spec, x), rtol=1e-7, atol=1e-7)
 
 
-def test_a_layer_without_bias_shifts_the_norm_that_hears_it_or_gains_one():
+def test_a_layer_without_bias_shifts_the_norm_that_consumes_it_or_gains_one():
     spec = CONSTANT["norm"]
     net = network(spec)
     plan = tfx.Plan(net.coupling, np.arange(6) > 1)
@@ -216,15 +217,15 @@ def test_no_other_weights_reconstruct_a_layer_better(net, seed):
     check(small, spec)
     old, new = values(net.params, net.spec, net.batch[0]), values(small, spec, net.batch[0])
     generator = torch.Generator().manual_seed(seed)
-    for group in consumers.sharing(net.spec, "weight"):
-        node = spec[group[0].name]
-        if len(group) > 1 or not net.spec[node.name].layer.bias:
+    for group in readers.sharing(net.spec, "weight"):
+        (original, role), node = group[0], spec[group[0][0].name]
+        if len(group) > 1 or not role.has_bias:
             continue
-        axis = -1 if isinstance(node.layer, L.Linear) else 1
+        axis = role.axis
         x = new[node.name, 0].movedim(axis, 0).flatten(1)
         if x.var(1).mean() < 1e-6 * x.square().mean():
             continue  # as good as constant, for which weights are held where they were
-        writes = consumers.kept_channels(plan, net.spec[node.name])[1]
+        writes = readers.kept_channels(plan, original, role)[1]
         target = old[node.name, -1].movedim(axis, 0)[writes].movedim(0, axis)
         leaves = {leaf: tfx.tree.flatten(small)[path] for leaf, path in node.paths.items()}
         best = (node.layer.apply(leaves, new[node.name, 0]) - target).square().sum()
@@ -264,6 +265,7 @@ LINEAR = [
     (L.Conv3d(2, 3, 2), (2, 3, 4, 3)),
     (L.ConvTranspose1d(4, 6, 3, 2, 1, 1, groups=2), (4, 5)),
     (L.ConvTranspose2d(4, 6, (3, 2), 2, 1, groups=2, dilation=(1, 2)), (4, 4, 5)),
+    (L.ConvTranspose3d(4, 6, (3, 2, 1), 2, 1, 1, groups=2), (4, 2, 3, 3)),
 ]
 
 
@@ -272,11 +274,12 @@ def test_every_layer_is_its_windows_times_its_matrix(layer, shape):
     generator = torch.Generator().manual_seed(0)
     params = {name: leaf.double() for name, leaf in layer.init(generator).items()}
     x = torch.randn(3, *shape, generator=generator, dtype=torch.float64)
-    matrix = consumers.as_matrix(layer, params["weight"])
-    product = torch.einsum("rgk,gko->rgo", consumers.as_windows(layer, x), matrix)
-    expected = consumers.as_rows(layer, layer.apply(params, x))
+    role = layer.role(Mixing)
+    matrix = role.matrix(params["weight"])
+    product = torch.einsum("rgk,gko->rgo", role.windows(x), matrix)
+    expected = role.rows(layer.apply(params, x))
     assert_close(product.flatten(1) + params["bias"], expected.flatten(1), **CLOSE)
-    assert torch.equal(consumers.as_weight(layer, matrix, params["weight"]), params["weight"])
+    assert torch.equal(role.as_weight(matrix, params["weight"]), params["weight"])
 
 
 @pinned

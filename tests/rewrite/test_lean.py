@@ -16,7 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import taylorfx as tfx
 from taylorfx import Input, Node, Spec, residual, serial
 from taylorfx import layers as L
-from taylorfx.rewrite.lean import lean
+from taylorfx.network.run import evaluate, gating
+from taylorfx.rewrite.draft import Draft
+from taylorfx.rewrite.lean import PASSES, lean, unused_positions
 from taylorfx.scoring import taps
 from taylorfx.testing.strategies import network, networks, specs, token_specs
 
@@ -300,7 +302,7 @@ def test_what_can_be_lean_is(name):
     net = network(spec)
     _, small, _ = copied(net)
     was = {node.name: type(node.layer).__name__ for node in spec}
-    kinds = ("Over", "_Scale", "Fused", "Part")
+    kinds = ("Over", "Scale", "Fused", "Part")
     found = Counter(was[node.name] for node in small if type(node.layer).__name__ in kinds)
     assert found == Counter(changed)
 
@@ -353,6 +355,45 @@ def test_a_lean_copy_has_the_same_derivatives(net):
     if coupling.names == net.coupling.names:  # otherwise a norm that is gone alone tied them, or other layers name them
         found = tfx.derivatives(params, spec, *net.batch, coupling, fold=False)
         assert_close(found[:3], expected[:3], **CLOSE)
+
+
+def at_the_gates(params, spec, net):
+    """What the network gives out, and for every place what is read and the derivative of a number by its gate.
+
+    Torch differentiates by gates that multiply what is read: nothing of scoring takes part.
+    """
+    values = {(place.node, place.slot): None for place in net.coupling.reads}
+    gates = {p.key: torch.ones(p.units.shape[1], *[1] * (len(p.shape) - 1 - p.axis)) for p in net.coupling.reads}
+    gates = {key: gate.double() for key, gate in gates.items()}
+
+    def number(gates):
+        apply_gates = gating(gates)
+
+        def tap(name, slot, x):
+            if (name, slot) in values:
+                values[name, slot] = x.detach().clone()
+            return apply_gates(name, slot, x)
+
+        outputs, _ = evaluate(params, spec, (net.batch[0],), tap=tap)
+        flat = torch.cat([x.reshape(-1) for x in optree.tree_leaves(outputs)])
+        return flat @ torch.linspace(1, 2, len(flat), dtype=flat.dtype), outputs
+
+    _, pull, outputs = torch.func.vjp(number, gates, has_aux=True)
+    (slopes,) = pull(torch.ones((), dtype=torch.float64))
+    return outputs, values, slopes
+
+
+@pinned
+def test_every_pass_alone_keeps_what_is_given_out_and_read_and_its_derivatives(net):
+    draft = Draft.of(net.params, net.coupling)
+    outputs, read, slopes = at_the_gates(draft.params, draft.spec, net)
+    for rewrite in PASSES:
+        rewritten = rewrite(draft)
+        new_outputs, new_read, new_slopes = at_the_gates(rewritten.params, rewritten.spec, net)
+        assert_close(new_outputs, outputs, **CLOSE)
+        assert_close(new_slopes, slopes, **CLOSE)
+        if rewrite is not unused_positions:  # of which the others are kept
+            assert_close(new_read, read, **CLOSE)
 
 
 @given(networks(specs()))

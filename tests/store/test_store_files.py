@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from constructs import CONSTRUCTS
 from hypothesis import HealthCheck, given, settings
-from test_transforms import transformer
+from networks import transformer
 
 import taylorfx as tfx
 from taylorfx import layers as L
@@ -84,7 +84,7 @@ def test_tensors_that_share_memory_are_saved_each_by_its_own_values(tmp_path):
 
 
 def test_a_name_that_safetensors_keeps_for_itself_is_refused_when_saved(tmp_path):
-    with pytest.raises(tfx.SpecError, match="__metadata__: safetensors keeps this name for itself"):
+    with pytest.raises(tfx.SpecError, match="__metadata__: safetensors reserves this name"):
         tfx.save(tmp_path / "x", *tensors(__metadata__=torch.ones(2)))
     tree = {"__metadata__": {"weight": torch.ones(2, 2), "bias": torch.ones(2)}}
     spec = tfx.serial(tfx.Input((2,)), __metadata__=L.Linear(2, 2))
@@ -218,7 +218,7 @@ def test_tensors_that_are_not_the_networks_are_all_named(tmp_path):
     with pytest.raises(tfx.FileError) as caught:
         tfx.load(path)
     lines = str(caught.value).splitlines()
-    assert lines[0] == f"{path}: the tensors are not its network's:"
+    assert lines[0] == f"{path}: the tensors are not those of its network:"
     assert {line.strip().split(":")[0] for line in lines[1:]} == {"x", ".".join("a" * 3000), "0.weight", "0.bias"}
 
 
@@ -340,7 +340,7 @@ def test_a_tied_tensor_with_two_values_is_not_loaded(tmp_path):
     params, spec, _ = tied()
     leaves = {**tfx.tree.flatten(params), "head.weight": torch.zeros(7, 3)}
     path = written(tmp_path / "x", leaves, {"taylorfx.spec": tfx.to_json(spec)})
-    with pytest.raises(tfx.FileError, match=r"head.weight: another name of embed.weight, with other values"):
+    with pytest.raises(tfx.FileError, match=r"head.weight: another name of embed.weight, but with other values"):
         tfx.load(path)
 
 
@@ -351,7 +351,7 @@ def test_a_file_of_a_larger_network_is_refused_before_it_is_cut(tmp_path):
     with pytest.raises(tfx.PlanError, match=r"(?s)a.a.a: the network has no.*\n  b: the network has no"):
         tfx.cut_file(written(tmp_path / "x", leaves, None), tmp_path / "y", plan)
     (tmp_path / "z").write_bytes(b"no safetensors")
-    with pytest.raises(tfx.FileError, match="z is no safetensors file that can be read"):
+    with pytest.raises(tfx.FileError, match="z cannot be read as a safetensors file"):
         tfx.cut_file(tmp_path / "z", tmp_path / "y", plan)
     with pytest.raises(FileNotFoundError):
         tfx.load(tmp_path / "nothing")

@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
 from taylorfx import layers as L
-from taylorfx.layers import Layer, Shape
+from taylorfx.interop.capture.arguments import (
+    Unmapped,
+    argument,
+    called_with,
+    coefficient,
+    measured,
+    tensor_node,
+    tensors_of,
+    whole,
+    wholes,
+)
+from taylorfx.layers import Layer
 from taylorfx.layers.operators import COUNT, DTYPE, SLOT
 from taylorfx.network.spec import Node
 
-__all__ = ["Convert", "Unmapped", "argument", "measured", "tensor_node"]
+__all__ = ["Convert", "Converter", "Operand"]
+
+Operand = bool | int | float | str | None | tuple["Operand", ...]
+"""An argument as a layer keeps it: a plain value, or a tuple; ``("$", 0)`` stands for the first input."""
 
 
-RULES: dict[str, Callable[[Convert, fx.Node], None]] = {}
+Converter = Callable[["Convert", fx.Node], None]
+"""``converter(c, node)`` writes the nodes of a graph's operator, or raises `Unmapped`."""
+
+RULES: dict[str, Converter] = {}
 """Rules from outside, by operator; see `taylorfx.interop.rule`."""
 
 SEVERAL = {
@@ -40,10 +57,6 @@ SEPARATE = {
 """Operators without a rule that treat every example alone, and which argument names the axis that they work along."""
 
 
-class Unmapped(Exception):
-    """This use of an operator has no rule; it stays as it was captured."""
-
-
 class Convert:
     """The network so far: nodes, and where the graph's values are found among them."""
 
@@ -55,13 +68,16 @@ class Convert:
         self.names: dict[str, str] = {}
         self.tensors: dict[str, Tensor] = {}
         self.paths: dict[str, tuple[str, bool]] = {}
-        self.constants: dict[str, Any] = {}
+        self.constants: dict[str, Tensor] = {}
+        """Tensors that depend on nothing but numbers."""
+        self.pieces: dict[str, Sequence[Tensor]] = {}
+        """The same of operators with several results."""
         self.taken: set[str] = set()
         self.reference: str | None = None
         self.counting: set[str] = set()
         """The graph's values that number the examples."""
 
-    # What comes in.
+    # Inputs, parameters and constants.
 
     def user_input(self, node: fx.Node) -> None:
         shape, axis = measured(node)
@@ -81,9 +97,9 @@ class Convert:
         self.constants[node.name] = tensor
         self.parameter(node, tensor, f"constants.{name.replace('.', '_')}", False)
 
-    # Looking at arguments.
+    # Values of the graph, as nodes of the network.
 
-    def path(self, node: Any) -> str:
+    def path(self, node: object) -> str:
         """The path of an argument that is one of the module's own tensors."""
         if not isinstance(node, fx.Node) or node.name not in self.paths:
             raise Unmapped
@@ -136,22 +152,24 @@ class Convert:
         else:
             self.names[node.name] = self.tensor(source)
 
-    def template(self, node: fx.Node) -> tuple[tuple[Any, ...], tuple[tuple[str, Any], ...], list[str]]:
-        """The arguments of an operator as a template, and the nodes that fill it."""
+    def template(self, node: fx.Node) -> tuple[tuple[Operand, ...], tuple[tuple[str, Operand], ...], list[str]]:
+        """The arguments of an operator as a template, and the nodes that fill it.
+
+        ``add(x, 2, alpha=y)`` has the template ``(("$", 0), 2)``, ``(("alpha", ("$", 1)),)``, filled by ``[x, y]``.
+        """
         inputs: list[str] = []
         counted = False
 
-        def hold(value: Any) -> Any:
+        def hold(value: object) -> Operand:
             nonlocal counted
             if isinstance(value, fx.Node):
-                held = value.meta.get("val")
-                if isinstance(held, Tensor):
+                if isinstance(value.meta.get("val"), Tensor):
                     inputs.append(self.tensor(value))
                     return (SLOT, len(inputs) - 1)
-                value = held
+                value = value.meta.get("val")
             if isinstance(value, torch.SymInt):
                 counted = True
-                return (COUNT, _coefficient(value))
+                return (COUNT, coefficient(value))
             if isinstance(value, (list, tuple)):
                 return tuple(map(hold, value))
             if isinstance(value, torch.dtype):
@@ -173,7 +191,7 @@ class Convert:
         kind: Callable[..., Layer],
         item: int | None = None,
         source: fx.Node | None = None,
-        **fields: Any,
+        **fields: object,
     ) -> None:
         """The operator as it stands; of one with several results, the ``source``, the one that the node takes."""
         args, kwargs, inputs = self.template(source or node)
@@ -190,26 +208,26 @@ class Convert:
         """An operator whose inputs broadcast to its output."""
         values = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
         shapes = [measured(n)[0] for n in values]
-        if not values or measured(node)[0] != tuple(torch.broadcast_shapes(*shapes)):  # type: ignore[no-untyped-call]
+        if not values or measured(node)[0] != np.broadcast_shapes(*shapes):
             raise Unmapped
         self.operator(node, L.Elementwise)
 
     def folded(self, node: fx.Node) -> bool:
         """Compute what depends on nothing but numbers once and for all: it becomes a constant."""
-        target: Any = node.target
-        name, value, constants = str(target), node.meta.get("val"), self.constants
+        name, constants = str(node.target), {**self.constants, **self.pieces}
         if name.startswith(("aten.new_zeros", "aten.new_ones", "aten.new_full")) and len(node.all_input_nodes) == 1:
             (source,) = node.all_input_nodes  # of which only the dtype counts
             constants = {source.name: torch.zeros((), dtype=source.meta["val"].dtype)}
         known = all(n.name in constants for n in node.all_input_nodes)
-        if not known or torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()):
+        if not known or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             return False
-        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: constants[n.name])
-        result = target(*args, **kwargs)
-        if isinstance(value, Tensor):
+        assert callable(node.target)
+        args, kwargs = called_with(node, lambda n: constants[n.name])
+        result = node.target(*args, **kwargs)
+        if isinstance(result, Tensor):
             self.constant(node, result, node.name)
         else:
-            self.constants[node.name] = result
+            self.pieces[node.name] = result
         return True
 
     def known_examples(self) -> str:
@@ -229,9 +247,9 @@ class Convert:
             args, kwargs, inputs = self.template(source)
         except Unmapped:
             raise ValueError(f"{source.target} takes arguments that cannot be kept: {source.format_node()}") from None
-        given = tuple(measured(n)[1] for n in _tensors(source)) + (0,) * (len(inputs) - len(_tensors(source)))
+        examples = tuple(measured(n)[1] for n in tensors_of(source)) + (0,) * (len(inputs) - len(tensors_of(source)))
         name = str(source.target).removeprefix("aten.")
-        layer = L.Captured(name, args, kwargs, item, shape, axis, given, apart or _separate(source, axis, given))
+        layer = L.Captured(name, args, kwargs, item, shape, axis, examples, apart or _separate(source, axis, examples))
         self.add(node, layer, inputs)
 
     def getitem(self, node: fx.Node) -> None:
@@ -245,8 +263,8 @@ class Convert:
         try:
             if source.name in self.names and index == 0:
                 self.names[node.name] = self.names[source.name]
-            elif source.name in self.constants:
-                self.constant(node, self.constants[source.name][index], node.name)
+            elif source.name in self.pieces:
+                self.constant(node, self.pieces[source.name][index], node.name)
             elif name.startswith(("aten.split", "aten.chunk", "aten.unbind")):
                 self._piece(node, source, index, name.startswith("aten.unbind"))
             elif name.split(".")[1] in OVER_SPACE:
@@ -259,19 +277,19 @@ class Convert:
             self.captured(node, index, source)
 
     def _piece(self, node: fx.Node, source: fx.Node, index: int, unbind: bool) -> None:
-        whole: Any = source.args[0]
-        dim = argument(source, 1 if unbind else 2, "dim", 0) % len(measured(whole)[0])
+        x = tensor_node(source.args[0])
+        dim = whole(argument(source, 1 if unbind else 2, "dim", 0)) % len(measured(x)[0])
         widths = [1 if unbind else part.shape[dim] for part in source.meta["val"]]
-        self.slice(node, whole, dim, sum(widths[:index]), sum(widths[: index + 1]), drop=unbind)
+        self.slice(node, x, dim, sum(widths[:index]), sum(widths[: index + 1]), drop=unbind)
 
     def along(
         self, node: fx.Node, position: int, name: str, item: int | None = None, source: fx.Node | None = None
     ) -> None:
         """An operator that works along some axes, and changes their sizes at most."""
         x = tensor_node((source or node).args[0])
-        dims = argument(source or node, position, name)
+        axes = argument(source or node, position, name)
         (before, axis), (after, _) = measured(x), measured(node)
-        dims = tuple(d % len(before) for d in ((dims,) if isinstance(dims, int) else dims or ()))
+        dims = tuple(d % len(before) for d in ((axes,) if isinstance(axes, int) else wholes(axes or ())))
         if not dims or axis in dims:
             raise Unmapped
         kept = [n for k, n in enumerate(before) if k not in dims]
@@ -287,7 +305,7 @@ class Convert:
     def maps(self, node: fx.Node, item: int | None = None, source: fx.Node | None = None) -> None:
         """An operator on every map alone."""
         shape, axis = measured(node)
-        if axis != 0 or len(shape) < 3 or any(len(measured(n)[0]) != len(shape) for n in _tensors(source or node)):
+        if axis != 0 or len(shape) < 3 or any(len(measured(n)[0]) != len(shape) for n in tensors_of(source or node)):
             raise Unmapped
         self.operator(node, L.Maps, item, source, space=shape[2:])
 
@@ -299,62 +317,22 @@ class Convert:
         if (start, stop) != (0, shape[dim]):
             name = self.add(node, L.Slice(dim, start, stop), (name,), tag="_slice" if drop else "")
         if drop:
-            made, new_axis = measured(node)
-            name = self.add(node, L.View(made, axis, new_axis), (name,))
+            dropped, new_axis = measured(node)
+            name = self.add(node, L.View(dropped, axis, new_axis), (name,))
         self.names[node.name] = name
 
 
-def _separate(node: fx.Node, made: int, given: tuple[int, ...]) -> bool:
-    """An operator treats every example alone: its examples are never along the axis that it works on."""
+def _separate(node: fx.Node, result: int, inputs: tuple[int, ...]) -> bool:
+    """An operator treats every example alone: its examples are never along the axis that it works on.
+
+    Args:
+        result: the axis of its result along which examples run.
+        inputs: those of its inputs.
+    """
     name = str(node.target).split(".")[1]
     where = SEPARATE.get(name)
     if where is None:
         return name in SEPARATE
     dim = argument(node, *where)
-    rank = len(measured(_tensors(node)[0])[0])
-    return isinstance(dim, int) and {*given, made} <= {0, -1} and dim % rank != 0
-
-
-def _tensors(node: fx.Node) -> list[fx.Node]:
-    """The tensors among an operator's arguments, in their order, as often as they stand there."""
-    found: list[fx.Node] = []
-    fx.map_arg((node.args, dict(node.kwargs)), lambda n: found.append(n))
-    return [n for n in found if isinstance(n.meta.get("val"), Tensor)]
-
-
-def measured(node: fx.Node) -> tuple[Shape, int]:
-    """The shape of a value for one example, and the axis along which examples run (-1: none)."""
-    value: Any = node.meta["val"]
-    if not isinstance(value, Tensor):
-        raise Unmapped
-    axis = -1
-    for k, n in enumerate(value.shape):
-        if isinstance(n, torch.SymInt):
-            if axis >= 0:
-                raise Unmapped
-            axis = k
-    return tuple(_coefficient(n) if isinstance(n, torch.SymInt) else n for n in value.shape), axis
-
-
-def _coefficient(size: torch.SymInt) -> int:
-    """How many positions a size has for one example: 4 of ``4 * s0``."""
-    expression = size.node.expr
-    symbols = expression.free_symbols
-    if len(symbols) != 1:
-        raise Unmapped
-    (symbol,) = symbols
-    factor = expression.subs(symbol, 1)
-    if expression != factor * symbol:
-        raise Unmapped
-    return int(factor)
-
-
-def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
-    """An operator's argument, by position or name."""
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
-
-
-def tensor_node(value: Any) -> fx.Node:
-    if not isinstance(value, fx.Node):
-        raise Unmapped
-    return value
+    rank = len(measured(tensors_of(node)[0])[0])
+    return isinstance(dim, int) and {*inputs, result} <= {0, -1} and dim % rank != 0

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 
+from taylorfx.internals import file_names, pytree
 from taylorfx.interop.calls import dotted, off_path
 from taylorfx.interop.capture.reader import CaptureError, Reader
 from taylorfx.interop.capture.sizes import Plain
@@ -101,9 +102,9 @@ def _separates(twin: nn.Module, several: Any) -> bool:
 
     def run(example: Any) -> list[Tensor]:
         args, kwargs = example
-        return [x for x in torch.utils._pytree.tree_leaves(twin(*args, **kwargs)) if isinstance(x, Tensor)]
+        return [x for x in pytree.tree_leaves(twin(*args, **kwargs)) if isinstance(x, Tensor)]
 
-    count = len(next(x for x in torch.utils._pytree.tree_leaves(several) if isinstance(x, Tensor)))
+    count = len(next(x for x in pytree.tree_leaves(several) if isinstance(x, Tensor)))
     try:
         with torch.no_grad(), _quiet():
             whole = run(several)
@@ -185,12 +186,12 @@ def _cumulative(part: nn.Module) -> bool:
 
 
 def _each_tensor(function: Any, tree: Any) -> Any:
-    return torch.utils._pytree.tree_map(lambda x: function(x) if isinstance(x, Tensor) else x, tree)
+    return pytree.tree_map(lambda x: function(x) if isinstance(x, Tensor) else x, tree)
 
 
 def _refuse(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Refuse what could be captured wrongly or not at all, all of it at once."""
-    leaves = torch.utils._pytree.tree_flatten_with_path((args, kwargs))[0]
+    leaves = pytree.tree_flatten_with_path((args, kwargs))[0]
     inputs = {f"input {dotted(path[1:])}": x for path, x in leaves if isinstance(x, Tensor)}
     if not inputs:
         raise CaptureError("from_torch runs the module on an example; received no tensor. Pass example inputs.")
@@ -227,7 +228,7 @@ def _refuse(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 def _export(module: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]], opened: _Open) -> ExportedProgram:
     """The module as a graph."""
     shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
-    for tensor in torch.utils._pytree.tree_leaves(example):
+    for tensor in pytree.tree_leaves(example):
         if isinstance(tensor, Tensor) and opened is not _Open.NOTHING:
             axes = range(tensor.ndim) if opened is _Open.SIZES else range(1)
             shapes[tensor] = {k: Dim.AUTO if k else Dim.DYNAMIC for k in axes}
@@ -255,7 +256,7 @@ def _causes(module: nn.Module, example: tuple[Any, ...], error: Exception) -> st
     try:
         with torch.no_grad(), _quiet():
             report: Any = torch.export.draft_export(module, *example, strict=False)._report  # type: ignore[attr-defined]
-        files = {number: name for name, number in torch._logging.structured.INTERN_TABLE.items()}
+        files = file_names()
         for failure in report.failures:
             frames = [*failure.data.get("stack", ()), *failure.data.get("user_stack", ())]
             places = [(files[f["filename"]], f["line"], f.get("loc", "")) for f in frames]

@@ -3,60 +3,66 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import fx
 
 from taylorfx import layers as L
-from taylorfx.interop.capture.convert import Convert, Unmapped, argument, measured, tensor_node
+from taylorfx.interop.capture.arguments import (
+    Unmapped,
+    argument,
+    measured,
+    number,
+    tensor_node,
+    tensor_nodes,
+    whole,
+    wholes,
+)
+from taylorfx.interop.capture.convert import Convert, Converter
 
 __all__ = [
     "along", "arange", "cat", "expand", "index", "pad", "parts", "permute", "repeat", "repeat_interleave",
-    "select",
-    "slice_axis", "slice_scatter", "stack", "view",
+    "select", "slice_axis", "slice_scatter", "stack", "view",
 ]  # fmt: skip
 
 
 def view(c: Convert, node: fx.Node) -> None:
     x = tensor_node(node.args[0])
-    (before, given), (after, made) = measured(x), measured(node)
-    if (given < 0) != (made < 0):
+    (before, axis), (after, new_axis) = measured(x), measured(node)
+    if (axis < 0) != (new_axis < 0):
         raise Unmapped
     if x.name in c.counting:
         c.counting.add(node.name)
-    if (before, given) == (after, made):
+    if (before, axis) == (after, new_axis):
         c.alias(node)
     else:
-        c.add(node, L.View(after, given, made), (c.tensor(x),))
+        c.add(node, L.View(after, axis, new_axis), (c.tensor(x),))
 
 
 def permute(c: Convert, node: fx.Node) -> None:
     x = tensor_node(node.args[0])
     rank = len(measured(x)[0])
     dims = list(range(rank))
-    given: Any = node.args[1:]
     if str(node.target) == "aten.permute.default":
-        dims = [d % rank for d in given[0]]
+        dims = [d % rank for d in wholes(node.args[1])]
     elif rank > 1:
-        a, b = (0, 1) if str(node.target) == "aten.t.default" else (d % rank for d in given)
+        a, b = (0, 1) if str(node.target) == "aten.t.default" else (d % rank for d in wholes(node.args[1:]))
         dims[a], dims[b] = dims[b], dims[a]
     c.add(node, L.Permute(tuple(dims)), (c.tensor(x),))
 
 
 def expand(c: Convert, node: fx.Node, position: int = 0) -> None:
     x = tensor_node(node.args[position])
-    (before, given), (after, made) = measured(x), measured(node)
+    (before, axis), (after, new_axis) = measured(x), measured(node)
     lead = len(after) - len(before)
-    kept = [k >= lead and before[k - lead] == n and (k != made or given >= 0) for k, n in enumerate(after)]
+    kept = [k >= lead and before[k - lead] == n and (k != new_axis or axis >= 0) for k, n in enumerate(after)]
     sizes = tuple(-1 if keep else n for keep, n in zip(kept, after, strict=True))
-    if given >= 0 and given + lead != made:
+    if axis >= 0 and axis + lead != new_axis:
         raise Unmapped
     if all(n == -1 for n in sizes):
         c.alias(node, position)
         return
-    fresh = made if given < 0 and made >= 0 else -1
+    fresh = new_axis if axis < 0 and new_axis >= 0 else -1
     if fresh >= 0 and after[fresh] != 1:
         raise Unmapped
     c.add(node, L.Expand(sizes, fresh), (c.tensor(x), *([c.known_examples()] if fresh >= 0 else [])))
@@ -64,7 +70,7 @@ def expand(c: Convert, node: fx.Node, position: int = 0) -> None:
 
 def repeat(c: Convert, node: fx.Node) -> None:
     """The whole tensor again along some axes: the copies are the slower factor of each."""
-    x, times = tensor_node(node.args[0]), node.args[1]
+    x, times = tensor_node(node.args[0]), wholes(node.args[1])
     shape, after = measured(x)[0], measured(node)[0]
     lead = len(after) - len(shape)
     if measured(x)[1] < 0 <= measured(node)[1] and math.prod(after) == math.prod(shape):  # once for every example
@@ -72,46 +78,45 @@ def repeat(c: Convert, node: fx.Node) -> None:
         sizes = tuple(1 if k == measured(node)[1] else -1 for k in range(len(after)))
         c.add(node, L.Expand(sizes, measured(node)[1]), (view, c.known_examples()))
         return
-    counts = [1] * (len(after) - len(times)) + list(times)  # type: ignore[arg-type]
+    counts = (1,) * (len(after) - len(times)) + times
     _spread(c, node, [(counts[k], 1 if k < lead else shape[k - lead]) for k in range(len(after))], copies_first=True)
 
 
 def repeat_interleave(c: Convert, node: fx.Node) -> None:
     """Every position again and again: the copies are the faster factor."""
-    x, times, dim = tensor_node(node.args[0]), argument(node, 1, "repeats"), argument(node, 2, "dim")
-    shape, _ = measured(x)
-    if not isinstance(times, int) or dim is None:
-        raise Unmapped
+    times, dim = whole(argument(node, 1, "repeats")), whole(argument(node, 2, "dim"))
+    shape, _ = measured(tensor_node(node.args[0]))
     dims = [(times if k == dim % len(shape) else 1, n) for k, n in enumerate(shape)]
     _spread(c, node, dims, copies_first=False)
 
 
-def _spread(c: Convert, node: fx.Node, dims: list[tuple[Any, int]], *, copies_first: bool) -> None:
-    """Axes of ``(copies, size)``: a view with an axis for the copies, expanded, and laid out again."""
+def _spread(c: Convert, node: fx.Node, dims: list[tuple[int, int]], *, copies_first: bool) -> None:
+    """Axes of ``(copies, size)``: a view with an axis for the copies, expanded, and laid out again.
+
+    Twice three channels, the copies first: ``(N, 3)`` is viewed as ``(N, 1, 3)``, expanded to ``(N, 2, 3)``, and viewed
+    as ``(N, 6)``, which is ``0 1 2 0 1 2``. The copies last, ``(N, 3, 2)`` gives ``0 0 1 1 2 2``.
+    """
     x = tensor_node(node.args[0])
-    (before, given), (after, made) = measured(x), measured(node)
-    if any(not isinstance(times, int) for times, _ in dims):
-        raise Unmapped
+    (before, axis), (after, new_axis) = measured(x), measured(node)
     thin: list[int] = []
     wide: list[int] = []
     example = -1
     for k, (times, n) in enumerate(dims):
-        own = k == made
         pair = [(1, times), (n, -1)] if copies_first else [(n, -1), (1, times)]
         for size, target in pair if times != 1 else [(n, -1)]:
-            if own and target == -1:
+            if k == new_axis and target == -1:
                 example = len(thin)
             thin.append(size)
             wide.append(target)
     name = c.tensor(x)
     if tuple(thin) != before:
-        name = c.add(node, L.View(tuple(thin), given, example), (name,), tag="_apart")
+        name = c.add(node, L.View(tuple(thin), axis, example), (name,), tag="_thin")
     name = c.add(node, L.Expand(tuple(wide)), (name,), tag="_expand" if tuple(wide) != after else "")
-    c.add(node, L.View(after, example, made), (name,))
+    c.add(node, L.View(after, example, new_axis), (name,))
 
 
 def arange(c: Convert, node: fx.Node) -> None:
-    """The numbers of the examples: every example has its own."""
+    """The numbers of the examples, 0 to N - 1: each example has one."""
     start = argument(node, 0, "start") if str(node.target) != "aten.arange.default" else 0
     if start != 0 or measured(node) != ((1,), 0):
         raise Unmapped
@@ -120,7 +125,7 @@ def arange(c: Convert, node: fx.Node) -> None:
 
 
 def slice_axis(c: Convert, node: fx.Node) -> None:
-    x, dim = tensor_node(node.args[0]), argument(node, 1, "dim", 0)
+    x, dim = tensor_node(node.args[0]), whole(argument(node, 1, "dim", 0))
     shape, axis = measured(x)
     dim %= len(shape)
     start, stop, step = argument(node, 2, "start"), argument(node, 3, "end"), argument(node, 4, "step", 1)
@@ -130,73 +135,77 @@ def slice_axis(c: Convert, node: fx.Node) -> None:
     if step != 1:
         along(1, "dim")(c, node)
         return
-    if dim == axis or not all(v is None or isinstance(v, int) for v in (start, stop)):
+    if dim == axis:
         raise Unmapped
-    start, stop, _ = slice(start, stop).indices(shape[dim])
-    c.slice(node, x, dim, start, stop)
+    c.slice(node, x, dim, *_bounds(start, stop, shape[dim]))
+
+
+def _bounds(start: object, stop: object, size: int) -> tuple[int, int]:
+    """The ends of a slice of an axis of this size: ``(-2, None)`` of 5 are 3 and 5."""
+    ends = slice(None if start is None else whole(start), None if stop is None else whole(stop))
+    return ends.indices(size)[:2]
 
 
 def select(c: Convert, node: fx.Node) -> None:
-    arguments: Any = node.args
-    x, dim, index = arguments
-    shape, _ = measured(tensor_node(x))
-    if not isinstance(index, int):
-        raise Unmapped
+    x, dim, index = tensor_node(node.args[0]), whole(node.args[1]), whole(node.args[2])
+    shape, _ = measured(x)
     dim, index = dim % len(shape), index % shape[dim % len(shape)]
-    c.slice(node, tensor_node(x), dim, index, index + 1, drop=True)
+    c.slice(node, x, dim, index, index + 1, drop=True)
 
 
 def parts(c: Convert, node: fx.Node) -> None:
-    """Each piece is a slice, written where it is taken."""
+    """Each piece is a slice, which `Convert.getitem` writes where the piece is taken."""
 
 
 def cat(c: Convert, node: fx.Node) -> None:
-    tensors: Any = node.args[0]
-    dim = argument(node, 1, "dim", 0) % len(measured(node)[0])
+    tensors = tensor_nodes(node.args[0])
+    dim = whole(argument(node, 1, "dim", 0)) % len(measured(node)[0])
     if any(measured(t)[1] != measured(node)[1] for t in tensors) or dim == measured(node)[1]:
         raise Unmapped
     c.add(node, L.Concat(dim), [c.tensor(t) for t in tensors])
 
 
 def stack(c: Convert, node: fx.Node) -> None:
-    tensors: Any = node.args[0]
-    after, made = measured(node)
-    dim = argument(node, 1, "dim", 0) % len(after)
-    thick = (*after[:dim], 1, *after[dim + 1 :])
-    if any(measured(t)[1] < 0 for t in tensors) and made >= 0:
+    tensors = tensor_nodes(node.args[0])
+    after, axis = measured(node)
+    dim = whole(argument(node, 1, "dim", 0)) % len(after)
+    one = (*after[:dim], 1, *after[dim + 1 :])
+    if any(measured(t)[1] < 0 for t in tensors) and axis >= 0:
         raise Unmapped
-    layers = [L.View(thick, measured(t)[1], made) for t in tensors]
+    layers = [L.View(one, measured(t)[1], axis) for t in tensors]
     views = [c.add(node, v, (c.tensor(t),), tag=f"_{k}") for k, (t, v) in enumerate(zip(tensors, layers, strict=True))]
     c.add(node, L.Concat(dim), views)
 
 
 def pad(c: Convert, node: fx.Node) -> None:
-    x, pad = tensor_node(node.args[0]), tuple(node.args[1])  # type: ignore[arg-type]
+    x, pad = tensor_node(node.args[0]), wholes(node.args[1])
     constant = str(node.target) == "aten.constant_pad_nd.default"
     mode = "constant" if constant else argument(node, 2, "mode", "constant")
-    value = argument(node, 2 if constant else 3, "value", 0.0) or 0.0
+    value = number(argument(node, 2 if constant else 3, "value", 0.0) or 0.0)
     shape, axis = measured(x)
-    if not all(isinstance(n, int) for n in pad) or (axis >= 0 and len(shape) - 1 - axis < len(pad) // 2):
+    if not isinstance(mode, str) or (axis >= 0 and len(shape) - 1 - axis < len(pad) // 2):
         raise Unmapped
     c.add(node, L.Pad(pad, mode, float(value)), (c.tensor(x),))
 
 
 def index(c: Convert, node: fx.Node) -> None:
-    x, indices = tensor_node(node.args[0]), node.args[1]
-    given = [(k, i) for k, i in enumerate(indices) if i is not None]  # type: ignore[arg-type]
+    x, entries = tensor_node(node.args[0]), node.args[1]
+    if not isinstance(entries, (list, tuple)):
+        raise Unmapped
+    indices = {k: tensor_node(entry) for k, entry in enumerate(entries) if entry is not None}
     axis = measured(x)[1]
-    if axis >= 0 and isinstance(of := dict(given).get(axis), fx.Node) and of.name in c.counting:
-        c.captured(node, apart=True)  # each example looks at its own
+    if axis in indices and indices[axis].name in c.counting:
+        c.captured(node, apart=True)  # each example looks at positions of its own
         return
-    if len(given) != 1 or axis == given[0][0]:
+    if len(indices) != 1 or axis in indices:
         raise Unmapped
-    dim, index = given[0]
-    if tensor_node(index).meta["val"].dtype != torch.long:
+    ((dim, index),) = indices.items()
+    if index.meta["val"].dtype != torch.long:
         raise Unmapped
-    c.add(node, L.Gather(dim), (c.tensor(x), c.tensor(tensor_node(index))))
+    c.add(node, L.Gather(dim), (c.tensor(x), c.tensor(index)))
 
 
-def along(position: int, name: str) -> Callable[[Convert, fx.Node], None]:
+def along(position: int, name: str) -> Converter:
     """An operator that works along some axes, and changes their sizes at most."""
 
     def convert(c: Convert, node: fx.Node) -> None:
@@ -207,9 +216,8 @@ def along(position: int, name: str) -> Callable[[Convert, fx.Node], None]:
 
 def slice_scatter(c: Convert, node: fx.Node) -> None:
     x, source = tensor_node(node.args[0]), tensor_node(node.args[1])
-    dim, start, stop = (argument(node, *a) for a in ((2, "dim", 0), (3, "start", None), (4, "end", None)))
     shape, axis = measured(x)
-    dim %= len(shape)
+    dim = whole(argument(node, 2, "dim", 0)) % len(shape)
     if argument(node, 5, "step", 1) != 1 or measured(source)[1] != axis:
         raise Unmapped
     if measured(source) == measured(node):  # the whole axis
@@ -217,10 +225,10 @@ def slice_scatter(c: Convert, node: fx.Node) -> None:
         return
     if dim == axis:
         raise Unmapped
-    start, stop, _ = slice(start, stop).indices(shape[dim])
+    start, stop = _bounds(argument(node, 3, "start"), argument(node, 4, "end"), shape[dim])
     name, pieces = c.tensor(x), [c.tensor(source)]
     if start > 0:
         pieces.insert(0, c.add(node, L.Slice(dim, 0, start), (name,), tag="_before"))
     if stop < shape[dim]:
-        pieces.append(c.add(node, L.Slice(dim, stop, shape[dim]), (name,), tag="_behind"))
+        pieces.append(c.add(node, L.Slice(dim, stop, shape[dim]), (name,), tag="_after"))
     c.add(node, L.Concat(dim), pieces)

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import fx
 
 from taylorfx import layers as L
 from taylorfx.interop.capture import movement, parametric
-from taylorfx.interop.capture.convert import Convert, Unmapped, argument, measured, tensor_node
+from taylorfx.interop.capture.arguments import (
+    Unmapped,
+    argument,
+    flag,
+    measured,
+    number,
+    optional_tensor,
+    tensor_node,
+    tensor_nodes,
+    whole,
+    wholes,
+    window,
+)
+from taylorfx.interop.capture.convert import Convert, Converter
 from taylorfx.layers import Layer
 from taylorfx.layers.operators import DTYPE, SLOT
 from taylorfx.network.spec import Node
@@ -19,8 +31,8 @@ __all__ = ["CONVERTERS"]
 
 
 def _linear(c: Convert, node: fx.Node) -> None:
-    x, weight, bias = tensor_node(node.args[0]), tensor_node(node.args[1]), argument(node, 2, "bias")
-    if weight.name in c.paths and (bias is None or tensor_node(bias).name in c.paths):
+    x, weight, bias = tensor_node(node.args[0]), tensor_node(node.args[1]), optional_tensor(argument(node, 2, "bias"))
+    if weight.name in c.paths and (bias is None or bias.name in c.paths):
         path = c.path(weight)
         shape = tuple(c.tensors[path].shape)
         leaves = {"weight": path} if bias is None else {"weight": path, "bias": c.path(bias)}
@@ -29,13 +41,13 @@ def _linear(c: Convert, node: fx.Node) -> None:
     turned = c.add(node, L.Permute((1, 0)), (c.tensor(weight),), tag="_t")
     product = c.add(node, L.MatMul(), (c.tensor(x), turned), tag="_product" if bias is not None else "")
     if bias is not None:
-        c.add(node, L.Add(), (product, c.tensor(tensor_node(bias))))
+        c.add(node, L.Add(), (product, c.tensor(bias)))
 
 
 def _embedding(c: Convert, node: fx.Node) -> None:
     path = c.path(node.args[0])
     rows, width = c.tensors[path].shape
-    padding: Any = argument(node, 2, "padding_idx", -1)
+    padding = whole(argument(node, 2, "padding_idx", -1))
     layer = L.Embedding(rows, width, None if padding < 0 else padding)
     c.add(node, layer, (c.tensor(tensor_node(node.args[1])),), leaves={"weight": path})
 
@@ -45,7 +57,7 @@ def _prelu(c: Convert, node: fx.Node) -> None:
     c.add(node, L.PReLU(c.tensors[path].numel()), (c.tensor(tensor_node(node.args[0])),), leaves={"weight": path})
 
 
-def _simple(kind: Callable[..., Layer], *fields: tuple[str, Any]) -> Callable[[Convert, fx.Node], None]:
+def _simple(kind: Callable[..., Layer], *fields: tuple[str, object]) -> Converter:
     """An operator whose further arguments are the layer's fields."""
 
     def convert(c: Convert, node: fx.Node) -> None:
@@ -67,7 +79,7 @@ def _hardtanh(c: Convert, node: fx.Node) -> None:
 def _rrelu(c: Convert, node: fx.Node) -> None:
     if argument(node, 3, "training", False):
         raise Unmapped
-    limits = float(argument(node, 1, "lower", 1 / 8)), float(argument(node, 2, "upper", 1 / 3))
+    limits = float(number(argument(node, 1, "lower", 1 / 8))), float(number(argument(node, 2, "upper", 1 / 3)))
     c.add(node, L.RReLU(*limits), (c.tensor(tensor_node(node.args[0])),))
 
 
@@ -76,41 +88,39 @@ def _maps(c: Convert, node: fx.Node) -> None:
 
 
 def _max_pool2d(c: Convert, node: fx.Node) -> None:
-    x, kernel = tensor_node(node.args[0]), node.args[1]
+    x, kernel, stride = tensor_node(node.args[0]), window(node.args[1], 2), argument(node, 2, "stride")
     if measured(x)[1] != 0 or len(measured(x)[0]) != 4:
         raise Unmapped
-    names = (("stride", None), ("padding", 0), ("dilation", 1), ("ceil_mode", False))
-    stride, padding, dilation, ceil = (argument(node, k + 2, *a) for k, a in enumerate(names))
-
-    def each(value: Any) -> Any:
-        return value if isinstance(value, int) else tuple(value) * (2 if len(value) == 1 else 1)
-
-    window = L.MaxPool2d(each(kernel), each(stride) if stride else None, each(padding), each(dilation), ceil_mode=ceil)
-    c.add(node, window, (c.tensor(x),))
+    padding, dilation = window(argument(node, 3, "padding", 0), 2), window(argument(node, 4, "dilation", 1), 2)
+    ceil = flag(argument(node, 5, "ceil_mode", False))
+    pool = L.MaxPool2d(kernel, window(stride, 2) if stride else None, padding, dilation, ceil_mode=ceil)
+    c.add(node, pool, (c.tensor(x),))
 
 
 def _adaptive(c: Convert, node: fx.Node) -> None:
-    x, size = tensor_node(node.args[0]), node.args[1]
+    """Pooling to the size that is there is nothing, to a size of one along some axes a mean along these."""
+    x, size = tensor_node(node.args[0]), wholes(node.args[1])
     if measured(x)[1] != 0 or len(measured(x)[0]) != 4:
         raise Unmapped
-    sizes = list(zip(measured(x)[0][2:], tuple(size), strict=True))  # type: ignore[arg-type]
-    if all(made == given for given, made in sizes):
+    shrunk = {
+        k + 2: after for k, (before, after) in enumerate(zip(measured(x)[0][2:], size, strict=True)) if after != before
+    }
+    if not shrunk:
         c.alias(node)
-    elif any(made == given for given, made in sizes) and all(made in (given, 1) for given, made in sizes):
-        dims = tuple(k + 2 for k, (given, made) in enumerate(sizes) if made != given)
-        c.add(node, L.Reduce("mean", dims, keepdim=True), (c.tensor(x),))
+    elif len(shrunk) < len(size) and set(shrunk.values()) == {1}:
+        c.add(node, L.Reduce("mean", tuple(shrunk), keepdim=True), (c.tensor(x),))
     else:
-        c.add(node, L.AdaptiveAvgPool2d(tuple(made for _, made in sizes)), (c.tensor(x),))
+        c.add(node, L.AdaptiveAvgPool2d(size), (c.tensor(x),))
 
 
 def _softmax(c: Convert, node: fx.Node) -> None:
     if argument(node, 2, "dtype") or argument(node, 2, "half_to_float"):
         raise Unmapped
     x = tensor_node(node.args[0])
-    c.add(node, L.Softmax(node.args[1]), (c.tensor(x),))  # type: ignore[arg-type]
+    c.add(node, L.Softmax(whole(node.args[1])), (c.tensor(x),))
 
 
-def _pair(kind: Callable[..., Layer]) -> Callable[[Convert, fx.Node], None]:
+def _pair(kind: Callable[..., Layer]) -> Converter:
     """A sum or product of two tensors is the layer; with a number it is any pointwise operator."""
 
     def convert(c: Convert, node: fx.Node) -> None:
@@ -124,9 +134,9 @@ def _pair(kind: Callable[..., Layer]) -> Callable[[Convert, fx.Node], None]:
 
 
 def _reduce(c: Convert, node: fx.Node) -> None:
-    x, dims = tensor_node(node.args[0]), argument(node, 1, "dim")
+    x, axes = tensor_node(node.args[0]), argument(node, 1, "dim")
     shape, axis = measured(x)
-    dims = tuple(d % len(shape) for d in dims) if dims else tuple(range(len(shape)))
+    dims = tuple(d % len(shape) for d in wholes(axes)) if axes else tuple(range(len(shape)))
     if axis in dims or argument(node, 3, "dtype"):
         raise Unmapped
     op = str(node.target).split(".")[1]
@@ -161,8 +171,7 @@ def _addmm(c: Convert, node: fx.Node) -> None:
 def _tensordot(c: Convert, node: fx.Node) -> None:
     one, other = tensor_node(node.args[0]), tensor_node(node.args[1])
     ranks = [len(measured(x)[0]) for x in (one, other)]
-    arguments: Any = node.args
-    dims = [[d % rank for d in axes] for axes, rank in zip(arguments[2:4], ranks, strict=True)]
+    dims = [[d % rank for d in wholes(axes)] for axes, rank in zip(node.args[2:4], ranks, strict=True)]
     first = list("abcdefghijklm"[: ranks[0]])
     second = list("nopqrstuvwxyz"[: ranks[1]])
     for d, e in zip(*dims, strict=True):
@@ -172,32 +181,32 @@ def _tensordot(c: Convert, node: fx.Node) -> None:
 
 
 def _einsum(c: Convert, node: fx.Node) -> None:
-    equation, tensors = node.args[:2]
+    """An einsum whose every letter stands once per operand, and whose output is written out."""
+    equation, tensors = node.args[0], tensor_nodes(node.args[1])
     assert isinstance(equation, str)
     parts = equation.replace(" ", "").partition("->")
     if "." in equation or not parts[1] or any(len(set(part)) < len(part) for part in (*parts[0].split(","), parts[2])):
         raise Unmapped
-    c.add(node, L.Einsum(equation), [c.tensor(x) for x in tensors])  # type: ignore[union-attr,arg-type]
+    c.add(node, L.Einsum(equation), [c.tensor(x) for x in tensors])
 
 
 def _attention(c: Convert, node: fx.Node) -> None:
     q, k, v = (tensor_node(x) for x in node.args[:3])
-    mask, causal = argument(node, 3, "attn_mask"), argument(node, 5, "is_causal", False)
-    scale, grouped = argument(node, 6, "scale"), argument(node, 7, "enable_gqa", False)
+    mask, causal = optional_tensor(argument(node, 3, "attn_mask")), flag(argument(node, 5, "is_causal", False))
+    scale, grouped = argument(node, 6, "scale"), flag(argument(node, 7, "enable_gqa", False))
     shapes = [measured(x)[0] for x in (q, k, v)]
     if len({len(shape) for shape in shapes}) > 1 or len(shapes[0]) < 3:
         raise Unmapped
     grouped = grouped and shapes[0][-3] != shapes[1][-3]
-    scale = shapes[0][-1] ** -0.5 if scale is None else scale
-    inputs = [q, k, v, *([tensor_node(mask)] if mask is not None else [])]
-    layer = L.ScaledDotProduct(scale, causal, grouped, argument(node, 4, "dropout_p", 0.0))
-    c.add(node, layer, [c.tensor(x) for x in inputs])
+    factor = float(shapes[0][-1] ** -0.5) if scale is None else number(scale)
+    layer = L.ScaledDotProduct(factor, causal, grouped, number(argument(node, 4, "dropout_p", 0.0)))
+    c.add(node, layer, [c.tensor(x) for x in (q, k, v, mask) if x is not None])
 
 
 def _cosine_similarity(c: Convert, node: fx.Node) -> None:
     one, other = tensor_node(node.args[0]), tensor_node(node.args[1])
     shape, axis = measured(one)
-    dim = argument(node, 2, "dim", 1) % len(shape)
+    dim = whole(argument(node, 2, "dim", 1)) % len(shape)
     if measured(one) != measured(other) or dim == axis:
         raise Unmapped
     c.operator(node, L.Along, dims=(dim,), lengths=(0,))
@@ -206,14 +215,14 @@ def _cosine_similarity(c: Convert, node: fx.Node) -> None:
 def _glu(c: Convert, node: fx.Node) -> None:
     x = tensor_node(node.args[0])
     shape, axis = measured(x)
-    dim = argument(node, 1, "dim", -1) % len(shape)
+    dim = whole(argument(node, 1, "dim", -1)) % len(shape)
     if dim == axis:
         raise Unmapped
     half, name = shape[dim] // 2, c.tensor(x)
     one = c.add(node, L.Slice(dim, 0, half), (name,), tag="_value")
     other = c.add(node, L.Slice(dim, half, 2 * half), (name,), tag="_gate")
-    opened = c.add(node, L.Sigmoid(), (other,), tag="_sigmoid")
-    c.add(node, L.Multiply(), (one, opened))
+    gate = c.add(node, L.Sigmoid(), (other,), tag="_sigmoid")
+    c.add(node, L.Multiply(), (one, gate))
 
 
 def _pointwise(c: Convert, node: fx.Node) -> None:
@@ -229,12 +238,12 @@ def _identity(c: Convert, node: fx.Node) -> None:
 
 
 def _converted(c: Convert, node: fx.Node, source: fx.Node, dtype: torch.dtype) -> None:
-    made = (("dtype", (DTYPE, str(dtype).removeprefix("torch."))),)
-    c.add(node, L.Elementwise("_to_copy.default", ((SLOT, 0),), made), (c.tensor(source),))
+    options = (("dtype", (DTYPE, str(dtype).removeprefix("torch."))),)
+    c.add(node, L.Elementwise("_to_copy.default", ((SLOT, 0),), options), (c.tensor(source),))
 
 
 def _copy(c: Convert, node: fx.Node) -> None:
-    """What is written over the whole of a tensor stands in its place, in its shape and type."""
+    """A tensor that is written over as a whole is what is written, in the tensor's shape and dtype."""
     value, dtype = tensor_node(node.args[1]), node.meta["val"].dtype
     if value.meta["val"].dtype == dtype:
         movement.expand(c, node, 1)
@@ -261,11 +270,10 @@ def _filled(c: Convert, node: fx.Node) -> None:
     kind, value = str(node.target).split(".")[1], node.meta["val"]
     if axis < 0 or shape[axis] != 1:
         raise Unmapped
-    given = {"zeros": 0, "ones": 1}.get(kind.removeprefix("new_"))
-    number: Any = argument(node, 2 if kind.startswith("new_") else 1, "fill_value") if given is None else given
-    if not isinstance(number, (bool, int, float)):
-        raise Unmapped
-    one = torch.full(shape, number, dtype=value.dtype)
+    fill: object = {"zeros": 0, "ones": 1}.get(kind.removeprefix("new_"))
+    if fill is None:
+        fill = argument(node, 2 if kind.startswith("new_") else 1, "fill_value")
+    one = torch.full(shape, number(fill), dtype=value.dtype)
     path = f"constants.{node.name}"
     c.tensors[path] = one
     c.nodes.append(Node(path, L.Buffer(shape)))
@@ -274,30 +282,21 @@ def _filled(c: Convert, node: fx.Node) -> None:
 
 
 def _dropout(c: Convert, node: fx.Node) -> None:
-    arguments: Any = node.args
-    x, p, alone, alpha = arguments
-    c.add(node, L.Dropout(float(p), None if alone is None else tuple(alone), alpha), (c.tensor(x),))
+    x, p, alone, alpha = node.args
+    layer = L.Dropout(float(number(p)), None if alone is None else wholes(alone), flag(alpha))
+    c.add(node, layer, (c.tensor(tensor_node(x)),))
 
 
 def _spectral_norm(c: Convert, node: fx.Node) -> None:
-    arguments: Any = node.args
-    weight, u, v, dim, steps, eps, left = arguments
-    layer = L.SpectralNorm(measured(weight)[0], dim, steps, eps, left)
-    c.add(node, layer, (c.tensor(weight),), leaves={"u": c.path(u), "v": c.path(v)})
+    weight, u, v, dim, steps, eps, left = node.args
+    x = tensor_node(weight)
+    layer = L.SpectralNorm(measured(x)[0], whole(dim), whole(steps), number(eps), flag(left))
+    c.add(node, layer, (c.tensor(x),), leaves={"u": c.path(u), "v": c.path(v)})
 
 
 UNTAGGED = (
-    "log_sigmoid",
-    "zero",
-    "fill",
-    "zeros_like",
-    "ones_like",
-    "full_like",
-    "where",
-    "__and__",
-    "__or__",
-    "masked_fill",
-)
+    "log_sigmoid", "zero", "fill", "zeros_like", "ones_like", "full_like", "where", "__and__", "__or__", "masked_fill",
+)  # fmt: skip
 """Pointwise operators that torch does not tag as such."""
 
 ALONG_SECOND = (
@@ -306,7 +305,7 @@ ALONG_SECOND = (
 )  # fmt: skip
 """Operators whose second argument says along which axes they work."""
 
-CONVERTERS: dict[str, Callable[[Convert, fx.Node], None]] = {
+CONVERTERS: dict[str, Converter] = {
     **dict.fromkeys(
         ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
         parametric.convolution,

@@ -14,8 +14,10 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 
+from taylorfx.internals import pytree
 from taylorfx.interop.calls import dotted, read_interface
-from taylorfx.interop.capture.convert import RULES, Convert, Unmapped
+from taylorfx.interop.capture.arguments import Unmapped
+from taylorfx.interop.capture.convert import RULES, Convert
 from taylorfx.interop.capture.operators import CONVERTERS
 from taylorfx.interop.capture.sizes import Sizes
 from taylorfx.layers import Input, Shape
@@ -120,8 +122,8 @@ class Reader:
         """The nodes that are given out, by name if the module names them, otherwise by number."""
         items = self.program.graph_signature.output_specs
         values = [_given_out(item.arg) for item in items if item.kind is OutputKind.USER_OUTPUT]
-        tree = torch.utils._pytree.tree_unflatten(values, self.program.call_spec.out_spec)
-        leaves = [(path, x) for path, x in torch.utils._pytree.tree_flatten_with_path(tree)[0] if x is not None]
+        tree = pytree.tree_unflatten(values, self.program.call_spec.out_spec)
+        leaves = [(path, x) for path, x in pytree.tree_flatten_with_path(tree)[0] if x is not None]
         if not leaves:
             raise CaptureError("A captured module gives out at least one tensor; this one gives out none.")
         named = isinstance(tree, Mapping) or is_dataclass(tree)
@@ -156,7 +158,7 @@ class _Number:
 def _refuse_rigid(node: Any) -> None:
     """Refuse an operator that floating-point numbers pass through without a derivative."""
     target, values = node.target, node.meta["val"]
-    if not any(isinstance(x, Tensor) and x.is_floating_point() for x in torch.utils._pytree.tree_leaves(values)):
+    if not any(isinstance(x, Tensor) and x.is_floating_point() for x in pytree.tree_leaves(values)):
         return
     if str(target).startswith(_BY_STRIDES):
         raise CaptureError(
@@ -179,7 +181,7 @@ def _refuse_rigid(node: Any) -> None:
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), differentiated)
     try:
         with torch.enable_grad():
-            found = [x for x in torch.utils._pytree.tree_leaves(target(*args, **kwargs)) if isinstance(x, Tensor)]
+            found = [x for x in pytree.tree_leaves(target(*args, **kwargs)) if isinstance(x, Tensor)]
             whole = [x.sum() for x in found if x.requires_grad and x.is_floating_point()]
             if whole and node.target.namespace not in OWN:  # others say it only when it is asked for
                 torch.stack(whole).sum().backward()  # type: ignore[no-untyped-call]

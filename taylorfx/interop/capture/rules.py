@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor, fx
 
-from taylorfx.interop.capture.convert import RULES, Convert, Unmapped, measured
+from taylorfx.interop.capture.arguments import Unmapped, called_with, measured
+from taylorfx.interop.capture.convert import RULES, Convert
 from taylorfx.layers import Layer, Shape
 from taylorfx.layers.operators import admit
 
@@ -28,9 +29,9 @@ def rule(operator: str) -> Callable[[Rule], Rule]:
     """Say what `from_torch` makes of an operator, ``"namespace::name"``.
 
     The function is called with the operator's arguments, a `Value` in the place of every tensor. It returns the layer
-    that hears those tensors in their order (a parameter among them is a tensor like any other), or ``None`` where it
-    has no rule: the operator then stays as it was captured, and freezes what touches it. A rule holds for the whole
-    process, as the operator does; files may then name the operator, too.
+    that consumes those tensors in their order (a parameter among them is a tensor like any other), or ``None`` where it
+    has no rule: the operator then stays as it was captured, and freezes the units that touch it. A rule holds for the
+    whole process, as the operator does. With a rule, files may name the operator, too.
 
     >>> import taylorfx as tfx
     >>> @tfx.interop.rule("aten::erf")
@@ -47,14 +48,14 @@ def rule(operator: str) -> Callable[[Rule], Rule]:
         def convert(c: Convert, node: fx.Node) -> None:
             inputs: list[str] = []
 
-            def value(argument: fx.Node) -> Any:
-                held = argument.meta.get("val")
-                if not isinstance(held, Tensor):
-                    return held
+            def value(argument: fx.Node) -> object:
+                result: object = argument.meta.get("val")
+                if not isinstance(result, Tensor):
+                    return result
                 inputs.append(c.tensor(argument))
                 return Value(*measured(argument))
 
-            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), value)
+            args, kwargs = called_with(node, value)
             layer = function(*args, **kwargs)
             if layer is None:
                 raise Unmapped

@@ -1,0 +1,139 @@
+"""Choose: which classes are units.
+
+A class is a unit unless it is a product of others, or has to stay: its labels touch an axis that cannot shrink, no
+layer consumes it, or it is the whole of an axis. Why the labels of a scope have to stay is told by the first reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from taylorfx.coupling.axes import Axes
+from taylorfx.coupling.expand import Factors
+from taylorfx.coupling.labeling import Labeling
+from taylorfx.coupling.units import Mask
+from taylorfx.coupling.weights import of_weights
+from taylorfx.network.labels import Labeled, Labels, Ties
+
+__all__ = ["Units", "choose"]
+
+
+@dataclass(frozen=True)
+class Units:
+    """The classes that are units, in the order in which they are first written.
+
+    Attributes:
+        number: ``(classes + 1,)``, the unit of every class; -1 for none, and at the end.
+        scopes: the names of the scopes that have units.
+        scope: ``(units,)``, the number of each unit's scope.
+        index: ``(units,)``, each unit's position where it is first written.
+        exact: ``(units,)``, false where a statistic changes when the unit leaves.
+        frozen: by scope, why labels of it have to stay.
+        ungated: the identities of the sites that read a weight, which carries no gate.
+    """
+
+    number: Labels
+    scopes: tuple[str, ...]
+    scope: Labels
+    index: Labels
+    exact: Mask
+    frozen: Mapping[str, str]
+    ungated: frozenset[int]
+
+
+class Scopes(NamedTuple):
+    """The scopes of labels. Each begins at its first label, and ends where the next one begins.
+
+    >>> scopes = Scopes(np.array([0, 4, 6]), ["conv1", "conv2", "fc"])
+    >>> scopes.of(np.array([3, 4, 9]))
+    array([0, 1, 2])
+    """
+
+    starts: Labels
+    names: list[str]
+
+    def of(self, labels: Labels) -> Labels:
+        """The numbers of the scopes that these labels are of."""
+        return np.searchsorted(self.starts, labels, "right") - 1
+
+
+def choose(labeling: Labeling, factors: Factors, axes: Axes) -> Units:
+    """Choose the classes that are units, and number them in the order of their first labels."""
+    ties, first = labeling.ties, factors.classes.first
+    scopes = Scopes(np.array([start for start, _ in ties.origins] or [0]), [name for _, name in ties.origins])
+    stays, frozen = _staying(labeling, factors, axes, scopes)
+    # A class that is no product is its own first factor.
+    units = np.flatnonzero((factors.table[0, :-1] == np.arange(len(first))) & ~stays[:-1])
+    units = units[np.argsort(first[units], kind="stable")]
+    number = np.full(len(first) + 1, -1)
+    number[units] = np.arange(len(units))
+
+    def along(axis: Labeled) -> set[int]:
+        return {unit for unit in number[factors.along(axis)].tolist() if unit >= 0}
+
+    weights = of_weights(labeling.spec, labeling.bounds, along)
+    exact = ~_inexact(ties, factors)[units]
+    exact[list(set[int]().union(*weights.values()))] = False
+    names, scope, index = _named(first[units], scopes)
+    return Units(number, names, scope, index, exact, frozen, frozenset(weights))
+
+
+def _staying(labeling: Labeling, factors: Factors, axes: Axes, scopes: Scopes) -> tuple[Mask, dict[str, str]]:
+    """The classes that have to stay, and for every scope that has labels of some, the first reason."""
+    first = factors.classes.first
+    stays = np.zeros(len(first) + 1, bool)
+    stays[-1] = True  # what has no class
+    frozen: dict[str, str] = {}
+
+    def hold(classes: Labels, reason: str) -> None:
+        classes = classes[(classes >= 0) & (classes < len(first))]
+        for scope in np.unique(scopes.of(first[classes])):
+            frozen.setdefault(scopes.names[scope], reason)
+        stays[classes] = True
+
+    for labels, reason in labeling.ties.frozen:
+        hold(factors.behind(labels), reason)
+    hold(np.flatnonzero(~(_consumed(labeling, factors) | stays)), "no layer consumes it")
+    whole = axes.alone()
+    hold(whole[~stays[whole]], "the whole axis would leave at once")
+    return stays, frozen
+
+
+def _consumed(labeling: Labeling, factors: Factors) -> Mask:
+    """``(classes + 1,)``: some layer mixes along labels of the class."""
+    consumed = np.zeros(len(factors.classes.first) + 1, bool)
+    for site in labeling.reads:
+        consumed[factors.along(site.labels)] = True
+    return consumed
+
+
+def _inexact(ties: Ties, factors: Factors) -> Mask:
+    """``(classes + 1,)``: some layer computes statistics along labels of the class."""
+    inexact = np.zeros(len(factors.classes.first) + 1, bool)
+    for labels in ties.inexact:
+        inexact[factors.behind(labels)] = True
+    return inexact
+
+
+def _named(first: Labels, scopes: Scopes) -> tuple[tuple[str, ...], Labels, Labels]:
+    """The names of the scopes that have units, and of every unit the number of its scope and its index there.
+
+    Scopes without units are left out, and scopes of one name are one:
+
+    >>> scopes = Scopes(np.array([0, 4, 6, 9]), ["conv1", "conv2", "fc", "conv1"])
+    >>> _named(np.array([1, 2, 7, 10]), scopes)
+    (('conv1', 'fc'), array([0, 0, 1, 0]), array([1, 2, 1, 1]))
+
+    Args:
+        first: ``(units,)``, the first label of each, ascending.
+    """
+    scope = scopes.of(first)
+    numbers: dict[str, int] = {}
+    renumber = np.zeros(len(scopes.starts), np.int64)
+    for k in np.unique(scope).tolist():
+        renumber[k] = numbers.setdefault(scopes.names[k], len(numbers))
+    return tuple(numbers), renumber[scope], first - scopes.starts[scope]

@@ -1,0 +1,255 @@
+"""What the taps of a network do, at every input and output of a node: found out once, from the spec alone.
+
+A tap keeps the activation ``a`` for the backward pass, unless ``a`` can be made again with little work from a tensor
+that is kept anyway. Here a GELU keeps its input ``x`` for its own derivative, so that the tap keeps ``x`` as well, and
+a `Recipe` by which the activation is made of it. No tensor lives on for ``a``:
+
+    stop (node, slot)       what the plan says there
+    ("gelu", 0)             keep x
+    ("down", 0)             tap a, recipe: gelu(x), slope: gelu'(x); let go of x
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import NamedTuple
+
+from torch import Tensor
+
+from taylorfx.coupling.units import Place
+from taylorfx.layers.roles import Memory, Pointwise, Recomputed, Viewing
+from taylorfx.network.spec import Node, Spec
+from taylorfx.rewrite.draft import StandIn
+from taylorfx.rewrite.fused import Fused
+from taylorfx.rewrite.in_place import Over
+from taylorfx.rewrite.unused import Found, Only
+from taylorfx.scoring.gates import Gates
+from taylorfx.tree import Params, flatten
+
+__all__ = ["KEPT", "Read", "Recipe", "Stop", "TapPlan", "Where"]
+
+Slope = Callable[[Tensor, Tensor, bool], Tensor]
+"""That of the role `Pointwise`: of what is kept and the gradient by an activation, the gradient by what is kept."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an activation is made from what is kept.
+
+    Attributes:
+        steps: applied one after the other to what is kept; without any, it is the activation.
+        rows: the steps leave the examples where they are, first, and treat each alone.
+        new: what the steps make is a new tensor, which may be written over.
+        slope: set where no other gradient comes back to the activation. The tap then also does the work of the steps'
+            backward pass: in place, and part by part while these are in the processor's cache.
+    """
+
+    steps: tuple[Callable[..., Tensor], ...] = ()
+    rows: bool = True
+    new: bool = False
+    slope: Slope | None = None
+
+    def then(self, step: Callable[..., Tensor], *, view: bool, slope: Slope | None = None) -> Recipe:
+        """This recipe and one step more, whose result is a view of its input or new."""
+        return Recipe((*self.steps, step), self.rows and not view, self.new or not view, slope)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        for step in self.steps:
+            x = step(x)
+        return x
+
+
+KEPT = Recipe()
+"""The activation itself is kept."""
+
+Where = tuple[str, int]
+"""A stop: a node's name, and the number of one of its inputs or -1 for its output."""
+
+
+class Origin(NamedTuple):
+    """What a value can be made from: the tensor that passes at a stop, and how."""
+
+    where: Where
+    recipe: Recipe
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """One tap.
+
+    Attributes:
+        place: along which axis derivatives are wanted, and where the examples are.
+        source: where the tensor passes that the activation is made from; none if the activation itself is kept.
+        recipe: how it is made.
+        center: what the activation is measured from, if not from zero.
+        twin: reads of one number tap the same value the same way (queries, keys and values): one tap serves all.
+        only: the node, if any, that leaves out positions of the network itself before this read.
+    """
+
+    place: Place
+    source: Where | None = None
+    recipe: Recipe = KEPT
+    center: Tensor | None = None
+    twin: int | None = None
+    only: str | None = None
+
+    @property
+    def key(self) -> str:
+        """The name of its gate."""
+        return str(self.place.key)
+
+
+@dataclass
+class Stop:
+    """What is done with the tensor at one input or output of a node, in this order.
+
+    Attributes:
+        reads: the taps that it goes through.
+        kept: it is kept, after its taps, for reads at later stops.
+        only: set at the input of a node that leaves out positions.
+        sources, twins: what is let go, as no later stop needs it: tensors kept at other stops, and taps of twins.
+    """
+
+    reads: list[Read] = field(default_factory=list)
+    kept: bool = False
+    only: Only | None = None
+    sources: list[Where] = field(default_factory=list)
+    twins: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, eq=False)
+class TapPlan:
+    """The taps of a network: what is done at each stop; nothing is done where there is none.
+
+    It is of the spec, the parameters and the places, and holds for batches of any size. `taylorfx.scoring.taps.Taps`
+    is the state of one pass.
+    """
+
+    stops: Mapping[Where, Stop]
+    moments: bool
+
+    @staticmethod
+    def of(
+        params: Params, spec: Spec, places: Sequence[Place], around: Gates | None = None, *, moments: bool = False
+    ) -> TapPlan:
+        """Plan the taps at these places.
+
+        Args:
+            around: what activations are measured from, by place.
+            moments: also sum what is read.
+        """
+        stops = _Stops()
+        reads = _reads(spec, places, _origins(spec, flatten(params)), around or {})
+        for where, read in _with_twins(spec, reads):
+            stops[where].reads.append(read)
+        for node in spec.nodes:
+            if isinstance(node.layer, Only):
+                stops[node.name, 0].only = node.layer
+        _keep(stops)
+        return TapPlan(dict(stops), moments)
+
+
+class _Stops(dict[Where, Stop]):
+    """Stops in the order in which they are first asked for."""
+
+    def __missing__(self, where: Where) -> Stop:
+        stop = self[where] = Stop()
+        return stop
+
+
+def _origins(spec: Spec, leaves: Mapping[str, Tensor]) -> dict[str, Origin]:
+    """For every value that can be made again with little work, from what.
+
+    x --> gelu --> a --> view --> b         a: gelu(x), b: view(gelu(x)), with x kept at ("gelu", 0)
+    """
+    origins: dict[str, Origin] = {}
+    for node in spec.nodes:
+        layer = node.layer.layer if isinstance(node.layer, StandIn) else node.layer
+        pointwise = layer.role(Pointwise)
+        slope = None if pointwise is None else pointwise.slope
+        step = partial(layer.apply, {leaf: leaves[path] for leaf, path in node.paths.items()})
+        if isinstance(node.layer, Fused):  # keeps what it gives out, of which the layer behind it reads another view
+            origins[node.name] = Origin((node.name, -1), KEPT)
+        elif isinstance(node.layer, Over):
+            if slope is not None:  # what is kept at the input is the activation when the backward pass comes
+                origins[node.name] = Origin((node.name, 0), replace(KEPT, slope=slope))
+        elif layer.role(Recomputed) is not None:
+            origins[node.name] = Origin((node.name, 0), KEPT.then(step, view=False, slope=slope))
+        elif layer.role(Viewing) is not None and node.inputs[0] in origins:
+            where, recipe = origins[node.inputs[0]]
+            origins[node.name] = Origin(where, recipe.then(step, view=True))
+    return origins
+
+
+def _reads(
+    spec: Spec, places: Sequence[Place], origins: Mapping[str, Origin], around: Gates
+) -> Iterator[tuple[Where, Read]]:
+    """The taps in the order of a pass."""
+    at: dict[Where, list[Place]] = {}
+    for place in places:
+        at.setdefault((place.node, place.slot), []).append(place)
+    only = _only(spec)
+    for node in spec.nodes:
+        for slot in (*range(len(node.inputs)), -1):
+            value = node.name if slot < 0 else node.inputs[slot]
+            here = at.get((node.name, slot), ())
+            for place in here:
+                source, recipe = None, KEPT
+                if slot >= 0 and value in origins and _remakes(node, origins[value].recipe):
+                    source, recipe = origins[value]
+                    if spec.uses[value] > 1 or len(here) > 1:  # more than one gradient comes back to the activation
+                        recipe = replace(recipe, slope=None)
+                center = around.get(place.key)
+                yield (node.name, slot), Read(place, source, recipe, center, only=only.get(value))
+
+
+def _remakes(node: Node, recipe: Recipe) -> bool:
+    """What a node reads is to be made again: it is not kept anyway, and the gradient by it may be written over."""
+    memory = node.layer.role(Memory)
+    return memory is not None and memory.new_gradient and not (memory.keeps_input and recipe.steps)
+
+
+def _only(spec: Spec) -> dict[str, str]:
+    """For every value of fewer positions than the network itself has, the node that leaves them out."""
+    only: dict[str, str] = {}
+    for node in spec.nodes:
+        if isinstance(node.layer, Only):
+            only[node.name] = node.name
+        elif not isinstance(node.layer, Found):
+            only.update((node.name, only[x]) for x in node.inputs if x in only)
+    return only
+
+
+def _with_twins(spec: Spec, reads: Iterator[tuple[Where, Read]]) -> list[tuple[Where, Read]]:
+    """The reads, numbered where several tap the same value the same way, after the same other taps.
+
+    q_proj(x), k_proj(x), v_proj(x)         one number for the three reads of x
+    """
+    listed, keys = list(reads), list[object]()
+    before: dict[Where, tuple[object, ...]] = {}
+    for (name, slot), read in listed:
+        place, value = read.place, spec[name].inputs[slot] if slot >= 0 else name
+        same = (place.axis, place.units.shape, place.units.tobytes()) if read.center is None else place.key
+        before[name, slot] = (*before.get((name, slot), ()), same)
+        keys.append((value, before[name, slot]) if slot >= 0 and read.center is None else place.key)
+    numbers = {key: k for k, key in enumerate(dict.fromkeys(key for key in keys if keys.count(key) > 1))}
+    return [(where, replace(read, twin=numbers.get(key))) for (where, read), key in zip(listed, keys, strict=True)]
+
+
+def _keep(stops: _Stops) -> None:
+    """Say where tensors and taps are kept for later stops, and where they are let go: at the last that needs them."""
+    sources: dict[Where, Where] = {}
+    twins: dict[int, Where] = {}
+    for where, stop in stops.items():
+        for read in stop.reads:
+            if read.source is not None and read.twin not in twins:
+                sources[read.source] = where
+            if read.twin is not None:
+                twins[read.twin] = where
+    for source, where in sources.items():
+        stops[source].kept = True
+        stops[where].sources.append(source)
+    for number, where in twins.items():
+        stops[where].twins.append(number)

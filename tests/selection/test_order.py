@@ -1,0 +1,71 @@
+"""The order in which units leave: the same as said in plain loops."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import hypothesis.strategies as st
+import numpy as np
+from constructs import CONSTRUCTS
+from hypothesis import given
+
+from taylorfx.coupling.units import Coupling, Mask
+from taylorfx.network.labels import Labels
+from taylorfx.selection.constraints import Rules
+from taylorfx.selection.order import Values, steps
+from taylorfx.testing.strategies import network
+
+COUPLINGS = [network(CONSTRUCTS[name]).coupling for name in ("residual stream", "multi-head", "dense", "grouped")]
+
+
+@st.composite
+def orders(draw: st.DrawFn) -> tuple[Values, Coupling, Mask, Rules]:
+    """Few different scores, so that many are equal; scopes of as many units keep the same number of them."""
+    coupling = draw(st.sampled_from(COUPLINGS))
+    units, scopes = len(coupling), len(coupling.scopes)
+    values = np.array(draw(st.lists(st.integers(0, 5), min_size=units, max_size=units)), float)
+    held = np.array(draw(st.lists(st.sampled_from([False, False, True]), min_size=units, max_size=units)))
+    groups: dict[int, list[int]] = {}
+    for k, size in enumerate(coupling.sizes.tolist()):
+        groups.setdefault(size if draw(st.booleans()) else -k - 1, []).append(k)
+
+    def each(*numbers: float) -> list:
+        return draw(st.lists(st.sampled_from(numbers), min_size=scopes, max_size=scopes))
+
+    rules = Rules(list(groups.values()), each(1, 1, 2, 3), each(1.0, 1.0, 0.5, 0.4, 0.0), each(1, 1, 2, 3), held)
+    return values, coupling, held, rules
+
+
+def plainly(values: Values, coupling: Coupling, held: Mask, rules: Rules) -> list[list[int]]:
+    """The units of each step: bundles lead from one number of units that a scope may keep to the next smaller one."""
+    bundles: list[list[int]] = []
+    for group in rules.groups:
+        queues = [[u for u in range(len(values)) if coupling.scope[u] == k and not held[u]] for k in group]
+        queues = [sorted(queue, key=lambda u: (values[u], -u)) for queue in queues]
+        size, multiple = int(coupling.sizes[group[0]]), math.lcm(*(rules.multiples[k] for k in group))
+        allowed = [
+            n
+            for n in range(size, 0, -1)
+            if n == size
+            or (
+                n % multiple == 0
+                and all(n >= rules.floors[k] and size - n <= rules.most[k] * size + 1e-9 for k in group)
+                and all(size - n <= len(queue) for queue in queues)
+            )
+        ]
+        bundles += [[u for queue in queues for u in queue[size - a : size - b]] for a, b in pairwise(allowed)]
+    return sorted(bundles, key=lambda bundle: (sum(values[bundle]) / len(bundle), -bundle[0]))
+
+
+@given(orders())
+def test_the_bundles_of_lowest_mean_score_leave_first(drawn: tuple[Values, Coupling, Mask, Rules]) -> None:
+    step, count = steps(*drawn)
+    expected = plainly(*drawn)
+    assert count == len(expected)
+    assert members(step, count) == [sorted(bundle) for bundle in expected]
+    assert not (drawn[2] & (step < count)).any()
+
+
+def members(step: Labels, count: int) -> list[list[int]]:
+    return [np.flatnonzero(step == k).tolist() for k in range(count)]
