@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 import optree
@@ -31,7 +31,7 @@ from taylorfx.coupling.couple import own
 from taylorfx.coupling.units import Coupling
 from taylorfx.cutting.plan import Plan
 from taylorfx.network.spec import Spec
-from taylorfx.scoring.batches import Batch, each_batch
+from taylorfx.scoring.batches import Batch, Targets, each_batch
 from taylorfx.scoring.criterion import Criterion
 from taylorfx.scoring.losses import Objective
 from taylorfx.scoring.measurement import Measurement, objective_of
@@ -226,8 +226,8 @@ def _each(function: Callable[[Tensor, bool], T], points: Tensor) -> T:
     def all_of_them(plain: bool) -> T:
         if not plain:
             return torch.func.vmap(lambda v: function(v, False))(points)
-        single: list[Any] = [function(v, True) for v in points]
-        return cast(T, optree.tree_map(lambda *x: torch.stack(x), *single))
+        first, *others = (cast("Targets", function(v, True)) for v in points)
+        return cast("T", optree.tree_map(lambda *x: torch.stack(x), first, *others))
 
     return either(all_of_them)
 
