@@ -247,7 +247,7 @@ def _without_slope(objective: Objective, points: Sequence[Outputs], targets: Tar
         pairs = [(x, s) for x, s in zip(optree.tree_leaves(outputs), slopes, strict=True) if x.numel()]
         return max(float(s.abs().max()) * (float(x.abs().max()) or 1.0) for x, s in pairs)
 
-    def flat(outputs: Any) -> bool:
+    def flat(outputs: Outputs) -> bool:
         coarse = steepness(outputs, targets)
         try:
             fine = steepness(_double(outputs), _double(targets))

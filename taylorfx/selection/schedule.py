@@ -15,16 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import TypeVar, cast
 
 from taylorfx.selection.budget import Budget
 
 __all__ = ["cubic", "exponential", "linear"]
 
+End = TypeVar("End", bound=Budget | float)
 Curve = Callable[[float, float, float], float]
 
 
-def linear(end: Budget | float | int, steps: int, *, start: float | int | None = None) -> Iterator[Any]:
+def linear(end: End, steps: int, *, start: float | None = None) -> Iterator[End]:
     """Equal amounts leave at every step.
 
     Args:
@@ -41,7 +42,7 @@ def linear(end: Budget | float | int, steps: int, *, start: float | int | None =
     return _steps(end, steps, start, lambda last, first, u: last + (first - last) * u)
 
 
-def cubic(end: Budget | float | int, steps: int, *, start: float | int | None = None) -> Iterator[Any]:
+def cubic(end: End, steps: int, *, start: float | None = None) -> Iterator[End]:
     """Much leaves early, little late (Zhu & Gupta 2017, arXiv 1710.01878, eq. 1, for what remains instead of what is
     gone). The arguments and errors are those of `linear`.
 
@@ -51,7 +52,7 @@ def cubic(end: Budget | float | int, steps: int, *, start: float | int | None = 
     return _steps(end, steps, start, lambda last, first, u: last + (first - last) * u**3)
 
 
-def exponential(end: Budget | float | int, steps: int, *, start: float | int | None = None) -> Iterator[Any]:
+def exponential(end: End, steps: int, *, start: float | None = None) -> Iterator[End]:
     """Every step keeps the same share of what the step before left. The arguments and errors are those of `linear`.
 
     >>> [round(share, 3) for share in exponential(0.125, 3)]
@@ -60,7 +61,7 @@ def exponential(end: Budget | float | int, steps: int, *, start: float | int | N
     return _steps(end, steps, start, lambda last, first, u: last * (first / last) ** u)
 
 
-def _steps(end: Any, steps: int, start: float | int | None, curve: Curve) -> Iterator[Any]:
+def _steps(end: End, steps: int, start: float | None, curve: Curve) -> Iterator[End]:
     last = end.amount if isinstance(end, Budget) else end
     first = 1.0 if start is None and isinstance(last, float) else start
     if steps < 1 or first is None or isinstance(first, float) != isinstance(last, float) or not 0 < last <= first:
@@ -69,5 +70,5 @@ def _steps(end: Any, steps: int, start: float | int | None, curve: Curve) -> Ite
             f"both above 0; received {steps} steps from {start} to {end}. A number needs its start, start=..."
         )
     amounts = (curve(last, first, 1 - k / steps) for k in range(1, steps + 1))
-    exact: Iterator[Any] = amounts if isinstance(last, float) else map(round, amounts)
-    return (replace(end, amount=amount) for amount in exact) if isinstance(end, Budget) else exact
+    exact: Iterator[float] = amounts if isinstance(last, float) else map(round, amounts)
+    return (cast("End", replace(end, amount=amount) if isinstance(end, Budget) else amount) for amount in exact)

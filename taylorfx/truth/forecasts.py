@@ -6,19 +6,21 @@ changes
     to second order by  -g.v + 1/2 v'Hv, with the Hessian itself instead of the Fisher information,
     exactly by          -int_0^1 g(1 - t v).v dt, here by Gauss-Legendre quadrature,
 
-where ``g`` and ``H`` are the gradient and the Hessian of the mean loss by the gates. The loss is ``loss``,
-``per_example`` and ``split``, or that of a ``measurement``, as in `taylorfx.measure`. Each is there for every unit
-alone (scores, ``(units,)``, higher means keep, estimates of `Oracle.signed`) and for all units of a plan together. For
-units alone they cost more than the oracle itself: they are there to tell where a criterion errs. For a plan they are
-cheap: one Hessian-vector product, or one gradient per node. The path integral of a plan is the integrated gradients of
-Sundararajan et al. 2017 (arXiv 1703.01365), which share the change out among the units.
+where ``g`` and ``H`` are the gradient and the Hessian of the mean loss by the gates. The loss is that of ``loss``,
+``per_example`` and ``split``, or of a ``measurement``, as in `taylorfx.measure`.
+
+Each is there for every unit alone (scores, ``(units,)``, higher means keep, estimates of `Oracle.signed`) and for all
+units of a plan together. For units alone they cost more than the oracle itself: they are there to tell where a
+criterion errs. For a plan they are cheap: one Hessian-vector product, or one gradient per node. The path integral of a
+plan is the integrated gradients of Sundararajan et al. 2017 (arXiv 1703.01365), which share the change out among the
+units.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 import optree
@@ -29,7 +31,7 @@ from taylorfx.coupling.couple import own
 from taylorfx.coupling.units import Coupling
 from taylorfx.cutting.plan import Plan
 from taylorfx.network.spec import Spec
-from taylorfx.scoring.batches import Batch, each_batch
+from taylorfx.scoring.batches import Batch, Targets, each_batch
 from taylorfx.scoring.criterion import Criterion
 from taylorfx.scoring.losses import Objective
 from taylorfx.scoring.measurement import Measurement, objective_of
@@ -224,8 +226,8 @@ def _each(function: Callable[[Tensor, bool], T], points: Tensor) -> T:
     def all_of_them(plain: bool) -> T:
         if not plain:
             return torch.func.vmap(lambda v: function(v, False))(points)
-        single: list[Any] = [function(v, True) for v in points]
-        return cast(T, optree.tree_map(lambda *x: torch.stack(x), *single))
+        first, *others = (cast("Targets", function(v, True)) for v in points)
+        return cast("T", optree.tree_map(lambda *x: torch.stack(x), first, *others))
 
     return either(all_of_them)
 

@@ -112,6 +112,7 @@ def test_what_cannot_be_added_or_multiplied_is_refused():
     coupling, other = (network(CONSTRUCTS[name]).coupling for name in ("dense", "projection"))
     flops = tfx.cost.flops(coupling)
     assert sum([flops, flops]).total == 2 * flops.total
+    assert (2 * (3 * flops + tfx.cost.memory(coupling))).total == 6 * flops.total + 2 * tfx.cost.memory(coupling).total
     assert sum([tfx.cost.flops, tfx.cost.flops])(coupling).total == 2 * flops.total
     with pytest.raises(ValueError, match="Costs add up when they are of one coupling"):
         flops + tfx.cost.flops(other)

@@ -1,13 +1,17 @@
 """Who leaves, pinned on a network of two layers with four and five units."""
 
+from glob import escape
+
 import numpy as np
 import pytest
 import torch
 from constructs import CONSTRUCTS, classifier
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import taylorfx as tfx
 from taylorfx import layers as L
-from taylorfx.testing.strategies import network
+from taylorfx.testing.strategies import network, networks
 
 NET = network(CONSTRUCTS["chain"])  # "0": units 0-3, "3": units 4-8
 SCORES = torch.tensor([5.0, 1, 7, 3, 4, 8, 2, 9, 6])
@@ -85,3 +89,22 @@ def test_a_slice_keeps_its_best_whatever_the_rest_is_worth():
     scores = torch.tensor([0.0, 1, 8, 9, 5, 6, 7])
     plan = tfx.select(scores, net.coupling, budget=tfx.Units(3), floor=1)
     assert np.flatnonzero(plan.keep).tolist() == [1, 3, 6]
+
+
+@settings(max_examples=30)
+@given(networks(), st.integers(0, 2**16), st.integers(1, 3), st.integers(1, 3), st.floats(0.2, 1.0), st.booleans())
+def test_what_is_selected_breaks_no_constraint(net, seed, floor, multiple, most, exact_only):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(len(net.coupling), generator=generator)
+    rules = tfx.Constraints(
+        protect=[*map(escape, net.coupling.scopes[:1])],
+        floor=floor,
+        multiple=multiple,
+        most=most,
+        exact_only=exact_only,
+    )
+    try:
+        plan = tfx.select(scores, net.coupling, budget=tfx.Flops(0.8), constraints=rules)
+    except tfx.BudgetError:
+        return
+    assert not rules.broken(net.coupling, plan.keep)
