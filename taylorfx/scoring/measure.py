@@ -360,7 +360,7 @@ def _each_alone(run: Callable[..., Pass], spec: Spec, inputs: Inputs, targets: T
 
 
 def _channels_last(spec: Spec, inputs: Inputs) -> Inputs:
-    roles = ((node, node.layer.role(Memory)) for node in spec.nodes)
+    roles = [(node, node.layer.role(Memory)) for node in spec.nodes]
     images = {x for node, role in roles if role is not None and role.channels_last for x in node.inputs}
     return {
         name: x.to(memory_format=torch.channels_last) if name in images and isinstance(x, Tensor) and x.ndim == 4 else x

@@ -4,10 +4,12 @@ import pytest
 import torch
 from constructs import CONSTRUCTS
 from hypothesis import example, given
+from torch.testing import assert_close
 
 import taylorfx as tfx
 from taylorfx import Input, Node, Spec, serial
 from taylorfx import layers as L
+from taylorfx.layers.roles import Pointwise, Recomputed
 from taylorfx.network.run import evaluate
 from taylorfx.rewrite.lean import lean
 from taylorfx.scoring.tap_plan import TapPlan
@@ -30,6 +32,33 @@ def shared(*readers: tfx.Layer, first: tfx.Layer | None = None) -> Spec:
     return Spec((*nodes, Node("head", L.Linear(12, 2), "flat")))
 
 
+class Swish(tfx.Layer):
+    """An activation from outside: ``x * sigmoid(2 x)``, made again from what torch keeps for it."""
+
+    def signature(self, *shapes):
+        return "... -> ..."
+
+    def apply(self, params, *inputs):
+        return inputs[0] * (2 * inputs[0]).sigmoid()
+
+    def roles(self):
+        return Recomputed(), Pointwise(self._slope)
+
+    def _slope(self, kept, gradient, over):
+        gate = (2 * kept).sigmoid()
+        slope = gate * (1 + 2 * kept * (1 - gate))
+        return gradient.mul_(slope) if over else gradient * slope
+
+
+class OwnLinear(L.Linear):
+    """A linear layer from outside."""
+
+    roles = L.Linear.roles
+
+    def apply(self, params, *inputs):
+        return inputs[0] @ params["weight"].mT + params["bias"]
+
+
 def planned(spec: Spec, **options):
     net = network(spec)
     params, copy = lean(net.params, net.coupling)
@@ -45,6 +74,8 @@ def read_of(plan: TapPlan, name: str):
 # and whether the tap multiplies the gradient by a slope.
 KEPT_AT = {
     "gelu": (tokens(L.GELU()), ("part0", 0), 1, True),
+    "an activation from outside": (tokens(Swish()), ("part0", 0), 1, True),
+    "a linear layer from outside": (shared(OwnLinear(4, 4)), ("a", 0), 1, True),
     "layer norm": (tokens(L.LayerNorm(4)), ("part0", 0), 1, False),
     "turned and turned back": (
         tokens(L.GELU(), L.Permute((0, 2, 1)), L.Permute((0, 2, 1))), ("part0", 0), 3, False,
@@ -111,6 +142,18 @@ def test_nothing_is_held_when_a_pass_is_over(net):
         assert not taps.tapped
         stops = taps.plan.stops.values()
         assert (held > 0) == any(stop.kept or any(read.twin is not None for read in stop.reads) for stop in stops)
+
+
+@pytest.mark.parametrize("spec", [tokens(Swish()), shared(OwnLinear(4, 4)), shared(OwnLinear(4, 4), Swish())])
+def test_layers_from_outside_are_tapped_right(spec):
+    net = network(spec)
+    computed, expected = (
+        tfx.derivatives(net.params, net.spec, *net.batch, net.coupling, fold=fold)[:3] for fold in (True, False)
+    )
+    assert_close(computed, expected)
+    gates = torch.ones(len(net.coupling), dtype=torch.float64)
+    gradient = tfx.truth.gradient(net.params, net.spec, *net.batch, net.coupling, gates)
+    assert_close(computed[1].sum(0), gradient)
 
 
 def test_the_plan_is_made_once_for_all_batches(monkeypatch):
