@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,7 +23,7 @@ from taylorfx.scoring.batches import Batch
 from taylorfx.scoring.criterion import Criterion, Score, as_criterion
 from taylorfx.scoring.measure import measure
 from taylorfx.scoring.measurement import Measurement, MeasurementOptions, names_of
-from taylorfx.selection.budget import Budget, BudgetError, Budgets, Remove, SelectionError, Units, each_budget
+from taylorfx.selection.budget import Budget, BudgetError, Budgets, Remove, SelectionError, Units, each_budget, fixed
 from taylorfx.selection.choice import Choose, check_choice, chosen
 from taylorfx.selection.constraints import ConstraintOptions, Constraints
 from taylorfx.selection.joint import joint
@@ -96,17 +96,10 @@ def prune(
     budgets, (respected, how) = each_budget(budget), _values(constraints, measurement, options)
     if steps is None and any(isinstance(one, Units) for one in budgets):
         steps = 1
-    ways: Iterable[Budgets] = [budgets]
-    if steps != 1:
-        coupling = couple(params, spec)
-        foresee(coupling, budget=budgets, constraints=respected, per_cost=per_cost)  # names what was asked for
-        ways = _ways(budgets, steps, coupling)
     if isinstance(batch, Iterator) and (steps != 1 or repair is not None):
         batch = _Kept(batch)  # every step measures it
-    *_, (small, smaller, _) = iterate(
-        params, spec, batch, budgets=ways, criterion=criterion, choose=choose, constraints=respected, measurement=how,
-        per_cost=per_cost, repair=repair,
-    )  # fmt: skip
+    step = _Step.of(batch, criterion, choose, how, per_cost, cautious=True, repair=repair)
+    *_, (small, smaller, _) = _iterated(params, spec, partial(_ways, budgets, steps), respected, step)
     return small, smaller
 
 
@@ -147,8 +140,13 @@ class _Kept(Iterable[Batch]):
         return iter(self.kept)
 
 
-def _ways(budgets: Sequence[Budget], steps: int | None, coupling: Coupling) -> Iterable[tuple[Budget, ...]]:
+def _ways(
+    budgets: tuple[Budget, ...], steps: int | None, coupling: Coupling, constraints: Constraints, per_cost: bool
+) -> Iterable[tuple[Budget, ...]]:
     """The budgets of every step, in equal ratios down to these."""
+    if steps == 1:
+        return [budgets]
+    foresee(coupling, budget=budgets, constraints=constraints, per_cost=per_cost)  # an error names what was asked for
     if any(isinstance(one, Remove) for one in budgets):
         raise BudgetError("Steps lead down to what may remain; received a budget of what leaves, Remove.")
     totals = [one.cost(coupling)(np.ones(len(coupling), bool)) for one in budgets]
@@ -204,16 +202,8 @@ def iterate(
     the next one.
     """
     respected, how = _values(constraints, measurement, options)
-    how = replace(how, generator=how.generator or torch.Generator().manual_seed(0))
-    scoring = None if criterion is None else as_criterion(criterion)
-    if choose is None:
-        choose = partial(joint, cautious=cautious) if scoring is None else select
-    check_choice(choose, scored=scoring is not None)
-    _check_repair(repair, batches)
-    whole = couple(params, spec)
-    respected.on(whole)
-    step = _Step(batches, scoring, choose, how, per_cost, repair)
-    return _iterated(params, spec, budgets, whole, respected, step)
+    step = _Step.of(batches, criterion, choose, how, per_cost, cautious=cautious, repair=repair)
+    return _iterated(params, spec, lambda *_: budgets, respected, step)
 
 
 class _Step(NamedTuple):
@@ -226,10 +216,29 @@ class _Step(NamedTuple):
     per_cost: bool
     repair: Repair | None
 
+    @staticmethod
+    def of(
+        batches: Batches, criterion: Score | None, choose: Choose | None, measurement: Measurement, per_cost: bool,
+        *, cautious: bool, repair: Repair | None,
+    ) -> _Step:  # fmt: skip
+        """A step by what `iterate` takes.
+
+        Raises:
+            ValueError: for what is no criterion, no choice or no repair.
+        """
+        scoring = None if criterion is None else as_criterion(criterion)
+        if choose is None:
+            choose = partial(joint, cautious=cautious) if scoring is None else select
+        check_choice(choose, scored=scoring is not None)
+        _check_repair(repair, batches)
+        how = replace(measurement, generator=measurement.generator or torch.Generator().manual_seed(0))
+        return _Step(batches, scoring, choose, how, per_cost, repair)
+
     def plan(self, params: Params, coupling: Coupling, budgets: tuple[Budget, ...], constraints: Constraints) -> Plan:
-        """Measure and choose."""
-        foresee(coupling, budget=budgets, constraints=constraints, per_cost=self.per_cost)
-        choice = partial(chosen, budgets=budgets, constraints=constraints, per_cost=self.per_cost)
+        """Measure and choose. Constraints of scopes that have become too small to lose anything are left out."""
+        respected = constraints.standing(coupling)
+        foresee(coupling, budget=budgets, constraints=respected, per_cost=self.per_cost)
+        choice = partial(chosen, budgets=budgets, constraints=respected, per_cost=self.per_cost)
         if self.criterion is None:
             how = replace(self.measurement, rows=True)
             stats = measure(params, coupling.spec, self.batches, coupling, measurement=how)
@@ -241,16 +250,30 @@ class _Step(NamedTuple):
 def _iterated(
     params: Params,
     spec: Spec,
-    budgets: Iterable[Budgets],
-    whole: Coupling,
+    ways: Callable[[Coupling, Constraints, bool], Iterable[Budgets]],
     constraints: Constraints,
     step: _Step,
 ) -> Generator[tuple[Params, Spec, Plan], Params | None, None]:
-    lasting = constraints.lasting(whole)
+    """`iterate`, whose budgets may depend on the network: the first step's coupling is theirs, too."""
+    whole = couple(params, spec)
+    lasting = constraints.lasting(whole)  # which refuses what the network does not have
+    return _each(params, spec, ways(whole, constraints, step.per_cost), whole, (constraints, lasting), step)
+
+
+def _each(
+    params: Params,
+    spec: Spec,
+    budgets: Iterable[Budgets],
+    whole: Coupling,
+    constraints: tuple[Constraints, Constraints],
+    step: _Step,
+) -> Generator[tuple[Params, Spec, Plan], Params | None, None]:
+    """The steps: the first with the constraints as they are, all others with those that last."""
+    first, lasting = constraints
     for k, budget in enumerate(budgets):
+        asked = fixed(budget, whole) if k else each_budget(budget)
         coupling = couple(params, spec) if k else whole
-        asked, rules = (_fixed(budget, whole), lasting.standing(coupling)) if k else (each_budget(budget), constraints)
-        plan = step.plan(params, coupling, asked, rules)
+        plan = step.plan(params, coupling, asked, lasting if k else first)
         params, spec = _mended(step.repair, step.batches, params, plan)
         trained = yield params, spec, plan
         if trained is not None:
@@ -295,15 +318,3 @@ def _telling(scores: torch.Tensor) -> torch.Tensor:
             "loss and the parameters."
         )
     return scores
-
-
-def _fixed(budget: Budgets, coupling: Coupling) -> tuple[Budget, ...]:
-    """The budgets as numbers: their shares are of this network."""
-    everything = np.ones(len(coupling), bool)
-
-    def number(one: Budget) -> Budget:
-        if isinstance(one, Remove) or not isinstance(one.amount, float):
-            return one
-        return replace(one, amount=max(1, math.floor(one.limit(one.cost(coupling)(everything)))))
-
-    return tuple(map(number, each_budget(budget)))

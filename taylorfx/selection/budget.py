@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from taylorfx.network.spec import Spec
 
 __all__ = [
     "Budget", "BudgetError", "Budgets", "Flops", "Latency", "Measured", "Memory", "Parameters", "Remove",
-    "SelectionError", "Units", "each_budget", "pricing",
+    "SelectionError", "Units", "each_budget", "fixed", "pricing",
 ]  # fmt: skip
 
 
@@ -230,3 +230,15 @@ def each_budget(budget: Budgets) -> tuple[Budget, ...]:
     if not several:
         raise BudgetError("A budget, or several, say what may remain; received none.")
     return tuple(one if isinstance(one, Budget) else Units(one) for one in several)
+
+
+def fixed(budget: Budgets, coupling: Coupling) -> tuple[Budget, ...]:
+    """The budgets as numbers: their shares are of this network. What leaves (`Remove`) stays a share."""
+    everything = np.ones(len(coupling), bool)
+
+    def number(one: Budget) -> Budget:
+        if isinstance(one, Remove) or not isinstance(one.amount, float):
+            return one
+        return replace(one, amount=max(1, math.floor(one.limit(one.cost(coupling)(everything)))))
+
+    return tuple(map(number, each_budget(budget)))
