@@ -127,9 +127,10 @@ class Timings:
             patterns = signature.inputs if signature else ()
             shapes = [
                 tuple(
-                    language.size(axis, sizes) * (n // one) for axis, one, n in zip(pattern, given, whole, strict=True)
+                    language.size(axis, sizes) * (n // one)
+                    for axis, one, n in zip(pattern, example, whole, strict=True)
                 )
-                for pattern, given, whole in zip(patterns, bound.inputs, full, strict=False)
+                for pattern, example, whole in zip(patterns, bound.inputs, full, strict=False)
             ]
             return self.look_up(node.layer.resize(sizes, *bound.inputs), shapes)
 
@@ -173,7 +174,7 @@ class Timings:
         ) from problem
 
     def _wait(self) -> None:
-        """Until the device has done what it was given."""
+        """Wait until the device has finished its work."""
         if torch.device(self.device).type != "cpu":
             torch.accelerator.synchronize()
 

@@ -100,7 +100,7 @@ class Order:
     @cached_property
     def indices(self) -> Mapping[str, Sequence[tuple[int, Tensor]]]:
         """For every parameter that changes: axes, and the indices to take along them, ready to broadcast."""
-        found: dict[str, list[tuple[int, Tensor]]] = {}
+        indices: dict[str, list[tuple[int, Tensor]]] = {}
         for family in _ordered(_families(self.coupling)):
             if family.scope in self.ranks:
                 for path, numbers in self.coupling.parameters.items():
@@ -108,8 +108,8 @@ class Order:
                     for axis, units in enumerate(axes):
                         if family.meets(units, family.positions):
                             index = _index(family, self.ranks[family.scope], axes, axis)
-                            found.setdefault(path, []).append((axis, torch.from_numpy(index)))
-        return found
+                            indices.setdefault(path, []).append((axis, torch.from_numpy(index)))
+        return indices
 
     def __str__(self) -> str:
         lines = [f"{name}: {table.shape[1]} positions in {len(table)} groups" for name, table in self.ranks.items()]

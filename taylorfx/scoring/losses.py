@@ -41,8 +41,8 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
             CPU; elsewhere looking would wait for the device).
     """
     if not isinstance(outputs, Tensor) or outputs.ndim < 2:
-        found = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise ValueError(f"Cross entropy takes scores of classes, (N, classes, ...); received {found}. Give a loss.")
+        received = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise ValueError(f"Cross entropy takes scores of classes, (N, classes, ...); received {received}. Give a loss.")
     if not isinstance(targets, Tensor):
         raise ValueError(
             f"Targets of cross entropy are a tensor, classes or their probabilities; received {type(targets).__name__}."
@@ -163,9 +163,9 @@ class Objective:
     def _one(self, outputs: Outputs, targets: Targets) -> Tensor:
         value: object = self.loss(outputs, targets)
         if not isinstance(value, Tensor) or value.numel() != 1:
-            found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            received = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             what = "example" if self.per_example else "batch"
-            raise ValueError(f"A loss is a tensor with one number per {what}; received {found}. Sum or average it.")
+            raise ValueError(f"A loss is a tensor with one number per {what}; received {received}. Sum or average it.")
         return value.sum()
 
 

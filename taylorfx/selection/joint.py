@@ -61,7 +61,7 @@ def joint(
         swaps: at the end, let a unit that left and one of its scope that stayed change places, as long as that lowers
             the forecast (of the best few on either side, and a few hundred times for each scope).
         cautious: do not believe a forecast that the loss falls. Far from the network, units do not cancel each other
-            as the expansion says (where the loss does not hear of the scale of a layer, all of it could leave for
+            as the expansion says (where the loss does not depend on the scale of a layer, all of it could leave for
             nothing), nor do those help that promise to. So ``-E[g_u]`` counts only where it is a loss, and ``E[s g_u]``
             takes back at most half of ``E[g_u^2] / 2``; no exchanges.
         constraints, options: what has to be respected, as in `select`.

@@ -67,7 +67,7 @@ def select(
         per_cost: rank by score per FLOP, parameter, element at the peak or microsecond that leaves with a unit,
             whichever the budget counts (of several the one that is hardest to meet; `Units` and `Measured` have no
             prices). What a unit saves depends on what else is left; it is read off the plan itself, again and again
-            (see `_search`), and of the plans that are found the one that loses the least score is taken.
+            (see `_search`), and of these plans the one that loses the least score is taken.
 
     Raises:
         BudgetError: if the budget cannot be met; the message names the nearest that can.

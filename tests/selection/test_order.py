@@ -8,8 +8,10 @@ from itertools import pairwise
 import hypothesis.strategies as st
 import numpy as np
 from constructs import CONSTRUCTS
-from hypothesis import given
+from hypothesis import example, given
 
+from taylorfx import layers as L
+from taylorfx import serial
 from taylorfx.coupling.units import Coupling, Mask
 from taylorfx.network.labels import Labels
 from taylorfx.selection.constraints import Rules
@@ -58,7 +60,15 @@ def plainly(values: Values, coupling: Coupling, held: Mask, rules: Rules) -> lis
     return sorted(bundles, key=lambda bundle: (sum(values[bundle]) / len(bundle), -bundle[0]))
 
 
+def two_multiples() -> tuple[Values, Coupling, Mask, Rules]:
+    """Two scopes of 9 units that keep as many, one of them a multiple of 2, the other of 3: together of 6."""
+    spec = serial(L.Input((4,)), L.Linear(4, 9), L.ReLU(), L.Linear(9, 9), L.ReLU(), L.Linear(9, 2))
+    held = np.zeros(18, bool)
+    return np.arange(18.0), network(spec).coupling, held, Rules([[0, 1]], [1, 1], [1.0, 1.0], [2, 3], held)
+
+
 @given(orders())
+@example(two_multiples())
 def test_the_bundles_of_lowest_mean_score_leave_first(drawn: tuple[Values, Coupling, Mask, Rules]) -> None:
     step, count = steps(*drawn)
     expected = plainly(*drawn)
