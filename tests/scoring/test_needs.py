@@ -366,7 +366,8 @@ def three_fewer(worth, coupling, **asked):
 
 @BOTH
 def test_a_plan_that_misses_its_budget_or_constraints_is_refused(run):
-    with pytest.raises(tfx.BudgetError, match=r"plan of everything does not meet at most 50.0% of the FLOPs.*it costs"):
+    missed = r"plan of everything does not meet at most \d\d\.\d% of the FLOPs.*it costs"  # that of its step
+    with pytest.raises(tfx.BudgetError, match=missed):
         run(choose=everything)
     loose = {"budget": tfx.Flops(0.99), "choose": three_fewer}
     assert run(**loose)[1]["conv1"].layer.out_channels == 3
