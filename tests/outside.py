@@ -1,12 +1,11 @@
 """A user's module: one of everything that can be added to taylorfx, written with its public names only."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 import taylorfx as tfx
@@ -74,9 +73,8 @@ def of_bent_identity(x: tfx.interop.Value, bend: float) -> tfx.Layer:
 class Bytes(tfx.Budget):
     """A budget: at most this share or number of bytes of trained parameters in half precision."""
 
-    def cost(self, coupling: tfx.Coupling) -> Callable[[NDArray[np.bool_]], float]:
-        count = tfx.cost.parameters(coupling)
-        return lambda keep: 2 * count(keep)
+    def cost(self, coupling: tfx.Coupling) -> tfx.cost.Cost:
+        return 2 * tfx.cost.parameters(coupling)
 
 
 def shift_outputs(params: tfx.Params, plan: tfx.Plan, batches: tfx.repair.Batches) -> tuple[tfx.Params, tfx.Spec]:
@@ -92,11 +90,17 @@ def shift_outputs(params: tfx.Params, plan: tfx.Plan, batches: tfx.repair.Batche
     return tfx.tree.unflatten({**leaves, "head.bias": leaves["head.bias"] + lost}), plan.spec
 
 
-def best_half(stats: tfx.Statistics, coupling: tfx.Coupling) -> tfx.Plan:
-    """A selection: every scope keeps the better half of its units by `fisher`, rounded up."""
-    scores = tfx.fisher(stats, coupling).numpy()
+def best_half(
+    scores: Tensor,
+    coupling: tfx.Coupling,
+    *,
+    budget: Sequence[tfx.Budget],
+    constraints: tfx.Constraints,
+    per_cost: bool,
+) -> tfx.Plan:
+    """A selection: every scope keeps the better half of its units, rounded up, whatever the budget."""
     keep = np.zeros(len(coupling), bool)
     for scope, size in enumerate(coupling.sizes.tolist()):
         units = np.flatnonzero(coupling.scope == scope)
-        keep[units[np.argsort(-scores[units], kind="stable")[: -(-size // 2)]]] = True
+        keep[units[np.argsort(-scores.numpy()[units], kind="stable")[: -(-size // 2)]]] = True
     return tfx.Plan(coupling, keep, "the better half of every scope")

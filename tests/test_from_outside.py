@@ -117,11 +117,11 @@ def test_an_operators_rule(batch: Batch) -> None:
 
 def test_a_budget(network: Network, batch: Batch) -> None:
     """It is met, and left unspent by less than one unit's weights."""
-    params, _ = tfx.prune(*network, batch, budget=outside.Bytes(200), per_cost=False)
+    params, _ = tfx.prune(*network, batch, budget=outside.Bytes(200))
     size = 2 * sum(leaf.numel() for leaf in tfx.tree.flatten(params).values())
     assert 200 - 2 * max(2 * 6 + 2 * 7, 2 * 9 + 3) < size <= 200
     with pytest.raises(tfx.BudgetError, match="bytes"):
-        tfx.prune(*network, batch, budget=outside.Bytes(10), per_cost=False)
+        tfx.prune(*network, batch, budget=outside.Bytes(10))
 
 
 def test_a_repair(network: Network, batch: Batch) -> None:
@@ -133,15 +133,19 @@ def test_a_repair(network: Network, batch: Batch) -> None:
 
 
 def test_a_selection(network: Network, batch: Batch) -> None:
-    """A plan is a mask over the units, whoever has chosen it; cut, it computes what its gates silence."""
+    """`prune` cuts what it chooses, and refuses what does not meet the budget."""
     coupling = tfx.couple(*network)
-    stats = tfx.measure(*network, batch, coupling)
-    plan, scores = outside.best_half(stats, coupling), tfx.fisher(stats, coupling).numpy()
-    assert widths(plan.spec) == [5, 4, 3]
+    scores = tfx.fisher(tfx.measure(*network, batch, coupling), coupling)
+    asked = {"criterion": tfx.fisher, "choose": outside.best_half, "steps": 1}
+    params, spec = tfx.prune(*network, batch, budget=tfx.Flops(0.7), **asked)
+    assert widths(spec) == [5, 4, 3]
+    plan = outside.best_half(scores, coupling, budget=(), constraints=tfx.Constraints(), per_cost=True)
     assert all(
         scores[plan.keep & (coupling.scope == k)].min() > scores[~plan.keep & (coupling.scope == k)].max()
         for k in (0, 1)
     )
     gated = tfx.apply(*network, batch[0], gates=plan.gates)
-    assert_close(tfx.apply(tfx.cut(network[0], plan), plan.spec, batch[0]), gated)
+    assert_close(tfx.apply(params, spec, batch[0]), gated)
     assert not torch.allclose(gated, tfx.apply(*network, batch[0]))
+    with pytest.raises(tfx.BudgetError, match="best_half does not meet"):
+        tfx.prune(*network, batch, budget=tfx.Flops(0.1), **asked)
