@@ -12,7 +12,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import taylorfx as tfx
-from taylorfx import CaptureError, ShapeError, from_torch, to_torch
+from taylorfx import ShapeError, from_torch, to_torch
+from taylorfx.interop import CaptureError
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 

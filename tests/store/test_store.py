@@ -150,7 +150,7 @@ WRONG = {
     ),
     "a weight of 16 TB": (
         document(X, node("Linear", in_features=2**20, out_features=2**22, bias=False)),
-        r"nodes\[1\].fields: weight would be 4,398,046,511,104 numbers",
+        r"nodes\[1\].fields: weight would be 4,398,046,511,104 elements",
     ),
     "an axis without end": (document(X, node("Parameter", inputs=(), shape=[2**40])), "would be an axis of 1,099"),
     "a value of 1 TB": (

@@ -70,7 +70,7 @@ def expand(c: Convert, node: fx.Node, position: int = 0) -> None:
 
 def repeat(c: Convert, node: fx.Node) -> None:
     """The whole tensor again along some axes: the copies are the slower factor of each."""
-    x, times = tensor_node(node.args[0]), wholes(node.args[1])
+    x = tensor_node(node.args[0])
     shape, after = measured(x)[0], measured(node)[0]
     lead = len(after) - len(shape)
     if measured(x)[1] < 0 <= measured(node)[1] and math.prod(after) == math.prod(shape):  # once for every example
@@ -78,6 +78,7 @@ def repeat(c: Convert, node: fx.Node) -> None:
         sizes = tuple(1 if k == measured(node)[1] else -1 for k in range(len(after)))
         c.add(node, L.Expand(sizes, measured(node)[1]), (view, c.known_examples()))
         return
+    times = wholes(node.args[1])
     counts = (1,) * (len(after) - len(times)) + times
     _spread(c, node, [(counts[k], 1 if k < lead else shape[k - lead]) for k in range(len(after))], copies_first=True)
 
