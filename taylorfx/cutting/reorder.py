@@ -30,7 +30,7 @@ from taylorfx.functions import name_of
 from taylorfx.layers import axes as language
 from taylorfx.network.labels import Labels
 from taylorfx.network.spec import Node, Spec
-from taylorfx.scoring.batches import Batch, each_batch
+from taylorfx.scoring.batches import Batches, each_batch
 from taylorfx.scoring.criteria import fisher
 from taylorfx.scoring.criterion import Score, as_criterion
 from taylorfx.scoring.measure import measure
@@ -119,7 +119,7 @@ class Order:
 def balance(
     params: Params,
     spec: Spec,
-    batches: Batch | Iterable[Batch],
+    batches: Batches,
     *,
     criterion: Score = fisher,
     measurement: Measurement | None = None,

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 from taylorfx.cutting.plan import Plan
 from taylorfx.network.run import Inputs
 from taylorfx.network.spec import Spec
-from taylorfx.scoring.batches import Batch
+from taylorfx.scoring.batches import Batches, each_batch
 from taylorfx.tree import Params
 
 __all__ = ["Batches", "Repair", "inputs_of"]
-
-
-Batches = Batch | Iterable[Batch]
-"""``(inputs, targets)``, or an iterable of such."""
 
 
 Repair = Callable[[Params, Plan, Batches], tuple[Params, Spec]]
@@ -22,14 +18,10 @@ Repair = Callable[[Params, Plan, Batches], tuple[Params, Spec]]
 
 
 def inputs_of(batches: Batches) -> Iterator[Inputs]:
-    count = 0
-    for batch in [batches] if isinstance(batches, tuple) else batches:
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise ValueError(
-                "A batch is a pair (inputs, targets), several come in a list; "
-                f"batch {count} is of the type {type(batch).__name__}."
-            )
-        count += 1
-        yield batch[0]
-    if not count:
+    """The inputs of every batch, of which there is at least one."""
+    received = False
+    for inputs, _ in each_batch(batches):
+        received = True
+        yield inputs
+    if not received:
         raise ValueError("There is nothing to repair from: received no batch. Was the iterator already used up?")

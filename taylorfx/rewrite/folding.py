@@ -88,10 +88,9 @@ class _Folding:
         node = self.nodes[name]
         node = self.nodes[name] = replace(node, inputs=tuple(self.moved.get(x, x) for x in node.inputs))
         for slot, source in enumerate(node.inputs):
-            writer, axis = self._writer(source)
-            role = writer.layer.role(Mixing)
+            writer, role, axis = self._writer(source)
             if role is not None and self.uses[writer.name] == 1 and self._alone(writer, role):
-                affine = self._affine(node, slot, role.axis if axis is None else axis)
+                affine = self._affine(node, slot, axis)
                 if affine is not None:
                     self._absorb(writer, role, affine)
                     self._drop(node, slot)
@@ -103,22 +102,22 @@ class _Folding:
         spec = replace(self.spec, nodes=tuple(self.nodes.values()), outputs=outputs)
         return unflatten((path, self.leaves[path]) for path in spec.shapes), spec
 
-    def _writer(self, name: str) -> tuple[Node, int | None]:
-        """The node that computes a value, perhaps before a permutation, and the axis of its channels in the value.
+    def _writer(self, name: str) -> tuple[Node, Mixing | None, int]:
+        """The node that computes a value, perhaps before a permutation, its role, and the axis of its channels there.
 
         A linear layer's channels are axis 2 of ``(N, T, c)``, and axis 1 behind ``Permute((0, 2, 1))``. Which axis is
-        the last is not known where the inputs declare no shape.
+        the last is not known where the inputs declare no shape: then it is -1.
         """
         node = self.nodes[name]
         view = node.layer.role(Viewing) if self.uses[name] == 1 else None
         dims = None if view is None else view.dims
         writer = self.nodes[node.inputs[0]] if dims else node
         role = writer.layer.role(Mixing)
-        axis, rank = None if role is None else role.axis, len(self.shapes.get(writer.name, ()))
-        if axis is None or (axis < 0 and not rank):
-            return writer, None
+        axis, rank = -1 if role is None else role.axis, len(self.shapes.get(writer.name, ()))
+        if role is None or (axis < 0 and not rank):
+            return writer, role, axis
         axis = axis % rank if axis < 0 else axis
-        return writer, [d % len(dims) for d in dims].index(axis) if dims else axis
+        return writer, role, [d % len(dims) for d in dims].index(axis) if dims else axis
 
     def _alone(self, writer: Node, role: Mixing) -> bool:
         """No other node has this one's parameters, or a parameter where its bias would lie."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from taylorfx.network.run import Inputs, bind_inputs
 from taylorfx.network.spec import Spec
 
-__all__ = ["Batch", "Parted", "Split", "Targets", "by_example", "each_batch", "one_by_one", "size", "sliced"]
+__all__ = ["Batch", "Batches", "Parted", "Split", "Targets", "by_example", "each_batch", "one_by_one", "size", "sliced"]
 
 
 Targets = Any
@@ -22,6 +22,10 @@ Targets = Any
 
 Batch = tuple[Inputs, Targets]
 """``(inputs, targets)``."""
+
+
+Batches = Batch | Iterable[Batch]
+"""``(inputs, targets)``, or an iterable of such."""
 
 
 Split = Callable[[Targets, int], Targets]
@@ -118,7 +122,7 @@ def sliced(batch: Batch, some: slice) -> Batch:
     return cast("Batch", optree.tree_map(lambda x: x[some], whole))
 
 
-def each_batch(batches: Batch | Iterable[Batch]) -> Iterator[Batch]:
+def each_batch(batches: Batches) -> Iterator[Batch]:
     """The batches; a tuple is a single one."""
     for k, batch in enumerate([batches] if isinstance(batches, tuple) else batches):
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:

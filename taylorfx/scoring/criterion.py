@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Generic, Literal, NamedTuple, ParamSpec
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from taylorfx.coupling.units import Coupling
 from taylorfx.functions import filled_in, innermost, name_of, pickled, present_as, unfit
 from taylorfx.network.spec import Spec
-from taylorfx.scoring.batches import Batch
+from taylorfx.scoring.batches import Batches
 from taylorfx.scoring.measure import measure
 from taylorfx.scoring.measurement import Measurement
 from taylorfx.tree import Params
@@ -122,7 +122,7 @@ class Criterion(Generic[P]):
         self,
         params: Params,
         spec: Spec,
-        batches: Batch | Iterable[Batch],
+        batches: Batches,
         coupling: Coupling,
         measurement: Measurement,
     ) -> Tensor:

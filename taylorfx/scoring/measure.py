@@ -26,14 +26,14 @@ import torch
 from torch import Tensor
 
 from taylorfx.coupling.couple import own
-from taylorfx.coupling.units import Coupling
+from taylorfx.coupling.units import Coupling, Place
 from taylorfx.internals import differentiated
 from taylorfx.layers import ShapeError
 from taylorfx.layers.roles import Memory
 from taylorfx.network.run import Inputs, bind_inputs, evaluate
 from taylorfx.network.spec import Spec
 from taylorfx.rewrite.lean import lean
-from taylorfx.scoring.batches import Batch, Parted, Targets, each_batch, one_by_one, sliced
+from taylorfx.scoring.batches import Batches, Parted, Targets, each_batch, one_by_one, sliced
 from taylorfx.scoring.losses import Objective, Outputs, Unvectorized, refuse_flat
 from taylorfx.scoring.measurement import Measurement
 from taylorfx.scoring.statistics import Moments, Statistics
@@ -84,7 +84,7 @@ def fingerprint(params: Params, coupling: Coupling) -> str:
 def measure(
     params: Params,
     spec: Spec,
-    batches: Batch | Iterable[Batch],
+    batches: Batches,
     coupling: Coupling,
     *,
     measurement: Measurement | None = None,
@@ -232,18 +232,21 @@ class _Scorer:
 
     Attributes:
         networks: what is run, first a lean copy with the same reads; the network itself, the last, says what is wrong
-            with inputs. Each comes with the plan of its taps.
+            with inputs.
+        plan: of the taps of what is run.
         pace: how the loss is called, which the first batch finds out.
         sums: how derivatives at the reads add up to those of units.
+        images: the inputs that are laid out in ``torch.channels_last`` memory.
     """
 
-    networks: Sequence[tuple[Params, Spec, TapPlan]]
+    networks: Sequence[tuple[Params, Spec]]
+    plan: TapPlan
     coupling: Coupling
     measurement: Measurement
     objective: Objective
     pace: Pace
     sums: Sums
-    channels_last: bool
+    images: frozenset[str]
 
     @staticmethod
     def of(params: Params, spec: Spec, coupling: Coupling, measurement: Measurement) -> _Scorer:
@@ -256,16 +259,16 @@ class _Scorer:
             whole = measurement.moments or bool(measurement.around)  # they may differ by position
             networks = [lean(params, coupling, channels_last=channels_last, whole=whole), *networks]
         objective, places = measurement.objective, coupling.writes if measurement.at_writes else coupling.reads
-        sums = Sums.at(places, len(coupling), params)
-        plans = (TapPlan.of(*network, places, measurement.around, moments=measurement.moments) for network in networks)
-        planned = [(*network, plan) for network, plan in zip(networks, plans, strict=True)]
-        return _Scorer(planned, coupling, measurement, objective, Pace(objective), sums, bool(channels_last))
+        sums, plan = Sums.at(places, len(coupling), params), _planned(networks[0], places, measurement)
+        images = _images(networks[0][1]) if channels_last else frozenset[str]()
+        return _Scorer(networks, plan, coupling, measurement, objective, Pace(objective), sums, images)
 
     def __call__(self, inputs: Inputs, targets: Targets) -> Derivatives:
         try:
-            return self._of_batch(*self.networks[0], inputs, targets)
+            return self._of_batch(*self.networks[0], self.plan, inputs, targets)
         except ShapeError:
-            return self._of_batch(*self.networks[-1], inputs, targets)
+            plan = _planned(self.networks[-1], self.sums.places, self.measurement)
+            return self._of_batch(*self.networks[-1], plan, inputs, targets)
 
     def _of_batch(self, params: Params, spec: Spec, plan: TapPlan, inputs: Inputs, targets: Targets) -> Derivatives:
         """Those of one network, some examples at a time."""
@@ -274,7 +277,7 @@ class _Scorer:
         _refuse_followed(values.values())
         mixed = self.coupling.mixing or any(place.example is None for place in self.sums.places)
         alone = mixed and self.objective.per_example and not how.training
-        plainly_or_not = partial(self._one_pass, params, spec, plan, channels_last=self.channels_last and not alone)
+        plainly_or_not = partial(self._one_pass, params, spec, plan, images=frozenset[str]() if alone else self.images)
         run = partial(_each_alone, plainly_or_not, spec) if alone else partial(self.pace, plainly_or_not)
         count = len(next(iter(values.values())))
         size = how.micro_batch or count
@@ -292,7 +295,7 @@ class _Scorer:
         targets: Targets,
         *,
         plain: bool,
-        channels_last: bool,
+        images: frozenset[str],
     ) -> Pass:
         """One forward and one backward pass of the network, with gates of one at every place."""
         how, sums = self.measurement, self.sums
@@ -301,7 +304,7 @@ class _Scorer:
 
         def network(gates: Mapping[str, Tensor]) -> tuple[Outputs, dict[str, Tensor]]:
             taps = Taps(plan, gates)
-            laid_out = _channels_last(spec, inputs) if channels_last else inputs  # not held for the backward pass
+            laid_out = _channels_last(spec, inputs, images)  # not held for the backward pass
             outputs, _ = evaluate(params, spec, (laid_out,), tap=taps, training=how.training, generator=how.generator)
             spread.update(taps.spread)
             return outputs, taps.seen
@@ -359,9 +362,19 @@ def _each_alone(run: Callable[..., Pass], spec: Spec, inputs: Inputs, targets: T
     return Pass(each.squeeze(1), summed.squeeze(1), mean.squeeze(1), tally.sum(0))
 
 
-def _channels_last(spec: Spec, inputs: Inputs) -> Inputs:
+def _planned(network: tuple[Params, Spec], places: Sequence[Place], measurement: Measurement) -> TapPlan:
+    return TapPlan.of(*network, places, measurement.around, moments=measurement.moments)
+
+
+def _images(spec: Spec) -> frozenset[str]:
+    """The values that layers consume which are faster on images in ``torch.channels_last`` memory."""
     roles = [(node, node.layer.role(Memory)) for node in spec.nodes]
-    images = {x for node, role in roles if role is not None and role.channels_last for x in node.inputs}
+    return frozenset(x for node, role in roles if role is not None and role.channels_last for x in node.inputs)
+
+
+def _channels_last(spec: Spec, inputs: Inputs, images: frozenset[str]) -> Inputs:
+    if not images:
+        return inputs
     return {
         name: x.to(memory_format=torch.channels_last) if name in images and isinstance(x, Tensor) and x.ndim == 4 else x
         for name, x in bind_inputs(spec, (inputs,)).items()

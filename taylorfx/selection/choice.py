@@ -81,12 +81,13 @@ def chosen(
 
 def _refuse_over(plan: Plan, budgets: tuple[Budget, ...], name: str) -> None:
     """Refuse a plan that costs more than may remain."""
-    costs = [(one, one.cost(plan.coupling)) for one in budgets]
     everything = np.ones(len(plan.coupling), bool)
+    costs = [(budget, budget.cost(plan.coupling)) for budget in budgets]
+    compared = [(budget, budget.limit(cost(everything)), cost(plan.keep)) for budget, cost in costs]
     over = [
-        f"{budget}, a limit of {budget.limit(cost(everything)):,.6g}; it costs {cost(plan.keep):,.6g}"
-        for budget, cost in costs
-        if cost(plan.keep) > budget.limit(cost(everything))
+        f"{budget}, a limit of {limit:,.6g}; it costs {value:,.6g}"
+        for budget, limit, value in compared
+        if value > limit
     ]
     if over:
         raise BudgetError(f"The plan of {name} does not meet {', and '.join(over)}.")

@@ -48,6 +48,14 @@ class Rules(NamedTuple):
     protected: Mask
     """``(units,)``: those that stay whatever they are worth."""
 
+    def least(self, scope: int, size: int) -> int:
+        """The fewest units that a scope of this size keeps, by its floor and its most.
+
+        >>> Rules([[0]], [2], [0.75], [1], np.zeros(10, bool)).least(0, 10)  # 7 of 10 may leave
+        3
+        """
+        return max(self.floors[scope], math.ceil((1 - self.most[scope]) * size - 1e-9))
+
 
 @dataclass(frozen=True)
 class Constraints:
@@ -129,10 +137,10 @@ class Constraints:
         gone = rules.protected & ~keep
         problems = [f"{coupling.names[unit]} has to stay" for unit in np.flatnonzero(gone).tolist()]
         kept = np.bincount(coupling.scope[keep], minlength=len(coupling.scopes)).tolist()
-        for name, size, n, floor, most, multiple in zip(
-            coupling.scopes, coupling.sizes.tolist(), kept, rules.floors, rules.most, rules.multiples, strict=True
+        for scope, (name, size, n, multiple) in enumerate(
+            zip(coupling.scopes, coupling.sizes.tolist(), kept, rules.multiples, strict=True)
         ):
-            least = max(min(floor, size), math.ceil((1 - most) * size - 1e-9))
+            least = min(rules.least(scope, size), size)
             problems += [f"{name} keeps {n} of {size}, fewer than {least}"] * (n < least)
             problems += [f"{name} keeps {n}, no multiple of {multiple}"] * (n not in (size, n // multiple * multiple))
         for group in rules.groups:
@@ -143,8 +151,8 @@ class Constraints:
     def lasting(self, coupling: Coupling) -> Constraints:
         """The same with ``floor`` and ``most`` as one floor for every scope of this network."""
         rules = self.on(coupling)
-        sizes = zip(coupling.scopes, rules.floors, rules.most, coupling.sizes.tolist(), strict=True)
-        least = {escape(name): max(floor, math.ceil((1 - most) * size - 1e-9)) for name, floor, most, size in sizes}
+        sizes = zip(coupling.scopes, coupling.sizes.tolist(), strict=True)
+        least = {escape(name): rules.least(scope, size) for scope, (name, size) in enumerate(sizes)}
         return replace(self, floor=least, most=1.0)
 
     def standing(self, coupling: Coupling) -> Constraints:

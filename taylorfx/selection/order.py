@@ -205,8 +205,7 @@ def _bundles(free: Labels, sizes: Labels, rules: Rules) -> tuple[Bundles, int]:
     count, allowed = 0, free.tolist()
     for group in rules.groups:
         size = int(sizes[group[0]])
-        least = max(size - min([allowed[k] for k in group]), *[rules.floors[k] for k in group], 1)
-        least = max(least, math.ceil((1 - min([rules.most[k] for k in group])) * size - 1e-9))
+        least = max(size - min([allowed[k] for k in group]), *[rules.least(k, size) for k in group], 1)
         width = math.lcm(*[rules.multiples[k] for k in group])
         first = size % width or width  # what is left over leaves first; what stays is a multiple of the width
         leaving = size - -(-least // width) * width

@@ -18,7 +18,7 @@ units.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar, cast
 
@@ -31,7 +31,7 @@ from taylorfx.coupling.couple import own
 from taylorfx.coupling.units import Coupling
 from taylorfx.cutting.plan import Plan
 from taylorfx.network.spec import Spec
-from taylorfx.scoring.batches import Batch, Targets, each_batch
+from taylorfx.scoring.batches import Batch, Batches, Targets, each_batch
 from taylorfx.scoring.criterion import Criterion
 from taylorfx.scoring.losses import Objective
 from taylorfx.scoring.measurement import Measurement, objective_of
@@ -53,7 +53,7 @@ T = TypeVar("T")
 def exact_second_order(
     params: Params,
     spec: Spec,
-    batches: Batch | Iterable[Batch],
+    batches: Batches,
     coupling: Coupling,
     *,
     measurement: Measurement | None = None,
@@ -83,7 +83,7 @@ def exact_second_order(
 def path_integral(
     params: Params,
     spec: Spec,
-    batches: Batch | Iterable[Batch],
+    batches: Batches,
     coupling: Coupling,
     *,
     nodes: int = 4,
@@ -114,7 +114,7 @@ def path_integral(
 def plan_second_order(
     params: Params,
     spec: Spec,
-    batches: Batch | Iterable[Batch],
+    batches: Batches,
     plan: Plan,
     *,
     measurement: Measurement | None = None,
@@ -137,7 +137,7 @@ def plan_second_order(
 def plan_path_integral(
     params: Params,
     spec: Spec,
-    batches: Batch | Iterable[Batch],
+    batches: Batches,
     plan: Plan,
     *,
     nodes: int = 4,
@@ -178,7 +178,7 @@ def _own(rows: Tensor, some: list[int]) -> Tensor:
 def _scores(
     params: Params,
     spec: Spec,
-    batches: Batch | Iterable[Batch],
+    batches: Batches,
     coupling: Coupling,
     objective: Objective,
     chunk: int,
@@ -197,7 +197,7 @@ def _scores(
 def _changes(
     params: Params,
     spec: Spec,
-    batches: Batch | Iterable[Batch],
+    batches: Batches,
     plan: Plan,
     objective: Objective,
     change: Callable[[Network, Tensor, Tensor], Tensor],
@@ -212,9 +212,7 @@ def _changes(
     return total / _some(count)
 
 
-def _singly(
-    params: Params, spec: Spec, batches: Batch | Iterable[Batch], coupling: Coupling, objective: Objective
-) -> Iterator[Batch]:
+def _singly(params: Params, spec: Spec, batches: Batches, coupling: Coupling, objective: Objective) -> Iterator[Batch]:
     own(params, spec, coupling)
     for batch in each_batch(batches):
         yield from observations(batch, coupling, objective)

@@ -11,7 +11,7 @@ one forward pass per unit and batch, with the unit's gate at zero: "the oracle" 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,7 +27,7 @@ from taylorfx.coupling.units import Coupling
 from taylorfx.network.labels import Labels
 from taylorfx.network.run import apply, bind_inputs, evaluate
 from taylorfx.network.spec import Spec
-from taylorfx.scoring.batches import Batch, each_batch, one_by_one
+from taylorfx.scoring.batches import Batch, Batches, each_batch, one_by_one
 from taylorfx.scoring.gates import gates
 from taylorfx.scoring.losses import Objective, refuse_flat
 from taylorfx.scoring.measurement import Measurement, objective_of
@@ -102,7 +102,7 @@ class Oracle:
 def oracle(
     params: Params,
     spec: Spec,
-    batches: Batch | Iterable[Batch],
+    batches: Batches,
     coupling: Coupling,
     *,
     measurement: Measurement | None = None,
