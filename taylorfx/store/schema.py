@@ -66,7 +66,8 @@ def to_json(spec: Spec) -> str:
         values = {field.name: getattr(node.layer, field.name) for field in fields(node.layer) if field.init}
         for name, value in values.items():
             try:
-                json.dumps(value)
+                values[name] = written(value)
+                json.dumps(values[name])
             except (TypeError, ValueError, RecursionError) as error:
                 errors.append(f"{node.name}: {name} of {type(node.layer).__name__} ({error})")
         nodes.append({"name": node.name, "layer": kind(type(node.layer)), "fields": values, "inputs": node.inputs})
