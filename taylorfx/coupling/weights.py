@@ -56,7 +56,7 @@ def _applied(spec: Spec, varies: Mapping[str, bool]) -> dict[str, set[str]]:
                 name = waiting.pop()
                 if node.name not in applied[name]:
                     applied[name].add(node.name)
-                    waiting += spec.by_name[name].inputs
+                    waiting += [x for x in spec.by_name[name].inputs if x in applied]
     for name, nodes in applied.items():  # a statistic of a weight that is used elsewhere belongs to it as well
         if inputs := spec.by_name[name].inputs:
             nodes |= set.intersection(*(applied.get(x, set()) for x in inputs))

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields
+from dataclasses import is_dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -218,6 +218,8 @@ def has_sizes(field: object) -> bool:
     >>> has_sizes((3, ("examples", Size(4, "x.1")))), has_sizes((3, 4))
     (True, False)
     """
+    if is_dataclass(field):  # a layer that stands in for another
+        return has_sizes(tuple(vars(field).values()))
     return any(map(has_sizes, field)) if isinstance(field, tuple) else isinstance(field, _Remembering)
 
 
@@ -227,10 +229,10 @@ def held(layer: object) -> Iterator[Size | Ratio]:
     def below(field: object) -> Iterator[Size | Ratio]:
         if isinstance(field, (Size, Ratio)):
             yield field
-        for item in field if isinstance(field, tuple) else ():
+        for item in field if isinstance(field, tuple) else vars(field).values() if is_dataclass(field) else ():
             yield from below(item)
 
-    yield from below(tuple(vars(layer).values()))
+    yield from below(layer)
 
 
 def numbers(field: Any) -> Any:
@@ -283,6 +285,8 @@ def at(layer: T, axes: Axes, *, plain: bool = False) -> T:
     def fitted(field: Any) -> Any:
         if isinstance(field, tuple):
             return tuple([fitted(item) for item in field])
+        if is_dataclass(field):
+            return at(field, axes, plain=plain)
         if not isinstance(field, _Remembering):
             return field
         number = value(field.formula, axes)

@@ -14,7 +14,7 @@ from taylorfx.network.parameters import gather
 from taylorfx.network.spec import Spec, SpecError, Step
 from taylorfx.tree import Params, merge
 
-__all__ = ["Inputs", "apply", "bind_inputs", "evaluate", "gating", "run", "train"]
+__all__ = ["Inputs", "apply", "bind_inputs", "evaluate", "fitted", "gating", "run", "train"]
 
 
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
@@ -183,6 +183,19 @@ def _one_by_one(leaves: Sequence[Tensor], spec: Spec, values: Mapping[str, Tenso
     if isinstance(outputs[0], Mapping):
         return {name: torch.cat([one[name] for one in outputs]) for name in outputs[0]}
     return tuple(map(torch.cat, zip(*outputs, strict=True)))
+
+
+def fitted(spec: Spec, inputs: Inputs) -> Spec:
+    """The network for inputs of these shapes: itself, where no number of its layers follows from them.
+
+    Raises:
+        ShapeError: if the inputs do not fit.
+    """
+    if not spec.sized:
+        return spec
+    values = bind_inputs(spec, (inputs,))
+    shapes = [tuple(values[name].shape[1:]) for name in spec.input_layers]
+    return spec if shapes == [layer.shape for layer in spec.input_layers.values()] else spec.at(*shapes)
 
 
 def bind_inputs(spec: Spec, inputs: Sequence[Inputs]) -> dict[str, Any]:

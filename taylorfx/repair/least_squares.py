@@ -11,7 +11,7 @@ from torch import Tensor
 from taylorfx.cutting.cut import cut
 from taylorfx.cutting.plan import Plan
 from taylorfx.layers.roles import Mixing
-from taylorfx.network.run import Inputs, apply, bind_inputs
+from taylorfx.network.run import Inputs, apply, bind_inputs, fitted
 from taylorfx.network.spec import Node, Spec
 from taylorfx.repair.batches import Batches, inputs_of
 from taylorfx.repair.readers import kept_channels, lost, sharing, shifted
@@ -143,6 +143,7 @@ class _Run:
     """A network on one batch, as far as it has been asked for; what no later node consumes is not kept."""
 
     def __init__(self, spec: Spec, inputs: Inputs) -> None:
+        self.inputs = inputs
         self.values: dict[str, Tensor] = bind_inputs(spec, (inputs,))
         self.done = 0
 
@@ -153,7 +154,7 @@ class _Run:
             names = [node.name for node in spec.nodes[self.done : place]]
             later = {name, *(x for node in spec.nodes[place:] for x in node.inputs)}
             wanted = [x for x in names if x in later]
-            part = spec.part(names, wanted, keys=wanted)
+            part = fitted(spec, self.inputs).part(names, wanted, keys=wanted)
             leaves = restrict(params, part.shapes)
             detached = unflatten((path, leaf.detach()) for path, leaf in flatten(leaves).items())
             new = apply(detached, part, {x: self.values[x] for x in part.input_layers})

@@ -30,7 +30,7 @@ from taylorfx.coupling.units import Coupling, Place
 from taylorfx.internals import differentiated
 from taylorfx.layers import ShapeError
 from taylorfx.layers.roles import Memory
-from taylorfx.network.run import Inputs, bind_inputs, evaluate
+from taylorfx.network.run import Inputs, bind_inputs, evaluate, fitted
 from taylorfx.network.spec import Spec
 from taylorfx.rewrite.lean import lean
 from taylorfx.scoring.batches import Batches, Parted, Targets, each_batch, one_by_one, sliced
@@ -265,10 +265,18 @@ class _Scorer:
 
     def __call__(self, inputs: Inputs, targets: Targets) -> Derivatives:
         try:
-            return self._of_batch(*self.networks[0], self.plan, inputs, targets)
+            return self._of_batch(*self._for(inputs), inputs, targets)
         except ShapeError:
             plan = _planned(self.networks[-1], self.sums.places, self.measurement)
             return self._of_batch(*self.networks[-1], plan, inputs, targets)
+
+    def _for(self, inputs: Inputs) -> tuple[Params, Spec, TapPlan]:
+        """The network that is run, and its plan, for inputs of these shapes."""
+        params, spec = self.networks[0]
+        here = fitted(spec, inputs)
+        if here is spec:
+            return params, spec, self.plan
+        return params, here, _planned((params, here), self.sums.places, self.measurement)
 
     def _of_batch(self, params: Params, spec: Spec, plan: TapPlan, inputs: Inputs, targets: Targets) -> Derivatives:
         """Those of one network, some examples at a time."""

@@ -25,7 +25,7 @@ from torch import Tensor
 from taylorfx.coupling.couple import own
 from taylorfx.coupling.units import Coupling
 from taylorfx.network.labels import Labels
-from taylorfx.network.run import apply, bind_inputs, evaluate
+from taylorfx.network.run import apply, bind_inputs, evaluate, fitted
 from taylorfx.network.spec import Spec
 from taylorfx.scoring.batches import Batch, Batches, each_batch, one_by_one
 from taylorfx.scoring.gates import gates
@@ -235,7 +235,11 @@ def alone(
         return x
 
     evaluate(params, coupling.spec, (inputs,), tap=keep)
+    here = fitted(coupling.spec, inputs)
     for part in parts:
+        if here is not coupling.spec:
+            names = [node.name for node in part.spec if node.name not in part.spec.input_layers]
+            part = replace(part, spec=here.part(names, part.spec.outputs))
         inputs_of_part = {name: values[name] for name in part.inputs}
         for start in range(0, len(part.units), chunk):
             yield (

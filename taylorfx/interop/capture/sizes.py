@@ -47,7 +47,7 @@ Shapes = Callable[[Mapping[str, Shape]], Mapping[str, Shape]]
 
 L = TypeVar("L", bound=Layer)
 
-_OPERATIONS = 10
+_OPERATIONS = 60
 """The longest size that is followed, in operations."""
 
 _SCANNED = 1024
@@ -332,10 +332,13 @@ class Sizes:
             if len(expression.free_symbols) > 1:
                 chosen -= expression.free_symbols
         guards = [self._replaced(guard.expr) for guard in self.env.guards if _of_values(guard)] if chosen else []
-        free = {s: self._range(s, [g for g in guards if g.free_symbols == {s}]) for s in chosen}
+        free: dict[sympy.Symbol, Range] = {}
         kept: list[sympy.Basic] = []
+        for s in chosen:
+            free[s], more = self._range(s, [g for g in dict.fromkeys(guards) if g.free_symbols == {s}])
+            kept += more
         for guard in dict.fromkeys(guards):
-            if self._proven(guard, free):
+            if guard in kept or self._proven(guard, free):
                 continue
             if guard.free_symbols & self.examples or not self._is_named(guard):
                 free = {s: sizes for s, sizes in free.items() if s not in guard.free_symbols}
@@ -384,24 +387,31 @@ class Sizes:
         """Whether a symbol's size is read from this axis."""
         return any((name, axis) == place[:2] for place in self.named.values())
 
-    def _range(self, symbol: sympy.Symbol, guards: Sequence[sympy.Basic]) -> Range:
-        """All sizes around the example's, in equal steps, of which the guards say what they say of the example's."""
+    def _range(self, symbol: sympy.Symbol, guards: Sequence[sympy.Basic]) -> tuple[Range, list[sympy.Basic]]:
+        """The sizes that guards on one symbol leave, in equal steps, and the guards that no such range says.
+
+        h > 16 and h % 8 == 0       24 or more in steps of 8
+        h != 30                     no range: a single size is left out
+        """
         bounds, here = self.env.var_to_range[symbol], int(self.numbers[symbol])
-        source = " and ".join(f"({PythonPrinter().doprint(guard)})" for guard in guards) or "True"
-        told = eval(f"lambda {symbol}: {source}", {"math": math, "torch": torch})
         least = max(int(bounds.lower), here - _SCANNED)
         most = None if bounds.upper in (int_oo, sympy.oo) else int(bounds.upper)
-        last = here + _SCANNED if most is None else min(most, here + _SCANNED)
-        step = next((d for d in range(1, _SCANNED) if here + d <= last and told(here + d)), 0)
-        step = step or next((d for d in range(1, _SCANNED) if here - d >= least and told(here - d)), 0)
-        if not step:
-            return here, here, 1
-        down = sum(1 for _ in itertools.takewhile(told, range(here - step, least - 1, -step)))
-        up = sum(1 for _ in itertools.takewhile(told, range(here + step, last + 1, step)))
-        beyond = most is None and here + (up + 1) * step > last
-        if beyond and not all(told(here + step * 2**k) for k in range(10, 24)):
-            beyond = False
-        return here - down * step, None if beyond else here + up * step, step
+        tried = range(least, min(here + _SCANNED, most or here + _SCANNED) + 1)
+        taken, said, kept = [*tried], list[Callable[[int], bool]](), list[sympy.Basic]()
+        for guard in guards:
+            holds = _predicate(symbol, guard)
+            left = [n for n in taken if holds(n)]
+            if _in_steps(left):
+                taken = left
+                said.append(holds)
+            else:
+                kept.append(guard)
+        step = taken[1] - taken[0] if len(taken) > 1 else 1
+        open_ended = most is None and taken[-1] + step > tried[-1]
+        far = [here + step * 2**k for k in range(10, 24)]
+        if open_ended and not all(holds(n) for holds in said for n in far):
+            open_ended = False
+        return (taken[0], None if open_ended else taken[-1], step), kept
 
     def _proven(self, guard: sympy.Basic, free: Mapping[sympy.Symbol, Range]) -> bool:
         """A guard on several sizes says the same at all that they may be."""
@@ -413,6 +423,9 @@ class Sizes:
         ranges = {s: ValueRanges(a, int_oo if b is None else b) for s, (a, b, _) in free.items()}
         ranges |= {s: ValueRanges(n, n) for s, n in self.numbers.items() if s not in free}
         ranges |= {s: self.env.var_to_range[s] for s in self.examples}
+        if isinstance(guard, sympy.Ne):  # a b != a: no factor of the difference is zero
+            factors = sympy.factor_list(guard.lhs - guard.rhs)[1]
+            return all(0 not in bound_sympy(factor, ranges) for factor, _ in factors)
         truth = bound_sympy(guard, ranges)
         return bool(truth.is_singleton() and truth.lower == sympy.true)
 
@@ -442,6 +455,28 @@ class Sizes:
         return tried > 0 or not chosen
 
 
+def _predicate(symbol: sympy.Symbol, guard: sympy.Basic) -> Callable[[int], bool]:
+    """A guard on one symbol as a function of its size."""
+    told = eval(f"lambda {symbol}: {PythonPrinter().doprint(guard)}", {"math": math, "torch": torch})
+
+    def holds(size: int) -> bool:
+        try:
+            return bool(told(size))
+        except ArithmeticError:
+            return False
+
+    return holds
+
+
+def _in_steps(sizes: Sequence[int]) -> bool:
+    """Whether sizes follow each other in equal steps.
+
+    >>> _in_steps([8, 16, 24]), _in_steps([8, 9, 11])
+    (True, False)
+    """
+    return len({b - a for a, b in itertools.pairwise(sizes)}) <= 1
+
+
 def _of_values(guard: ShapeGuard) -> bool:
     """Whether a guard is about values, not about where they lie in memory, which a network does not fix.
 
@@ -454,7 +489,7 @@ def _of_values(guard: ShapeGuard) -> bool:
     return not _LAYOUT.search(place.name) and not (alone and place.name == "_broadcast_shapes")
 
 
-_LAYOUT = re.compile("contiguous|stride|channels_last|non_overlapping|memory_format")
+_LAYOUT = re.compile("contiguous|stride|channels_last|non_overlapping|memory_format|_reshape_view")
 """Functions of torch that ask how tensors lie in memory."""
 
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
