@@ -340,7 +340,7 @@ class Sizes:
         for guard in dict.fromkeys(guards):
             if guard in kept or self._proven(guard, free):
                 continue
-            if guard.free_symbols & self.examples or not self._is_named(guard):
+            if not self._is_named(guard):
                 free = {s: sizes for s, sizes in free.items() if s not in guard.free_symbols}
             else:
                 kept.append(guard)
@@ -354,9 +354,18 @@ class Sizes:
         return ranges, (*self._shared(free, names), *formulas)
 
     def _replaced(self, guard: sympy.Basic) -> sympy.Basic:
-        """A guard in the symbols that are left."""
+        """A guard in the symbols that are left, without the number of examples, as far as it says the same for all.
+
+        Of ``s0 a == s0 b`` the number of examples s0 is no part. In other guards, ``1 < s0 a``, it is the least.
+        """
         while (new := guard.xreplace(self.env.replacements)) != guard:
             guard = new
+        for symbol in guard.free_symbols & self.examples:
+            if isinstance(guard, sympy.core.relational.Relational):
+                sides = [sympy.cancel(side / symbol) for side in guard.args]
+                if not any(side.has(symbol) for side in sides):
+                    guard = guard.func(*sides)
+            guard = guard.xreplace({symbol: sympy.Integer(int(self.env.var_to_range[symbol].lower))})
         return guard
 
     def _axis(self, expression: sympy.Expr, free: Mapping[sympy.Symbol, Range]) -> Range:
@@ -422,7 +431,6 @@ class Sizes:
             return True
         ranges = {s: ValueRanges(a, int_oo if b is None else b) for s, (a, b, _) in free.items()}
         ranges |= {s: ValueRanges(n, n) for s, n in self.numbers.items() if s not in free}
-        ranges |= {s: self.env.var_to_range[s] for s in self.examples}
         if isinstance(guard, sympy.Ne):  # a b != a: no factor of the difference is zero
             factors = sympy.factor_list(guard.lhs - guard.rhs)[1]
             return all(0 not in bound_sympy(factor, ranges) for factor, _ in factors)
