@@ -25,6 +25,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 
 from taylorfx.internals import file_names, pytree
 from taylorfx.interop.calls import dotted, off_path
+from taylorfx.interop.capture.proof import proven
 from taylorfx.interop.capture.reader import CaptureError, Reader
 from taylorfx.interop.capture.sizes import Plain
 from taylorfx.interop.capture.training import Difference, align, twin
@@ -188,14 +189,15 @@ def _network(twin: nn.Module, example: Example, opened: _Open, module: nn.Module
             part.momentum = None
     with torch.no_grad(), _quiet():
         program = program.run_decompositions({})
-    network = Reader(program, alone=opened is _Open.NOTHING, cumulative=frozenset(tracked)).read(module)
+    params, spec = Reader(program, alone=opened is _Open.NOTHING, cumulative=frozenset(tracked)).read(module)
+    spec = proven(params, spec, twin, *example)
     if said:
         warnings.warn(
             f"{type(module).__name__} does something else in training than in inference, at {said}: there, the "
             "captured network does in training what it does in inference.",
             stacklevel=4,
         )
-    return network
+    return params, spec
 
 
 def _cumulative(part: nn.Module) -> TypeGuard[_Norm]:

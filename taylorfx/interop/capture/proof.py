@@ -1,0 +1,136 @@
+"""Other sizes, tried: a captured network and its module are run where torch.export only reasons.
+
+torch.export takes every open axis for two or more positions. A text of one word, an image of one row are taken as well
+if the network gives there what the module gives. And at one more size it has to, or the sizes stay the example's.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from taylorfx.internals import pytree
+from taylorfx.interop.calls import bind, example_of, interface_of
+from taylorfx.layers import ShapeError
+from taylorfx.network.run import apply
+from taylorfx.network.spec import Spec
+from taylorfx.tree import Params
+
+__all__ = ["proven"]
+
+Sizes = Mapping[str, int]
+"""Sizes of axes by name, ``{"x.2": 48}``."""
+
+_LOG = logging.getLogger("taylorfx")
+
+_TRIES = 24
+"""How many sizes are considered for the one that is tried."""
+
+
+def proven(params: Params, spec: Spec, module: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> Spec:
+    """The network with the sizes at which it gives what the module gives.
+
+    Args:
+        module: in inference mode.
+        args, kwargs: the example.
+    """
+    open_axes = {
+        f"{name}.{k}": least
+        for name, layer in spec.input_layers.items()
+        for k, (least, most, _) in enumerate(layer.ranges, 1)
+        if least != most
+    }
+    if not open_axes:
+        return spec
+    inputs = bind(interface_of(spec), tuple(args), kwargs)
+    state = torch.get_rng_state()
+    try:
+        if (other := _other(spec)) and _agree(params, spec, module, _resized(inputs, other)) is False:
+            _LOG.warning("%s: at %s the captured network differs; its sizes stay the example's", type(module).__name__, other)
+            return _fixed(spec)
+        single = {axis: 1 for axis, least in open_axes.items() if least == 2}
+        for chosen in (single, *({axis: 1} for axis in single if len(single) > 1)):
+            wider = _from_one(spec, chosen)
+            if chosen and _agree(params, wider, module, _resized(inputs, chosen)):
+                return wider
+    finally:
+        torch.set_rng_state(state)
+    return spec
+
+
+def _agree(params: Params, spec: Spec, module: nn.Module, inputs: Mapping[str, Tensor]) -> bool | None:
+    """Whether both give the same; None where one of them does not take the inputs."""
+    args, kwargs = example_of(interface_of(spec), inputs)
+    try:
+        with torch.no_grad():
+            torch.manual_seed(0)
+            expected = _tensors(module(*args, **kwargs))
+            torch.manual_seed(0)
+            received = _tensors(apply(params, spec, inputs))
+    except Exception:  # whatever the module's own code raises
+        return None
+    if spec.keys:  # by name, in an order of their own
+        expected, received = (sorted(values, key=lambda x: (x.shape, float(x.double().sum()))) for values in (expected, received))
+    pairs = list(zip(expected, received, strict=False))
+    return len(received) <= len(expected) and all(_close(*pair) for pair in pairs)
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    """Equal up to rounding, measured by the largest of the numbers."""
+    if one.shape != other.shape:
+        return False
+    if not one.is_floating_point():
+        return torch.equal(one, other)
+    scale = float(one.nan_to_num().abs().max()) if one.numel() else 0.0
+    return torch.allclose(one, other, 1e-3, 1e-3 * scale, equal_nan=True)
+
+
+def _tensors(tree: object) -> list[Tensor]:
+    return [x for x in pytree.tree_leaves(tree) if isinstance(x, Tensor)]
+
+
+def _other(spec: Spec) -> Sizes:
+    """Sizes unlike the example's that the network takes; none where none are near."""
+    here = spec.axes()
+    ranges = {f"{n}.{k}": r for n, layer in spec.input_layers.items() for k, r in enumerate(layer.ranges, 1)}
+    for rank in range(1, _TRIES):
+        for sign in (1, -1):
+            sizes = {axis: here[axis] + sign * rank * step * (least != most) for axis, (least, most, step) in ranges.items()}
+            try:
+                spec.refuse(sizes)
+            except ShapeError:
+                continue
+            return {axis: n for axis, n in sizes.items() if n != here[axis]}
+    return {}
+
+
+def _resized(inputs: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
+    """The example with axes of these sizes: its positions over and over."""
+    resized = dict(inputs)
+    for axis, n in sizes.items():
+        name, _, k = axis.rpartition(".")
+        positions = torch.arange(n, device=resized[name].device) % resized[name].shape[int(k)]
+        resized[name] = resized[name].index_select(int(k), positions)
+    return resized
+
+
+def _from_one(spec: Spec, axes: Sizes) -> Spec:
+    """The network whose axes may also have one position."""
+    fields = {
+        name: {"ranges": tuple((axes.get(f"{name}.{k}", a), b, step) for k, (a, b, step) in enumerate(layer.ranges, 1))}
+        for name, layer in spec.input_layers.items()
+    }
+    return spec.declared(fields)
+
+
+def _fixed(spec: Spec) -> Spec:
+    """The network at the example's sizes alone."""
+    fields = {
+        name: {"ranges": tuple((n, n, 1) for n in (layer.shape if isinstance(layer.shape, tuple) else ()))}
+        for name, layer in spec.input_layers.items()
+    }
+    return replace(spec.declared(fields), guards=())
