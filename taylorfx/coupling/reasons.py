@@ -64,7 +64,7 @@ def _frozen_shares(coupling: Coupling, what: str) -> dict[str, float]:
     """
     weights = _weights(coupling, what)
     whole = sum(weights.values()) or 1
-    writers = {scope: _writer(coupling, scope) for scope in coupling.frozen}
+    writers = {scope: coupling.origins[scope] for scope in coupling.frozen}
     scopes = Counter(writers.values())
     return {
         scope: weights.get(writer, 0) * _frozen_part(coupling, scope, writer) / scopes[writer] / whole
@@ -85,11 +85,6 @@ def _weights(coupling: Coupling, what: str) -> dict[str, float]:
         weights[node.name] = sum(math.prod(shapes[path]) for path in paths)
         counted |= paths
     return weights
-
-
-def _writer(coupling: Coupling, scope: str) -> str:
-    """The node that writes a scope. Where a layer writes several, the name of each is the node's and a letter."""
-    return scope if scope in coupling.letters else scope.rpartition(".")[0]
 
 
 def _frozen_part(coupling: Coupling, scope: str, writer: str) -> float:

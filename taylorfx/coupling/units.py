@@ -54,11 +54,13 @@ class Coupling:
 
     Attributes:
         spec: the network.
-        scopes: the name of each scope, a family of units: that of the layer that writes them first.
+        scopes: the name of each scope, a family of units: in a network that is written by hand that of the node that
+            writes them first (``conv1``), in a captured one what they are (``layers.3.mlp: hidden``).
         scope: ``(units,)``, the number of each unit's scope.
         index: ``(units,)``, each unit's position where it is first written.
         exact: ``(units,)``, false where a statistic changes when the unit leaves: that of a norm, or of a weight.
         frozen: by scope, why its channels, or some of them, cannot leave.
+        origins: by scope, frozen ones as well, the node that writes it first.
         axes: the different axes, each ``(factors, size)`` unit numbers, -1 for what stays.
         parameters: for every parameter, by path, the number in ``axes`` of each of its axes.
         letters: for every node, the numbers in ``axes`` of the letters of its signature.
@@ -74,6 +76,7 @@ class Coupling:
     index: Labels
     exact: Mask
     frozen: Mapping[str, str]
+    origins: Mapping[str, str]
     axes: tuple[Labels, ...]
     parameters: Mapping[str, tuple[int, ...]]
     letters: Mapping[str, Mapping[str, int]]
