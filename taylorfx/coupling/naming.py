@@ -41,11 +41,12 @@ QUERIES = "query heads per key/value head"
 VALUES = "value dims"
 BOTH = "head dims"
 GROUPS = "groups"
-IN_GROUP = "channels in each group"
+INTO_GROUP = "channels into each group"
+OUT_OF_GROUP = "channels out of each group"
 HIDDEN = "hidden"
 CHANNELS = "channels"
 
-WEAK, STRONG = (GROUPS, IN_GROUP, VALUES), (QUERIES, HEADS, GROUPED, INNER, BOTH)
+WEAK, STRONG = (GROUPS, INTO_GROUP, OUT_OF_GROUP, VALUES), (QUERIES, HEADS, GROUPED, INNER, BOTH)
 """Roles, each stronger than those before it. A stream may have a weak one; it is none where it has a strong one."""
 
 CONSTANTS = "constants."
@@ -89,8 +90,12 @@ def names_by_role(labeling: Labeling, axes: Axes, of_class: Labels, origins: Seq
     several = len(facts.streams) > 1
     names = list(origins)  # scopes of products alone have no units and are shown nowhere
     seen: Counter[str] = Counter()
-    for scope in sorted({*of_class.tolist()} - {-1}):
-        name = _name(facts, scope, shapes, several) or _unnumbered(origins[scope])
+    present = sorted({*of_class.tolist()} - {-1})
+    wanted = {scope: _name(facts, scope, shapes, several) or _unnumbered(origins[scope]) for scope in present}
+    shared = {name for name, count in Counter(wanted.values()).items() if count > 1}
+    for scope, name in wanted.items():
+        if name in shared and (writer := next(iter(facts.writers[scope]), "")):
+            name = _labeled(writer, name.partition(": ")[2])  # of streams in one module each has its first layer's path
         seen[name] += 1
         names[scope] = name if seen[name] == 1 else f"{name} ({seen[name]})"
     return tuple(names)
@@ -120,7 +125,7 @@ def _whole(block: str, paths: Sequence[str], shapes: Mapping[str, tuple[int, ...
 
 
 def _labeled(path: str, role: str) -> str:
-    return f"{path}: {role}" if path else role
+    return ": ".join(filter(None, (path, role)))
 
 
 def _module(path: str) -> str:
@@ -226,10 +231,11 @@ def _product(labeling: Labeling, node: Node, varies: Set[str], along: _Along, fa
             facts.writers[scope][_weight(spec, weights)] = node.name
     mixing = node.layer.role(Mixing)
     if mixing is not None and mixing.groups > 1:
-        _, within, groups = mixing.letters
-        if groups and bound.sizes.get(within, 1) > 1:
+        within, without, groups = mixing.letters
+        if groups and bound.sizes.get(within, 1) > 1:  # a depthwise convolution has a channel in each
             facts.play(scopes.get(groups, ()), GROUPS)
-            facts.play(scopes.get(within, ()), IN_GROUP)
+            facts.play(scopes.get(within, ()), INTO_GROUP)
+            facts.play(scopes.get(without, ()), OUT_OF_GROUP)
 
 
 def _shared(signature: Signature, inputs: Sequence[Set[str]], out: Set[str]) -> Iterator[tuple[str, str]]:
