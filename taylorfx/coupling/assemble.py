@@ -33,6 +33,7 @@ def assemble(labeling: Labeling, axes: Axes, units: Units, scopes: Scopes) -> Co
         exact=units.exact,
         frozen=units.frozen,
         origins=dict(zip(scopes.names, scopes.nodes, strict=True)),
+        written={scopes.names[scope]: paths for scope, paths in scopes.written.items()},
         axes=different,
         parameters={path: tuple([place[id(axis)] for axis in each]) for path, each in ties.parameters.items()},
         letters={name: {x: place[id(axis)] for x, axis in bound.letters.items()} for name, bound in bounds.items()},

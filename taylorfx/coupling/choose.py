@@ -6,14 +6,14 @@ layer consumes it, or it is the whole of an axis. Of several reasons the first i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from taylorfx.coupling.axes import Axes
 from taylorfx.coupling.expand import Factors
-from taylorfx.coupling.labeling import Labeling
+from taylorfx.coupling.labeling import Labeling, copies
 from taylorfx.coupling.scopes import Scopes
 from taylorfx.coupling.units import Mask
 from taylorfx.coupling.weights import of_weights
@@ -69,12 +69,12 @@ def _staying(labeling: Labeling, factors: Factors, axes: Axes, scopes: Scopes) -
     first = factors.classes.first
     stays = np.zeros(len(first) + 1, bool)
     stays[-1] = True  # what has no class
-    frozen: dict[str, str] = {}
+    reasons: dict[str, list[str]] = {}
 
     def hold(classes: Labels, reason: str) -> None:
         classes = classes[(classes >= 0) & (classes < len(first))]
         for scope in np.unique(scopes.of(first[classes[factors.single[classes]]])):  # products stay by their factors
-            frozen.setdefault(scopes.names[scope], reason)
+            reasons.setdefault(scopes.names[scope], []).append(reason)
         stays[classes] = True
 
     for labels, reason in labeling.ties.frozen:
@@ -82,7 +82,20 @@ def _staying(labeling: Labeling, factors: Factors, axes: Axes, scopes: Scopes) -
     hold(np.flatnonzero(~(_consumed(labeling, factors) | stays)), "no layer consumes it")
     whole = axes.alone()
     hold(whole[~stays[whole]], "the whole axis would leave at once")
-    return stays, frozen
+    given_out = copies(labeling.spec)
+    return stays, {scope: _said(several, given_out) for scope, several in reasons.items()}
+
+
+def _said(reasons: Sequence[str], copies: Mapping[str, tuple[str, ...]]) -> str:
+    """The first reason. Where all of them are outputs that layers consume, too, also which outputs these are.
+
+    >>> _said(["norm is an output of the network"], {"norm is an output of the network": ("hidden_states.*",)})
+    'norm is an output of the network; it would not be frozen without hidden_states.*: from_torch(..., outputs=...)'
+    """
+    if not all(reason in copies for reason in reasons):
+        return reasons[0]
+    names = ", ".join(dict.fromkeys(name for reason in reasons for name in copies[reason]))
+    return f"{reasons[0]}; it would not be frozen without {names}: from_torch(..., outputs=...)"
 
 
 def _consumed(labeling: Labeling, factors: Factors) -> Mask:
@@ -104,7 +117,7 @@ def _inexact(ties: Ties, factors: Factors) -> Mask:
 def _named(first: Labels, scopes: Scopes) -> tuple[tuple[str, ...], Labels, Labels]:
     """The names of the scopes that have units, and of every unit the number of its scope and its index there.
 
-    >>> scopes = Scopes(np.array([0, 4, 6, 9]), np.array([0, 1, 2, 0]), ("conv1", "conv2", "fc"), ())
+    >>> scopes = Scopes(np.array([0, 4, 6, 9]), np.array([0, 1, 2, 0]), ("conv1", "conv2", "fc"), (), {})
     >>> _named(np.array([1, 2, 7, 10]), scopes)
     (('conv1', 'fc'), array([0, 0, 1, 0]), array([1, 2, 1, 1]))
 

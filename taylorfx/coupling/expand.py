@@ -35,7 +35,7 @@ class Factors:
     @cached_property
     def single(self) -> NDArray[np.bool_]:
         """``(classes,)``: the class is no product, so that it is its own first factor."""
-        return self.table[0, :-1] == np.arange(self.table.shape[1] - 1)
+        return np.equal(self.table[0, :-1], np.arange(self.table.shape[1] - 1))
 
     def behind(self, labels: Labels) -> Labels:
         """All columns behind some labels: those of their classes, and of the factors of these. Others may be -1."""

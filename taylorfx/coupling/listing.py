@@ -50,12 +50,12 @@ def listed(rows: Sequence[Row], frozen: Mapping[str, str], spec: Spec) -> str:
 
 
 def _kind(name: str) -> str:
-    """A scope's name without the numbers of the blocks that it lies in.
+    """A scope's name without the numbers of the blocks that it lies in, and without that of equal names.
 
-    >>> _kind("layers.3.self_attn: heads"), _kind("layer1.0.conv1"), _kind("features.8"), _kind("3")
+    >>> _kind("layers.3.self_attn: heads"), _kind("layer1.0.conv1 (2)"), _kind("features.8"), _kind("3")
     ('layers.*.self_attn: heads', 'layer*.*.conv1', 'features.8', '3')
     """
-    path, colon, role = name.partition(": ")
+    path, colon, role = re.sub(r" \(\d+\)$", "", name).partition(": ")
     blocks, dot, last = (path, "", "") if colon else path.rpartition(".")
     return re.sub(r"\d+(?=\.|$)", "*", blocks) + dot + last + colon + role
 

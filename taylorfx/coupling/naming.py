@@ -31,7 +31,7 @@ from taylorfx.layers.roles import Mixing, Sum
 from taylorfx.network.labels import Labeled, Labels, is_example
 from taylorfx.network.spec import Node, Spec
 
-__all__ = ["names_by_role"]
+__all__ = ["Facts", "facts_of", "names_by_role"]
 
 STREAM = "stream"
 INNER = "query/key dims"
@@ -54,20 +54,29 @@ CONSTANTS = "constants."
 
 
 @dataclass
-class _Facts:
-    """What is known of each scope.
+class Facts:
+    """What is known of each scope, by its number.
 
     Attributes:
         paths: the parameters of the module that shrink with it, in order.
         writers: the paths of the layers that write it, in order, and the nodes.
+        written: the parameters of these layers.
         roles: its role in products of activations and in groups, and the nodes where it has the role.
         streams: those that are sums of what several layers write, one after the other.
     """
 
     paths: dict[int, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))
     writers: dict[int, dict[str, str]] = field(default_factory=lambda: defaultdict(dict))
+    written: dict[int, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))
     roles: dict[int, str] = field(default_factory=dict)
     streams: set[int] = field(default_factory=set)
+
+    def write(self, scopes: Iterable[int], path: str, node: Node, *weights: Node) -> None:
+        """A node writes these scopes, perhaps with weights that other nodes compute."""
+        paths = [path for one in (node, *weights) for path in one.paths.values()]
+        for scope in scopes:
+            self.writers[scope][path] = node.name
+            self.written[scope].update((path, None) for path in paths if path in self.paths[scope])
 
     def play(self, scopes: Iterable[int], role: str) -> None:
         """These scopes have a role; of several the strongest counts."""
@@ -77,21 +86,17 @@ class _Facts:
             self.roles[scope] = BOTH if {role, other} == {INNER, VALUES} else max(role, other, key=order.index)
 
 
-def names_by_role(labeling: Labeling, axes: Axes, of_class: Labels, origins: Sequence[str]) -> tuple[str, ...]:
+def names_by_role(facts: Facts, spec: Spec, scopes: Iterable[int], origins: Sequence[str]) -> tuple[str, ...]:
     """The names of the scopes of a captured module, all different.
 
     Args:
-        of_class: ``(classes + 1,)``, the scope of every class that is no product; -1 for others, and at the end.
+        scopes: those that are named; the others have no units and are shown nowhere.
         origins: the node, or node and letter, that creates the labels of each scope.
     """
-    facts = _facts(labeling, axes, of_class)
-    shapes = labeling.spec.shapes
-    facts.streams -= {scope for scope, role in facts.roles.items() if role in STRONG}
-    several = len(facts.streams) > 1
-    names = list(origins)  # scopes of products alone have no units and are shown nowhere
+    shapes, several = spec.shapes, len(facts.streams) > 1
+    names = list(origins)
     seen: Counter[str] = Counter()
-    present = sorted({*of_class.tolist()} - {-1})
-    wanted = {scope: _name(facts, scope, shapes, several) or _unnumbered(origins[scope]) for scope in present}
+    wanted = {scope: _name(facts, scope, shapes, several) or _unnumbered(origins[scope]) for scope in scopes}
     shared = {name for name, count in Counter(wanted.values()).items() if count > 1}
     for scope, name in wanted.items():
         if name in shared and (writer := next(iter(facts.writers[scope]), "")):
@@ -101,7 +106,7 @@ def names_by_role(labeling: Labeling, axes: Axes, of_class: Labels, origins: Seq
     return tuple(names)
 
 
-def _name(facts: _Facts, scope: int, shapes: Mapping[str, tuple[int, ...]], several: bool) -> str:
+def _name(facts: Facts, scope: int, shapes: Mapping[str, tuple[int, ...]], several: bool) -> str:
     """The name of one scope; empty where no parameter and no layer of the module has it."""
     paths, writers = list(facts.paths[scope]), list(facts.writers[scope])
     role = facts.roles.get(scope)
@@ -163,23 +168,27 @@ def _unnumbered(origin: str) -> str:
     return re.sub(r"_\d+(?=\.|$)", "", origin)
 
 
-def _facts(labeling: Labeling, axes: Axes, of_class: Labels) -> _Facts:
-    """Collect what names follow from."""
+def facts_of(labeling: Labeling, axes: Axes, of_class: Labels) -> Facts:
+    """Collect what is known of the scopes.
+
+    Args:
+        of_class: ``(classes + 1,)``, the scope of every class that is no product; -1 for others, and at the end.
+    """
     along = _Along(axes, of_class)
-    facts, spec = _Facts(), labeling.spec
+    facts, spec = Facts(), labeling.spec
     for path, tensor in labeling.ties.parameters.items():
         if not path.startswith(CONSTANTS):
             for scope in sorted(set[int]().union(*map(along, tensor))):
                 facts.paths[scope][path] = None
     for site in labeling.writes:
         if site.example is not None:  # others are parameters, which a layer applies
-            for scope in along(site.labels):
-                facts.writers[scope][_place(spec[site.node])] = site.node
+            facts.write(along(site.labels), _place(spec[site.node]), spec[site.node])
     varies = {name for name, bound in labeling.bounds.items() if any(map(is_example, bound.output))}
     for node in spec.nodes:
         if node.layer.multiplies and node.name in varies:
             _product(labeling, node, varies, along, facts)
-    facts.streams |= _streams(labeling, varies, along, facts)
+    strong = {scope for scope, role in facts.roles.items() if role in STRONG}
+    facts.streams |= _streams(labeling, varies, along, facts) - strong
     return facts
 
 
@@ -209,7 +218,7 @@ def _place(node: Node) -> str:
     return (path if node.layer.leaf else _module(path)) or _unnumbered(node.name)
 
 
-def _product(labeling: Labeling, node: Node, varies: Set[str], along: _Along, facts: _Facts) -> None:
+def _product(labeling: Labeling, node: Node, varies: Set[str], along: _Along, facts: Facts) -> None:
     """Read off a layer that multiplies what the scopes along its letters are to it."""
     bound, spec = labeling.bounds[node.name], labeling.spec
     text = node.layer.signature(*bound.inputs)
@@ -217,9 +226,7 @@ def _product(labeling: Labeling, node: Node, varies: Set[str], along: _Along, fa
         return
     signature = expand(text, tuple(map(len, bound.inputs)))
     scopes = {x: along(axis) for x, axis in bound.letters.items()}
-    inputs = [
-        {*letters(pattern)} for pattern, x in zip(signature.inputs, node.inputs, strict=True) if x in varies
-    ]
+    inputs = [{*letters(pattern)} for pattern, x in zip(signature.inputs, node.inputs, strict=True) if x in varies]
     out = {*letters(signature.output)}
     if len(inputs) > 1:
         for letter, role in _shared(signature, inputs, out):
@@ -227,8 +234,11 @@ def _product(labeling: Labeling, node: Node, varies: Set[str], along: _Along, fa
         _grouped(signature, scopes, facts)
     elif len(inputs) < len(node.inputs):  # with a weight of its own that other nodes compute
         weights = [x for x in node.inputs if x not in varies]
-        for scope in set[int]().union(*(scopes.get(x, ()) for x in out - inputs[0] if inputs)):
-            facts.writers[scope][_weight(spec, weights)] = node.name
+        written = set[int]().union(*(scopes.get(x, ()) for x in out - inputs[0] if inputs))
+        if written:
+            sources = [one for one in spec.nodes if one.paths and one.name in spec.upstream(weights)]
+            path = next((path for one in sources for path in one.paths.values() if not path.startswith(CONSTANTS)), "")
+            facts.write(written, _module(path) or path or _unnumbered(weights[0]), node, *sources)
     mixing = node.layer.role(Mixing)
     if mixing is not None and mixing.groups > 1:
         within, without, groups = mixing.letters
@@ -252,7 +262,7 @@ def _shared(signature: Signature, inputs: Sequence[Set[str]], out: Set[str]) -> 
             yield letter, VALUES if count == 1 else HEADS if letter in out else INNER
 
 
-def _grouped(signature: Signature, scopes: Mapping[str, Set[int]], facts: _Facts) -> None:
+def _grouped(signature: Signature, scopes: Mapping[str, Set[int]], facts: Facts) -> None:
     """Tell key heads from the query heads that each of them serves: what shrinks more parameters is the former."""
     for product in _heads(signature):
         together = set[int]().union(*(scopes.get(x, ()) for x in product))
@@ -271,15 +281,7 @@ def _heads(signature: Signature) -> Iterator[Product]:
                 yield product
 
 
-def _weight(spec: Spec, names: Sequence[str]) -> str:
-    """The path of the module whose parameter these nodes compute."""
-    reached = spec.upstream(names)
-    paths = [path for node in spec.nodes if node.name in reached for path in node.paths.values()]
-    own = [path for path in paths if not path.startswith(CONSTANTS)]
-    return _module(own[0]) or own[0] if own else _unnumbered(names[0])
-
-
-def _streams(labeling: Labeling, varies: Set[str], along: _Along, facts: _Facts) -> set[int]:
+def _streams(labeling: Labeling, varies: Set[str], along: _Along, facts: Facts) -> set[int]:
     """The scopes of sums of several activations, of which a layer consumes what another one wrote before."""
     spec = labeling.spec
     summed: set[int] = set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from taylorfx.coupling.axes import Axes
 from taylorfx.coupling.expand import Factors
 from taylorfx.coupling.labeling import Labeling
-from taylorfx.coupling.naming import names_by_role
+from taylorfx.coupling.naming import facts_of, names_by_role
 from taylorfx.network.labels import Labels
 
 __all__ = ["Scopes", "scopes_of"]
@@ -18,7 +19,7 @@ __all__ = ["Scopes", "scopes_of"]
 class Scopes(NamedTuple):
     """The scopes of labels. Labels are created in runs; each run begins at its first label and is of one scope.
 
-    >>> scopes = Scopes(np.array([0, 4, 6]), np.array([0, 1, 0]), ("conv1", "fc"), ("conv1", "fc"))
+    >>> scopes = Scopes(np.array([0, 4, 6]), np.array([0, 1, 0]), ("conv1", "fc"), ("conv1", "fc"), {})
     >>> scopes.of(np.array([3, 4, 9]))
     array([0, 1, 0])
 
@@ -27,12 +28,14 @@ class Scopes(NamedTuple):
         numbers: ``(runs,)``, the scope of each.
         names: by scope.
         nodes: by scope, the node that creates its labels.
+        written: by scope, the parameters whose layers write it; none for a residual stream, which many layers write.
     """
 
     starts: Labels
     numbers: Labels
     names: tuple[str, ...]
     nodes: tuple[str, ...]
+    written: Mapping[int, tuple[str, ...]]
 
     def of(self, labels: Labels) -> Labels:
         """The scopes of these labels."""
@@ -41,7 +44,7 @@ class Scopes(NamedTuple):
     def within(self, labels: Labels) -> Labels:
         """The position of each label in its run.
 
-        >>> Scopes(np.array([0, 4]), np.array([0, 1]), ("a", "b"), ("a", "b")).within(np.array([3, 4, 6]))
+        >>> Scopes(np.array([0, 4]), np.array([0, 1]), ("a", "b"), ("a", "b"), {}).within(np.array([3, 4, 6]))
         array([3, 0, 2])
         """
         return labels - self.starts[np.searchsorted(self.starts, labels, "right") - 1]
@@ -58,10 +61,13 @@ def scopes_of(labeling: Labeling, factors: Factors, axes: Axes) -> Scopes:
     numbers: dict[str, int] = {}
     of_run = np.array([numbers.setdefault(name, len(numbers)) for _, name in origins])
     nodes = tuple(name if name in labeling.bounds else name.rpartition(".")[0] for name in numbers)
-    scopes = Scopes(np.array([start for start, _ in origins]), of_run, tuple(numbers), nodes)
-    if labeling.spec.interface is None:
-        return scopes
+    scopes = Scopes(np.array([start for start, _ in origins]), of_run, tuple(numbers), nodes, {})
     first = factors.classes.first
     of_class = np.full(len(first) + 1, -1)
     of_class[:-1][factors.single] = scopes.of(first[factors.single])
-    return scopes._replace(names=names_by_role(labeling, axes, of_class, scopes.names))
+    facts = facts_of(labeling, axes, of_class)
+    written = {scope: tuple(paths) for scope, paths in facts.written.items() if scope not in facts.streams}
+    names = scopes.names
+    if labeling.spec.interface is not None:
+        names = names_by_role(facts, labeling.spec, np.unique(of_class[of_class >= 0]).tolist(), names)
+    return scopes._replace(names=names, written=written)

@@ -63,6 +63,8 @@ class Coupling:
         exact: ``(units,)``, false where a statistic changes when the unit leaves: that of a norm, or of a weight.
         frozen: by scope, why its channels, or some of them, cannot leave.
         origins: by scope, frozen ones as well, the node that writes it first.
+        written: by scope, the parameters of all layers that write it; none for a residual stream, to which every block
+            adds.
         axes: the different axes, each ``(factors, size)`` unit numbers, -1 for what stays.
         parameters: for every parameter, by path, the number in ``axes`` of each of its axes.
         letters: for every node, the numbers in ``axes`` of the letters of its signature.
@@ -79,6 +81,7 @@ class Coupling:
     exact: Mask
     frozen: Mapping[str, str]
     origins: Mapping[str, str]
+    written: Mapping[str, tuple[str, ...]]
     axes: tuple[Labels, ...]
     parameters: Mapping[str, tuple[int, ...]]
     letters: Mapping[str, Mapping[str, int]]
@@ -123,12 +126,14 @@ class Coupling:
     def _shrinking(self) -> list[int]:
         """For every scope, the number of weights that lie along one of its units.
 
-            weight of 4 x 6, of whose positions 2 and 3 lie along the scope       4 * 6 - 2 * 3 = 18
+        weight of 4 x 6, of whose positions 2 and 3 lie along the scope       4 * 6 - 2 * 3 = 18
         """
         shapes, numbers = self.spec.shapes, [0] * len(self.scopes)
         for scope, paths in enumerate(self.paths):
             for path in paths:
-                others = [n - self._along[k].get(scope, 0) for n, k in zip(shapes[path], self.parameters[path], strict=True)]
+                others = [
+                    n - self._along[k].get(scope, 0) for n, k in zip(shapes[path], self.parameters[path], strict=True)
+                ]
                 numbers[scope] += math.prod(shapes[path]) - math.prod(others)
         return numbers
 
