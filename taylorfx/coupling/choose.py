@@ -65,7 +65,7 @@ def choose(labeling: Labeling, factors: Factors, axes: Axes, scopes: Scopes) -> 
 
 
 def _staying(labeling: Labeling, factors: Factors, axes: Axes, scopes: Scopes) -> tuple[Mask, dict[str, str]]:
-    """The classes that have to stay, and for every scope that has labels of some, the first reason."""
+    """The classes that have to stay, and for every scope that has some, why."""
     first = factors.classes.first
     stays = np.zeros(len(first) + 1, bool)
     stays[-1] = True  # what has no class
