@@ -9,6 +9,7 @@ names of scopes follow from the module's own names and from what its layers do a
     layers.3.self_attn: value dims      an axis of one of the factors, and of the product
     layers.3.self_attn: head dims       both: one layer writes queries, keys and values
     layers.3.mlp: hidden                all matrices of the module shrink with it
+    layer1.0: groups                    the groups of a convolution; also the channels into and out of each group
     layer1.0.conv1                      what one layer alone writes
     layer2.0: channels                  what several layers write
 
@@ -46,7 +47,8 @@ OUT_OF_GROUP = "channels out of each group"
 HIDDEN = "hidden"
 CHANNELS = "channels"
 
-WEAK, STRONG = (GROUPS, INTO_GROUP, OUT_OF_GROUP, VALUES), (QUERIES, HEADS, GROUPED, INNER, BOTH)
+GROUPED_ROLES = (GROUPS, INTO_GROUP, OUT_OF_GROUP)
+WEAK, STRONG = (*GROUPED_ROLES, VALUES), (QUERIES, HEADS, GROUPED, INNER, BOTH)
 """Roles, each stronger than those before it. A stream may have a weak one; it is none where it has a strong one."""
 
 CONSTANTS = "constants."
@@ -96,41 +98,38 @@ def names_by_role(facts: Facts, spec: Spec, scopes: Iterable[int], origins: Sequ
     shapes, several = spec.shapes, len(facts.streams) > 1
     names = list(origins)
     seen: Counter[str] = Counter()
-    wanted = {scope: _name(facts, scope, shapes, several) or _unnumbered(origins[scope]) for scope in scopes}
-    shared = {name for name, count in Counter(wanted.values()).items() if count > 1}
-    for scope, name in wanted.items():
-        if name in shared and (writer := next(iter(facts.writers[scope]), "")):
-            name = _labeled(writer, name.partition(": ")[2])  # of streams in one module each has its first layer's path
+    wanted = {scope: _name(facts, scope, shapes, several) for scope in scopes}
+    often = Counter(wanted.values())
+    for scope, (path, role) in wanted.items():
+        if often[path, role] > 1:  # of several streams in one module each has the path of its first layer
+            path = next(iter(facts.writers[scope]), path)
+        name = ": ".join(filter(None, (path, role))) or _unnumbered(origins[scope])
         seen[name] += 1
         names[scope] = name if seen[name] == 1 else f"{name} ({seen[name]})"
     return tuple(names)
 
 
-def _name(facts: Facts, scope: int, shapes: Mapping[str, tuple[int, ...]], several: bool) -> str:
-    """The name of one scope; empty where no parameter and no layer of the module has it."""
+def _name(facts: Facts, scope: int, shapes: Mapping[str, tuple[int, ...]], several: bool) -> tuple[str, str]:
+    """The path and the role of one scope; both empty where no parameter and no layer of the module has it."""
     paths, writers = list(facts.paths[scope]), list(facts.writers[scope])
     role = facts.roles.get(scope)
     if scope in facts.streams:
-        return _labeled(_common(writers) if several else "", STREAM)
-    if role:
-        return _labeled(_common(map(_module, paths)), role)
-    flat = all(len(shapes[path]) <= 2 for path in paths)
+        return _common(writers) if several else "", f"{STREAM}, {role}" if role in GROUPED_ROLES else STREAM
     block = _common(map(_module, paths))
+    if role:
+        return block, role
+    flat = all(len(shapes[path]) <= 2 for path in paths)
     if writers and flat and block and _whole(block, paths, shapes):
-        return _labeled(block, HIDDEN)
+        return block, HIDDEN
     if len(writers) > 1 and (shared := _common(writers)):
-        return _labeled(shared, HIDDEN if flat else CHANNELS)
-    return next(iter(writers or paths), "")
+        return shared, HIDDEN if flat else CHANNELS
+    return next(iter(writers or paths), ""), ""
 
 
 def _whole(block: str, paths: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """Whether all matrices of a module shrink with the scope of these parameters."""
     matrices = [path for path, shape in shapes.items() if path.startswith(f"{block}.") and len(shape) > 1]
     return len(matrices) > 1 and {*matrices} <= {*paths}
-
-
-def _labeled(path: str, role: str) -> str:
-    return ": ".join(filter(None, (path, role)))
 
 
 def _module(path: str) -> str:
