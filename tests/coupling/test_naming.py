@@ -264,7 +264,7 @@ def test_a_glob_that_matches_nothing_is_refused_with_what_is_near():
     )
     with pytest.raises(tfx.SelectionError, match=near):
         tfx.Constraints(protect="*q_prj*").on(language())
-    with pytest.raises(tfx.SelectionError, match="Near them are layers.0.mlp: hidden"):
+    with pytest.raises(tfx.SelectionError, match=r"Near them are layers\.0\.mlp: hidden"):
         tfx.Constraints(multiple={"*: hiden": 2}).on(language())
 
 

@@ -415,7 +415,7 @@ def test_outputs_that_the_module_does_not_have_are_refused_with_those_that_it_ha
         CaptureError, match=r"received 'logit', 3, which no output has.* logits, inner.0, inner.1, count"
     ):
         from_torch(Several(True).eval(), x, outputs=["logit", 3, "logits"])
-    with pytest.raises(CaptureError, match="received 3, which no output has. The module gives out 0, 1, 2"):
+    with pytest.raises(CaptureError, match=r"received 3, which no output has\. The module gives out 0, 1, 2"):
         from_torch(Several(False).eval(), x, outputs=3)
     with pytest.raises(CaptureError, match="received none"):
         from_torch(Several(False).eval(), x, outputs=[])
