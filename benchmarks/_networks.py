@@ -261,6 +261,6 @@ TRAINED = {
     ),
     "vit": Task(
         "small vision transformer, Fashion-MNIST", VisionTransformer, fashion, epochs=7, tune=60,
-        protect=("patch", "view*.x1"),  # the stream, and the dimensions of the heads
+        protect=("stream", "*dims"),  # the dimensions of the heads
     ),
 }  # fmt: skip

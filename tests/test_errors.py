@@ -118,7 +118,8 @@ GRAPH = """A network is a graph of named nodes without cycles; received:
   the nodes 'c', 'd' lie on or behind a cycle"""
 
 GLOBS = (
-    "Globs name scopes of the network; {} received 'conx*', 'y', which match nothing. The scopes are conv1, conv2, fc."
+    "Globs name scopes of the network, or parameters; {} received 'conx*', 'y', which match nothing. Near them are "
+    "conv2, conv1. The scopes are conv1, conv2, fc."
 )
 
 BUDGET = (
@@ -483,7 +484,8 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
         lambda: select(protect="y", floor=0, most=2.0),
         tfx.SelectionError,
         "floor is at least 1; received 0 for '*'. most is at least 0 and at most 1; received 2.0 for '*'. Globs name "
-        "scopes of the network; protect received 'y', which match nothing. The scopes are conv1, conv2, fc.",
+        "scopes of the network, or parameters; protect received 'y', which match nothing. The scopes are conv1, conv2, "
+        "fc.",
     ),
     "a glob that is no string": (
         lambda: select(protect=[3]),

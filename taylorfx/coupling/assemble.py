@@ -9,13 +9,14 @@ import numpy as np
 from taylorfx.coupling.axes import Axes
 from taylorfx.coupling.choose import Units
 from taylorfx.coupling.labeling import Labeling
+from taylorfx.coupling.scopes import Scopes
 from taylorfx.coupling.units import Coupling, Place
 from taylorfx.network.labels import Labels, Site, length
 
 __all__ = ["assemble"]
 
 
-def assemble(labeling: Labeling, axes: Axes, units: Units) -> Coupling:
+def assemble(labeling: Labeling, axes: Axes, units: Units, scopes: Scopes) -> Coupling:
     """Look up the units of every axis, and keep the axes that differ in them."""
     rows = axes.rows(units.number)
     different, place = _different(axes, rows)
@@ -31,6 +32,8 @@ def assemble(labeling: Labeling, axes: Axes, units: Units) -> Coupling:
         index=units.index,
         exact=units.exact,
         frozen=units.frozen,
+        origins=dict(zip(scopes.names, scopes.nodes, strict=True)),
+        written={scopes.names[scope]: paths for scope, paths in scopes.written.items()},
         axes=different,
         parameters={path: tuple([place[id(axis)] for axis in each]) for path, each in ties.parameters.items()},
         letters={name: {x: place[id(axis)] for x, axis in bound.letters.items()} for name, bound in bounds.items()},

@@ -6,15 +6,15 @@ layer consumes it, or it is the whole of an axis. Of several reasons the first i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
 from taylorfx.coupling.axes import Axes
 from taylorfx.coupling.expand import Factors
-from taylorfx.coupling.labeling import Labeling
+from taylorfx.coupling.labeling import Labeling, copies
+from taylorfx.coupling.scopes import Scopes
 from taylorfx.coupling.units import Mask
 from taylorfx.coupling.weights import of_weights
 from taylorfx.network.labels import Labeled, Labels, Ties
@@ -45,29 +45,11 @@ class Units:
     ungated: frozenset[int]
 
 
-class Scopes(NamedTuple):
-    """The scopes of labels. Each begins at its first label, and ends where the next one begins.
-
-    >>> scopes = Scopes(np.array([0, 4, 6]), ["conv1", "conv2", "fc"])
-    >>> scopes.of(np.array([3, 4, 9]))
-    array([0, 1, 2])
-    """
-
-    starts: Labels
-    names: list[str]
-
-    def of(self, labels: Labels) -> Labels:
-        """The numbers of the scopes that these labels are of."""
-        return np.searchsorted(self.starts, labels, "right") - 1
-
-
-def choose(labeling: Labeling, factors: Factors, axes: Axes) -> Units:
+def choose(labeling: Labeling, factors: Factors, axes: Axes, scopes: Scopes) -> Units:
     """Choose the classes that are units, and number them in the order of their first labels."""
     ties, first = labeling.ties, factors.classes.first
-    scopes = Scopes(np.array([start for start, _ in ties.origins] or [0]), [name for _, name in ties.origins])
     stays, frozen = _staying(labeling, factors, axes, scopes)
-    # A class that is no product is its own first factor.
-    units = np.flatnonzero((factors.table[0, :-1] == np.arange(len(first))) & ~stays[:-1])
+    units = np.flatnonzero(factors.single & ~stays[:-1])
     units = units[np.argsort(first[units], kind="stable")]
     number = np.full(len(first) + 1, -1)
     number[units] = np.arange(len(units))
@@ -83,16 +65,16 @@ def choose(labeling: Labeling, factors: Factors, axes: Axes) -> Units:
 
 
 def _staying(labeling: Labeling, factors: Factors, axes: Axes, scopes: Scopes) -> tuple[Mask, dict[str, str]]:
-    """The classes that have to stay, and for every scope that has labels of some, the first reason."""
+    """The classes that have to stay, and for every scope that has some, why."""
     first = factors.classes.first
     stays = np.zeros(len(first) + 1, bool)
     stays[-1] = True  # what has no class
-    frozen: dict[str, str] = {}
+    reasons: dict[str, list[str]] = {}
 
     def hold(classes: Labels, reason: str) -> None:
         classes = classes[(classes >= 0) & (classes < len(first))]
-        for scope in np.unique(scopes.of(first[classes])):
-            frozen.setdefault(scopes.names[scope], reason)
+        for scope in np.unique(scopes.of(first[classes[factors.single[classes]]])):  # products stay by their factors
+            reasons.setdefault(scopes.names[scope], []).append(reason)
         stays[classes] = True
 
     for labels, reason in labeling.ties.frozen:
@@ -100,7 +82,20 @@ def _staying(labeling: Labeling, factors: Factors, axes: Axes, scopes: Scopes) -
     hold(np.flatnonzero(~(_consumed(labeling, factors) | stays)), "no layer consumes it")
     whole = axes.alone()
     hold(whole[~stays[whole]], "the whole axis would leave at once")
-    return stays, frozen
+    given_out = copies(labeling.spec)
+    return stays, {scope: _said(several, given_out) for scope, several in reasons.items()}
+
+
+def _said(reasons: Sequence[str], copies: Mapping[str, tuple[str, ...]]) -> str:
+    """The first reason. Where all of them are outputs that layers consume, too, also which outputs these are.
+
+    >>> _said(["norm is an output of the network"], {"norm is an output of the network": ("hidden_states.*",)})
+    'norm is an output of the network; it would not be frozen without hidden_states.*: from_torch(..., outputs=...)'
+    """
+    if not all(reason in copies for reason in reasons):
+        return reasons[0]
+    names = ", ".join(dict.fromkeys(name for reason in reasons for name in copies[reason]))
+    return f"{reasons[0]}; it would not be frozen without {names}: from_torch(..., outputs=...)"
 
 
 def _consumed(labeling: Labeling, factors: Factors) -> Mask:
@@ -122,9 +117,7 @@ def _inexact(ties: Ties, factors: Factors) -> Mask:
 def _named(first: Labels, scopes: Scopes) -> tuple[tuple[str, ...], Labels, Labels]:
     """The names of the scopes that have units, and of every unit the number of its scope and its index there.
 
-    Scopes without units are left out, and scopes of one name are one:
-
-    >>> scopes = Scopes(np.array([0, 4, 6, 9]), ["conv1", "conv2", "fc", "conv1"])
+    >>> scopes = Scopes(np.array([0, 4, 6, 9]), np.array([0, 1, 2, 0]), ("conv1", "conv2", "fc"), (), {})
     >>> _named(np.array([1, 2, 7, 10]), scopes)
     (('conv1', 'fc'), array([0, 0, 1, 0]), array([1, 2, 1, 1]))
 
@@ -132,8 +125,8 @@ def _named(first: Labels, scopes: Scopes) -> tuple[tuple[str, ...], Labels, Labe
         first: ``(units,)``, the first label of each, ascending.
     """
     scope = scopes.of(first)
-    numbers: dict[str, int] = {}
-    renumber = np.zeros(len(scopes.starts), np.int64)
-    for k in np.unique(scope).tolist():
-        renumber[k] = numbers.setdefault(scopes.names[k], len(numbers))
-    return tuple(numbers), renumber[scope], first - scopes.starts[scope]
+    numbers, place = np.unique(scope, return_inverse=True)
+    order = np.argsort(np.unique(scope, return_index=True)[1], kind="stable")
+    renumber = np.empty_like(order)
+    renumber[order] = np.arange(len(order))
+    return tuple(scopes.names[k] for k in numbers[order].tolist()), renumber[place], scopes.within(first)

@@ -1,10 +1,11 @@
 """Couple: find what leaves together, from a network's labels to its units.
 
 Every axis of every tensor carries labels (`taylorfx.network.labels`). Layers tie labels, and lay some out as products
-of others. From them four steps lead to the units:
+of others. From them five steps lead to the units:
 
     join        labels that are tied become one class
     expand      a class that is a product gets the factors of its factors
+    name        classes that are created together are a scope, which has a name
     choose      classes that may leave are the units
     assemble    the units of every position of every axis
 
@@ -26,6 +27,7 @@ from taylorfx.coupling.choose import choose
 from taylorfx.coupling.expand import expand
 from taylorfx.coupling.join import join
 from taylorfx.coupling.labeling import label
+from taylorfx.coupling.scopes import scopes_of
 from taylorfx.coupling.units import Coupling
 from taylorfx.network.parameters import check
 from taylorfx.network.spec import Spec
@@ -61,8 +63,9 @@ def couple(params: Params, spec: Spec) -> Coupling:
     labeling = label(spec)
     factors = expand(join(labeling.ties))
     axes = lay_out(labeling, factors)
-    units = choose(labeling, factors, axes)
-    return assemble(labeling, axes, units)
+    scopes = scopes_of(labeling, factors, axes)
+    units = choose(labeling, factors, axes, scopes)
+    return assemble(labeling, axes, units, scopes)
 
 
 def own(params: Params, spec: Spec, coupling: Coupling) -> None:

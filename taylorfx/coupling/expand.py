@@ -6,8 +6,10 @@ A class that is no product is its own and only factor. A product has the factors
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
 from taylorfx.coupling.join import Classes
 from taylorfx.network.labels import EXAMPLE, Labeled, Labels
@@ -29,6 +31,11 @@ class Factors:
     classes: Classes
     table: Labels
     column: Labels
+
+    @cached_property
+    def single(self) -> NDArray[np.bool_]:
+        """``(classes,)``: the class is no product, so that it is its own first factor."""
+        return np.equal(self.table[0, :-1], np.arange(self.table.shape[1] - 1))
 
     def behind(self, labels: Labels) -> Labels:
         """All columns behind some labels: those of their classes, and of the factors of these. Others may be -1."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from taylorfx.network.labels import Bound, Site, Ties
 from taylorfx.network.limits import Room
 from taylorfx.network.spec import Spec
 
-__all__ = ["Labeling", "label"]
+__all__ = ["Labeling", "copies", "label"]
 
 
 @dataclass(frozen=True)
@@ -48,5 +49,23 @@ def label(spec: Spec) -> Labeling:
     bounds = propagate(spec, ties)
     for name in spec.outputs:
         for axis in bounds[name].output:
-            ties.freeze(axis, f"{name} is an output of the network")
+            ties.freeze(axis, _given_out(name))
     return Labeling(spec, bounds, ties)
+
+
+def _given_out(name: str) -> str:
+    return f"{name} is an output of the network"
+
+
+def copies(spec: Spec) -> dict[str, tuple[str, ...]]:
+    """For every output of a captured module that its layers consume, too: why it is frozen, and the output's names.
+
+    Without such an output the module computes the others as before. Numbered ones (``hidden_states.3``) are named
+    together (``hidden_states.*``).
+    """
+    names: dict[str, tuple[str, ...]] = {}
+    for key, name in zip(spec.keys or map(str, range(len(spec.outputs))), spec.outputs, strict=True):
+        if spec.interface is not None and spec.consumers[name]:
+            kind = re.sub(r"\.\d+(?=\.|$)", ".*", key)
+            names[_given_out(name)] = tuple(dict.fromkeys((*names.get(_given_out(name), ()), kind)))
+    return names

@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter, defaultdict
-from typing import NamedTuple
 
 import numpy as np
 
+from taylorfx.coupling.causes import Cause, cause_of
 from taylorfx.coupling.units import Coupling
 from taylorfx.layers.axes import products
-from taylorfx.network.spec import Node
 
 __all__ = ["held"]
 
 SHOWN = 4
 """How many causes, and nodes of each, are named."""
-
-
-class Cause(NamedTuple):
-    """What freezes layers: like reasons at several nodes have one cause."""
-
-    operator: str
-    rule: str
-
-    def __str__(self) -> str:
-        return ": ".join(filter(None, self))
 
 
 def held(coupling: Coupling, what: str = "parameters") -> str:
@@ -42,7 +30,7 @@ def held(coupling: Coupling, what: str = "parameters") -> str:
     nodes: dict[Cause, dict[str, None]] = defaultdict(dict)
     frozen = _frozen_shares(coupling, what)
     for scope, reason in coupling.frozen.items():
-        cause, name = _cause(coupling, reason)
+        cause, name = cause_of(coupling.spec, reason)
         shares[cause] += frozen[scope]
         nodes[cause][name or scope] = None
     if not shares:
@@ -64,7 +52,7 @@ def _frozen_shares(coupling: Coupling, what: str) -> dict[str, float]:
     """
     weights = _weights(coupling, what)
     whole = sum(weights.values()) or 1
-    writers = {scope: _writer(coupling, scope) for scope in coupling.frozen}
+    writers = {scope: coupling.origins[scope] for scope in coupling.frozen}
     scopes = Counter(writers.values())
     return {
         scope: weights.get(writer, 0) * _frozen_part(coupling, scope, writer) / scopes[writer] / whole
@@ -87,11 +75,6 @@ def _weights(coupling: Coupling, what: str) -> dict[str, float]:
     return weights
 
 
-def _writer(coupling: Coupling, scope: str) -> str:
-    """The node that writes a scope. Where a layer writes several, the name of each is the node's and a letter."""
-    return scope if scope in coupling.letters else scope.rpartition(".")[0]
-
-
 def _frozen_part(coupling: Coupling, scope: str, writer: str) -> float:
     """The share of a scope's channels that cannot leave: the mean over the axes of its writer that have the scope."""
     if scope not in coupling.scopes or writer not in coupling.letters:
@@ -100,26 +83,6 @@ def _frozen_part(coupling: Coupling, scope: str, writer: str) -> float:
     axes = [coupling.axes[k] for k in coupling.letters[writer].values()]
     parts = [float((axis < 0).all(0).mean()) for axis in axes if number in coupling.scope[axis[axis >= 0]]]
     return float(np.mean(parts)) if parts else 1.0
-
-
-NODE = (r"(\S+): ", r"(\S+) is an output", r".* at (?!a product)(\S+)")
-"""Where a reason names a node."""
-
-
-def _cause(coupling: Coupling, reason: str) -> tuple[Cause, str]:
-    """The cause of a reason, and the node that the reason names (empty where it names none)."""
-    for pattern in NODE:
-        match = re.match(pattern, reason)
-        if match and match[1] in coupling.letters:
-            return _without(coupling.spec[match[1]], reason), match[1]
-    return Cause("", reason), ""
-
-
-def _without(node: Node, reason: str) -> Cause:
-    """A reason without the name of its node."""
-    rule = reason.removeprefix(f"{node.name}: ").removeprefix(f"{node.name} is ").removesuffix(f" at {node.name}")
-    rule = rule.replace(f" at {node.name} ", " there ")
-    return Cause("" if rule.startswith(node.layer.title) else node.layer.title, rule)
 
 
 def _listed(names: dict[str, None]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,6 +10,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from taylorfx.coupling.listing import Row, listed
 from taylorfx.layers import Shape
 from taylorfx.layers.axes import Signature, expand
 from taylorfx.network.labels import Bound, Labels
@@ -54,11 +56,15 @@ class Coupling:
 
     Attributes:
         spec: the network.
-        scopes: the name of each scope, a family of units: that of the layer that writes them first.
+        scopes: the name of each scope, a family of units: in a network that is written by hand that of the node that
+            writes them first (``conv1``), in a captured one what they are (``layers.3.mlp: hidden``).
         scope: ``(units,)``, the number of each unit's scope.
         index: ``(units,)``, each unit's position where it is first written.
         exact: ``(units,)``, false where a statistic changes when the unit leaves: that of a norm, or of a weight.
         frozen: by scope, why its channels, or some of them, cannot leave.
+        origins: by scope, frozen ones as well, the node that writes it first.
+        written: by scope, the parameters of all layers that write it; none for a residual stream, to which every block
+            adds.
         axes: the different axes, each ``(factors, size)`` unit numbers, -1 for what stays.
         parameters: for every parameter, by path, the number in ``axes`` of each of its axes.
         letters: for every node, the numbers in ``axes`` of the letters of its signature.
@@ -74,6 +80,8 @@ class Coupling:
     index: Labels
     exact: Mask
     frozen: Mapping[str, str]
+    origins: Mapping[str, str]
+    written: Mapping[str, tuple[str, ...]]
     axes: tuple[Labels, ...]
     parameters: Mapping[str, tuple[int, ...]]
     letters: Mapping[str, Mapping[str, int]]
@@ -94,6 +102,40 @@ class Coupling:
     def sizes(self) -> Labels:
         """The number of units of each scope."""
         return np.bincount(self.scope, minlength=len(self.scopes))
+
+    @cached_property
+    def paths(self) -> tuple[tuple[str, ...], ...]:
+        """For every scope, the parameters that shrink with it."""
+        paths: list[list[str]] = [[] for _ in self.scopes]
+        for path, axes in self.parameters.items():
+            for scope in sorted(set[int]().union(*(self._along[k] for k in axes))):
+                paths[scope].append(path)
+        return tuple(map(tuple, paths))
+
+    @cached_property
+    def _along(self) -> list[Mapping[int, int]]:
+        """For every axis, by scope, how many positions have a unit of the scope."""
+        scope = np.append(self.scope, -1)  # so that unit -1 is of none
+        along: list[Mapping[int, int]] = []
+        for axis in self.axes:
+            scopes = scope[axis]
+            along.append({x: int((scopes == x).any(0).sum()) for x in np.unique(scopes[scopes >= 0]).tolist()})
+        return along
+
+    @cached_property
+    def _shrinking(self) -> list[int]:
+        """For every scope, the number of weights that lie along one of its units.
+
+        weight of 4 x 6, of whose positions 2 and 3 lie along the scope       4 * 6 - 2 * 3 = 18
+        """
+        shapes, numbers = self.spec.shapes, [0] * len(self.scopes)
+        for scope, paths in enumerate(self.paths):
+            for path in paths:
+                others = [
+                    n - self._along[k].get(scope, 0) for n, k in zip(shapes[path], self.parameters[path], strict=True)
+                ]
+                numbers[scope] += math.prod(shapes[path]) - math.prod(others)
+        return numbers
 
     def alive(self, keep: Mask) -> list[Mask]:
         """For every axis, which of its indices stay when these units are kept."""
@@ -145,9 +187,6 @@ class Coupling:
         return f"Coupling({len(self):,} units in {len(self.scopes):,} scopes, {len(self.frozen):,} frozen)"
 
     def __str__(self) -> str:
-        lines = [f"{len(self)} units in {len(self.scopes)} scopes"]
-        for name, count, number in zip(self.scopes, self.sizes.tolist(), range(len(self.scopes)), strict=True):
-            inexact = "" if self.exact[self.scope == number].all() else "  (inexact: a norm's statistics change)"
-            lines.append(f"  {name}: {count}{inexact}")
-        lines += [f"  {name}: frozen, {reason}" for name, reason in self.frozen.items()]
-        return "\n".join(lines)
+        exact = np.bincount(self.scope[~self.exact], minlength=len(self.scopes)) == 0
+        rows = map(Row, self.scopes, self.sizes.tolist(), self._shrinking, exact.tolist())
+        return listed([*rows], self.frozen, self.spec)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
+from difflib import get_close_matches
+from fnmatch import translate
 from functools import partial
 from glob import escape
 from numbers import Integral, Real
@@ -22,6 +24,9 @@ __all__ = ["ConstraintOptions", "Constraints", "Rules"]
 T = TypeVar("T")
 N = TypeVar("N", int, float)
 Globs = str | Iterable[str]
+
+SHOWN, LISTED = 3, 24
+"""How many near names an error shows for a glob, and how many scopes it lists."""
 
 
 class ConstraintOptions(TypedDict, total=False):
@@ -61,13 +66,18 @@ class Rules(NamedTuple):
 class Constraints:
     """What a selection respects, whatever the scores are; `on` says what that is for one network.
 
+    Globs name scopes, as ``print(coupling)`` lists them, or parameters: one matches a scope if it matches its name, or
+    the path of a parameter whose layer writes it. ``"*q_proj*"`` stands for the heads and the dimensions of queries. A
+    residual stream, to which every block adds, is meant by its name. A glob that matches nothing in this way stands
+    for all scopes that shrink a parameter of that name: ``"*norm.weight"`` for the stream.
+
     `prune`, `iterate`, `select` and `joint` take one as ``constraints=``, or its attributes as keywords.
 
     >>> Constraints(protect="stem.*", multiple=8).protect
     ('stem.*',)
 
     Attributes:
-        protect: globs of scopes that lose nothing (``"layer1.*"``).
+        protect: globs of scopes, or parameters, that lose nothing (``"layer1.*"``).
         floor: the fewest units that a scope keeps; a number, or by glob (the first that matches counts).
         most: the largest share of its units that a scope loses; likewise.
         multiple: scopes keep multiples of this number of units (or all of them); likewise. Units then leave in
@@ -149,22 +159,28 @@ class Constraints:
         return problems
 
     def lasting(self, coupling: Coupling) -> Constraints:
-        """The same with ``floor`` and ``most`` as one floor for every scope of this network."""
-        rules = self.on(coupling)
-        sizes = zip(coupling.scopes, coupling.sizes.tolist(), strict=True)
-        least = {escape(name): rules.least(scope, size) for scope, (name, size) in enumerate(sizes)}
-        return replace(self, floor=least, most=1.0)
+        """The same by the names of this network's scopes, with ``floor`` and ``most`` as one floor for every scope.
+
+        A glob that names a scope does not stand for parameters once the scope is too small to lose anything.
+        """
+        rules, names = self.on(coupling), [*map(escape, coupling.scopes)]
+        least = {names[k]: rules.least(k, size) for k, size in enumerate(coupling.sizes.tolist())}
+        kept = tuple(names[k] for k in sorted(_first(coupling, (*self.protect,))))
+        multiples = (
+            dict(zip(names, rules.multiples, strict=True)) if isinstance(self.multiple, Mapping) else self.multiple
+        )
+        return replace(self, protect=kept, floor=least, most=1.0, multiple=multiples)
 
     def standing(self, coupling: Coupling) -> Constraints:
         """The same without the globs that match nothing in this network."""
 
         def globs(value: Globs) -> Globs:
-            return tuple(glob for glob in value if _matches(coupling, glob))
+            return tuple(glob for glob in value if _scopes(coupling, glob) is not None)
 
         def numbers(value: N | Mapping[str, N]) -> N | Mapping[str, N]:
             if not isinstance(value, Mapping):
                 return value
-            return {glob: number for glob, number in value.items() if _matches(coupling, glob)}
+            return {glob: number for glob, number in value.items() if _scopes(coupling, glob) is not None}
 
         return replace(
             self,
@@ -183,32 +199,77 @@ def _globs(value: object, what: str) -> tuple[str, ...]:
     return several
 
 
-def _matches(coupling: Coupling, glob: str) -> bool:
-    return any(fnmatchcase(name, glob) for name in (*coupling.scopes, *coupling.frozen))
+def _scopes(coupling: Coupling, glob: str) -> set[int] | None:
+    """The scopes that a glob stands for, perhaps none since they are frozen; None if it matches nothing.
+
+    Those of a name that it matches, or written with a parameter that it matches. If there are none, those that shrink
+    a parameter that it matches.
+    """
+    matches = re.compile(translate(glob)).match
+    frozen = any(map(matches, coupling.frozen))
+    close = {k for k, name in enumerate(coupling.scopes) if any(map(matches, (name, *coupling.written.get(name, ()))))}
+    if close or frozen:
+        return close
+    if any(map(matches, coupling.parameters)):
+        return {k for k, paths in enumerate(coupling.paths) if any(map(matches, paths))}
+    return None
+
+
+def _first(coupling: Coupling, globs: Sequence[str]) -> dict[int, str]:
+    """For every scope that a glob stands for, the first that does."""
+    first: dict[int, str] = {}
+    for glob in globs:
+        for scope in _scopes(coupling, glob) or ():
+            first.setdefault(scope, glob)
+    return first
 
 
 def _all_match(coupling: Coupling, globs: Sequence[str], what: str) -> None:
-    unknown = [glob for glob in globs if not _matches(coupling, glob)]
+    unknown = [glob for glob in globs if _scopes(coupling, glob) is None]
     if unknown:
-        known = (*coupling.scopes, *coupling.frozen)
+        scopes = (*coupling.scopes, *coupling.frozen)
+        near = [name for glob in unknown for name in _near(glob, (*scopes, *coupling.parameters))]
+        listed = f"Near them are {', '.join(dict.fromkeys(near))}. " if near else ""
         raise SelectionError(
-            f"Globs name scopes of the network; {what} received {', '.join(map(repr, unknown))}, which match nothing. "
-            f"The scopes are {', '.join(known)}."
+            f"Globs name scopes of the network, or parameters; {what} received {', '.join(map(repr, unknown))}, which "
+            f"match nothing. {listed}The scopes are {_enumerated(scopes)}."
         )
+
+
+def _near(glob: str, names: Iterable[str]) -> list[str]:
+    """Names that are spelled like a glob, or parts of which are.
+
+    >>> _near("*q_prj*", ["layers.0.q_proj.weight", "layers.0.k_proj.weight", "norm.weight"])
+    ['layers.0.q_proj.weight', 'layers.0.k_proj.weight']
+    """
+    plain = glob.strip("*")
+    parts: dict[str, list[str]] = {}
+    for name in names:
+        for part in {name, *re.split(r"[.:] ?", name)}:
+            parts.setdefault(part, []).append(name)
+    return list(dict.fromkeys(parts[part][0] for part in get_close_matches(plain, parts, SHOWN)))
+
+
+def _enumerated(names: Sequence[str]) -> str:
+    """Names, the first ones of many."""
+    more = f" and {len(names) - LISTED} more (print the coupling)" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
 
 
 def _protected(coupling: Coupling, globs: Sequence[str]) -> Mask:
     _all_match(coupling, globs, "protect")
-    chosen = [any(fnmatchcase(name, glob) for glob in globs) for name in coupling.scopes]
-    return np.array(chosen, bool)[coupling.scope]
+    chosen = np.zeros(len(coupling.scopes), bool)
+    chosen[[*_first(coupling, globs)]] = True
+    return chosen[coupling.scope]
 
 
 def _together(coupling: Coupling, globs: Sequence[str]) -> list[list[int]]:
     """The scopes in groups that keep the same number of units; most are alone."""
     _all_match(coupling, globs, "uniform")
+    first = _first(coupling, globs)
     groups: dict[str | int, list[int]] = {}
-    for k, name in enumerate(coupling.scopes):
-        groups.setdefault(next((glob for glob in globs if fnmatchcase(name, glob)), k), []).append(k)
+    for k in range(len(coupling.scopes)):
+        groups.setdefault(first.get(k, k), []).append(k)
     unequal = [
         f"for {glob!r} {', '.join(f'{coupling.scopes[k]} of {coupling.sizes[k]}' for k in group)}"
         for glob, group in groups.items()
@@ -223,6 +284,7 @@ def _together(coupling: Coupling, globs: Sequence[str]) -> list[list[int]]:
 
 def _by_scope(coupling: Coupling, value: N | Mapping[str, N], what: str, default: N) -> list[N]:
     """One number per scope, from a number for all or a mapping from globs, of which the first that matches counts."""
+    by_glob: dict[str, N]
     if isinstance(value, Mapping):
         by_glob = dict(value)
         _all_match(coupling, _globs(by_glob, what), what)
@@ -238,4 +300,5 @@ def _by_scope(coupling: Coupling, value: N | Mapping[str, N], what: str, default
         whole = "" if all(map(number, by_glob.values())) else "a number, " if what == "most" else "a whole number, "
         above = " and at most 1" if what == "most" else ""
         raise SelectionError(f"{what} is {whole}at least {least}{above}; received {', '.join(bad)}.")
-    return [next((n for glob, n in by_glob.items() if fnmatchcase(name, glob)), default) for name in coupling.scopes]
+    first = _first(coupling, [*by_glob])
+    return [by_glob[first[k]] if k in first else default for k in range(len(coupling.scopes))]

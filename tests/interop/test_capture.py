@@ -368,3 +368,54 @@ def test_a_module_whose_examples_meet_is_not_run_one_by_one():
             tfx.apply(params, spec, x)
     else:
         assert_close(tfx.apply(params, spec, x), module(x))
+
+
+# Outputs.
+
+
+class Several(nn.Module):
+    """Gives out a number and tensors, of which ``inner`` has a layer of its own."""
+
+    def __init__(self, named):
+        super().__init__()
+        self.first, self.second, self.other, self.named = nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(4, 5), named
+
+    def forward(self, x):
+        h = self.first(x).relu()
+        out = {"logits": self.second(h), "inner": [h, self.other(h)], "count": 3}
+        return out if self.named else (out["logits"], *out["inner"])
+
+
+@pytest.mark.parametrize(
+    ("named", "outputs", "expected"),
+    [
+        (True, "logits", {"logits": 0}),
+        (True, ["inner.1", "logits"], {"logits": 0, "inner.1": 2}),
+        (True, ["inner.*"], {"inner.0": 1, "inner.1": 2}),
+        (False, 2, {2: 2}),
+        (False, (0, 1), {0: 0, 1: 1}),
+    ],
+)
+def test_only_the_outputs_that_are_asked_for_are_captured(named, outputs, expected):
+    module, x = Several(named).eval(), torch.randn(2, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what the other outputs need is left out
+        params, spec = from_torch(module, x, outputs=outputs)
+    found = tfx.apply(params, spec, x)
+    found = dict(found) if named else dict(zip(expected, found if len(expected) > 1 else (found,), strict=True))
+    flat = Several(False)
+    flat.load_state_dict(module.state_dict())
+    assert_close(found, {key: flat(x)[k] for key, k in expected.items()})
+    assert ("other.weight" in tfx.tree.flatten(params)) == (2 in expected.values())
+
+
+def test_outputs_that_the_module_does_not_have_are_refused_with_those_that_it_has():
+    x = torch.randn(2, 3)
+    with pytest.raises(
+        CaptureError, match=r"received 'logit', 3, which no output has.* logits, inner.0, inner.1, count"
+    ):
+        from_torch(Several(True).eval(), x, outputs=["logit", 3, "logits"])
+    with pytest.raises(CaptureError, match=r"received 3, which no output has\. The module gives out 0, 1, 2"):
+        from_torch(Several(False).eval(), x, outputs=3)
+    with pytest.raises(CaptureError, match="received none"):
+        from_torch(Several(False).eval(), x, outputs=[])

@@ -9,7 +9,6 @@ A module that is made for a fixed number of examples is captured for one at a ti
 
 from __future__ import annotations
 
-import contextlib
 import io
 import logging
 import warnings
@@ -26,7 +25,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from taylorfx.internals import file_names, pytree
 from taylorfx.interop.calls import dotted, off_path
 from taylorfx.interop.capture.proof import proven
-from taylorfx.interop.capture.reader import CaptureError, Reader
+from taylorfx.interop.capture.reader import CaptureError, OutputsError, Reader, Wanted
 from taylorfx.interop.capture.sizes import Plain
 from taylorfx.interop.capture.training import Difference, align, twin
 from taylorfx.network.spec import Spec
@@ -41,7 +40,11 @@ Example = tuple[tuple[object, ...], dict[str, object]]
 
 
 def from_torch(
-    module: nn.Module, example_inputs: object, *, example_kwargs: Mapping[str, object] | None = None
+    module: nn.Module,
+    example_inputs: object,
+    *,
+    example_kwargs: Mapping[str, object] | None = None,
+    outputs: Wanted = None,
 ) -> tuple[Params, Spec]:
     """Capture a module in inference mode as parameters and a spec; the module itself is left as it was.
 
@@ -50,6 +53,9 @@ def from_torch(
         example_inputs: a tensor, a tuple of the positional arguments, or a dict of arguments by name; every tensor's
             axis 0 runs over examples.
         example_kwargs: keyword arguments.
+        outputs: which of the outputs are captured, by default all: names or globs of names
+            (``["logits", "hidden_states.*"]``), or numbers where they have no names. What only the others need is left
+            out. A copy of a residual stream that is given out keeps the stream at its width.
 
     Returns:
         Parameters by the module's own names (the tensors are shared, not copied), and the network. The inputs of the
@@ -70,7 +76,7 @@ def from_torch(
     _refuse(module, example)
     original = twin(module)
     _leave_cache(original, example[1])
-    network = _opened(original, example, module)
+    network = _opened(original, example, module, outputs)
     if unused := off_path(module, network[1].shapes):
         warnings.warn(
             f"{type(module).__name__} does not use all of its parameters in inference; no part of the network, nor of "
@@ -80,17 +86,25 @@ def from_torch(
     return network
 
 
-def _opened(twin: nn.Module, example: Example, module: nn.Module) -> tuple[Params, Spec]:
+def _opened(twin: nn.Module, example: Example, module: nn.Module, outputs: Wanted) -> tuple[Params, Spec]:
     """Capture with as many sizes left open as possible."""
     # An example of one would be taken for a constant: two of it say the same.
     several = _each_tensor(lambda x: x.repeat(2, *[1] * (x.ndim - 1)) if len(x) == 1 else x, example)
-    with contextlib.suppress(Exception):  # the next try raises it again, unless the open sizes were its cause
-        return _network(twin, several, _Open.SIZES, module)
     try:
-        return _network(twin, several, _Open.EXAMPLES, module)
+        return _network(twin, several, _Open.SIZES, module, outputs)
+    except OutputsError:
+        raise
+    except Exception:  # the next try raises it again, unless the open sizes were its cause
+        pass
+    try:
+        return _network(twin, several, _Open.EXAMPLES, module, outputs)
+    except OutputsError:
+        raise
     except Exception as error:  # torch.export raises whatever the module's own code raises
         try:
-            network = _network(twin, _each_tensor(lambda x: x[:1], example), _Open.NOTHING, module)
+            network = _network(twin, _each_tensor(lambda x: x[:1], example), _Open.NOTHING, module, outputs)
+        except OutputsError:
+            raise
         except Exception:
             raise CaptureError(_causes(twin, several, error)) from error
         warnings.warn(
@@ -168,7 +182,9 @@ def _leave_cache(module: nn.Module, kwargs: Mapping[str, object]) -> None:
             config.use_cache = False
 
 
-def _network(twin: nn.Module, example: Example, opened: _Open, module: nn.Module) -> tuple[Params, Spec]:
+def _network(
+    twin: nn.Module, example: Example, opened: _Open, module: nn.Module, outputs: Wanted
+) -> tuple[Params, Spec]:
     """Capture the twin of a module, in inference and in training."""
     names = {id(leaf): path for path, leaf in twin.named_buffers()}
     tracked = {names[id(part.running_mean)]: part for part in twin.modules() if _cumulative(part)}
@@ -189,7 +205,8 @@ def _network(twin: nn.Module, example: Example, opened: _Open, module: nn.Module
             part.momentum = None
     with torch.no_grad(), _quiet():
         program = program.run_decompositions({})
-    params, spec = Reader(program, alone=opened is _Open.NOTHING, cumulative=frozenset(tracked)).read(module)
+    alone = opened is _Open.NOTHING
+    params, spec = Reader(program, alone=alone, cumulative=frozenset(tracked), wanted=outputs).read(module)
     spec = proven(params, spec, twin, *example)
     if said:
         warnings.warn(

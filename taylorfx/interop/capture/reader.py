@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
+from fnmatch import fnmatchcase
 
 import sympy
 import torch
@@ -28,18 +29,27 @@ from taylorfx.network.labels import Ties
 from taylorfx.network.spec import Node, Spec
 from taylorfx.tree import Params, unflatten
 
-__all__ = ["CaptureError", "Reader"]
+__all__ = ["CaptureError", "OutputsError", "Reader", "Wanted"]
+
+Wanted = str | int | Iterable[str | int] | None
+"""The outputs that are captured: names or globs of names, or numbers; all of them if None."""
 
 
 class CaptureError(ValueError):
     """A module that cannot be captured; the message lists every cause that is known."""
 
 
+class OutputsError(CaptureError):
+    """Outputs are asked for that the module does not have."""
+
+
 class Reader:
     """Walks an exported graph in its order and writes nodes."""
 
-    def __init__(self, program: ExportedProgram, *, alone: bool, cumulative: frozenset[str]) -> None:
-        self.program = program
+    def __init__(
+        self, program: ExportedProgram, *, alone: bool, cumulative: frozenset[str], wanted: Wanted = None
+    ) -> None:
+        self.program, self.wanted = program, wanted
         self.convert = Convert(alone=alone, cumulative=cumulative)
         self.placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
         inputs = [self.placeholders[name] for name in program.graph_signature.user_inputs if isinstance(name, str)]
@@ -121,7 +131,7 @@ class Reader:
             _refuse_rigid(tensor_node(node.args[0]) if node.target is operator.getitem else node)
 
     def _outputs(self) -> dict[str | int, str]:
-        """The nodes of the outputs, by name if the module names them, otherwise by number."""
+        """The nodes of the wanted outputs, by name if the module names them, otherwise by number."""
         items = self.program.graph_signature.output_specs
         values = [_output(item.arg) for item in items if item.kind is OutputKind.USER_OUTPUT]
         tree = pytree.tree_unflatten(values, self.program.call_spec.out_spec)
@@ -131,8 +141,11 @@ class Reader:
         named = isinstance(tree, Mapping) or is_dataclass(tree)
         outputs: dict[str | int, str] = {}
         strange: list[str] = []
-        for k, (path, x) in enumerate(leaves):
-            key = dotted(path) if named else k
+        keys = [dotted(path) if named else k for k, (path, _) in enumerate(leaves)]
+        wanted = _chosen(keys, self.wanted)
+        for key, (_, x) in zip(keys, leaves, strict=True):
+            if key not in wanted:
+                continue
             if x in self.convert.names:
                 outputs[key] = self.convert.names[x]
             else:
@@ -140,9 +153,35 @@ class Reader:
         if strange:
             raise CaptureError(
                 "A captured module returns tensors that it computes, or None, which is left out; "
-                f"{', '.join(strange)}. Have its forward leave it out."
+                f"{', '.join(strange)}. Have its forward leave it out, or pick others, outputs=..."
             )
         return outputs
+
+
+def _chosen(keys: Sequence[str | int], wanted: Wanted) -> set[str | int]:
+    """The keys of the wanted outputs.
+
+    >>> sorted(_chosen(["logits", "hidden_states.0", "hidden_states.1"], ["logits", "hidden_states.1"]))
+    ['hidden_states.1', 'logits']
+    >>> _chosen([0, 1], 1)
+    {1}
+
+    Raises:
+        OutputsError: for what matches no output; all of it at once.
+    """
+    if wanted is None:
+        return {*keys}
+    asked = (wanted,) if isinstance(wanted, (str, int)) else tuple(wanted)
+    matched = [
+        {key for key in keys if key == one or (isinstance(one, str) and fnmatchcase(str(key), one))} for one in asked
+    ]
+    unknown = [repr(one) for one, some in zip(asked, matched, strict=True) if not some]
+    if unknown or not asked:
+        raise OutputsError(
+            "Outputs are asked for by their names, by globs of these, or by numbers where they have none; received "
+            f"{', '.join(unknown) or 'none'}, which no output has. The module gives out {', '.join(map(str, keys))}."
+        )
+    return set[str | int]().union(*matched)
 
 
 def _output(argument: ArgumentSpec) -> str | _Number | None:
