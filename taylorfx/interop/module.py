@@ -9,8 +9,8 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from taylorfx.interop.calls import bind, interface_of
-from taylorfx.interop.like import resized
+from taylorfx.interop.calls import bind, generator_of, interface_of
+from taylorfx.interop.like import Original, resized
 from taylorfx.network.interface import Interface
 from taylorfx.network.parameters import check
 from taylorfx.network.run import apply, train
@@ -73,7 +73,7 @@ class SpecModule(nn.Module):
         if not self.training:
             return apply(self.tree(), self.spec, inputs)
         device = next((x.device for x in inputs.values()), torch.device("cpu"))
-        generator = None if torch.compiler.is_compiling() else _generator(device)
+        generator = None if torch.compiler.is_compiling() else generator_of(device)
         outputs, new = train(self.tree(), self.spec, inputs, generator=generator)
         moved = flatten(new)
         with torch.no_grad():
@@ -131,7 +131,8 @@ def to_torch(
     """
     if like is None:
         return SpecModule(params, spec).eval()
-    return resized(params, spec, like, example_inputs, example_kwargs, unchanged)
+    original = Original(like, params, spec, example_inputs, example_kwargs)
+    return resized(original, params, spec, unchanged)
 
 
 @lru_cache(maxsize=256)
@@ -145,16 +146,6 @@ def _called(cls: type[SpecModule], interface: Interface) -> type[SpecModule]:
     names = ("__module__", "__qualname__", "__doc__")
     members = {"forward": forward, "_interface_of_class": interface, **{name: getattr(cls, name) for name in names}}
     return type(cls.__name__, (cls,), members)
-
-
-def _generator(device: torch.device) -> torch.Generator:
-    """The one that torch itself draws from on this device."""
-    if device.type == "cpu":
-        return torch.default_generator
-    backend: Any = torch.get_device_module(device)
-    generators = backend.default_generators
-    generator: torch.Generator = generators[backend.current_device() if device.index is None else device.index]
-    return generator
 
 
 def _blank(cls: Any, interface: Interface) -> SpecModule:
