@@ -14,7 +14,7 @@ whose parameters had the same shapes are parts of repeated blocks: what an attri
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -107,10 +107,12 @@ class Group:
     Attributes:
         slots: one for every part.
         candidates: for each way to explain the number, what it becomes in every slot; the first leaves it as it is.
+        alone: for each slot, what the number may become there, whatever it becomes in the others.
     """
 
     slots: tuple[Slot, ...]
     candidates: tuple[tuple[int, ...], ...]
+    alone: tuple[tuple[int, ...], ...]
 
 
 def groups_of(module: nn.Module, resized: Resized, known: frozenset[str]) -> list[Group]:
@@ -132,9 +134,14 @@ def groups_of(module: nn.Module, resized: Resized, known: frozenset[str]) -> lis
     for each in members.values():
         slots, sizes = [slot for slot, _ in each], [axes for _, axes in each]
         vectors = {path: (old, tuple(axes[path][1] for axes in sizes)) for path, (old, _) in sizes[0].items()}
-        candidates = _candidates(slots[0].get(module), len(slots), list(dict.fromkeys(vectors.values())))
-        if len(candidates) > 1:
-            groups.append(Group(tuple(slots), candidates))
+        number = slots[0].get(module)
+        candidates = _candidates(number, len(slots), list(dict.fromkeys(vectors.values())))
+        alone = tuple(
+            tuple(dict.fromkeys((*together, *_factors(number, axes.values()))))
+            for together, axes in zip(zip(*candidates, strict=True), sizes, strict=True)
+        )
+        if any(len(numbers) > 1 for numbers in alone):
+            groups.append(Group(tuple(slots), candidates, alone))
     return groups
 
 
@@ -170,6 +177,17 @@ def _candidates(number: int, parts: int, axes: Sequence[tuple[int, tuple[int, ..
             if a_old == number * b_old and (a_old, a_new) != (b_old, b_new):
                 explained.append(_divided(a_new, b_new))
     return tuple(dict.fromkeys(((number,) * parts, *filter(None, explained))))[:CANDIDATES]
+
+
+def _factors(number: int, axes: Iterable[tuple[int, int]]) -> Iterator[int]:
+    """What a factor of an axis may become if the other factor changes, too; neither becomes greater.
+
+    >>> [*_factors(8, [(32, 21)])]  # 4 heads of 8 become 21 numbers: 3 of 7
+    [7]
+    """
+    for old, new in axes:
+        if old != new and old % number == 0:
+            yield from (n for n in range(number, 0, -1) if new % n == 0 and new // n <= old // number)
 
 
 def _divided(new: Sequence[int], by: Sequence[int]) -> tuple[int, ...]:

@@ -225,6 +225,8 @@ def _call(
         return example_of(interface_of(spec), _random(params, spec))
     if isinstance(inputs, Tensor):
         return (inputs,), dict(kwargs or {})
+    if isinstance(inputs, Mapping):
+        return (), {**inputs, **(kwargs or {})}
     return tuple(inputs) if isinstance(inputs, Iterable) else (), dict(kwargs or {})
 
 

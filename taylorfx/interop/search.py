@@ -162,7 +162,7 @@ class _Tries:
 
     def better(self, run: Run) -> Run | None:
         """The run after the change of values that leads furthest; none if all lead less far."""
-        for moves in (self._alone(run), self._in_pairs(run), self._part_by_part(run)):
+        for moves in (self._together(run), self._in_pairs(run), self._part_by_part(run)):
             best, chosen = run, Values()
             for values in moves:
                 self.count += 1
@@ -190,7 +190,7 @@ class _Tries:
         for slot, number in values.items():
             slot.set(self.module, number)
 
-    def _alone(self, run: Run) -> Iterator[Values]:
+    def _together(self, run: Run) -> Iterator[Values]:
         """Every group that was read, the last one first, with all that it may become."""
         for group in self._read(run):
             yield from self._moves(group)
@@ -203,10 +203,22 @@ class _Tries:
                     yield {**first, **second}
 
     def _part_by_part(self, run: Run) -> Iterator[Values]:
-        """Every part for itself."""
-        for group in self._read(run):
-            for k, slot in enumerate(group.slots) if len(group.slots) > 1 else ():
-                yield from ({slot: n} for n in dict.fromkeys(x[k] for x in group.candidates) if n != self._now(slot))
+        """Every part for itself, then two attributes of it at once: heads and their dimensions."""
+        order = {(read.part, read.name): k for k, read in enumerate(run.reads)}
+        slots = [
+            (slot, numbers)
+            for group in self.groups
+            for slot, numbers in zip(group.slots, group.alone, strict=True)
+            if (slot.part, slot.name) in order and len(numbers) > 1
+        ]
+        slots.sort(key=lambda each: -order[each[0].part, each[0].name])
+        for slot, numbers in slots:
+            yield from ({slot: n} for n in numbers if n != self._now(slot))
+        for (one, firsts), (other, seconds) in combinations(slots, 2):
+            if one.part == other.part:
+                for n, m in product(firsts, seconds):
+                    if n != self._now(one) and m != self._now(other):
+                        yield {one: n, other: m}
 
     def _read(self, run: Run) -> list[Group]:
         order = {(read.part, read.name): k for k, read in enumerate(run.reads)}

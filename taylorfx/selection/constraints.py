@@ -22,6 +22,8 @@ __all__ = ["ConstraintOptions", "Constraints", "Rules"]
 T = TypeVar("T")
 N = TypeVar("N", int, float)
 Globs = str | Iterable[str]
+Families = str | Iterable[Globs]
+"""Globs, or several in one tuple that say one thing together."""
 
 
 class ConstraintOptions(TypedDict, total=False):
@@ -31,7 +33,7 @@ class ConstraintOptions(TypedDict, total=False):
     floor: int | Mapping[str, int]
     most: float | Mapping[str, float]
     multiple: int | Mapping[str, int]
-    uniform: Globs
+    uniform: Families
     per_layer: bool
     isomorphic: bool
     exact_only: bool
@@ -88,14 +90,18 @@ class Constraints:
     floor: int | Mapping[str, int] = 1
     most: float | Mapping[str, float] = 1.0
     multiple: int | Mapping[str, int] = 1
-    uniform: Globs = ()
+    uniform: Families = ()
     per_layer: bool = False
     isomorphic: bool = False
     exact_only: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("protect", "uniform"):
-            object.__setattr__(self, name, _globs(getattr(self, name), name))
+        object.__setattr__(self, "protect", _globs(self.protect, "protect"))
+        several = (self.uniform,) if isinstance(self.uniform, str) else self.uniform
+        if not isinstance(several, Iterable):
+            _globs(several, "uniform")
+        families = (x if isinstance(x, str) else _globs(x, "uniform") for x in several)
+        object.__setattr__(self, "uniform", tuple(families))
 
     @staticmethod
     def of(constraints: Constraints | None, options: Mapping[str, object]) -> Constraints:
@@ -121,7 +127,7 @@ class Constraints:
                 problems.append(str(error))
                 return otherwise
 
-        groups = checked(partial(_together, coupling, (*self.uniform,)), list[list[int]]())
+        groups = checked(partial(_together, coupling, [*map(_family, self.uniform)]), list[list[int]]())
         floors = checked(partial(_by_scope, coupling, self.floor, "floor", 1), list[int]())
         most = checked(partial(_by_scope, coupling, self.most, "most", 1.0), list[float]())
         multiples = checked(partial(_by_scope, coupling, self.multiple, "multiple", 1), list[int]())
@@ -172,8 +178,49 @@ class Constraints:
             floor=numbers(self.floor),
             most=numbers(self.most),
             multiple=numbers(self.multiple),
-            uniform=globs(self.uniform),
+            uniform=tuple(kept for family in self.uniform if (kept := globs(_family(family)))),
         )
+
+    def also(self, other: Constraints, coupling: Coupling) -> Constraints:
+        """These, and what the other ones protect, keep equal and keep in multiples.
+
+        >>> import torch
+        >>> from taylorfx import Input, couple, init, serial
+        >>> from taylorfx.layers import Linear
+        >>> spec = serial(Input((2,)), a=Linear(2, 8), b=Linear(8, 8), c=Linear(8, 3))
+        >>> coupling = couple(init(spec, torch.Generator()), spec)
+        >>> both = Constraints(multiple=4).also(Constraints(multiple={"b": 6}, uniform=[("a", "b")]), coupling)
+        >>> both.multiple, both.uniform
+        ({'a': 4, 'b': 12}, (('a', 'b'),))
+        """
+        one, two = self.on(coupling), other.on(coupling)
+        names = [escape(name) for name in coupling.scopes]
+        joined = merged([group for rules in (one, two) for group in rules.groups if len(group) > 1])
+        multiples = map(math.lcm, one.multiples, two.multiples)
+        return replace(
+            self,
+            protect=(*self.protect, *other.protect),
+            uniform=tuple(tuple(names[k] for k in group) for group in joined),
+            multiple=dict(zip(names, multiples, strict=True)),
+        )
+
+
+def merged(groups: Iterable[Sequence[int]]) -> list[list[int]]:
+    """Groups of numbers, those that share a number as one.
+
+    >>> merged([[0, 1], [4, 5], [1, 2]])
+    [[4, 5], [0, 1, 2]]
+    """
+    result: list[list[int]] = []
+    for group in groups:
+        touching = [other for other in result if set(other) & set(group)]
+        result = [other for other in result if other not in touching]
+        result.append(sorted({*group, *(k for other in touching for k in other)}))
+    return result
+
+
+def _family(family: Globs) -> tuple[str, ...]:
+    return (family,) if isinstance(family, str) else (*family,)
 
 
 def _globs(value: object, what: str) -> tuple[str, ...]:
@@ -203,12 +250,13 @@ def _protected(coupling: Coupling, globs: Sequence[str]) -> Mask:
     return np.array(chosen, bool)[coupling.scope]
 
 
-def _together(coupling: Coupling, globs: Sequence[str]) -> list[list[int]]:
+def _together(coupling: Coupling, families: Sequence[Sequence[str]]) -> list[list[int]]:
     """The scopes in groups that keep the same number of units; most are alone."""
-    _all_match(coupling, globs, "uniform")
+    _all_match(coupling, [glob for family in families for glob in family], "uniform")
     groups: dict[str | int, list[int]] = {}
     for k, name in enumerate(coupling.scopes):
-        groups.setdefault(next((glob for glob in globs if fnmatchcase(name, glob)), k), []).append(k)
+        matching = (", ".join(globs) for globs in families if any(fnmatchcase(name, glob) for glob in globs))
+        groups.setdefault(next(matching, k), []).append(k)
     unequal = [
         f"for {glob!r} {', '.join(f'{coupling.scopes[k]} of {coupling.sizes[k]}' for k in group)}"
         for glob, group in groups.items()
