@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,10 @@ from taylorfx.network.interface import Interface
 from taylorfx.network.spec import Spec
 from taylorfx.tree import Params, flatten
 
-__all__ = ["LikeError", "Original", "resized"]
+__all__ = ["LikeError", "Original", "UserModule", "resized"]
 
-M = TypeVar("M", bound=nn.Module)
+UserModule: TypeAlias = nn.Module
+"""A module of a class of the user's own."""
 
 
 class Original:

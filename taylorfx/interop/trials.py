@@ -8,19 +8,20 @@ from itertools import combinations
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-from torch import nn
 
 from taylorfx.coupling.couple import couple
 from taylorfx.coupling.units import Coupling
 from taylorfx.cutting.cut import cut
 from taylorfx.cutting.plan import Plan, PlanError
-from taylorfx.interop.like import LikeError, Original, resized
+from taylorfx.interop.calls import example_of, interface_of
+from taylorfx.interop.like import LikeError, Original, UserModule, resized
+from taylorfx.network.run import Inputs, bind_inputs
 from taylorfx.network.spec import Spec
 from taylorfx.selection.constraints import Constraints
 from taylorfx.selection.order import like_structures
 from taylorfx.tree import Params
 
-__all__ = ["holdable"]
+__all__ = ["constraints_of", "holdable", "of_batch"]
 
 T = TypeVar("T")
 
@@ -36,7 +37,7 @@ class Rule(NamedTuple):
 
 
 def holdable(
-    module: nn.Module,
+    module: UserModule,
     params: Params,
     spec: Spec,
     example_inputs: object = None,
@@ -71,12 +72,17 @@ def holdable(
     Raises:
         LikeError: if not even the whole network is the module's.
     """
-    coupling = couple(params, spec)
-    trials = _Trials(Original(module, params, spec, example_inputs, example_kwargs, (params, spec)), params, coupling)
-    trials.unchanged = unchanged
+    original = Original(module, params, spec, example_inputs, example_kwargs, (params, spec))
+    return constraints_of(original, params, couple(params, spec), unchanged)
+
+
+def constraints_of(
+    original: Original, params: Params, coupling: Coupling, unchanged: Sequence[str] = ()
+) -> Constraints:
+    """`holdable` of a module that is compared already."""
+    trials = _Trials(original, params, coupling, unchanged)
     trials.check({})
-    kinds = _kinds(coupling)
-    rules = [Rule(tuple((scope,) for scope in kind)) for kind in kinds]
+    rules = [Rule(tuple((scope,) for scope in kind)) for kind in _kinds(coupling)]
     if not trials.all_hold(rules):
         rules = _allowed(trials, rules)
     lost = {scope for rule in rules for group in rule.groups for scope in group}
@@ -86,6 +92,12 @@ def holdable(
         uniform=[tuple(names[k] for k in group) for rule in rules for group in rule.groups if len(group) > 1],
         multiple={names[k]: x.multiple for x in rules if x.multiple > 1 for group in x.groups for k in group} or 1,
     )
+
+
+def of_batch(module: UserModule, params: Params, spec: Spec, inputs: Inputs) -> Original:
+    """The module, compared with others on some examples of a batch."""
+    tensors = {name: x[:3] for name, x in bind_inputs(spec, (inputs,)).items()}
+    return Original(module, params, spec, *example_of(interface_of(spec), tensors), (params, spec))
 
 
 def _kinds(coupling: Coupling) -> list[Scopes]:
@@ -102,11 +114,11 @@ def _kinds(coupling: Coupling) -> list[Scopes]:
 class _Trials:
     """Tries: cut, and make the class of it."""
 
-    def __init__(self, original: Original, params: Params, coupling: Coupling) -> None:
+    def __init__(self, original: Original, params: Params, coupling: Coupling, unchanged: Sequence[str]) -> None:
         self.original = original
         self.params = params
         self.coupling = coupling
-        self.unchanged: Sequence[str] = ()
+        self.unchanged = unchanged
         self._known: dict[tuple[tuple[int, int], ...], bool] = {}
 
     def check(self, amounts: Mapping[int, int]) -> None:

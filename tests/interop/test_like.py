@@ -1,0 +1,290 @@
+"""The user's own class with smaller layers: attributes that hold sizes are found, and what cannot be is refused."""
+
+import copy
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.testing import assert_close
+
+import taylorfx as tfx
+from taylorfx import from_torch, to_torch
+from taylorfx.interop import LikeError, holdable
+from taylorfx.interop.attributes import Resized, groups_of
+from taylorfx.interop.trials import of_batch
+from taylorfx.testing.strategies import random_plan
+
+X = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+TOKENS = torch.randint(40, (3, 9), generator=torch.Generator().manual_seed(0))
+
+
+class Attention(nn.Module):
+    """Attention with everything written down: heads, their dimensions, all of them, the groups of queries."""
+
+    def __init__(self, width=16, heads=4, kv_heads=2, dim=4):
+        super().__init__()
+        self.heads, self.dim, self.groups = heads, dim, heads // kv_heads
+        self.sizes = [heads * dim, kv_heads * dim, kv_heads * dim]
+        self.all_dims = heads * dim
+        self.qkv = nn.Linear(width, sum(self.sizes))
+        self.out = nn.Linear(heads * dim, width)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).split(self.sizes, -1)
+        q = q.view(*q.shape[:2], self.heads, self.dim).transpose(1, 2)
+        k, v = (y.unflatten(-1, (self.heads // self.groups, self.dim)).transpose(1, 2) for y in (k, v))
+        k, v = (y.repeat_interleave(self.groups, 1) for y in (k, v))
+        y = scaled_dot_product_attention(q, k, v, scale=0.5)
+        return self.out(y.transpose(1, 2).reshape(*x.shape[:2], self.all_dims))
+
+
+class Transformer(nn.Module):
+    """Blocks of attention and of a gated layer whose halves a chunk takes apart."""
+
+    def __init__(self, layers=2):
+        super().__init__()
+        self.embed = nn.Embedding(40, 16)
+        self.attention = nn.ModuleList(Attention() for _ in range(layers))
+        self.up = nn.ModuleList(nn.Linear(16, 24) for _ in range(layers))
+        self.down = nn.ModuleList(nn.Linear(12, 16) for _ in range(layers))
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for attention, up, down in zip(self.attention, self.up, self.down, strict=True):
+            x = x + attention(x)
+            a, b = up(x).chunk(2, -1)
+            x = x + down(a.relu() * b)
+        return self.head(x.mean(1))
+
+
+class Halves(nn.Module):
+    """The two halves of a chunk go to layers of their own: they keep equal numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.a, self.b, self.head = (
+            nn.Conv2d(3, 12, 1),
+            nn.Conv2d(6, 4, 1),
+            nn.Conv2d(6, 4, 3, padding=1),
+            nn.Linear(8, 5),
+        )
+
+    def forward(self, x):
+        a, b = self.stem(x).relu().chunk(2, 1)
+        return self.head(torch.cat([self.a(a), self.b(b)], 1).relu().mean((2, 3)))
+
+
+class Groups(nn.Module):
+    """Grouped and depthwise weights of its own class, and a shuffle that knows their number."""
+
+    def __init__(self):
+        super().__init__()
+        self.channels, self.groups = 8, 2
+        self.stem, self.depth = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.weight = nn.Parameter(torch.randn(8, 4, 1, 1) / 2)
+        self.norm, self.head = nn.BatchNorm2d(8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.depth(self.stem(x)).relu()
+        x = nn.functional.conv2d(x, self.weight, groups=self.groups)
+        x = x.view(len(x), self.groups, self.channels // self.groups, *x.shape[2:]).transpose(1, 2).flatten(1, 2)
+        return self.head(nn.functional.dropout(self.norm(x), 0.3, self.training).mean((2, 3)))
+
+
+class Even(nn.Module):
+    """Its class wants an even number of channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 1), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        if x.shape[1] % 2:
+            raise ValueError("an even number of channels")
+        return self.head(x.relu().mean((2, 3)))
+
+
+class Written(nn.Module):
+    """A number of channels written down in code."""
+
+    def __init__(self):
+        super().__init__()
+        self.free, self.stem, self.head = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 8, 1), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.stem(self.free(x).relu())
+        return self.head(x.view(-1, 8, 36).relu().mean(2))
+
+
+class Auxiliary(nn.Module):
+    """A head of training beside the output, on what the first layer writes."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head, self.aux = nn.Linear(3, 8), nn.Linear(8, 6), nn.Linear(6, 5), nn.Linear(8, 5)
+
+    def forward(self, x):
+        h = self.a(x).relu()
+        y = self.head(self.b(h).relu())
+        return (y, self.aux(h)) if self.training else y
+
+
+def convolutions():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(8, 6, 1),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5),
+    )  # fmt: skip
+
+
+MODULES = {
+    "convolutions": (convolutions, X),
+    "transformer": (Transformer, TOKENS),
+    "halves": (Halves, X),
+    "groups": (Groups, X),
+    "even": (Even, X),
+    "written": (Written, X),
+}
+
+
+def captured(name):
+    make, x = MODULES[name]
+    torch.manual_seed(0)
+    module = make().eval()
+    return module, x, *from_torch(module, x)
+
+
+def without(params, spec, names, count=1):
+    """The network without the first units of these scopes."""
+    coupling = tfx.couple(params, spec)
+    keep = np.ones(len(coupling), bool)
+    for name in names:
+        keep[np.flatnonzero(coupling.scope == coupling.scopes.index(name))[:count]] = False
+    plan = tfx.Plan(coupling, keep)
+    return tfx.cut(params, plan), plan.spec
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name not in ("even", "written")])
+def test_what_can_be_held_is_returned_and_computes_the_same(name):
+    """The law: whatever is cut under these constraints, the class holds, in inference and in training."""
+    module, x, params, spec = captured(name)
+    coupling = tfx.couple(params, spec)
+    state = copy.deepcopy(module.state_dict()), {key: dict(vars(part)) for key, part in module.named_modules()}
+    constraints = holdable(module, params, spec)
+    for seed, share in enumerate((0.8, 0.4)):
+        scores = torch.rand(len(coupling), generator=torch.Generator().manual_seed(seed))
+        plan = tfx.select(scores, coupling, budget=tfx.Units(share), constraints=constraints)
+        small = tfx.cut(params, plan), plan.spec
+        out = to_torch(*small, like=module)
+        assert type(out) is type(module)
+        assert_close(out(x), tfx.apply(*small, x))
+        torch.manual_seed(1)
+        expected = to_torch(*small).train()(x)
+        torch.manual_seed(1)
+        assert_close(out.train()(x), expected)
+    assert_close(module.state_dict(), state[0])
+    assert {key: dict(vars(part)) for key, part in module.named_modules()} == state[1], "the module is as it was"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_pruning_like_a_module_gives_what_its_class_holds(name):
+    module, x, params, spec = captured(name)
+    batch = x, torch.arange(len(x))
+    small = tfx.prune(params, spec, iter([batch]), budget=tfx.Units(0.75), steps=2, like=module)
+    assert_close(to_torch(*small, like=module)(x), tfx.apply(*small, x))
+
+
+def test_constraints_are_no_stricter_than_they_need_to_be():
+    assert holdable(*(one := captured("convolutions"))[:1], *one[2:]) == tfx.Constraints()
+    assert holdable(*(one := captured("transformer"))[:1], *one[2:]).protect == ()
+
+
+def test_halves_of_a_chunk_keep_equal_numbers():
+    module, _, params, spec = captured("halves")
+    constraints, coupling = holdable(module, params, spec), tfx.couple(params, spec)
+    halves = [name for name, size in zip(coupling.scopes, coupling.sizes, strict=True) if size == 6]
+    assert len(halves) == 2
+    assert constraints == tfx.Constraints(uniform=[tuple(halves)])
+    with pytest.raises(LikeError):
+        to_torch(*without(params, spec, halves[:1]), like=module)
+    to_torch(*without(params, spec, halves), like=module)
+
+
+def test_an_even_number_stays_even():
+    module, _, params, spec = captured("even")
+    assert holdable(module, params, spec) == tfx.Constraints(multiple={"stem": 2})
+
+
+def test_what_is_written_in_the_code_is_protected_and_refused_with_its_line():
+    module, _, params, spec = captured("written")
+    assert holdable(module, params, spec) == tfx.Constraints(protect="stem")
+    line = next(k for k, text in enumerate(open(__file__), 1) if "x.view(-1, 8, 36)" in text)  # noqa: SIM115, PTH123
+    with pytest.raises(
+        LikeError, match=rf"does not run .*\n  {re.escape(__file__)}:{line}: return self\.head\(x\.view"
+    ):
+        to_torch(*without(params, spec, ["stem"]), like=module)
+
+
+def test_an_auxiliary_head_keeps_what_it_consumes():
+    torch.manual_seed(0)
+    module, x = Auxiliary().eval(), X[:, :, 0, 0]
+    with pytest.warns(UserWarning, match="aux"):
+        params, spec = from_torch(module, x)
+    assert holdable(module, params, spec) == tfx.Constraints(protect="a")
+    out = to_torch(*without(params, spec, ["b"], 2), like=module)  # what the head consumes keeps its size: it is seen
+    assert_close(out.train()(x)[1], module.train()(x)[1])
+    with pytest.raises(LikeError, match=r"aux\.weight, aux\.bias.*unchanged=\['aux'\]"):
+        to_torch(*without(params, spec, ["a"], 2), like=module)
+
+
+def test_attributes_follow_the_shapes_around_them():
+    """A head of 4 dimensions leaves: of each attribute the right value is among the candidates."""
+    module = Attention()
+    old = {path: tuple(x.shape) for path, x in module.named_parameters()}
+    new = old | {"qkv.weight": (20, 16), "qkv.bias": (20,), "out.weight": (16, 8)}
+    groups = {
+        (x.slots[0].name, x.slots[0].entry): x for x in groups_of(module, Resized(old, new), frozenset(["qkv", "out"]))
+    }
+    assert (2,) in groups["heads", None].candidates
+    assert (8,) in groups["all_dims", None].candidates
+    assert ("dim", None) not in groups or (4,) in groups["dim", None].candidates
+    assert {key for key in groups if key[0] == "sizes"} == {("sizes", 0), ("sizes", 1), ("sizes", 2)}
+
+
+def test_a_path_that_only_training_takes_is_proven():
+    class Steep(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 8), nn.Linear(8, 5)
+
+        def forward(self, x):
+            h = self.a(x).relu()
+            if self.training:
+                h = nn.functional.dropout(h.view(-1, 8), 0.5)
+            return self.b(h)
+
+    module, x = Steep().eval(), X[:, :, 0, 0]
+    params, spec = from_torch(module, x)
+    with pytest.raises(LikeError, match=r"in training mode:\n.*view\(-1, 8\)"):
+        to_torch(*without(params, spec, ["a"]), like=module)
+
+
+def test_a_path_of_other_sizes_is_proven():
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 1), nn.Linear(8, 5)
+
+        def forward(self, x):
+            x = self.a(x).relu()
+            return self.b((x if len(x) != 1 else x[:, :8].reshape(1, 8, -1, 1)).mean((2, 3)))
+
+    module = Wide().eval()
+    original = of_batch(module, *from_torch(module, X), X)
+    assert {"with one example", "with 4 examples"} <= {call.title for call in original.calls}
+    with pytest.raises(LikeError, match="with one example:\n.*reshape"):
+        to_torch(*without(*from_torch(module, X), ["a"]), like=module)
