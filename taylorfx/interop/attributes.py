@@ -45,6 +45,10 @@ class Slot(NamedTuple):
         number: int = value if self.entry is None else value[self.entry]
         return number
 
+    def rest(self, module: nn.Module) -> int:
+        """The sum of the other entries."""
+        return 0 if self.entry is None else sum(vars(module.get_submodule(self.part))[self.name]) - self.get(module)
+
     def set(self, module: nn.Module, number: int) -> None:
         """Write the number; a tuple or list is replaced, not written into: it may be shared."""
         part = module.get_submodule(self.part)
@@ -67,6 +71,10 @@ class Read(NamedTuple):
 
 Axes = Mapping[str, tuple[int, int]]
 """The old and the new size of parameters' axes, by their paths from some submodule on: ``q.weight.0``."""
+
+
+Axis = tuple[int, tuple[int, ...]]
+"""The old size of an axis, and its new size in each of several parts."""
 
 
 @dataclass(frozen=True)
@@ -107,11 +115,13 @@ class Group:
     Attributes:
         slots: one for every part.
         candidates: for each way to explain the number, what it becomes in every slot; the first leaves it as it is.
+        causes: for each axis that explains the number, by its old size and its new ones, what it becomes in every slot.
         alone: for each slot, what the number may become there, whatever it becomes in the others.
     """
 
     slots: tuple[Slot, ...]
     candidates: tuple[tuple[int, ...], ...]
+    causes: Mapping[Axis, tuple[int, ...]]
     alone: tuple[tuple[int, ...], ...]
 
 
@@ -135,13 +145,16 @@ def groups_of(module: nn.Module, resized: Resized, known: frozenset[str]) -> lis
         slots, sizes = [slot for slot, _ in each], [axes for _, axes in each]
         vectors = {path: (old, tuple(axes[path][1] for axes in sizes)) for path, (old, _) in sizes[0].items()}
         number = slots[0].get(module)
-        candidates = _candidates(number, len(slots), list(dict.fromkeys(vectors.values())))
+        causes = dict(_causes(number, slots[0].rest(module), list(dict.fromkeys(vectors.values()))))
+        quotients = _quotients(number, list(dict.fromkeys(vectors.values())))
+        unchanged = (number,) * len(slots)
+        candidates = tuple(dict.fromkeys((unchanged, *causes.values(), *quotients)))[:CANDIDATES]
         alone = tuple(
             tuple(dict.fromkeys((*together, *_factors(number, axes.values()))))
             for together, axes in zip(zip(*candidates, strict=True), sizes, strict=True)
         )
         if any(len(numbers) > 1 for numbers in alone):
-            groups.append(Group(tuple(slots), candidates, alone))
+            groups.append(Group(tuple(slots), candidates, causes, alone))
     return groups
 
 
@@ -159,24 +172,32 @@ def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _candidates(number: int, parts: int, axes: Sequence[tuple[int, tuple[int, ...]]]) -> tuple[tuple[int, ...], ...]:
-    """What a number may become in each of several parts, given the old and the new sizes of their axes.
+def _causes(number: int, rest: int, axes: Iterable[Axis]) -> Iterator[tuple[Axis, tuple[int, ...]]]:
+    """What a number becomes in each of several parts if it follows one of these axes, the simplest explanation first.
 
-    >>> _candidates(8, 2, [(32, (24, 16)), (16, (12, 12))])  # 8 heads of 4 in each of two parts, or 8 of 2
-    ((8, 8), (6, 4), (6, 6))
+    Args:
+        rest: the sum of the other entries of its tuple.
+
+    >>> dict(_causes(8, 0, [(32, (24, 16)), (16, (12, 12)), (5, (4, 4))]))  # 8 heads of 4, or of 2, in both parts
+    {(32, (24, 16)): (6, 4), (16, (12, 12)): (6, 6)}
     """
     changed = [(old, new) for old, new in axes if any(n != old for n in new)]
-    explained = [new for old, new in changed if old == number]
-    for old, new in changed:
-        if old % number == 0:
-            explained.append(_divided(new, [old // number] * parts))
+    for old, new in sorted(changed, key=lambda axis: axis[0] != number):
+        if old % number == 0 and all(n * number % old == 0 for n in new):
+            yield (old, new), tuple(n * number // old for n in new)
         elif number % old == 0:
-            explained.append(tuple(n * (number // old) for n in new))
+            yield (old, new), tuple(n * (number // old) for n in new)
+        elif rest and old == number + rest and all(n > rest for n in new):
+            yield (old, new), tuple(n - rest for n in new)
+
+
+def _quotients(number: int, axes: Sequence[Axis]) -> Iterator[tuple[int, ...]]:
+    """What a number becomes if it is the quotient of two axes: of the queries' and the keys', for example."""
     for a_old, a_new in axes:
         for b_old, b_new in axes:
-            if a_old == number * b_old and (a_old, a_new) != (b_old, b_new):
-                explained.append(_divided(a_new, b_new))
-    return tuple(dict.fromkeys(((number,) * parts, *filter(None, explained))))[:CANDIDATES]
+            whole = all(n % m == 0 for n, m in zip(a_new, b_new, strict=True))
+            if a_old == number * b_old and whole and (a_old, a_new) != (b_old, b_new):
+                yield tuple(n // m for n, m in zip(a_new, b_new, strict=True))
 
 
 def _factors(number: int, axes: Iterable[tuple[int, int]]) -> Iterator[int]:
@@ -188,13 +209,6 @@ def _factors(number: int, axes: Iterable[tuple[int, int]]) -> Iterator[int]:
     for old, new in axes:
         if old != new and old % number == 0:
             yield from (n for n in range(number, 0, -1) if new % n == 0 and new // n <= old // number)
-
-
-def _divided(new: Sequence[int], by: Sequence[int]) -> tuple[int, ...]:
-    """The quotients; none unless all are whole."""
-    if any(n % m for n, m in zip(new, by, strict=True)):
-        return ()
-    return tuple(n // m for n, m in zip(new, by, strict=True))
 
 
 def guesses(module: nn.Module, groups: Sequence[Group], resized: Resized) -> dict[Slot, int]:

@@ -11,8 +11,8 @@ import inspect
 import linecache
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import combinations, product
+from dataclasses import dataclass, replace
+from itertools import chain, combinations, product
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -46,7 +46,8 @@ class Run:
     Attributes:
         wrong: how its outputs differ from the network's, or why there are none; empty if they are equal.
         failed: it raised an error.
-        reached: how many values of the network it computed, and how many functions of torch it called.
+        reached: how many values of the network it computed, twice as much in their own shape, and how many functions of
+            torch it called.
         place: the line of the module's own code where it failed, or after which it computed no value of the network.
         reads: the attributes that it read.
     """
@@ -71,8 +72,8 @@ class _Watch(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         self.done += 1
         if isinstance(result, Tensor) and result.is_floating_point() and result.numel() > 1:
-            if self.expected.knows(result):
-                self.matched, self.place = self.matched + 1, ""
+            if known := self.expected.knows(result):
+                self.matched, self.place = self.matched + known, ""
             elif not self.place:
                 self.place = _line(inspect.currentframe())
         return result
@@ -139,8 +140,9 @@ def settle(
                 raise
             continue
         run = _attempt(module, call, expected, spec, groups)
-        if run.wrong and passed and not certain(call):
-            continue
+        if run.wrong and passed and not certain(call):  # then it has to run, and no more
+            expected = replace(expected, outputs={}, buffers={})
+            run = _attempt(module, call, expected, spec, groups)
         tries = _Tries(module, spec, groups, [*passed, (call, expected)])
         while run.wrong:
             better = tries.better(run)
@@ -162,7 +164,7 @@ class _Tries:
 
     def better(self, run: Run) -> Run | None:
         """The run after the change of values that leads furthest; none if all lead less far."""
-        for moves in (self._together(run), self._in_pairs(run), self._part_by_part(run)):
+        for moves in (chain(self._together(run), self._by_axis(run)), self._in_pairs(run), self._part_by_part(run)):
             best, chosen = run, Values()
             for values in moves:
                 self.count += 1
@@ -194,6 +196,17 @@ class _Tries:
         """Every group that was read, the last one first, with all that it may become."""
         for group in self._read(run):
             yield from self._moves(group)
+
+    def _by_axis(self, run: Run) -> Iterator[Values]:
+        """All groups of the same parts that one axis explains, as it explains them: heads, and all their dimensions."""
+        read = self._read(run)
+        for slots in dict.fromkeys(tuple(slot.part for slot in group.slots) for group in read):
+            groups = [group for group in self.groups if tuple(slot.part for slot in group.slots) == slots]
+            for axis in dict.fromkeys(axis for group in groups for axis in group.causes):
+                explained = [group for group in groups if axis in group.causes]
+                for some in (explained, [group for group in explained if group in read]):
+                    pairs = [zip(group.slots, group.causes[axis], strict=True) for group in some]
+                    yield {slot: n for each in pairs for slot, n in each}
 
     def _in_pairs(self, run: Run) -> Iterator[Values]:
         """Two groups of the same parts at once."""
