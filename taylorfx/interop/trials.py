@@ -30,10 +30,17 @@ Scopes = tuple[int, ...]
 
 
 class Rule(NamedTuple):
-    """Scopes that may lose units in one way: groups that keep equal numbers, and what those are multiples of."""
+    """Scopes that may lose units in one way.
+
+    Attributes:
+        groups: scopes that keep equal numbers.
+        multiple: what these numbers are multiples of.
+        chunks: how many parts each scope falls into that keep equal numbers.
+    """
 
     groups: tuple[Scopes, ...]
     multiple: int = 1
+    chunks: int = 1
 
 
 def holdable(
@@ -81,7 +88,7 @@ def constraints_of(
 ) -> Constraints:
     """`holdable` of a module that is compared already."""
     trials = _Trials(original, params, coupling, unchanged)
-    trials.check({})
+    trials.check({}, {})
     rules = [Rule(tuple((scope,) for scope in kind)) for kind in _kinds(coupling)]
     if not trials.all_hold(rules):
         rules = _allowed(trials, rules)
@@ -91,6 +98,7 @@ def constraints_of(
         protect=[name for k, name in enumerate(names) if k not in lost and coupling.sizes[k] > 1],
         uniform=[tuple(names[k] for k in group) for rule in rules for group in rule.groups if len(group) > 1],
         multiple={names[k]: x.multiple for x in rules if x.multiple > 1 for group in x.groups for k in group} or 1,
+        chunks={names[k]: x.chunks for x in rules if x.chunks > 1 for group in x.groups for k in group} or 1,
     )
 
 
@@ -119,10 +127,10 @@ class _Trials:
         self.params = params
         self.coupling = coupling
         self.unchanged = unchanged
-        self._known: dict[tuple[tuple[int, int], ...], bool] = {}
+        self._known: dict[tuple[tuple[int, int, int], ...], bool] = {}
 
-    def check(self, amounts: Mapping[int, int]) -> None:
-        """Cut some units of each of these scopes, and make the class of what is left.
+    def check(self, amounts: Mapping[int, int], chunks: Mapping[int, int], *, last: bool = False) -> None:
+        """Cut the first or the last units of each of these scopes, of its chunks as many, and make the class of the rest.
 
         Raises:
             LikeError: if it cannot be.
@@ -131,22 +139,29 @@ class _Trials:
         keep = np.ones(len(self.coupling), bool)
         for scope, count in amounts.items():
             units = np.flatnonzero(self.coupling.scope == scope)
-            keep[np.random.default_rng((scope, count)).choice(units, count, replace=False)] = False
+            units, parts = units[np.argsort(self.coupling.index[units])], chunks.get(scope, 1)
+            for part in np.split(units, parts):
+                keep[part[len(part) - count // parts :] if last else part[: count // parts]] = False
         plan = Plan(self.coupling, keep)
         resized(self.original, cut(self.params, plan), plan.spec, self.unchanged)
 
     def holds(self, rules: Sequence[Rule], share: float = 0.0) -> bool:
-        """The class holds what these rules let leave: this share and one or two more, so that neighbors differ."""
+        """The class holds what these rules let leave: this share and one or two more, so that neighbors differ.
+
+        Without a share these are the first units of every scope, with one the last: a slice of channels, or a chunk,
+        is not cut alike at both ends.
+        """
         amounts: dict[int, int] = {}
-        places = [(j + k, rule.multiple, group) for j, rule in enumerate(rules) for k, group in enumerate(rule.groups)]
-        for place, step, group in places:
-            size = min(int(self.coupling.sizes[scope]) for scope in group)
+        places = [(j + k, rule, group) for j, rule in enumerate(rules) for k, group in enumerate(rule.groups)]
+        for place, rule, group in places:
+            size, step = min(int(self.coupling.sizes[scope]) for scope in group), rule.multiple * rule.chunks
             count = max(0, int(share * size) // step) + 1 + place % 2
             amounts |= dict.fromkeys(group, min(count, (size - 1) // step) * step)
-        key = tuple(sorted(amounts.items()))
+        chunks = {scope: rule.chunks for _, rule, group in places for scope in group}
+        key = tuple(sorted((scope, count, chunks[scope]) for scope, count in amounts.items()))
         if key not in self._known:
             try:
-                self.check(amounts)
+                self.check(amounts, chunks, last=bool(share))
                 self._known[key] = True
             except (LikeError, PlanError):
                 self._known[key] = False
@@ -159,7 +174,7 @@ class _Trials:
 
 def _allowed(trials: _Trials, rules: Sequence[Rule]) -> list[Rule]:
     """The rules under which the class holds what leaves, of all kinds of scopes."""
-    failing = _failing(rules, trials.holds)
+    failing = _failing(rules, trials.all_hold)
     allowed = [rule for rule in rules if rule not in failing]
     left: list[Scopes] = []
     for rule in failing:
@@ -194,7 +209,7 @@ def _parted(trials: _Trials, kind: Scopes) -> tuple[Scopes, Scopes]:
     """The scopes of a kind that the class can lose units of, and the others; if both ends fail, all are taken to."""
 
     def holds(scopes: Sequence[int]) -> bool:
-        return trials.holds([Rule(tuple((scope,) for scope in scopes))])
+        return trials.all_hold([Rule(tuple((scope,) for scope in scopes))])
 
     if not holds(kind[:1]) and not holds(kind[-1:]):
         return (), kind
@@ -214,14 +229,15 @@ def _equal(trials: _Trials, kinds: Sequence[Scopes]) -> Rule | None:
         blocks = [tuple(zip(kind[::2], kind[1::2], strict=True))] if len(kind) % 2 == 0 else []
     every = tuple(scope for kind in kinds for scope in kind)
     ways = (Rule(groups) for groups in dict.fromkeys([*blocks, (every,)]) if len(every) > 1)
-    return next((rule for rule in ways if trials.holds([rule])), None)
+    return next((rule for rule in ways if trials.all_hold([rule])), None)
 
 
 def _multiples(trials: _Trials, kind: Scopes) -> Rule | None:
-    """The least number of which multiples can stay."""
+    """The least number of which multiples can stay, or of parts that keep as many."""
     size, alone = int(trials.coupling.sizes[kind[0]]), tuple((scope,) for scope in kind)
-    ways = (Rule(alone, n) for n in range(2, size // 2 + 1) if size % n == 0)
-    return next((rule for rule in ways if trials.holds([rule])), None)
+    numbers = [n for n in range(2, size // 2 + 1) if size % n == 0]
+    ways = (rule for n in numbers for rule in (Rule(alone, multiple=n), Rule(alone, chunks=n)))
+    return next((rule for rule in ways if trials.all_hold([rule])), None)
 
 
 def _jointly(trials: _Trials, rules: Sequence[Rule]) -> list[Rule]:

@@ -14,6 +14,7 @@ from typing import NamedTuple, TypedDict, TypeVar
 import numpy as np
 
 from taylorfx.coupling.units import Coupling, Mask
+from taylorfx.network.labels import Labels
 from taylorfx.scoring.measurement import one_of
 from taylorfx.selection.budget import SelectionError
 
@@ -34,6 +35,7 @@ class ConstraintOptions(TypedDict, total=False):
     most: float | Mapping[str, float]
     multiple: int | Mapping[str, int]
     uniform: Families
+    chunks: int | Mapping[str, int]
     per_layer: bool
     isomorphic: bool
     exact_only: bool
@@ -49,6 +51,8 @@ class Rules(NamedTuple):
     multiples: list[int]
     protected: Mask
     """``(units,)``: those that stay whatever they are worth."""
+    chunks: Sequence[int] = ()
+    """Into how many parts each scope falls, which keep the same number; none: all are whole."""
 
     def least(self, scope: int, size: int) -> int:
         """The fewest units that a scope of this size keeps, by its floor and its most.
@@ -57,6 +61,28 @@ class Rules(NamedTuple):
         3
         """
         return max(self.floors[scope], math.ceil((1 - self.most[scope]) * size - 1e-9))
+
+    def parts(self, coupling: Coupling) -> tuple[Labels, Rules]:
+        """The number of every unit's part of its scope, ``(units,)``, and the rules of these parts.
+
+        ::
+
+            scope     0 0 0 0 0 0  1 1      scope 0 falls into 2 chunks
+            part      0 0 0 1 1 1  2 2      parts 0 and 1 are one group
+        """
+        if all(count == 1 for count in self.chunks):
+            return coupling.scope, self
+        order = np.lexsort((coupling.index, coupling.scope))
+        rank = np.empty(len(coupling), np.int64)
+        rank[order] = np.arange(len(coupling)) - (np.cumsum(coupling.sizes) - coupling.sizes)[coupling.scope[order]]
+        counts = np.array(self.chunks)
+        first = np.cumsum(counts) - counts
+        part = first[coupling.scope] + rank * counts[coupling.scope] // coupling.sizes[coupling.scope]
+        owner = np.repeat(np.arange(len(counts)), counts).tolist()
+        groups = [[int(first[k]) + i for k in group for i in range(self.chunks[k])] for group in self.groups]
+        floors = [-(-self.floors[k] // self.chunks[k]) for k in owner]
+        multiples = [self.multiples[k] // math.gcd(self.multiples[k], self.chunks[k]) for k in owner]
+        return part, Rules(groups, floors, [self.most[k] for k in owner], multiples, self.protected)
 
 
 @dataclass(frozen=True)
@@ -76,6 +102,8 @@ class Constraints:
             bundles, ordered by their mean score.
         uniform: globs; the scopes that match one (the first that matches counts) keep the same number of units, each
             its own best. They leave in bundles across the scopes, ordered by their mean score.
+        chunks: scopes fall into this many parts of equal length, in the order of their units, that keep the same number
+            of units (the halves of ``x.chunk(2)``); a number, or by glob.
         per_layer: rank within each scope instead of across the network, so that all lose about the same share.
         isomorphic: rank only within like structures (Fang et al. 2024, "Isomorphic Pruning for Vision Models",
             arXiv 2407.04616): scopes that run along the same axes of the same kinds of layers. Every such class loses
@@ -91,6 +119,7 @@ class Constraints:
     most: float | Mapping[str, float] = 1.0
     multiple: int | Mapping[str, int] = 1
     uniform: Families = ()
+    chunks: int | Mapping[str, int] = 1
     per_layer: bool = False
     isomorphic: bool = False
     exact_only: bool = False
@@ -131,11 +160,17 @@ class Constraints:
         floors = checked(partial(_by_scope, coupling, self.floor, "floor", 1), list[int]())
         most = checked(partial(_by_scope, coupling, self.most, "most", 1.0), list[float]())
         multiples = checked(partial(_by_scope, coupling, self.multiple, "multiple", 1), list[int]())
+        chunks = checked(partial(_by_scope, coupling, self.chunks, "chunks", 1), list[int]())
+        uneven = [
+            f"{name} of {n}" for name, n, k in zip(coupling.scopes, coupling.sizes, chunks, strict=False) if n % k
+        ]
+        if uneven:
+            problems.append(f"chunks takes scopes that fall into parts of equal length; received {', '.join(uneven)}.")
         protected = checked(partial(_protected, coupling, (*self.protect,)), np.zeros(len(coupling), bool))
         if problems:
             raise SelectionError(" ".join(problems))
         held = protected | ~coupling.exact if self.exact_only else protected
-        return Rules(groups, floors, most, multiples, held)
+        return Rules(groups, floors, most, multiples, held, chunks)
 
     def broken(self, coupling: Coupling, keep: Mask) -> list[str]:
         """What a choice of units to keep, ``(units,)``, does not respect, in words; `select` breaks none."""
@@ -152,6 +187,11 @@ class Constraints:
         for group in rules.groups:
             if len({kept[k] for k in group}) > 1:
                 problems.append(f"{', '.join(f'{coupling.scopes[k]} keeps {kept[k]}' for k in group)}, not as many")
+        part, _ = rules.parts(coupling)
+        for scope, name in enumerate(coupling.scopes):
+            parts = np.unique(part[coupling.scope == scope])
+            counts = [int(keep[part == k].sum()) for k in parts]
+            problems += [f"{name} keeps {counts} in its chunks, not as many"] * (len({*counts}) > 1)
         return problems
 
     def lasting(self, coupling: Coupling) -> Constraints:
@@ -178,6 +218,7 @@ class Constraints:
             floor=numbers(self.floor),
             most=numbers(self.most),
             multiple=numbers(self.multiple),
+            chunks=numbers(self.chunks),
             uniform=tuple(kept for family in self.uniform if (kept := globs(_family(family)))),
         )
 
@@ -202,6 +243,7 @@ class Constraints:
             protect=(*self.protect, *other.protect),
             uniform=tuple(tuple(names[k] for k in group) for group in joined),
             multiple=dict(zip(names, multiples, strict=True)),
+            chunks=dict(zip(names, map(math.lcm, one.chunks, two.chunks), strict=True)),
         )
 
 
