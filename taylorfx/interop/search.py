@@ -71,11 +71,12 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         self.done += 1
-        if isinstance(result, Tensor) and result.is_floating_point() and result.numel() > 1:
-            if known := self.expected.knows(result):
-                self.matched, self.place = self.matched + known, ""
-            elif not self.place:
-                self.place = _line(inspect.currentframe())
+        for x in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(x, Tensor) and x.is_floating_point() and x.numel() > 1:
+                if known := self.expected.knows(x):
+                    self.matched, self.place = self.matched + known, ""
+                elif not self.place:
+                    self.place = _line(inspect.currentframe())
         return result
 
 

@@ -130,7 +130,7 @@ class _Trials:
         self._known: dict[tuple[tuple[int, int, int], ...], bool] = {}
 
     def check(self, amounts: Mapping[int, int], chunks: Mapping[int, int], *, last: bool = False) -> None:
-        """Cut the first or the last units of each of these scopes, of its chunks as many, and make the class of the rest.
+        """Cut the first or the last units of these scopes, of each chunk as many, and make the class of the rest.
 
         Raises:
             LikeError: if it cannot be.
