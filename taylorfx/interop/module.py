@@ -115,19 +115,24 @@ def to_torch(
     by name), keeps names that share a tensor tied, and does not train what was captured frozen.
 
     Args:
-        like: the module that was captured. The result is then of its own class, its layers made smaller (their tensors
-            and the fields that say their sizes), if its ``forward`` computes with them what the spec does. Modes and
-            ``requires_grad`` are those of ``like``.
+        like: the module that was captured. The result is then of its own class, its layers made smaller: their
+            tensors, the fields that say their sizes, and every other attribute of whole numbers that has to change
+            so that its ``forward`` computes what the spec does. Which those are is found out by trying, and proven: at
+            the example, at two other sizes and numbers of examples where the network takes them, with optional
+            arguments that change nothing for the whole module, with rows that are masked, with a cache, and in
+            training with equal seeds. Modes and ``requires_grad`` are those of ``like``, which is left as it is.
+            `taylorfx.interop.holdable` says beforehand what a class can hold.
         example_inputs, example_kwargs: what to compare on, as for `from_torch`; by default random numbers of the
             shapes and types that the spec's inputs declare.
         unchanged: parameters and submodules of ``like`` that are not in the network and stay as they are, by name:
-            an auxiliary head of training whose inputs keep their sizes. Whether they do is not known here.
+            an auxiliary head whose inputs keep their sizes. Those that training mode uses need not be named: whether
+            they fit is seen there.
 
     Raises:
         SpecError: if the parameters do not fit the spec.
-        LikeError: if the module's own ``forward`` fails with smaller layers, or computes something else: sizes that it
-            has written down stay as they were. Without ``like`` there is always a module. Also if something was cut
-            and the module has parameters that are not in the network, all of which are listed.
+        LikeError: if the module's own ``forward`` fails with smaller layers, or computes something else, whatever its
+            attributes are: with the line of its code. Without ``like`` there is always a module. Also if something was
+            cut and the module has parameters that are neither in the network nor fit in training; all are listed.
     """
     if like is None:
         return SpecModule(params, spec).eval()

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import importlib.util
 import re
 
 import numpy as np
@@ -200,19 +201,19 @@ def test_pruning_like_a_module_gives_what_its_class_holds(name):
 
 
 def test_constraints_are_no_stricter_than_they_need_to_be():
-    assert holdable(*(one := captured("convolutions"))[:1], *one[2:]) == tfx.Constraints()
-    assert holdable(*(one := captured("transformer"))[:1], *one[2:]).protect == ()
+    module, _, params, spec = captured("convolutions")
+    assert holdable(module, params, spec) == tfx.Constraints()
+    module, _, params, spec = captured("transformer")
+    coupling, constraints = tfx.couple(params, spec), holdable(module, params, spec)
+    sizes = dict(zip(coupling.scopes, coupling.sizes.tolist(), strict=True))
+    assert {sizes[name] for name in constraints.protect} <= {4}, "heads, groups of queries, the stream may leave"
 
 
 def test_halves_of_a_chunk_keep_equal_numbers():
     module, _, params, spec = captured("halves")
-    constraints, coupling = holdable(module, params, spec), tfx.couple(params, spec)
-    halves = [name for name, size in zip(coupling.scopes, coupling.sizes, strict=True) if size == 6]
-    assert len(halves) == 2
-    assert constraints == tfx.Constraints(uniform=[tuple(halves)])
+    assert holdable(module, params, spec) == tfx.Constraints(chunks={"stem": 2})
     with pytest.raises(LikeError):
-        to_torch(*without(params, spec, halves[:1]), like=module)
-    to_torch(*without(params, spec, halves), like=module)
+        to_torch(*without(params, spec, ["stem"], 2), like=module)
 
 
 def test_an_even_number_stays_even():
@@ -243,17 +244,24 @@ def test_an_auxiliary_head_keeps_what_it_consumes():
 
 
 def test_attributes_follow_the_shapes_around_them():
-    """A head of 4 dimensions leaves: of each attribute the right value is among the candidates."""
+    """Half of the heads leave: of each attribute the right value is among the candidates."""
     module = Attention()
     old = {path: tuple(x.shape) for path, x in module.named_parameters()}
-    new = old | {"qkv.weight": (20, 16), "qkv.bias": (20,), "out.weight": (16, 8)}
-    groups = {
-        (x.slots[0].name, x.slots[0].entry): x for x in groups_of(module, Resized(old, new), frozenset(["qkv", "out"]))
-    }
-    assert (2,) in groups["heads", None].candidates
-    assert (8,) in groups["all_dims", None].candidates
-    assert ("dim", None) not in groups or (4,) in groups["dim", None].candidates
-    assert {key for key in groups if key[0] == "sizes"} == {("sizes", 0), ("sizes", 1), ("sizes", 2)}
+    new = old | {"qkv.weight": (16, 16), "qkv.bias": (16,), "out.weight": (16, 8)}
+    groups = groups_of(module, Resized(old, new), frozenset(["qkv", "out"]))
+    candidates = {(x.slots[0].name, x.slots[0].entry): x.candidates for x in groups}
+    right = {("heads", None): 2, ("dim", None): 4, ("groups", None): 2, ("all_dims", None): 8}
+    right |= {("sizes", 0): 8, ("sizes", 1): 4, ("sizes", 2): 4}
+    assert all((n,) in candidates[key] for key, n in right.items())
+    small = to_torch(*without(*(network := captured("transformer"))[2:], ["view_1.x2"]), like=network[0])
+    assert vars(small.attention[0]) | right_of(small.attention[0]) == vars(small.attention[0])
+    assert small.attention[1].sizes == [16, 8, 8]
+
+
+def right_of(attention):
+    """What the attributes of an attention have to be, by its parameters, if its heads have 4 dimensions."""
+    dims = attention.out.in_features
+    return {"heads": dims // 4, "dim": 4, "all_dims": dims, "sizes": [dims, dims // 2, dims // 2], "groups": 2}
 
 
 def test_a_path_that_only_training_takes_is_proven():
@@ -294,3 +302,75 @@ def test_a_path_of_other_sizes_is_proven():
     }
     with pytest.raises(LikeError, match=r"with x of 3x9x9:\n.*view\(-1, 8, 81\)"):
         to_torch(*without(params, spec, ["a"]), like=module)
+
+
+# Models of transformers.
+
+
+def transformers():
+    pytest.importorskip("transformers")
+    from _torchvision import library
+
+    if importlib.util.find_spec("torchvision"):
+        library()
+    import transformers
+
+    return transformers
+
+
+def llama(t):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
+    return t.LlamaForCausalLM(t.LlamaConfig(**sizes, vocab_size=40, num_key_value_heads=2, tie_word_embeddings=True))
+
+
+def gpt2(t):
+    config = t.GPT2Config(n_embd=16, n_layer=2, n_head=4, n_inner=24, vocab_size=40, n_positions=16)
+    config.bos_token_id = config.eos_token_id = 1
+    return t.GPT2LMHeadModel(config)
+
+
+def bert(t):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
+    return t.BertForSequenceClassification(t.BertConfig(**sizes, vocab_size=40, max_position_embeddings=16))
+
+
+@pytest.mark.parametrize("make", [llama, gpt2, bert])
+def test_a_model_of_transformers_is_pruned_as_its_own_class(make):
+    t = transformers()
+    torch.manual_seed(0)
+    module = make(t).eval()
+    params, spec = from_torch(module, {"input_ids": TOKENS})
+    original = of_batch(module, params, spec, TOKENS)
+    titles = " ".join(call.title for call in original.calls)
+    assert "with the first row of attention_mask masked" in titles
+    assert ("with a cache" in titles) is (make is not bert)
+
+    def loss(outputs, targets):
+        return outputs["logits"].square().flatten(1).mean(1)
+
+    batch = TOKENS, torch.zeros(3)
+    small = tfx.prune(params, spec, batch, budget=tfx.Units(0.6), steps=1, like=module, loss=loss)
+    out = to_torch(*small, like=module)
+    assert type(out) is type(module)
+    expected = tfx.apply(*small, TOKENS)["logits"]
+    mask = torch.ones_like(TOKENS)
+    for kwargs in ({}, {"attention_mask": mask}):
+        assert_close(out(input_ids=TOKENS, **kwargs).logits, expected)
+    mask[0, :3] = 0
+    assert_close(out(input_ids=TOKENS, attention_mask=mask).logits[1:], expected[1:])
+    if make is not bert:
+        assert (out.lm_head.weight is out.get_input_embeddings().weight) == ("lm_head" not in params)
+        texts = [out.generate(TOKENS, max_new_tokens=3, do_sample=False, use_cache=cached) for cached in (False, True)]
+        assert torch.equal(*texts)
+
+
+def test_a_cached_or_masked_call_finds_attributes_that_the_example_does_not_read():
+    t = transformers()
+    torch.manual_seed(0)
+    module = llama(t).eval()
+    params, spec = from_torch(module, {"input_ids": TOKENS})
+    coupling = tfx.couple(params, spec)
+    queries = [k for k, name in enumerate(coupling.scopes) if name.startswith("expand")]
+    assert len(queries) == 2
+    out = to_torch(*without(params, spec, [coupling.scopes[queries[0]]]), like=module)
+    assert [layer.self_attn.num_key_value_groups for layer in out.model.layers] == [1, 2]
