@@ -116,13 +116,15 @@ class Group:
         slots: one for every part.
         candidates: for each way to explain the number, what it becomes in every slot; the first leaves it as it is.
         causes: for each axis that explains the number, by its old size and its new ones, what it becomes in every slot.
-        alone: for each slot, what the number may become there, whatever it becomes in the others.
+        alone: for each slot, what the number may become there, whatever it becomes in the others; as it is first.
+        changed: for each slot, the old and the new sizes of the axes around its part that change.
     """
 
     slots: tuple[Slot, ...]
     candidates: tuple[tuple[int, ...], ...]
     causes: Mapping[Axis, tuple[int, ...]]
     alone: tuple[tuple[int, ...], ...]
+    changed: tuple[frozenset[tuple[int, int]], ...]
 
 
 def groups_of(module: nn.Module, resized: Resized, known: frozenset[str]) -> list[Group]:
@@ -154,7 +156,8 @@ def groups_of(module: nn.Module, resized: Resized, known: frozenset[str]) -> lis
             for together, axes in zip(zip(*candidates, strict=True), sizes, strict=True)
         )
         if any(len(numbers) > 1 for numbers in alone):
-            groups.append(Group(tuple(slots), candidates, causes, alone))
+            changed = tuple(frozenset(pair for pair in axes.values() if pair[0] != pair[1]) for axes in sizes)
+            groups.append(Group(tuple(slots), candidates, causes, alone, changed))
     return groups
 
 

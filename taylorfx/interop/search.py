@@ -228,11 +228,27 @@ class _Tries:
         slots.sort(key=lambda each: -order[each[0].part, each[0].name])
         for slot, numbers in slots:
             yield from ({slot: n} for n in numbers if n != self._now(slot))
+        tuples: dict[tuple[str, str], list[tuple[Slot, tuple[int, ...]]]] = {}
+        for slot, numbers in slots:
+            tuples.setdefault((slot.part, slot.name), []).append((slot, numbers))
+        for entries in tuples.values():
+            yield from self._splits(entries)
         for (one, firsts), (other, seconds) in combinations(slots, 2):
             if one.part == other.part:
                 for n, m in product(firsts, seconds):
                     if n != self._now(one) and m != self._now(other):
                         yield {one: n, other: m}
+
+    def _splits(self, entries: Sequence[tuple[Slot, tuple[int, ...]]]) -> Iterator[Values]:
+        """All entries of a tuple that adds up to an axis' old size: such that they add up to its new one."""
+        slots = [slot for slot, _ in entries]
+        pairs = [pair for group in self.groups for pair in zip(group.slots, group.changed, strict=True)]
+        changed = {sizes for slot, axes in pairs if slot in slots for sizes in axes}
+        before = sum(numbers[0] for _, numbers in entries)
+        wanted = {new for old, new in changed if old == before}
+        for numbers in product(*(numbers for _, numbers in entries)) if wanted and len(entries) > 1 else ():
+            if sum(numbers) in wanted:
+                yield dict(zip(slots, numbers, strict=True))
 
     def _read(self, run: Run) -> list[Group]:
         order = {(read.part, read.name): k for k, read in enumerate(run.reads)}
