@@ -30,7 +30,7 @@ from taylorfx.tree import Params
 __all__ = ["LikeError", "settle"]
 
 LIMIT = 2000
-"""How many values are tried for one call at most."""
+"""How many values are tried for one step of the search at most."""
 
 Values = dict[Slot, int]
 
@@ -165,6 +165,7 @@ class _Tries:
 
     def better(self, run: Run) -> Run | None:
         """The run after the change of values that leads furthest; none if all lead less far."""
+        self.count = 0
         for moves in (chain(self._together(run), self._by_axis(run)), self._in_pairs(run), self._part_by_part(run)):
             best, chosen = run, Values()
             for values in moves:
