@@ -19,7 +19,7 @@ from taylorfx.functions import name_of, unfit
 from taylorfx.network.parameters import check
 from taylorfx.network.spec import Spec
 from taylorfx.repair.batches import Batches, Repair
-from taylorfx.scoring.batches import Batch
+from taylorfx.scoring.batches import Batch, each_batch
 from taylorfx.scoring.criterion import Criterion, Score, as_criterion
 from taylorfx.scoring.measure import measure
 from taylorfx.scoring.measurement import Measurement, MeasurementOptions, names_of
@@ -33,6 +33,8 @@ from taylorfx.tree import Params
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from taylorfx.interop.like import UserModule
 
 __all__ = ["iterate", "prune"]
 
@@ -54,6 +56,7 @@ def prune(
     per_cost: bool = True,
     steps: int | None = None,
     repair: Repair | None = None,
+    like: UserModule | None = None,
     **options: Unpack[Options],
 ) -> tuple[Params, Spec]:
     """A smaller network that computes what the units it keeps computed: new parameters and a new spec.
@@ -87,6 +90,9 @@ def prune(
             function of your own of ``(params, plan, batches)``. None by default, as `reconstruct`, which is best where
             nothing is trained afterwards, takes double precision and memory for the square of what a layer reads (5 GB
             for the first linear layer of VGG16).
+        like: the module that was captured. Only what its own class can hold is cut, so that ``to_torch(params, spec,
+            like=module)`` gives a smaller one of it: `taylorfx.interop.holdable` finds the constraints on the first
+            examples, which join the others.
         options: the attributes of `Constraints` and of `Measurement` as keywords, instead of the values.
 
     Budgets, constraints, the criterion, the choice and the repair are checked before anything is measured. The errors
@@ -96,10 +102,26 @@ def prune(
     budgets, (respected, how) = each_budget(budget), _values(constraints, measurement, options)
     if steps is None and any(isinstance(one, Units) for one in budgets):
         steps = 1
-    if isinstance(batch, Iterator) and (steps != 1 or repair is not None):
+    if isinstance(batch, Iterator) and (steps != 1 or repair is not None or like is not None):
         batch = _Kept(batch)  # every step measures it
     step = _Step.of(batch, criterion, choose, how, per_cost, cautious=True, repair=repair)
-    *_, (small, smaller, _) = _iterated(params, spec, partial(_ways, budgets, steps), respected, step)
+    if like is None:
+        return _pruned(params, spec, budgets, steps, respected, step)
+    from taylorfx.interop import like as classes  # which import torch.export, slowly
+    from taylorfx.interop import trials
+
+    original = trials.of_batch(like, params, spec, next(iter(each_batch(batch)))[0])
+    coupling = couple(params, spec)
+    respected = respected.also(trials.constraints_of(original, params, coupling), coupling)
+    small, smaller = _pruned(params, spec, budgets, steps, respected, step)
+    classes.resized(original, small, smaller, ())
+    return small, smaller
+
+
+def _pruned(
+    params: Params, spec: Spec, budgets: tuple[Budget, ...], steps: int | None, constraints: Constraints, step: _Step
+) -> tuple[Params, Spec]:
+    *_, (small, smaller, _) = _iterated(params, spec, partial(_ways, budgets, steps), constraints, step)
     return small, smaller
 
 

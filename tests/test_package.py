@@ -25,10 +25,11 @@ STAGES = (
     {"layers"},
     {"network"},
     {"coupling"},
-    {"rewrite", "cost", "interop"},
+    {"rewrite", "cost"},
     {"scoring"},
     {"cutting"},
     {"selection", "repair", "truth", "store"},
+    {"interop"},
     {"report", "sentence", "testing", "distributed"},
 )
 

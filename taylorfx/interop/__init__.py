@@ -5,5 +5,6 @@ from taylorfx.interop.capture.reader import CaptureError
 from taylorfx.interop.capture.rules import Value, rule
 from taylorfx.interop.like import LikeError
 from taylorfx.interop.module import to_torch
+from taylorfx.interop.trials import holdable
 
-__all__ = ["CaptureError", "LikeError", "Value", "from_torch", "rule", "to_torch"]
+__all__ = ["CaptureError", "LikeError", "Value", "from_torch", "holdable", "rule", "to_torch"]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, TensorArgument
@@ -14,7 +16,7 @@ from taylorfx.internals import pytree
 from taylorfx.network.interface import Argument, Fixed, Interface
 from taylorfx.network.spec import Spec
 
-__all__ = ["bind", "dotted", "example_of", "interface_of", "off_path", "read_interface"]
+__all__ = ["bind", "dotted", "example_of", "generator_of", "interface_of", "off_path", "read_interface"]
 
 
 def dotted(path: Sequence[pytree.KeyEntry]) -> str:
@@ -244,3 +246,13 @@ def _nested(places: Mapping[str, object]) -> object:
         parts.setdefault(key, {})[below] = leaf
     values = {key: _nested(part) for key, part in parts.items()}
     return list(values.values()) if all(key.isdigit() for key in values) else values
+
+
+def generator_of(device: torch.device) -> torch.Generator:
+    """The one that torch itself draws from on this device."""
+    if device.type == "cpu":
+        return torch.default_generator
+    backend: Any = torch.get_device_module(device)
+    generators = backend.default_generators
+    generator: torch.Generator = generators[backend.current_device() if device.index is None else device.index]
+    return generator

@@ -2,72 +2,151 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeVar
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.testing import assert_close
+from torch.overrides import TorchFunctionMode
 
 from taylorfx.internals import pytree
-from taylorfx.interop.calls import bind, dotted, example_of, interface_of, off_path
+from taylorfx.interop.attributes import Resized, groups_of, guesses
+from taylorfx.interop.calls import bind, example_of, interface_of, off_path
+from taylorfx.interop.proof import Call, calls_of, copied, differs, truth
+from taylorfx.interop.search import LikeError, settle
 from taylorfx.layers import Embedding, Input, Layer
 from taylorfx.network.interface import Interface
-from taylorfx.network.run import apply
 from taylorfx.network.spec import Spec
 from taylorfx.tree import Params, flatten
 
-__all__ = ["LikeError", "resized"]
+__all__ = ["LikeError", "Original", "UserModule", "resized"]
 
-M = TypeVar("M", bound=nn.Module)
-
-
-class LikeError(ValueError):
-    """A module whose own ``forward`` cannot work with smaller layers; the message says why."""
+UserModule: TypeAlias = nn.Module
+"""A module of a class of the user's own."""
 
 
-def resized(
-    params: Params,
-    spec: Spec,
-    like: M,
-    example_inputs: object,
-    example_kwargs: Mapping[str, object] | None,
-    unchanged: Sequence[str],
-) -> M:
-    """A copy of the module with these parameters, proven equal to the spec on the example."""
-    module = copy.deepcopy(like)
-    leaves = flatten(params)
-    tensors: dict[str, Tensor] = {
-        **dict(module.named_parameters(remove_duplicate=False)),
-        **dict(module.named_buffers(remove_duplicate=False)),
-    }
+class Original:
+    """A module before anything was cut, and the calls on which smaller ones are compared with it.
+
+    Args:
+        module: the user's own; it is left as it is.
+        params: its parameters, or some of smaller ones, by which random inputs are made.
+        spec: a network of it, which may be smaller: its inputs and outputs are meant.
+        network: the whole network; without one the module is captured when it is needed.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        params: Params,
+        spec: Spec,
+        example_inputs: object,
+        example_kwargs: Mapping[str, object] | None,
+        network: tuple[Params, Spec] | None = None,
+    ) -> None:
+        self.module = module
+        self.tensors: dict[str, Tensor] = {
+            **dict(module.named_parameters(remove_duplicate=False)),
+            **dict(module.named_buffers(remove_duplicate=False)),
+        }
+        self._network = network
+        self._given = params, spec, example_inputs, example_kwargs
+        self._certain: dict[str, bool] = {}
+
+    @cached_property
+    def calls(self) -> list[Call]:
+        """The calls, of which the first one is that of the example."""
+        return list(calls_of(self._whole, self._given[1], self._base))
+
+    @cached_property
+    def _whole(self) -> nn.Module:
+        """A copy that shares the parameters."""
+        return copied(self.module, {id(x): x for x in self.module.parameters()})
+
+    @cached_property
+    def _base(self) -> Call:
+        (args, named), interface = _call(*self._given), interface_of(self._given[1])
+        try:
+            tensors = bind(interface, args, named)
+        except TypeError as error:
+            kind = type(self.module).__name__
+            raise LikeError(f"The example is a call of {kind} as it was captured. {error}") from error
+        _fill(named, interface, inspect.signature(self.module.forward), args)
+        return Call("as it was captured", (args, named), tensors)
+
+    def certain(self, call: Call) -> bool:
+        """The whole module gives on this call what its own network gives."""
+        if call.extra or call.then:
+            return True
+        if call.title not in self._certain:
+            network = self._captured
+            try:
+                expected = truth(*network, call) if network else None
+                results = call.outputs(self._whole)
+                self._certain[call.title] = not expected or not differs(results, expected, call, network[1])
+            except Exception:  # whatever the module's own code raises
+                self._certain[call.title] = False
+        return self._certain[call.title]
+
+    @cached_property
+    def _captured(self) -> tuple[Params, Spec]:
+        if self._network:
+            return self._network
+        from taylorfx.interop.capture.export import from_torch
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            args, kwargs = self._base.arguments
+            return from_torch(self.module, args, example_kwargs=kwargs)
+
+
+def resized(original: Original, params: Params, spec: Spec, unchanged: Sequence[str]) -> nn.Module:
+    """A copy of the module with these parameters, proven equal to the spec on all calls that the whole module takes."""
+    module, leaves, tensors = original.module, flatten(params), original.tensors
+    kind = type(module).__name__
     strange = [path for path in leaves if path not in tensors and not path.startswith("constants.")]
     if strange:
         raise LikeError(
-            f"The parameters are the module's own, by name; {type(like).__name__} has no {', '.join(strange)}. "
+            f"The parameters are the module's own, by name; {kind} has no {', '.join(strange)}. "
             "Give the module that was captured."
         )
-    _refuse_left_over(module, leaves, tensors, unchanged)
-    changed = {id(tensors[path]): leaf.detach().clone() for path, leaf in leaves.items() if path in tensors}
-    for part in module.modules():
-        for table in (part._parameters, part._buffers):
-            for tensor in table.values():
-                if tensor is not None and id(tensor) in changed:
-                    tensor.data = changed[id(tensor)]
-    for node in spec:
-        homes = {path.rpartition(".")[0] for path in node.paths.values()}
-        if len(homes) == 1 and not node.layer.leaf:
-            _set_fields(module.get_submodule(homes.pop()), node.layer)
-    _compare(module, params, spec, example_inputs, example_kwargs)
-    return module
+    left = _left_over(module, leaves, tensors, unchanged)
+    new = {id(tensors[path]): _like(tensors[path], leaf) for path, leaf in leaves.items() if path in tensors}
+    shapes = {path: tuple(x.shape) for path, x in tensors.items()}
+    sizes = Resized(shapes, {path: tuple(new.get(id(x), x).shape) for path, x in tensors.items()})
+    copy = copied(module, new)
+    known = _set_fields(copy, spec)
+    groups = groups_of(copy, sizes, known)
+    for slot, number in guesses(copy, groups, sizes).items():
+        slot.set(copy, number)
+    settle(copy, params, spec, groups, original.calls, original.certain)
+    if left:
+        _refuse_left_over(module, left - _used(copy, original.calls[0]))
+    fresh = copied(module, new)  # without what the module's own code keeps from call to call
+    _set_fields(fresh, spec)
+    for slot in (slot for group in groups for slot in group.slots):
+        if slot.get(fresh) != (number := slot.get(copy)):
+            slot.set(fresh, number)
+    return fresh
 
 
-def _refuse_left_over(
+def _like(old: Tensor, leaf: Tensor) -> Tensor:
+    """A new tensor, a parameter or a buffer as the old one."""
+    new = leaf.detach().clone()
+    if isinstance(old, nn.Parameter):
+        new = nn.Parameter(new, requires_grad=old.requires_grad)
+    vars(new).update(vars(old))
+    return new
+
+
+def _left_over(
     module: nn.Module, leaves: Mapping[str, Tensor], tensors: Mapping[str, Tensor], unchanged: Sequence[str]
-) -> None:
-    """Refuse to leave parameters outside the network at their old sizes, unless nothing else changes its size."""
+) -> set[str]:
+    """The parameters outside the network that would stay at their old sizes, while others change theirs."""
     names = [*tensors, *(name for name, _ in module.named_modules(remove_duplicate=False) if name)]
     if unknown := [name for name in unchanged if name not in names]:
         raise LikeError(
@@ -75,62 +154,68 @@ def _refuse_left_over(
             f"{', '.join(map(repr, unknown))}."
         )
     if all(leaf.shape == tensors[path].shape for path, leaf in leaves.items() if path in tensors):
-        return
-    left = [x for x in off_path(module, leaves) if not any(f"{x}.".startswith(f"{name}.") for name in unchanged)]
-    if left:
-        homes = list(dict.fromkeys(path.partition(".")[0] for path in left))
+        return set()
+    return {x for x in off_path(module, leaves) if not any(f"{x}.".startswith(f"{name}.") for name in unchanged)}
+
+
+class _Uses(TorchFunctionMode):
+    """Notes the tensors that functions of torch get."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: set[int] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.tensors.update(id(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+        return func(*args, **(kwargs or {}))
+
+
+def _used(module: nn.Module, call: Call) -> set[str]:
+    """The parameters that the module uses in training; none if it does not run then."""
+    uses = _Uses()
+    try:
+        with uses:
+            replace(call, training=True).outputs(module)
+    except Exception:  # whatever the module's own code raises
+        return set()
+    return {path for path, x in module.named_parameters(remove_duplicate=False) if id(x) in uses.tensors}
+
+
+def _refuse_left_over(module: nn.Module, left: set[str]) -> None:
+    """Refuse to leave parameters at their old sizes of which nothing says that they fit."""
+    paths = [path for path, _ in module.named_parameters() if path in left]
+    if paths:
+        homes = list(dict.fromkeys(path.partition(".")[0] for path in paths))
         raise LikeError(
             f"Smaller layers of {type(module).__name__} would leave parameters that are not in the network at their "
-            f"old sizes: {', '.join(left)}. Remove them from the module, capture a call that uses them, or say that "
-            f"what they consume keeps its size: to_torch(..., like=..., unchanged={homes})."
+            f"old sizes: {', '.join(paths)}. They are not used in training either, or do not fit there. Remove them "
+            "from the module, capture a call that uses them, or say that what they consume keeps its size: "
+            f"to_torch(..., like=..., unchanged={homes})."
         )
 
 
-def _set_fields(part: nn.Module, layer: Layer) -> None:
-    """Write the sizes of a layer into the attributes of its module that have the same names."""
+def _set_fields(module: nn.Module, spec: Spec) -> frozenset[str]:
+    """Write the sizes of layers into the attributes of their modules that have the same names.
+
+    Returns:
+        The submodules that are torch's own for the very layer: all their sizes are known.
+    """
+    known: set[str] = set()
+    for node in spec:
+        homes = {path.rpartition(".")[0] for path in node.paths.values()}
+        if len(homes) == 1 and not node.layer.leaf:
+            part = module.get_submodule(home := homes.pop())
+            _write(part, node.layer)
+            if type(part).__module__.startswith("torch.nn") and type(part).__name__ == node.layer.title:
+                known.add(home)
+    return frozenset(known)
+
+
+def _write(part: nn.Module, layer: Layer) -> None:
     for name in layer.fields():
         old, new = getattr(part, name, None), getattr(layer, name)
         if isinstance(old, (int, tuple)) and old != new and not isinstance(old, bool):
             setattr(part, name, new if isinstance(old, tuple) or not isinstance(new, tuple) else new[0])
-
-
-def _compare(
-    module: nn.Module, params: Params, spec: Spec, inputs: object, kwargs: Mapping[str, object] | None
-) -> None:
-    """Refuse a module that does not compute what the network does."""
-    kind, (args, named) = type(module).__name__, _call(params, spec, inputs, kwargs)
-    interface = interface_of(spec)
-    try:
-        tensors = bind(interface, args, named)
-    except TypeError as error:
-        raise LikeError(f"The example is a call of {kind} as it was captured. {error}") from error
-    _fill(named, interface, inspect.signature(module.forward), args)
-    modes = {part: part.training for part in module.modules()}
-    with torch.no_grad():
-        expected = apply(params, spec, tensors)
-        try:
-            outputs = module.eval()(*args, **named)
-        except Exception as error:  # whatever the module's own code raises
-            raise LikeError(
-                f"The forward of {kind} does not run with smaller layers: {error}. It has their old sizes written "
-                "down; to_torch without `like` gives a module that has not."
-            ) from error
-    for part, mode in modes.items():
-        part.training = mode
-    leaves = {dotted(path): x for path, x in pytree.tree_flatten_with_path(outputs)[0] if isinstance(x, Tensor)}
-    if not spec.keys:  # outputs in their order
-        expected = dict(enumerate(expected if isinstance(expected, tuple) else (expected,)))
-        results: dict[str | int, Tensor] = dict(enumerate(leaves.values()))
-    else:  # another output of the module (a cache, where the network was captured without one) is left alone
-        results = {key: x for key, x in leaves.items() if key in expected}
-    largest = max((float(x.abs().max()) for x in expected.values() if x.numel()), default=0.0)
-    try:
-        assert_close(results, expected, rtol=1e-4, atol=1e-4 * largest)
-    except AssertionError as error:
-        raise LikeError(
-            f"The forward of {kind} computes something else with smaller layers: {error} It has their old sizes "
-            "written down; to_torch without `like` gives a module that has not."
-        ) from error
 
 
 def _call(
@@ -141,6 +226,8 @@ def _call(
         return example_of(interface_of(spec), _random(params, spec))
     if isinstance(inputs, Tensor):
         return (inputs,), dict(kwargs or {})
+    if isinstance(inputs, Mapping):
+        return (), {**inputs, **(kwargs or {})}
     return tuple(inputs) if isinstance(inputs, Iterable) else (), dict(kwargs or {})
 
 

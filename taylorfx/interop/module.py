@@ -9,8 +9,8 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from taylorfx.interop.calls import bind, interface_of
-from taylorfx.interop.like import resized
+from taylorfx.interop.calls import bind, generator_of, interface_of
+from taylorfx.interop.like import Original, resized
 from taylorfx.network.interface import Interface
 from taylorfx.network.parameters import check, fits
 from taylorfx.network.run import run
@@ -85,7 +85,7 @@ class SpecModule(nn.Module):
         if not self.training:
             return run(leaves, self.spec, (inputs,))[0]
         device = next((x.device for x in inputs.values()), torch.device("cpu"))
-        generator = None if compiling else _generator(device)
+        generator = None if compiling else generator_of(device)
         outputs, moved = run(leaves, self.spec, (inputs,), training=True, generator=generator)
         with torch.no_grad():
             for k, leaf in moved.items():
@@ -124,23 +124,29 @@ def to_torch(
     by name), keeps names that share a tensor tied, and does not train what was captured frozen.
 
     Args:
-        like: the module that was captured. The result is then of its own class, its layers made smaller (their tensors
-            and the fields that say their sizes), if its ``forward`` computes with them what the spec does. Modes and
-            ``requires_grad`` are those of ``like``.
+        like: the module that was captured. The result is then of its own class, its layers made smaller: their
+            tensors, the fields that say their sizes, and every other attribute of whole numbers that has to change
+            so that its ``forward`` computes what the spec does. Which those are is found out by trying, and proven: at
+            the example, at two other sizes and numbers of examples where the network takes them, with optional
+            arguments that change nothing for the whole module, with rows that are masked, with a cache, and in
+            training with equal seeds. Modes and ``requires_grad`` are those of ``like``, which is left as it is.
+            `taylorfx.interop.holdable` says beforehand what a class can hold.
         example_inputs, example_kwargs: what to compare on, as for `from_torch`; by default random numbers of the
             shapes and types that the spec's inputs declare.
         unchanged: parameters and submodules of ``like`` that are not in the network and stay as they are, by name:
-            an auxiliary head of training whose inputs keep their sizes. Whether they do is not known here.
+            an auxiliary head whose inputs keep their sizes. Those that training mode uses need not be named: whether
+            they fit is seen there.
 
     Raises:
         SpecError: if the parameters do not fit the spec.
-        LikeError: if the module's own ``forward`` fails with smaller layers, or computes something else: sizes that it
-            has written down stay as they were. Without ``like`` there is always a module. Also if something was cut
-            and the module has parameters that are not in the network, all of which are listed.
+        LikeError: if the module's own ``forward`` fails with smaller layers, or computes something else, whatever its
+            attributes are: with the line of its code. Without ``like`` there is always a module. Also if something was
+            cut and the module has parameters that are neither in the network nor fit in training; all are listed.
     """
     if like is None:
         return SpecModule(params, spec).eval()
-    return resized(params, spec, like, example_inputs, example_kwargs, unchanged)
+    original = Original(like, params, spec, example_inputs, example_kwargs)
+    return resized(original, params, spec, unchanged)
 
 
 @lru_cache(maxsize=256)
@@ -154,16 +160,6 @@ def _called(cls: type[SpecModule], interface: Interface) -> type[SpecModule]:
     names = ("__module__", "__qualname__", "__doc__")
     members = {"forward": forward, "_interface_of_class": interface, **{name: getattr(cls, name) for name in names}}
     return type(cls.__name__, (cls,), members)
-
-
-def _generator(device: torch.device) -> torch.Generator:
-    """The one that torch itself draws from on this device."""
-    if device.type == "cpu":
-        return torch.default_generator
-    backend: Any = torch.get_device_module(device)
-    generators = backend.default_generators
-    generator: torch.Generator = generators[backend.current_device() if device.index is None else device.index]
-    return generator
 
 
 def _blank(cls: Any, interface: Interface) -> SpecModule:

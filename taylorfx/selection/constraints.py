@@ -16,6 +16,7 @@ from typing import NamedTuple, TypedDict, TypeVar
 import numpy as np
 
 from taylorfx.coupling.units import Coupling, Mask
+from taylorfx.network.labels import Labels
 from taylorfx.scoring.measurement import one_of
 from taylorfx.selection.budget import SelectionError
 
@@ -24,6 +25,8 @@ __all__ = ["ConstraintOptions", "Constraints", "Rules"]
 T = TypeVar("T")
 N = TypeVar("N", int, float)
 Globs = str | Iterable[str]
+Families = str | Iterable[Globs]
+"""Globs, or several in one tuple that say one thing together."""
 
 SHOWN, LISTED = 3, 24
 """How many near names an error shows for a glob, and how many scopes it lists."""
@@ -36,7 +39,8 @@ class ConstraintOptions(TypedDict, total=False):
     floor: int | Mapping[str, int]
     most: float | Mapping[str, float]
     multiple: int | Mapping[str, int]
-    uniform: Globs
+    uniform: Families
+    chunks: int | Mapping[str, int]
     per_layer: bool
     isomorphic: bool
     exact_only: bool
@@ -52,6 +56,8 @@ class Rules(NamedTuple):
     multiples: list[int]
     protected: Mask
     """``(units,)``: those that stay whatever they are worth."""
+    chunks: Sequence[int] = ()
+    """Into how many parts each scope falls, which keep the same number; none: all are whole."""
 
     def least(self, scope: int, size: int) -> int:
         """The fewest units that a scope of this size keeps, by its floor and its most.
@@ -60,6 +66,28 @@ class Rules(NamedTuple):
         3
         """
         return max(self.floors[scope], math.ceil((1 - self.most[scope]) * size - 1e-9))
+
+    def parts(self, coupling: Coupling) -> tuple[Labels, Rules]:
+        """The number of every unit's part of its scope, ``(units,)``, and the rules of these parts.
+
+        ::
+
+            scope     0 0 0 0 0 0  1 1      scope 0 falls into 2 chunks
+            part      0 0 0 1 1 1  2 2      parts 0 and 1 are one group
+        """
+        if all(count == 1 for count in self.chunks):
+            return coupling.scope, self
+        order = np.lexsort((coupling.index, coupling.scope))
+        rank = np.empty(len(coupling), np.int64)
+        rank[order] = np.arange(len(coupling)) - (np.cumsum(coupling.sizes) - coupling.sizes)[coupling.scope[order]]
+        counts = np.array(self.chunks)
+        first = np.cumsum(counts) - counts
+        part = first[coupling.scope] + rank * counts[coupling.scope] // coupling.sizes[coupling.scope]
+        owner = np.repeat(np.arange(len(counts)), counts).tolist()
+        groups = [[int(first[k]) + i for k in group for i in range(self.chunks[k])] for group in self.groups]
+        floors = [-(-self.floors[k] // self.chunks[k]) for k in owner]
+        multiples = [self.multiples[k] // math.gcd(self.multiples[k], self.chunks[k]) for k in owner]
+        return part, Rules(groups, floors, [self.most[k] for k in owner], multiples, self.protected)
 
 
 @dataclass(frozen=True)
@@ -84,6 +112,8 @@ class Constraints:
             bundles, ordered by their mean score.
         uniform: globs; the scopes that match one (the first that matches counts) keep the same number of units, each
             its own best. They leave in bundles across the scopes, ordered by their mean score.
+        chunks: scopes fall into this many parts of equal length, in the order of their units, that keep the same number
+            of units (the halves of ``x.chunk(2)``); a number, or by glob.
         per_layer: rank within each scope instead of across the network, so that all lose about the same share.
         isomorphic: rank only within like structures (Fang et al. 2024, "Isomorphic Pruning for Vision Models",
             arXiv 2407.04616): scopes that run along the same axes of the same kinds of layers. Every such class loses
@@ -98,14 +128,19 @@ class Constraints:
     floor: int | Mapping[str, int] = 1
     most: float | Mapping[str, float] = 1.0
     multiple: int | Mapping[str, int] = 1
-    uniform: Globs = ()
+    uniform: Families = ()
+    chunks: int | Mapping[str, int] = 1
     per_layer: bool = False
     isomorphic: bool = False
     exact_only: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("protect", "uniform"):
-            object.__setattr__(self, name, _globs(getattr(self, name), name))
+        object.__setattr__(self, "protect", _globs(self.protect, "protect"))
+        several = (self.uniform,) if isinstance(self.uniform, str) else self.uniform
+        if not isinstance(several, Iterable):
+            _globs(several, "uniform")
+        families = (x if isinstance(x, str) else _globs(x, "uniform") for x in several)
+        object.__setattr__(self, "uniform", tuple(families))
 
     @staticmethod
     def of(constraints: Constraints | None, options: Mapping[str, object]) -> Constraints:
@@ -131,15 +166,21 @@ class Constraints:
                 problems.append(str(error))
                 return otherwise
 
-        groups = checked(partial(_together, coupling, (*self.uniform,)), list[list[int]]())
+        groups = checked(partial(_together, coupling, [*map(_family, self.uniform)]), list[list[int]]())
         floors = checked(partial(_by_scope, coupling, self.floor, "floor", 1), list[int]())
         most = checked(partial(_by_scope, coupling, self.most, "most", 1.0), list[float]())
         multiples = checked(partial(_by_scope, coupling, self.multiple, "multiple", 1), list[int]())
+        chunks = checked(partial(_by_scope, coupling, self.chunks, "chunks", 1), list[int]())
+        uneven = [
+            f"{name} of {n}" for name, n, k in zip(coupling.scopes, coupling.sizes, chunks, strict=False) if n % k
+        ]
+        if uneven:
+            problems.append(f"chunks takes scopes that fall into parts of equal length; received {', '.join(uneven)}.")
         protected = checked(partial(_protected, coupling, (*self.protect,)), np.zeros(len(coupling), bool))
         if problems:
             raise SelectionError(" ".join(problems))
         held = protected | ~coupling.exact if self.exact_only else protected
-        return Rules(groups, floors, most, multiples, held)
+        return Rules(groups, floors, most, multiples, held, chunks)
 
     def broken(self, coupling: Coupling, keep: Mask) -> list[str]:
         """What a choice of units to keep, ``(units,)``, does not respect, in words; `select` breaks none."""
@@ -156,6 +197,11 @@ class Constraints:
         for group in rules.groups:
             if len({kept[k] for k in group}) > 1:
                 problems.append(f"{', '.join(f'{coupling.scopes[k]} keeps {kept[k]}' for k in group)}, not as many")
+        part, _ = rules.parts(coupling)
+        for scope, name in enumerate(coupling.scopes):
+            parts = np.unique(part[coupling.scope == scope])
+            counts = [int(keep[part == k].sum()) for k in parts]
+            problems += [f"{name} keeps {counts} in its chunks, not as many"] * (len({*counts}) > 1)
         return problems
 
     def lasting(self, coupling: Coupling) -> Constraints:
@@ -188,8 +234,51 @@ class Constraints:
             floor=numbers(self.floor),
             most=numbers(self.most),
             multiple=numbers(self.multiple),
-            uniform=globs(self.uniform),
+            chunks=numbers(self.chunks),
+            uniform=tuple(kept for family in self.uniform if (kept := globs(_family(family)))),
         )
+
+    def also(self, other: Constraints, coupling: Coupling) -> Constraints:
+        """These, and what the other ones protect, keep equal and keep in multiples.
+
+        >>> import torch
+        >>> from taylorfx import Input, couple, init, serial
+        >>> from taylorfx.layers import Linear
+        >>> spec = serial(Input((2,)), a=Linear(2, 8), b=Linear(8, 8), c=Linear(8, 3))
+        >>> coupling = couple(init(spec, torch.Generator()), spec)
+        >>> both = Constraints(multiple=4).also(Constraints(multiple={"b": 6}, uniform=[("a", "b")]), coupling)
+        >>> both.multiple, both.uniform
+        ({'a': 4, 'b': 12}, (('a', 'b'),))
+        """
+        one, two = self.on(coupling), other.on(coupling)
+        names = [escape(name) for name in coupling.scopes]
+        joined = merged([group for rules in (one, two) for group in rules.groups if len(group) > 1])
+        multiples = map(math.lcm, one.multiples, two.multiples)
+        return replace(
+            self,
+            protect=(*self.protect, *other.protect),
+            uniform=tuple(tuple(names[k] for k in group) for group in joined),
+            multiple=dict(zip(names, multiples, strict=True)),
+            chunks=dict(zip(names, map(math.lcm, one.chunks, two.chunks), strict=True)),
+        )
+
+
+def merged(groups: Iterable[Sequence[int]]) -> list[list[int]]:
+    """Groups of numbers, those that share a number as one.
+
+    >>> merged([[0, 1], [4, 5], [1, 2]])
+    [[4, 5], [0, 1, 2]]
+    """
+    result: list[list[int]] = []
+    for group in groups:
+        touching = [other for other in result if set(other) & set(group)]
+        result = [other for other in result if other not in touching]
+        result.append(sorted({*group, *(k for other in touching for k in other)}))
+    return result
+
+
+def _family(family: Globs) -> tuple[str, ...]:
+    return (family,) if isinstance(family, str) else (*family,)
 
 
 def _globs(value: object, what: str) -> tuple[str, ...]:
@@ -263,13 +352,14 @@ def _protected(coupling: Coupling, globs: Sequence[str]) -> Mask:
     return chosen[coupling.scope]
 
 
-def _together(coupling: Coupling, globs: Sequence[str]) -> list[list[int]]:
+def _together(coupling: Coupling, families: Sequence[Sequence[str]]) -> list[list[int]]:
     """The scopes in groups that keep the same number of units; most are alone."""
-    _all_match(coupling, globs, "uniform")
-    first = _first(coupling, globs)
+    family_of = {glob: ", ".join(family) for family in families for glob in family}
+    _all_match(coupling, [*family_of], "uniform")
+    first = _first(coupling, [*family_of])
     groups: dict[str | int, list[int]] = {}
     for k in range(len(coupling.scopes)):
-        groups.setdefault(first.get(k, k), []).append(k)
+        groups.setdefault(family_of[first[k]] if k in first else k, []).append(k)
     unequal = [
         f"for {glob!r} {', '.join(f'{coupling.scopes[k]} of {coupling.sizes[k]}' for k in group)}"
         for glob, group in groups.items()

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from taylorfx.coupling.units import Coupling, Mask
 from taylorfx.cutting.plan import Plan
+from taylorfx.network.labels import Labels
 from taylorfx.scoring.statistics import Statistics
 from taylorfx.selection.budget import Budget, BudgetError, Budgets, SelectionError, Units, each_budget, pricing
 from taylorfx.selection.constraints import Constraints
@@ -101,7 +102,8 @@ def joint(
         keep = plan.keep
     if swaps and not cautious:
         free = coupling.exact if respected.exact_only else np.ones(len(coupling), bool)
-        better = _swap(rows, coupling, plan.keep.copy(), mean, half, free)
+        part, _ = respected.on(coupling).parts(coupling)
+        better = _swap(rows, part, plan.keep.copy(), mean, half, free)
         limits = [max(one.limit(n), cost(plan.keep)) for one, n, cost in zip(budgets, totals, costs, strict=True)]
         fits = all(cost(better) <= limit for cost, limit in zip(costs, limits, strict=True))
         if fits and coupling.counts(better).all():
@@ -153,11 +155,11 @@ EXCHANGES = 256
 """How often units of one scope change places at most."""
 
 
-def _swap(rows: Tensor, coupling: Coupling, keep: Mask, mean: Tensor, half: Tensor, free: Mask) -> Mask:
-    """Exchange units within their scopes while that lowers ``J``."""
+def _swap(rows: Tensor, part: Labels, keep: Mask, mean: Tensor, half: Tensor, free: Mask) -> Mask:
+    """Exchange units within their scopes, or chunks of them, while that lowers ``J``."""
     gone = rows @ torch.from_numpy(~keep).to(rows.dtype)  # s
-    for number in range(len(coupling.scopes)):
-        members = np.flatnonzero((coupling.scope == number) & free)
+    for number in np.unique(part):
+        members = np.flatnonzero((part == number) & free)
         columns = rows[:, torch.from_numpy(members)]
         for _ in range(EXCHANGES):
             cross = (gone @ columns / len(rows)).to(torch.float64)

@@ -159,8 +159,9 @@ def steps(values: Values, coupling: Coupling, held: Mask, rules: Rules) -> tuple
     Args:
         held: ``(units,)``, those that stay whatever they are worth.
     """
-    queue = _queue(values, coupling.scope, held)
-    bundles, count = _bundles(np.bincount(queue.scopes, minlength=len(coupling.scopes)), coupling.sizes, rules)
+    part, by_part = rules.parts(coupling)
+    queue, sizes = _queue(values, part, held), np.bincount(part, minlength=len(by_part.floors))
+    bundles, count = _bundles(np.bincount(queue.scopes, minlength=len(sizes)), sizes, by_part)
     units, bundle = _dealt(queue, bundles)
     step = np.full(len(coupling), count)
     step[units] = _ranks(values, units, bundle, count)[bundle]

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import cast
 
-import torch
 from torch import Tensor, fx
 from torch.fx.node import Argument
 
