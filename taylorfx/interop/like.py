@@ -101,7 +101,7 @@ def _compare(
     kind, (args, named) = type(module).__name__, _call(params, spec, inputs, kwargs)
     interface = interface_of(spec)
     try:
-        tensors = bind(interface, args, named)
+        tensors = bind(interface, args, named, spec.calls)
     except TypeError as error:
         raise LikeError(f"The example is a call of {kind} as it was captured. {error}") from error
     _fill(named, interface, inspect.signature(module.forward), args)

@@ -42,6 +42,11 @@ def inline(part: Part, name: str, inputs: tuple[str, ...]) -> tuple[Node, ...]:
             f"Here the part {name!r} needs {len(inputs)} inputs and one output; "
             f"received a network with {len(part.inputs)} inputs and {len(part.outputs)} outputs."
         )
+    if part.calls:
+        raise SpecError(
+            f"A part has inputs that are always there; some of {name!r} may be left out. Take the network of one call, "
+            "spec.called(...)."
+        )
     names = dict(zip((node.name for node in part.inputs), inputs, strict=True))  # old name to new
 
     def under(path: str) -> str:

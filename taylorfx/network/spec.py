@@ -20,6 +20,7 @@ from taylorfx.network.bind import propagate
 from taylorfx.network.interface import Interface
 from taylorfx.network.labels import Ties
 from taylorfx.network.layout import Layout
+from taylorfx.network.optional import Called, calls, chosen
 from taylorfx.network.tables import columns
 
 __all__ = ["Node", "Spec", "SpecError"]
@@ -95,6 +96,7 @@ class Spec:
     layout: Layout = field(init=False, repr=False, compare=False)
     steps: tuple[Step, ...] = field(init=False, repr=False, compare=False)
     input_layers: Mapping[str, Input] = field(init=False, repr=False, compare=False)
+    calls: Mapping[tuple[str, ...], Called] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         nodes = tuple(self.nodes)
@@ -106,6 +108,7 @@ class Spec:
         object.__setattr__(self, "steps", _steps(self.nodes, self.outputs, self.layout))
         layers = {node.name: node.layer for node in self.nodes if isinstance(node.layer, Input)}
         object.__setattr__(self, "input_layers", layers)
+        object.__setattr__(self, "calls", calls(self))
 
     @property
     def inputs(self) -> tuple[Node, ...]:
@@ -235,6 +238,27 @@ class Spec:
                 f"received {len(shapes)}."
             )
         return self.declared({name: {"shape": shape} for name, shape in zip(names, shapes, strict=True)})
+
+    def called(self, *names: str) -> Spec:
+        """The network of the call with these inputs, which computes what is needed for it, and nothing else.
+
+        >>> from taylorfx import layers as L
+        >>> x, mask = Node("x", L.Input((3,))), Node("mask", L.Input((3,), calls=(True, False)))
+        >>> product = Node("product", L.Multiply(), ("x", "mask"))
+        >>> spec = Spec((x, mask, product, Node("y", L.Choose((0, 1)), ("product", "x"))))
+        >>> [node.name for node in spec.called("x", "mask")], [node.name for node in spec.called("x")]
+        (['x', 'mask', 'product', 'y'], ['x', 'y'])
+
+        Raises:
+            ShapeError: if the network is not called so.
+        """
+        networks = self.calls or {tuple(self.input_layers): Called(self, ())}
+        return chosen(networks, names).spec
+
+    @property
+    def first(self) -> Spec:
+        """The network of the first way to call this one, whose FLOPs, memory and latency count; mostly itself."""
+        return next(iter(self.calls.values())).spec if self.calls else self
 
     def declared(self, fields: Mapping[str, Mapping[str, Any]]) -> Spec:
         """The same network whose `Input` nodes say this: their fields, by the names of the nodes."""
