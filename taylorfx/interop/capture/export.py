@@ -45,7 +45,7 @@ def from_torch(
     example_inputs: object = None,
     *,
     example_kwargs: Mapping[str, object] | None = None,
-    examples: Sequence[object] = (),
+    examples: Sequence[object] | None = None,
 ) -> tuple[Params, Spec]:
     """Capture a module in inference mode as parameters and a spec; the module itself is left as it was.
 
@@ -74,7 +74,7 @@ def from_torch(
     """
     if not isinstance(module, nn.Module):
         raise CaptureError(f"from_torch captures a torch.nn.Module; received {type(module).__name__}.")
-    calls = [(_arguments(example_inputs, example_kwargs))] if not examples else _calls(examples, example_inputs)
+    calls = [_arguments(example_inputs, example_kwargs)] if examples is None else _calls(examples, example_inputs)
     for example in calls:
         _refuse(module, example)
     networks = []
@@ -94,10 +94,11 @@ def from_torch(
 
 def _calls(examples: Sequence[object], alone: object) -> list[Example]:
     """The arguments of several calls."""
-    if alone is not None or not isinstance(examples, Sequence):
+    if alone is not None or not isinstance(examples, Sequence) or not examples:
+        received = "both" if alone is not None else f"a {type(examples).__name__}" if len(examples) else "no example"
         raise CaptureError(
             "from_torch captures one call, from_torch(module, example_inputs), or several, "
-            f"from_torch(module, examples=[...]); received {'both' if alone is not None else type(examples).__name__}."
+            f"from_torch(module, examples=[...]); received {received}."
         )
     return [_arguments(x.args, x.kwargs) if isinstance(x, Call) else _arguments(x, None) for x in examples]
 

@@ -57,8 +57,14 @@ def merge(networks: Sequence[Network], examples: Sequence[Mapping[str, Tensor]])
     """
     names = {name for _, spec in networks for name in spec.input_layers}
     specs = [_beside(spec, names) for _, spec in networks]
-    inputs = _inputs(specs)
-    interface = _interface([spec.interface or Interface() for spec in specs], specs)
+    errors: list[str] = []
+    inputs = _inputs(specs, errors)
+    interface = _interface([spec.interface or Interface() for spec in specs], specs, errors)
+    if errors:
+        raise CaptureError(
+            "One network stands for several calls that differ only in which tensors are there. The examples have to "
+            "have:\n  " + "\n  ".join(errors)
+        )
     leaves = flatten(networks[0][0])
     spec = replace(specs[0], interface=None)
     for k, ((params, _), other) in enumerate(zip(networks[1:], specs[1:], strict=True), 1):
@@ -84,13 +90,8 @@ def _prove(expected: object, received: object, inputs: Sequence[str]) -> None:
         ) from error
 
 
-def _inputs(specs: Sequence[Spec]) -> dict[str, Input]:
-    """The inputs of all calls, which say in which calls they are there.
-
-    Raises:
-        CaptureError: if an input differs between calls, or two calls have the same inputs.
-    """
-    errors: list[str] = []
+def _inputs(specs: Sequence[Spec], errors: list[str]) -> dict[str, Input]:
+    """The inputs of all calls, which say in which calls they are there; ``errors`` says what differs."""
     inputs: dict[str, Input] = {}
     for spec in specs:
         for name, layer in spec.input_layers.items():
@@ -98,7 +99,8 @@ def _inputs(specs: Sequence[Spec]) -> dict[str, Input]:
             if (known.shape, known.dtype) != (layer.shape, layer.dtype):
                 kinds = " and ".join(f"{x.shape} ({x.dtype or 'real'})" for x in (known, layer))
                 errors.append(f"{name}: one size and type in all examples, received {kinds}")
-            inputs[name] = _both(known, layer)
+            else:
+                inputs[name] = _both(known, layer)
     sets = [{*spec.input_layers} for spec in specs]
     for k, names in enumerate(sets):
         if names in sets[:k]:
@@ -107,16 +109,7 @@ def _inputs(specs: Sequence[Spec]) -> dict[str, Input]:
         if (len(spec.outputs), spec.keys) != (len(specs[0].outputs), specs[0].keys):
             one, other = (", ".join(x.keys) or f"{len(x.outputs)} tensors" for x in (specs[0], spec))
             errors.append(f"one kind of outputs: in example 0 {one}, in example {k} {other}")
-    _raise(errors)
     return {name: replace(layer, calls=_calls(name, sets)) for name, layer in inputs.items()}
-
-
-def _raise(errors: Sequence[str]) -> None:
-    if errors:
-        raise CaptureError(
-            "One network stands for several calls that differ only in tensors that are there or not. The examples "
-            "have to have:\n  " + "\n  ".join(errors)
-        )
 
 
 def _calls(name: str, sets: Sequence[set[str]]) -> tuple[bool, ...]:
@@ -138,13 +131,8 @@ def _both(one: Input, other: Input) -> Input:
     return replace(one, alone=alone, apart=apart, ranges=tuple(ranges))
 
 
-def _interface(interfaces: Sequence[Interface], specs: Sequence[Spec]) -> Interface:
-    """The interface of all calls: where a tensor may be left out stands what was captured in its place, too.
-
-    Raises:
-        CaptureError: if a value that is no tensor differs between calls.
-    """
-    errors: list[str] = []
+def _interface(interfaces: Sequence[Interface], specs: Sequence[Spec], errors: list[str]) -> Interface:
+    """The interface of all calls: where a tensor may be left out stands what was captured in its place, too."""
     arguments: dict[str, Argument] = {}
     for interface in interfaces:
         for x in interface.arguments:
@@ -157,7 +145,6 @@ def _interface(interfaces: Sequence[Interface], specs: Sequence[Spec]) -> Interf
             inputs = tuple(dict.fromkeys((*known.inputs, *x.inputs)))
             default = x.default if x.fixed else known.default
             arguments[x.name] = replace(known, inputs=inputs, fixed=tuple(fixed.items()), default=default)
-    _raise(errors)
     used = {path for spec in specs for path in spec.shapes}
     return Interface(
         tuple(arguments.values()),
