@@ -108,7 +108,7 @@ def flops(coupling: Coupling) -> Cost:
     Layers without a signature, kept as they were captured, count nothing.
     """
     terms: list[tuple[int, Sequence[int]]] = []
-    for node in coupling.spec:
+    for node in coupling.spec.first:
         bound, numbers = coupling.bounds[node.name], coupling.letters[node.name]
         for text in node.layer.multiplies:
             known = language.letters(language.pattern(text))
@@ -138,11 +138,11 @@ def memory(coupling: Coupling) -> Cost:
     """
     terms: list[tuple[int, Sequence[int]]] = []
     values: list[int] = []
-    for k, node in enumerate(coupling.spec):
+    for k, node in enumerate(coupling.spec.first):
         sizes = [] if node.layer.leaf else _size(coupling, node)
         terms += sizes
         values += [k] * len(sizes)
-    return _Peak(coupling, _cost(coupling, terms), np.array(values, np.int64), _spans(coupling.spec))
+    return _Peak(coupling, _cost(coupling, terms), np.array(values, np.int64), _spans(coupling.spec.first))
 
 
 def _size(coupling: Coupling, node: Node) -> list[tuple[int, Sequence[int]]]:

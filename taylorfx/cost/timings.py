@@ -73,6 +73,7 @@ class Timings:
         Raises:
             ShapeError: if the shape of an input is not declared (``spec.at(shape)``).
         """
+        spec = spec.first
         bounds = propagate(spec, Ties(labeled=False))
         nodes = [node for node in spec if not isinstance(node.layer, Input)]
         return sum(self.look_up(n.layer, [self._shape(bounds[x].output) for x in n.inputs]) for n in nodes)
@@ -106,7 +107,7 @@ class Timings:
         the grid (Kuhn 1960), which takes one corner more than a layer has axes, and never falls with a width if the
         measurements do not. It is a cost function: ``tfx.cost.CostFunction(timings.over)`` can be multiplied and added.
         """
-        nodes = [self._node(coupling, node) for node in coupling.spec if not isinstance(node.layer, Input)]
+        nodes = [self._node(coupling, node) for node in coupling.spec.first if not isinstance(node.layer, Input)]
         return _Time(coupling, nodes)
 
     def _node(self, coupling: Coupling, node: Node) -> tuple[list[int], Callable[[Labels], float]]:

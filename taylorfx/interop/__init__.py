@@ -1,10 +1,11 @@
 """In and out of PyTorch's modules."""
 
 from taylorfx.interop.capture.export import from_torch
+from taylorfx.interop.capture.optional import Call
 from taylorfx.interop.capture.reader import CaptureError
 from taylorfx.interop.capture.rules import Value, rule
 from taylorfx.interop.like import LikeError
 from taylorfx.interop.module import to_torch
 from taylorfx.interop.trials import holdable
 
-__all__ = ["CaptureError", "LikeError", "Value", "from_torch", "holdable", "rule", "to_torch"]
+__all__ = ["Call", "CaptureError", "LikeError", "Value", "from_torch", "holdable", "rule", "to_torch"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -126,39 +126,63 @@ def interface_of(spec: Spec) -> Interface:
     return replace(interface, arguments=Interface.of(names).arguments)
 
 
-def bind(interface: Interface, args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict[str, Tensor]:
+def bind(
+    interface: Interface,
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
+    calls: Collection[tuple[str, ...]] = (),
+) -> dict[str, Tensor]:
     """The tensors of a call by the names of the Input nodes.
+
+    Args:
+        calls: the inputs of every call that was captured, if some inputs may be left out.
 
     Raises:
         TypeError: naming everything that was not captured, or that was captured as something else.
     """
     errors: list[str] = []
     values = _sort(interface, args, kwargs, errors)
+    always = interface.inputs.intersection(*calls)
     inputs: dict[str, Tensor] = {}
     for x in interface.arguments:
-        if x.name not in values:
+        if x.name in values:
+            inputs |= _bind_one(x, values[x.name], always, errors)
+        elif not x.default or any(node in always for _, node in x.inputs):
             errors += [f"{_where(x, place)}: missing; it was captured as a tensor" for place, _ in x.inputs]
-            continue
-        leaves, fixed = _leaves(values[x.name]), dict(x.fixed)
-        for place, node in x.inputs:
-            kind = type(leaves[place]).__name__ if place in leaves else "none"
-            leaf = leaves.pop(place, None)
-            if isinstance(leaf, Tensor):
-                inputs[node] = leaf
-            else:
-                errors.append(f"{_where(x, place)}: it was captured as a tensor; received {kind}")
-        for place, leaf in leaves.items():
-            if place not in fixed:
-                errors.append(f"{_where(x, place)}: it was not captured; received {_said(leaf)}")
-            elif isinstance(leaf, Tensor) or _plain(leaf) != fixed[place]:
-                errors.append(f"{_where(x, place)}: it was captured as {fixed[place]!r}; received {_said(leaf)}")
+    if calls and not errors and not any({*inputs} == {*names} for names in calls):
+        listed = "; ".join(", ".join(names) for names in calls)
+        errors.append(f"tensors for {', '.join(inputs) or 'nothing'}; it was captured with those for {listed}")
     if errors:
         taken = interface.signature()
         raise TypeError(
             f"The network takes what was captured with it, forward{taken}; received:\n  "
             + "\n  ".join(errors)
-            + "\nLeave it out, or capture the module with it: from_torch(module, example_inputs, example_kwargs=...)."
+            + "\nLeave it out, or capture the module with it: from_torch(module, example_inputs, example_kwargs=...), "
+            "or both calls, from_torch(module, examples=[...])."
         )
+    return inputs
+
+
+def _bind_one(x: Argument, value: object, always: Container[str], errors: list[str]) -> dict[str, Tensor]:
+    """The tensors of one argument."""
+    inputs: dict[str, Tensor] = {}
+    leaves, fixed = _leaves(value), dict(x.fixed)
+    for place, node in x.inputs:
+        leaf = leaves.get(place)
+        if isinstance(leaf, Tensor):
+            inputs[node] = leaf
+        elif node in always or (place in leaves and place not in fixed):
+            kind = type(leaf).__name__ if place in leaves else "none"
+            errors.append(f"{_where(x, place)}: it was captured as a tensor; received {kind}")
+    bound = {place for place, node in x.inputs if node in inputs or node in always}
+    for place, leaf in leaves.items():
+        if place in bound:
+            continue
+        if place not in fixed:
+            if place not in dict(x.inputs):
+                errors.append(f"{_where(x, place)}: it was not captured; received {_said(leaf)}")
+        elif isinstance(leaf, Tensor) or _plain(leaf) != fixed[place]:
+            errors.append(f"{_where(x, place)}: it was captured as {fixed[place]!r}; received {_said(leaf)}")
     return inputs
 
 
@@ -215,7 +239,7 @@ def example_of(interface: Interface, inputs: Mapping[str, Tensor]) -> tuple[tupl
     by_position = True
     by_name = all(x.kind in ("POSITIONAL_OR_KEYWORD", "KEYWORD_ONLY", "VAR_KEYWORD") for x in interface.arguments)
     for x in interface.arguments:
-        places = {**dict(x.fixed), **{place: inputs[node] for place, node in x.inputs}}
+        places = {**dict(x.fixed), **{place: inputs[node] for place, node in x.inputs if node in inputs}}
         value = _nested(places)
         if x.kind == "VAR_POSITIONAL":
             args += value if isinstance(value, list) else []

@@ -78,7 +78,7 @@ class SpecModule(nn.Module):
             TypeError: naming every argument that was not captured.
             ShapeError: if the inputs do not fit.
         """
-        inputs = bind(self._interface, args, kwargs)
+        inputs = bind(self._interface, args, kwargs, self.spec.calls)
         leaves, compiling = self._leaves(), torch.compiler.is_compiling()
         if not compiling and not fits(leaves, self.spec):
             check(self.tree(), self.spec)

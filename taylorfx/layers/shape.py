@@ -17,8 +17,8 @@ from taylorfx.layers.base import Layer, Leaves, Shape, ShapeError, as_tuple, bro
 from taylorfx.layers.roles import Product, Role, Slicing, Sum, Viewing
 
 __all__ = [
-    "Add", "ChannelShuffle", "Concat", "Flatten", "Input", "Multiply", "Permute", "PixelShuffle", "PixelUnshuffle",
-    "Reshape", "Slice",
+    "Add", "ChannelShuffle", "Choose", "Concat", "Flatten", "Input", "Multiply", "Permute", "PixelShuffle",
+    "PixelUnshuffle", "Reshape", "Slice",
 ]  # fmt: skip
 
 
@@ -35,6 +35,8 @@ class Input(Layer):
             step between them. An empty tuple allows any size.
         dtype: torch's name of the dtype, if it is not that of the parameters: ``"int64"`` for tokens, ``"bool"`` for
             masks.
+        calls: for each way in which the network may be called, whether this input is there. An empty tuple stands for
+            an input that always is.
     """
 
     shape: Shape | int | None = None
@@ -42,6 +44,7 @@ class Input(Layer):
     apart: bool = False
     ranges: tuple[tuple[int, int | None, int], ...] = ()
     dtype: str | None = None
+    calls: tuple[bool, ...] = ()
 
     def __post_init__(self) -> None:
         if self.shape is not None:
@@ -98,6 +101,35 @@ class Multiply(Layer):
 
     def roles(self) -> tuple[Role, ...]:
         return (Product(),)
+
+
+@dataclass(frozen=True)
+class Choose(Layer):
+    """One of its inputs, by the way in which the network is called: in call ``k`` the one of number ``of[k]``.
+
+    A network with inputs that may be left out (`Input.calls`) computes with them or without them. Where the two come
+    together again, this layer stands. Its inputs have one shape, and their channels are tied: they leave together.
+    """
+
+    of: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if sorted({*self.of}) != [*range(max(self.of, default=-1) + 1)] or not self.of:
+            raise ShapeError(f"Choose takes the number of an input for every call, from 0; received of={self.of!r}.")
+
+    def signature(self, *shapes: Shape) -> str:
+        if len({*shapes}) > 1:
+            raise ShapeError(f"{self} takes inputs of one shape; received {', '.join(map(str, shapes))}.")
+        axes = " ".join(names(len(shapes[0])))
+        return f"{', '.join([axes] * len(shapes))} -> {axes}"
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        if len(inputs) > 1:
+            raise ShapeError(
+                f"{self} chooses by the inputs with which its network is called, and its network has none that may be "
+                "left out. Take the network of one call, spec.called(...), before parts of it are used."
+            )
+        return inputs[0]
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,11 @@ def inline(part: Part, name: str, inputs: tuple[str, ...]) -> tuple[Node, ...]:
         return (Node(name, part, inputs),)
     if not isinstance(part, Spec):
         raise SpecError(f"A part is a layer or a network, ReLU() and not ReLU; received {part!r} for {name!r}.")
+    if part.calls:
+        raise SpecError(
+            f"A part has inputs that are always there; some of {name!r} may be left out. Take the network of one call, "
+            "spec.called(...)."
+        )
     if len(part.inputs) != len(inputs) or len(part.outputs) != 1:
         raise SpecError(
             f"Here the part {name!r} needs {len(inputs)} inputs and one output; "

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from taylorfx.layers import ShapeError
 from taylorfx.network.errors import explain
+from taylorfx.network.optional import chosen
 from taylorfx.network.parameters import gather
 from taylorfx.network.spec import Spec, SpecError, Step
 from taylorfx.tree import Params, merge
@@ -108,6 +109,11 @@ def run(
         leaves: the parameters, which fit the network, in the order of ``spec.layout.paths``.
     """
     values = bind_inputs(spec, inputs)
+    if spec.calls:
+        part, places = chosen(spec.calls, values)
+        own = [leaves[k] for k in places]
+        outputs, new = run(own, part, (values,), tap=tap, training=training, generator=generator)
+        return outputs, {places[k]: leaf for k, leaf in new.items()}
     single = [layer for name, layer in spec.input_layers.items() if layer.alone and len(values[name]) != 1]
     if single and not training and all(layer.apart for layer in single):
         return _one_by_one(leaves, spec, values, tap), {}
@@ -194,14 +200,17 @@ def fitted(spec: Spec, inputs: Inputs) -> Spec:
     if not spec.sized:
         return spec
     values = bind_inputs(spec, (inputs,))
-    shapes = [tuple(values[name].shape[1:]) for name in spec.input_layers]
-    return spec if shapes == [layer.shape for layer in spec.input_layers.values()] else spec.at(*shapes)
+    declared = {name: layer.shape for name, layer in spec.input_layers.items()}
+    shapes = {name: tuple(values[name].shape[1:]) if name in values else shape for name, shape in declared.items()}
+    return spec if shapes == declared else spec.at(*shapes.values())
 
 
 def bind_inputs(spec: Spec, inputs: Sequence[Inputs]) -> dict[str, Any]:
     """The tensors that come in, by the names of the input nodes."""
     tensors: Any = inputs[0] if len(inputs) == 1 and isinstance(inputs[0], (Mapping, Sequence)) else inputs
     names = [*spec.input_layers]
+    if spec.calls:
+        return _present(spec, tensors)
     if isinstance(tensors, Mapping) and set(tensors) != set(names):
         raise ShapeError(
             f"Inputs are named as the network's Input nodes, {', '.join(names)}; received {', '.join(tensors)}."
@@ -212,3 +221,23 @@ def bind_inputs(spec: Spec, inputs: Sequence[Inputs]) -> dict[str, Any]:
             f"received {len(tensors)}."
         )
     return dict(tensors) if isinstance(tensors, Mapping) else dict(zip(names, tensors, strict=True))
+
+
+def _present(spec: Spec, tensors: Any) -> dict[str, Any]:
+    """The tensors that are there, of a network whose inputs may be left out: a dict without them, or None for them.
+
+    By position, a shorter tuple leaves out those that may be.
+    """
+    if not isinstance(tensors, Mapping):
+        names = [*spec.input_layers]
+        if len(tensors) < len(names):
+            names = next((list(inputs) for inputs in spec.calls if len(inputs) == len(tensors)), names)
+        if len(tensors) != len(names):
+            raise ShapeError(
+                f"Inputs are as many as the network's Input nodes, {len(names)} ({', '.join(names)}), of which some may "
+                f"be left out; received {len(tensors)}."
+            )
+        tensors = dict(zip(names, tensors, strict=True))
+    present = {name: x for name, x in tensors.items() if x is not None}
+    chosen(spec.calls, present)
+    return present

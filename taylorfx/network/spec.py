@@ -20,6 +20,7 @@ from taylorfx.network.bind import propagate
 from taylorfx.network.interface import Interface
 from taylorfx.network.labels import Ties
 from taylorfx.network.layout import Layout
+from taylorfx.network.optional import Called, calls, chosen
 from taylorfx.network.tables import columns
 
 __all__ = ["Node", "Spec", "SpecError"]
@@ -111,6 +112,7 @@ class Spec:
     sized: bool = field(init=False, repr=False, compare=False)
     input_layers: Mapping[str, Input] = field(init=False, repr=False, compare=False)
     _fitted: dict[tuple[Shape, ...], tuple[Step, ...]] = field(init=False, repr=False, compare=False)
+    calls: Mapping[tuple[str, ...], Called] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         nodes = tuple(self.nodes)
@@ -124,6 +126,7 @@ class Spec:
         object.__setattr__(self, "input_layers", layers)
         object.__setattr__(self, "sized", any(node.sized for node in self.nodes))
         object.__setattr__(self, "_fitted", {})
+        object.__setattr__(self, "calls", calls(self))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_fitted": {}}
@@ -300,7 +303,8 @@ class Spec:
                 wrong.append(f"{name}: {text}")
         for guard in self.guards if not wrong else ():
             here = {axis: axes[axis] for axis in sorted(sizes.axes_of(guard)) if axis in axes}
-            if not sizes.value(guard, axes):
+            # What is said of an input that was left out holds.
+            if len(here) == len(sizes.axes_of(guard)) and not sizes.value(guard, axes):
                 received = ", ".join(f"{axis} of size {n}" for axis, n in here.items())
                 wrong.append(f"it takes sizes with {sizes.shown(guard)}, received {received}")
         if wrong:
@@ -330,6 +334,27 @@ class Spec:
     def fitted_anew(self, axes: sizes.Axes) -> tuple[Step, ...]:
         """The steps for inputs with axes of these sizes, which may be torch's symbols; nothing is refused."""
         return tuple([step._replace(node=step.node.at(axes, plain=True)) if step.node.sized else step for step in self.steps])
+
+    def called(self, *names: str) -> Spec:
+        """The network of the call with these inputs, which computes what is needed for it, and nothing else.
+
+        >>> from taylorfx import layers as L
+        >>> x, mask = Node("x", L.Input((3,))), Node("mask", L.Input((3,), calls=(True, False)))
+        >>> product = Node("product", L.Multiply(), ("x", "mask"))
+        >>> spec = Spec((x, mask, product, Node("y", L.Choose((0, 1)), ("product", "x"))))
+        >>> [node.name for node in spec.called("x", "mask")], [node.name for node in spec.called("x")]
+        (['x', 'mask', 'product', 'y'], ['x', 'y'])
+
+        Raises:
+            ShapeError: if the network is not called so.
+        """
+        networks = self.calls or {tuple(self.input_layers): Called(self, ())}
+        return chosen(networks, names).spec
+
+    @property
+    def first(self) -> Spec:
+        """The network of the first way to call this one, whose FLOPs, memory and latency count; mostly itself."""
+        return next(iter(self.calls.values())).spec if self.calls else self
 
     def declared(self, fields: Mapping[str, Mapping[str, Any]]) -> Spec:
         """The same network whose `Input` nodes say this: their fields, by the names of the nodes."""

@@ -55,12 +55,14 @@ class Sums:
         """The sums over each unit's columns, ``(height, units)``, or their means.
 
         Args:
-            columns: ``(height, size)`` for every place, by its key as text.
+            columns: ``(height, size)`` for every place, by its key as text; none for a place that the call of the
+                network does not reach.
             spread: how many positions each index of a place stands for, by which a mean over them divides.
         """
-        keys = [str(place.key) for place in self.places for _ in place.units]
-        listed = [columns[key].to(self.dtype) for key in keys]
+        sizes = [(str(place.key), len(row)) for place in self.places for row in place.units]
+        blank, keys = torch.zeros((), dtype=self.dtype, device=self.index.device), [key for key, _ in sizes]
+        listed = [columns.get(key, blank.expand(height, size)).to(self.dtype) for key, size in sizes]
         if spread is not None:
-            listed = [x * share / spread[key] for x, share, key in zip(listed, self.shares, keys, strict=True)]
+            listed = [x * share / spread.get(key, 1.0) for x, share, key in zip(listed, self.shares, keys, strict=True)]
         zero = torch.zeros(height, self.units + 1, dtype=self.dtype, device=self.index.device)
         return zero.index_add(1, self.index, torch.cat([zero[:, :0], *listed], 1))[:, :-1]

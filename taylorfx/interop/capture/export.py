@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 
 from taylorfx.internals import file_names, pytree
-from taylorfx.interop.calls import dotted, off_path
+from taylorfx.interop.calls import bind, dotted, interface_of, off_path
+from taylorfx.interop.capture.optional import Call, merge
 from taylorfx.interop.capture.proof import proven
 from taylorfx.interop.capture.reader import CaptureError, OutputsError, Reader, Wanted
 from taylorfx.interop.capture.sizes import Plain
@@ -41,9 +42,10 @@ Example = tuple[tuple[object, ...], dict[str, object]]
 
 def from_torch(
     module: nn.Module,
-    example_inputs: object,
+    example_inputs: object = None,
     *,
     example_kwargs: Mapping[str, object] | None = None,
+    examples: Sequence[object] | None = None,
     outputs: Wanted = None,
 ) -> tuple[Params, Spec]:
     """Capture a module in inference mode as parameters and a spec; the module itself is left as it was.
@@ -53,6 +55,10 @@ def from_torch(
         example_inputs: a tensor, a tuple of the positional arguments, or a dict of arguments by name; every tensor's
             axis 0 runs over examples.
         example_kwargs: keyword arguments.
+        examples: instead of one example, several calls that differ in which tensors are there: each as
+            ``example_inputs``, or as it is written, ``taylorfx.interop.Call(x, mask=mask)``. The network then stands
+            for all of them, and what is not in every call is an input that may be left out. FLOPs and memory are those
+            of the first call.
         outputs: which of the outputs are captured, by default all: names or globs of names
             (``["logits", "hidden_states.*"]``), or numbers where they have no names. What only the others need is left
             out. A copy of a residual stream that is given out keeps the stream at its width.
@@ -72,11 +78,15 @@ def from_torch(
     """
     if not isinstance(module, nn.Module):
         raise CaptureError(f"from_torch captures a torch.nn.Module; received {type(module).__name__}.")
-    example = _arguments(example_inputs, example_kwargs)
-    _refuse(module, example)
-    original = twin(module)
-    _leave_cache(original, example[1])
-    network = _opened(original, example, module, outputs)
+    calls = [_arguments(example_inputs, example_kwargs)] if examples is None else _calls(examples, example_inputs)
+    for example in calls:
+        _refuse(module, example)
+    networks = []
+    for example in calls:
+        original = twin(module)
+        _leave_cache(original, example[1])
+        networks.append(_opened(original, example, module, outputs))
+    network = networks[0] if len(networks) == 1 else _merged(networks, calls)
     if unused := off_path(module, network[1].shapes):
         warnings.warn(
             f"{type(module).__name__} does not use all of its parameters in inference; no part of the network, nor of "
@@ -84,6 +94,27 @@ def from_torch(
             stacklevel=2,
         )
     return network
+
+
+def _calls(examples: Sequence[object], alone: object) -> list[Example]:
+    """The arguments of several calls."""
+    if alone is not None or not isinstance(examples, Sequence) or not examples:
+        received = "both" if alone is not None else f"a {type(examples).__name__}" if len(examples) else "no example"
+        raise CaptureError(
+            "from_torch captures one call, from_torch(module, example_inputs), or several, "
+            f"from_torch(module, examples=[...]); received {received}."
+        )
+    return [_arguments(x.args, x.kwargs) if isinstance(x, Call) else _arguments(x, None) for x in examples]
+
+
+def _merged(networks: Sequence[tuple[Params, Spec]], examples: Sequence[Example]) -> tuple[Params, Spec]:
+    """One network of several captured calls."""
+    inputs = []
+    for (_, spec), (args, kwargs) in zip(networks, examples, strict=True):
+        several = not any(layer.alone for layer in spec.input_layers.values())
+        tensors = bind(interface_of(spec), args, kwargs)
+        inputs.append({name: x if several else x[:1] for name, x in tensors.items()})
+    return merge(networks, inputs)
 
 
 def _opened(twin: nn.Module, example: Example, module: nn.Module, outputs: Wanted) -> tuple[Params, Spec]:
