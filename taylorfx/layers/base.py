@@ -13,6 +13,7 @@ from torch import Tensor
 
 from taylorfx.layers import axes
 from taylorfx.layers.roles import Leaves, Role
+from taylorfx.layers.sizes import rescaled
 
 __all__ = [
     "Layer",
@@ -155,7 +156,9 @@ class Layer:
         changes: dict[str, object] = {}
         for field, text in self.fields(*shapes).items():
             new, old = tuple([axes.size(axis, sizes) for axis in axes.pattern(text)]), getattr(self, field)
-            if new != (old if isinstance(old, tuple) else (old,)):
+            held = old if isinstance(old, tuple) else (old,)
+            if new != held:
+                new = tuple(map(rescaled, held, new))
                 changes[field] = new if isinstance(old, tuple) else new[0]
         return replace(self, **changes) if changes else self
 

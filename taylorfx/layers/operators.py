@@ -23,9 +23,10 @@ import torch
 
 from taylorfx.internals import OpOverload, schemas
 from taylorfx.layers.base import ShapeError
+from taylorfx.layers.sizes import Ratio, Size
 
 __all__ = [
-    "COUNT", "DTYPE", "DTYPES", "SLOT", "OperatorError", "admit", "admitted", "check_arguments", "operator"
+    "COUNT", "DEVICE", "DTYPE", "DTYPES", "SLOT", "OperatorError", "admit", "admitted", "check_arguments", "operator"
 ]  # fmt: skip
 
 SLOT = "$"
@@ -36,6 +37,9 @@ DTYPE = "dtype"
 
 COUNT = "examples"
 """``("examples", 4)`` stands for four times the number of examples, which is the length of the last input."""
+
+DEVICE = "device"
+"""``("device", k)`` stands for the device of input ``k``, where an operator makes a tensor of numbers alone."""
 
 DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 """torch's dtypes by name."""
@@ -210,6 +214,8 @@ def _takes(argument: _Argument, value: object) -> bool:
     if value is None:
         return argument.has_default_value() or str(argument.real_type).startswith("Optional")
     base = _base(argument)
+    if base == "Device":
+        return isinstance(value, tuple) and len(value) == 2 and value[0] == DEVICE and type(value[1]) is int
     return base in DATA and _holds(base, value)
 
 
@@ -221,13 +227,14 @@ def _holds(base: str, value: object) -> bool:
         if len(value) == 2 and value[0] == DTYPE and isinstance(value[1], str):
             return base == "ScalarType" and value[1] in DTYPES
         if len(value) == 2 and value[0] == COUNT:
-            return base in ("int", "number", "float", "Tensor") and type(value[1]) is int
+            return base in ("int", "number", "float", "Tensor") and isinstance(value[1], int)
         return all(_holds(base, item) for item in value)
     if isinstance(value, str):
         return base == "str"
     if value is None:
         return base == "Tensor"  # an axis that an index leaves as it is
-    return type(value) in _NUMBERS.get(base, ())
+    kind = int if isinstance(value, Size) else float if isinstance(value, Ratio) else type(value)
+    return kind in _NUMBERS.get(base, ())
 
 
 _NUMBERS: dict[str, tuple[type, ...]] = {

@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from taylorfx.layers.base import Layer, Leaves, Shape, ShapeError, broadcast, names
-from taylorfx.layers.operators import COUNT, DTYPE, DTYPES, SLOT, check_arguments, operator
+from taylorfx.layers.operators import COUNT, DEVICE, DTYPE, DTYPES, SLOT, check_arguments, operator
 from taylorfx.layers.roles import Role, Viewing
 from taylorfx.layers.shape import refine
+from taylorfx.layers.sizes import rescaled
 
 __all__ = [
     "Along", "Captured", "Einsum", "Elementwise", "Expand", "Gather", "Maps", "MatMul", "Pad", "Reduce",
@@ -48,6 +49,8 @@ def fill(template: object, inputs: tuple[Tensor, ...]) -> object:
         return DTYPES[value]
     if tag == COUNT and isinstance(value, int):
         return len(inputs[-1]) * value
+    if tag == DEVICE and isinstance(value, int):
+        return inputs[value].device
     return [fill(item, inputs) for item in template]
 
 
@@ -248,7 +251,7 @@ class Expand(Layer):
         return {f"n{k}": n for k, n in enumerate(self.shape) if n != -1 and k != self.example}
 
     def resize(self, sizes: Mapping[str, int], *shapes: Shape) -> Expand:
-        return replace(self, shape=tuple(sizes.get(f"n{k}", n) for k, n in enumerate(self.shape)))
+        return replace(self, shape=tuple(rescaled(n, sizes.get(f"n{k}", n)) for k, n in enumerate(self.shape)))
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         shape = list(self.shape)
@@ -410,7 +413,7 @@ def slots(layer: Layer) -> int:
     def highest(template: object) -> int:
         if not isinstance(template, tuple):
             return 0
-        if len(template) == 2 and template[0] == SLOT:
+        if len(template) == 2 and template[0] in (SLOT, DEVICE):
             return int(template[1]) + 1
         if len(template) == 2 and template[0] == COUNT:
             return 1

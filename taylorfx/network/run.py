@@ -11,7 +11,7 @@ from torch import Tensor
 from taylorfx.layers import ShapeError
 from taylorfx.network.errors import explain
 from taylorfx.network.parameters import check
-from taylorfx.network.spec import Node, Paths, Spec, SpecError
+from taylorfx.network.spec import Node, Paths, Spec, SpecError, Step
 from taylorfx.tree import Params, merge
 
 __all__ = ["Inputs", "apply", "bind_inputs", "evaluate", "gating", "train"]
@@ -99,16 +99,21 @@ def evaluate(
             "This network takes one example at a time: it was captured from a module made for a fixed number of them. "
             "Give batches of one."
         )
-    if not torch.compiler.is_compiling():
-        _refuse_sizes(spec, values)
+    shapes = {name: values[name].shape[1:] for name in spec.input_layers}
+    if torch.compiler.is_compiling():
+        steps = spec.fitted_anew(spec.axes(shapes)) if spec.sized else spec.steps
+    else:
+        steps = spec.fitted(shapes)
     compute = _Training(params, generator) if training else _Inference(params)
-    return _run(params, spec, values, compute, tap), compute.parameters()
+    return _run(params, spec, steps, values, compute, tap), compute.parameters()
 
 
-def _run(params: Params, spec: Spec, values: dict[str, Any], compute: _Inference, tap: Tap | None) -> Any:
+def _run(
+    params: Params, spec: Spec, steps: Sequence[Step], values: dict[str, Any], compute: _Inference, tap: Tap | None
+) -> Any:
     """The nodes in order; a value that no later node uses is let go at once."""
     inputs = dict(values)
-    for node, paths, unused in spec.steps:
+    for node, paths, unused in steps:
         if node.name not in values:
             try:
                 args = [values[x] for x in node.inputs]
@@ -191,17 +196,6 @@ def bind_inputs(spec: Spec, inputs: Sequence[Inputs]) -> dict[str, Any]:
             f"received {len(tensors)}."
         )
     return dict(tensors) if isinstance(tensors, Mapping) else dict(zip(names, tensors, strict=True))
-
-
-def _refuse_sizes(spec: Spec, values: Mapping[str, Any]) -> None:
-    """Refuse sizes at which a captured network would compute something else than its module."""
-    refusals = {name: layer.refusal(values[name].shape[1:]) for name, layer in spec.input_layers.items()}
-    if wrong := [f"{name}: {text}" for name, text in refusals.items() if text]:
-        raise ShapeError(
-            "A captured network takes the sizes at which it computes what its module does; received:\n  "
-            + "\n  ".join(wrong)
-            + "\nCapture the module on an example of this size, from_torch(module, example)."
-        )
 
 
 def _at(params: Params, path: tuple[str, ...]) -> Tensor:

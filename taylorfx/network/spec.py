@@ -14,7 +14,7 @@ from functools import cached_property
 from heapq import heappop, heappush
 from typing import Any, NamedTuple
 
-from taylorfx.layers import Input, Layer, Shape
+from taylorfx.layers import Input, Layer, Shape, ShapeError, sizes
 from taylorfx.layers import axes as language
 from taylorfx.network.bind import propagate
 from taylorfx.network.interface import Interface
@@ -62,6 +62,15 @@ class Node:
         """The paths of all its parameters, by their names in the layer."""
         return {leaf: self.path(leaf) for leaf in self.shapes}
 
+    @cached_property
+    def sized(self) -> bool:
+        """Whether the layer holds numbers that follow from the shapes of the network's inputs."""
+        return sizes.has_sizes(tuple(vars(self.layer).values()))
+
+    def at(self, axes: sizes.Axes, *, plain: bool = False) -> Node:
+        """The same node with the numbers for inputs of these shapes."""
+        return _with_layer(self, sizes.at(self.layer, axes, plain=plain))
+
 
 Paths = tuple[tuple[str, tuple[str, ...]], ...]
 """For each parameter of a layer, its name in the layer and the keys that lead to it in the tree."""
@@ -82,6 +91,10 @@ class Spec:
     Immutable, hashable, comparable; ``print(spec)`` shows it as a table. One output is given out as a tensor, several
     as a tuple; with ``keys``, one for each, as a dict. ``interface`` is what a captured module is beyond its nodes.
 
+    The layers of a captured network hold the numbers of its example. Those that follow from the shapes of the inputs
+    are `taylorfx.layers.sizes.Size`, and `at` gives the network for inputs of other shapes. ``guards`` are conditions
+    on several sizes at once, without which the network would not be the module's.
+
     Raises:
         SpecError: for duplicate names, inputs that no node has, or a cycle: all of them at once.
     """
@@ -90,8 +103,11 @@ class Spec:
     outputs: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
     interface: Interface | None = None
+    guards: tuple[sizes.Formula, ...] = ()
     steps: tuple[Step, ...] = field(init=False, repr=False, compare=False)
+    sized: bool = field(init=False, repr=False, compare=False)
     input_layers: Mapping[str, Input] = field(init=False, repr=False, compare=False)
+    _fitted: dict[tuple[Shape, ...], tuple[Step, ...]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         nodes = tuple(self.nodes)
@@ -102,6 +118,11 @@ class Spec:
         object.__setattr__(self, "steps", _steps(self.nodes, self.outputs))
         layers = {node.name: node.layer for node in self.nodes if isinstance(node.layer, Input)}
         object.__setattr__(self, "input_layers", layers)
+        object.__setattr__(self, "sized", any(node.sized for node in self.nodes))
+        object.__setattr__(self, "_fitted", {})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_fitted": {}}
 
     @property
     def inputs(self) -> tuple[Node, ...]:
@@ -166,6 +187,8 @@ class Spec:
         nodes = [node for node in self.nodes if node.name in chosen]
         needed = dict.fromkeys([*(x for node in nodes for x in node.inputs), *outputs])
         inputs = (Node(name, Input()) for name in needed if name not in chosen)
+        # What follows from the shapes of inputs that are no longer there stays as it is here.
+        nodes = [node.at(self.axes(), plain=True) if node.sized else node for node in nodes]
         return Spec((*inputs, *nodes), tuple(outputs), tuple(keys))
 
     @cached_property
@@ -223,19 +246,102 @@ class Spec:
         return columns(rows)
 
     def at(self, *shapes: Shape) -> Spec:
-        """The same network for inputs of these shapes (of one example)."""
+        """The same network for inputs of these shapes (of one example).
+
+        >>> from taylorfx import layers as L
+        >>> from taylorfx.layers.sizes import Size
+        >>> rows = L.View((1, Size(4, "x.1"), 1))
+        >>> spec = Spec((Node("x", L.Input((4,))), Node("rows", rows, "x")))
+        >>> spec.at((6,))["rows"].layer.shape
+        (1, 6, 1)
+
+        Raises:
+            SpecError: if there are not as many shapes as inputs.
+            ShapeError: if the network is not the module's at these sizes; every reason is listed.
+        """
         names = [node.name for node in self.inputs]
         if len(shapes) != len(names):
             raise SpecError(
                 f"Shapes are as many as the network's Input nodes, {len(names)} ({', '.join(names)}); "
                 f"received {len(shapes)}."
             )
-        return self.declared({name: {"shape": shape} for name, shape in zip(names, shapes, strict=True)})
+        declared = self.declared({name: {"shape": shape} for name, shape in zip(names, shapes, strict=True)})
+        if not self.sized and not self.guards:
+            return declared
+        axes = declared.axes()
+        declared.refuse(axes)
+        return replace(declared, nodes=tuple([node.at(axes) if node.sized else node for node in declared.nodes]))
+
+    def axes(self, shapes: Mapping[str, Sequence[Any]] | None = None) -> dict[str, Any]:
+        """The sizes of the inputs' axes by name, ``"x.1"``; axis 0, that of the examples, is left out.
+
+        Args:
+            shapes: those of one example, by the names of the inputs; by default those that the inputs declare.
+        """
+        if shapes is None:
+            declared = {name: layer.shape for name, layer in self.input_layers.items()}
+            shapes = {name: shape for name, shape in declared.items() if isinstance(shape, tuple)}
+        return {f"{name}.{k}": n for name, shape in shapes.items() for k, n in enumerate(shape, 1)}
+
+    def refuse(self, axes: sizes.Axes) -> None:
+        """Refuse sizes at which a captured network would compute something else than its module.
+
+        Raises:
+            ShapeError: with every axis that has another size than it may have, and every condition that does not hold.
+        """
+        wrong: list[str] = []
+        for name, layer in self.input_layers.items():
+            shape = tuple([axes[f"{name}.{k}"] for k in range(1, len(layer.ranges) + 1) if f"{name}.{k}" in axes])
+            if text := layer.refusal(shape):
+                wrong.append(f"{name}: {text}")
+        for guard in self.guards if not wrong else ():
+            here = {axis: axes[axis] for axis in sorted(sizes.axes_of(guard)) if axis in axes}
+            if not sizes.value(guard, axes):
+                received = ", ".join(f"{axis} of size {n}" for axis, n in here.items())
+                wrong.append(f"it takes sizes with {sizes.shown(guard)}, received {received}")
+        if wrong:
+            raise ShapeError(
+                "A captured network takes the sizes at which it computes what its module does; received:\n  "
+                + "\n  ".join(wrong)
+                + "\nCapture the module on an example of this size, from_torch(module, example)."
+            )
+
+    def fitted(self, shapes: Mapping[str, Sequence[Any]]) -> tuple[Step, ...]:
+        """The steps for inputs of these shapes (of one example), remembered for every shape that was seen.
+
+        Raises:
+            ShapeError: as `at` does.
+        """
+        key = tuple([tuple(shape) for shape in shapes.values()])
+        steps = self._fitted.get(key)
+        if steps is None:
+            axes = self.axes(shapes)
+            self.refuse(axes)
+            steps = self.fitted_anew(axes) if self.sized else self.steps
+            if len(self._fitted) >= _REMEMBERED:
+                self._fitted.clear()
+            self._fitted[key] = steps
+        return steps
+
+    def fitted_anew(self, axes: sizes.Axes) -> tuple[Step, ...]:
+        """The steps for inputs with axes of these sizes, which may be torch's symbols; nothing is refused."""
+        return tuple([step._replace(node=step.node.at(axes, plain=True)) if step.node.sized else step for step in self.steps])
 
     def declared(self, fields: Mapping[str, Mapping[str, Any]]) -> Spec:
         """The same network whose `Input` nodes say this: their fields, by the names of the nodes."""
         nodes = {name: replace(self[name], layer=replace(self[name].layer, **new)) for name, new in fields.items()}
         return replace(self, nodes=tuple(nodes.get(node.name, node) for node in self.nodes))
+
+
+_REMEMBERED = 256
+"""For how many shapes of the inputs a network remembers its steps."""
+
+
+def _with_layer(node: Node, layer: Layer) -> Node:
+    """The same node with another layer, which torch.compile can trace."""
+    new = object.__new__(Node)
+    new.__dict__.update({**{k: v for k, v in node.__dict__.items() if k != "sized"}, "layer": layer})
+    return new
 
 
 def _steps(nodes: Sequence[Node], outputs: Sequence[str]) -> tuple[Step, ...]:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import Argument
 
+from taylorfx.internals import pytree
+from taylorfx.interop.capture.sizes import Open, OpenRatio
 from taylorfx.layers import Shape
 
 __all__ = [
@@ -33,7 +35,15 @@ def argument(node: fx.Node, position: int, name: str, default: object = None) ->
 def called_with(node: fx.Node, value: Callable[[fx.Node], object]) -> tuple[tuple[object, ...], dict[str, object]]:
     """All arguments of an operator, by position and by name, each value of the graph replaced."""
     arguments = fx.map_arg((node.args, dict(node.kwargs)), cast(Callable[[fx.Node], Argument], value))
-    return cast(tuple[tuple[object, ...], dict[str, object]], arguments)
+    plain = pytree.tree_map(_plain, arguments)
+    return cast(tuple[tuple[object, ...], dict[str, object]], plain)
+
+
+def _plain(value: object) -> object:
+    """An open size as the example's number."""
+    if isinstance(value, Open):
+        return int(value)
+    return float(value) if isinstance(value, OpenRatio) else value
 
 
 def tensor_node(value: object) -> fx.Node:
@@ -94,29 +104,18 @@ def window(value: object, rank: int) -> int | tuple[int, ...]:
 def measured(node: fx.Node) -> tuple[Shape, int]:
     """The shape of a value for one example, and the axis along which examples run (-1: none).
 
-    The number of examples is the one size that is a symbol: ``(4 * s0, 3)`` has the shape ``(4, 3)`` and axis 0.
+    The number of examples is a symbol: ``(4 * s0, 3)`` has the shape ``(4, 3)`` and axis 0. Other sizes that the inputs
+    leave open are the example's, and equal only what they equal at all sizes (`taylorfx.interop.capture.sizes.Open`).
     """
-    value: object = node.meta["val"]
-    if not isinstance(value, Tensor):
+    shape: tuple[Shape, int] | None = node.meta.get("measured")
+    if not isinstance(shape, tuple):
         raise Unmapped
-    symbolic = [k for k, size in enumerate(value.shape) if isinstance(size, torch.SymInt)]
-    if len(symbolic) > 1:
-        raise Unmapped
-    shape = tuple(coefficient(size) if isinstance(size, torch.SymInt) else size for size in value.shape)
-    return shape, symbolic[0] if symbolic else -1
+    return shape
 
 
-def coefficient(size: torch.SymInt) -> int:
-    """How many positions a size has for one example: 4 of ``4 * s0``."""
-    expression = size.node.expr
-    symbols = expression.free_symbols
-    if len(symbols) != 1:
-        raise Unmapped
-    (symbol,) = symbols
-    factor = expression.subs(symbol, 1)
-    if expression != factor * symbol:
-        raise Unmapped
-    return int(factor)
+def coefficient(size: fx.Node) -> int:
+    """How many positions a size of the graph has for one example: 4 of ``4 * s0``."""
+    return measured(size)[0][0]
 
 
 def tensors_of(node: fx.Node) -> list[fx.Node]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from taylorfx import layers as L
+from taylorfx.internals import pytree
 from taylorfx.interop.capture.arguments import (
     Unmapped,
     argument,
@@ -20,8 +21,9 @@ from taylorfx.interop.capture.arguments import (
     whole,
     wholes,
 )
+from taylorfx.interop.capture.sizes import Open, OpenRatio
 from taylorfx.layers import Layer
-from taylorfx.layers.operators import COUNT, DTYPE, SLOT
+from taylorfx.layers.operators import COUNT, DEVICE, DTYPE, SLOT
 from taylorfx.network.spec import Node
 
 __all__ = ["Convert", "Converter", "Operand"]
@@ -74,6 +76,8 @@ class Convert:
         """The same of operators with several results."""
         self.taken: set[str] = set()
         self.reference: str | None = None
+        self.first: str | None = None
+        """The first input, on whose device tensors are made."""
         self.counting: set[str] = set()
         """The graph's values that number the examples."""
 
@@ -85,7 +89,8 @@ class Convert:
             raise ValueError(f"{node.name} does not have the examples along axis 0")
         dtype = node.meta["val"].dtype
         named = None if dtype.is_floating_point else str(dtype).removeprefix("torch.")
-        self.add(node, L.Input(shape[1:], self.alone, dtype=named), ())
+        self.add(node, L.Input(tuple(map(int, shape[1:])), self.alone, dtype=named), ())
+        self.first = self.first or self.names[node.name]
         if axis == 0 and self.reference is None:
             self.reference = self.names[node.name]
 
@@ -163,13 +168,14 @@ class Convert:
         def hold(value: object) -> Operand:
             nonlocal counted
             if isinstance(value, fx.Node):
-                if isinstance(value.meta.get("val"), Tensor):
+                held = value.meta.get("val")
+                if isinstance(held, Tensor):
                     inputs.append(self.tensor(value))
                     return (SLOT, len(inputs) - 1)
-                value = value.meta.get("val")
-            if isinstance(value, torch.SymInt):
-                counted = True
-                return (COUNT, coefficient(value))
+                if isinstance(held, torch.SymInt):
+                    counted = True
+                    return (COUNT, coefficient(value))
+                value = held
             if isinstance(value, (list, tuple)):
                 return tuple(map(hold, value))
             if isinstance(value, torch.dtype):
@@ -183,6 +189,10 @@ class Convert:
         kwargs = tuple((key, hold(value)) for key, value in node.kwargs.items() if key not in dropped)
         if counted:
             inputs.append(self.known_examples())
+        elif not inputs and "device" in node.kwargs and self.first is not None:  # made of numbers alone
+            inputs.append(self.first)
+        if not tensors_of(node) and "device" in node.kwargs and inputs:
+            kwargs += (("device", (DEVICE, len(inputs) - 1)),)
         return args, kwargs, inputs
 
     def operator(
@@ -208,12 +218,17 @@ class Convert:
         """An operator whose inputs broadcast to its output."""
         values = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
         shapes = [measured(n)[0] for n in values]
-        if not values or measured(node)[0] != np.broadcast_shapes(*shapes):
+        if not values or tuple(map(int, measured(node)[0])) != np.broadcast_shapes(*(map(int, x) for x in shapes)):
             raise Unmapped
         self.operator(node, L.Elementwise)
 
     def folded(self, node: fx.Node) -> bool:
-        """Compute what depends on nothing but numbers once and for all: it becomes a constant."""
+        """Compute what depends on nothing but numbers once and for all: it becomes a constant.
+
+        What depends on the sizes of the inputs is computed where the network runs.
+        """
+        if any(isinstance(x, (Open, OpenRatio)) for x in pytree.tree_leaves((node.args, dict(node.kwargs)))):
+            return False
         name, constants = str(node.target), {**self.constants, **self.pieces}
         if name.startswith(("aten.new_zeros", "aten.new_ones", "aten.new_full")) and len(node.all_input_nodes) == 1:
             (source,) = node.all_input_nodes  # of which only the dtype counts
@@ -247,7 +262,9 @@ class Convert:
             args, kwargs, inputs = self.template(source)
         except Unmapped:
             raise ValueError(f"{source.target} takes arguments that cannot be kept: {source.format_node()}") from None
-        examples = tuple(measured(n)[1] for n in tensors_of(source)) + (0,) * (len(inputs) - len(tensors_of(source)))
+        held = tensors_of(source)
+        examples = tuple(measured(n)[1] for n in held) + (-1 if self.alone else 0,) * (len(inputs) - len(held))
+        apart = apart or not held
         name = str(source.target).removeprefix("aten.")
         layer = L.Captured(name, args, kwargs, item, shape, axis, examples, apart or _separate(source, axis, examples))
         self.add(node, layer, inputs)
@@ -279,7 +296,7 @@ class Convert:
     def _piece(self, node: fx.Node, source: fx.Node, index: int, unbind: bool) -> None:
         x = tensor_node(source.args[0])
         dim = whole(argument(source, 1 if unbind else 2, "dim", 0)) % len(measured(x)[0])
-        widths = [1 if unbind else part.shape[dim] for part in source.meta["val"]]
+        widths = [1 if unbind else shape[dim] for shape, _ in source.meta["measured"]]
         self.slice(node, x, dim, sum(widths[:index]), sum(widths[: index + 1]), drop=unbind)
 
     def along(

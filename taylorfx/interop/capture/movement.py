@@ -55,7 +55,8 @@ def expand(c: Convert, node: fx.Node, position: int = 0) -> None:
     x = tensor_node(node.args[position])
     (before, axis), (after, new_axis) = measured(x), measured(node)
     lead = len(after) - len(before)
-    kept = [k >= lead and before[k - lead] == n and (k != new_axis or axis >= 0) for k, n in enumerate(after)]
+    same = [k >= lead and (before[k - lead] != 1 or n == 1) for k, n in enumerate(after)]
+    kept = [same[k] and (k != new_axis or axis >= 0) for k in range(len(after))]
     sizes = tuple(-1 if keep else n for keep, n in zip(kept, after, strict=True))
     if axis >= 0 and axis + lead != new_axis:
         raise Unmapped
@@ -138,19 +139,23 @@ def slice_axis(c: Convert, node: fx.Node) -> None:
         return
     if dim == axis:
         raise Unmapped
-    c.slice(node, x, dim, *_bounds(start, stop, shape[dim]))
+    begin = _start(start, shape[dim])
+    c.slice(node, x, dim, begin, begin + measured(node)[0][dim])
 
 
-def _bounds(start: object, stop: object, size: int) -> tuple[int, int]:
-    """The ends of a slice of an axis of this size: ``(-2, None)`` of 5 are 3 and 5."""
-    ends = slice(None if start is None else whole(start), None if stop is None else whole(stop))
-    return ends.indices(size)[:2]
+def _start(start: object, size: int) -> int:
+    """Where a slice of an axis of this size starts: -2 of 5 is 3."""
+    first = 0 if start is None else whole(start)
+    if first < 0:
+        first = size + first
+    return size if first > size else first if first > 0 else 0
 
 
 def select(c: Convert, node: fx.Node) -> None:
     x, dim, index = tensor_node(node.args[0]), whole(node.args[1]), whole(node.args[2])
     shape, _ = measured(x)
-    dim, index = dim % len(shape), index % shape[dim % len(shape)]
+    dim %= len(shape)
+    index = index if index >= 0 else shape[dim] + index
     c.slice(node, x, dim, index, index + 1, drop=True)
 
 
@@ -226,7 +231,8 @@ def slice_scatter(c: Convert, node: fx.Node) -> None:
         return
     if dim == axis:
         raise Unmapped
-    start, stop = _bounds(argument(node, 3, "start"), argument(node, 4, "end"), shape[dim])
+    start = _start(argument(node, 3, "start"), shape[dim])
+    stop = start + measured(source)[0][dim]
     name, pieces = c.tensor(x), [c.tensor(source)]
     if start > 0:
         pieces.insert(0, c.add(node, L.Slice(dim, 0, start), (name,), tag="_before"))

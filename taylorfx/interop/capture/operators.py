@@ -198,7 +198,7 @@ def _attention(c: Convert, node: fx.Node) -> None:
     if len({len(shape) for shape in shapes}) > 1 or len(shapes[0]) < 3:
         raise Unmapped
     grouped = grouped and shapes[0][-3] != shapes[1][-3]
-    factor = float(shapes[0][-1] ** -0.5) if scale is None else number(scale)
+    factor = shapes[0][-1] ** -0.5 if scale is None else number(scale)
     layer = L.ScaledDotProduct(factor, causal, grouped, number(argument(node, 4, "dropout_p", 0.0)))
     c.add(node, layer, [c.tensor(x) for x in (q, k, v, mask) if x is not None])
 
@@ -265,20 +265,19 @@ def _complex(c: Convert, node: fx.Node) -> None:
 
 
 def _filled(c: Convert, node: fx.Node) -> None:
-    """The same number everywhere, for every example: one example of it, expanded."""
+    """The same number everywhere: one of it, expanded."""
     shape, axis = measured(node)
     kind, value = str(node.target).split(".")[1], node.meta["val"]
-    if axis < 0 or shape[axis] != 1:
+    if axis >= 0 and shape[axis] != 1:
         raise Unmapped
     fill: object = {"zeros": 0, "ones": 1}.get(kind.removeprefix("new_"))
     if fill is None:
         fill = argument(node, 2 if kind.startswith("new_") else 1, "fill_value")
-    one = torch.full(shape, number(fill), dtype=value.dtype)
-    path = f"constants.{node.name}"
-    c.tensors[path] = one
-    c.nodes.append(Node(path, L.Buffer(shape)))
-    sizes = tuple(1 if k == axis else -1 for k in range(len(shape)))
-    c.add(node, L.Expand(sizes, axis), (path, c.known_examples()))
+    path, one = f"constants.{node.name}", (1,) * len(shape)
+    c.tensors[path] = torch.full(one, number(fill), dtype=value.dtype)
+    c.nodes.append(Node(path, L.Buffer(one)))
+    sizes = tuple(-1 if n == 1 and k != axis else n for k, n in enumerate(shape))
+    c.add(node, L.Expand(sizes, axis), (path, *([c.known_examples()] if axis >= 0 else [])))
 
 
 def _dropout(c: Convert, node: fx.Node) -> None:

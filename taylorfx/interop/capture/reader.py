@@ -69,6 +69,8 @@ class Reader:
         used = _reachable(self.convert.nodes, list(outputs.values()))
         nodes = tuple(node for node in self.convert.nodes if node.name in used or isinstance(node.layer, Input))
         named = all(isinstance(key, str) for key in outputs)
+        inputs = {node.name: self.convert.names[node.name] for node in self.inputs}
+        nodes = tuple(replace(node, layer=self.sizes.layer(node.layer, inputs)) for node in nodes)
         spec = Spec(nodes, tuple(outputs.values()), tuple(map(str, outputs)) if named else ())
         spec = replace(spec, interface=read_interface(module, self.program, self.convert.names, spec))
         _warn_of_randomness(module, spec)
@@ -85,8 +87,10 @@ class Reader:
             bounds = propagate(at, Ties(labeled=False))
             return {key: bounds[name].shape for key, name in self.convert.names.items() if name in bounds}
 
-        ranges = self.sizes.ranges(shapes)
-        return spec.declared({node.name: {"ranges": ranges[names[node.name]]} for node in spec.inputs})
+        inputs = {graph: node for node, graph in names.items()}
+        ranges, guards = self.sizes.taken(shapes, inputs)
+        declared = spec.declared({node.name: {"ranges": ranges[names[node.name]]} for node in spec.inputs})
+        return replace(declared, guards=guards)
 
     def _read_inputs(self) -> None:
         state: dict[str, Tensor] = {**self.program.state_dict, **self.program.constants}

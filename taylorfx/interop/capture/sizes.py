@@ -1,21 +1,24 @@
-"""Sizes of a captured graph: its own symbols become the example's numbers, and which other sizes it takes is proven.
+"""Sizes of a captured graph: its symbols become the example's numbers, each with the formula that it follows from.
 
-The export leaves every size open that the module leaves open. The network that is made of the graph holds numbers,
-those of the example, and the graph's symbols say where another size would change them:
+The export leaves every size open that the module leaves open. The graph's symbols are those of the inputs' axes, and
+whatever else has a size is an expression of them:
 
-    x: (N, 3, h, w)      the symbols of an input's axes, with the sizes of the example
-    h > 16, h % 8 == 0   what the module itself asked about them while it ran (guards)
-    x / (h * w)          a size among an operator's arguments: the network holds its number, so that h and w are fixed
+    x: (N, 3, h, w)          the symbols of an input's axes, with the sizes of the example
+    h > 16, h % 8 == 0       what the module itself asked about them while it ran (guards)
+    view(x, N, 3, h * w)     a size among an operator's arguments
 
-What no argument holds may differ if the shapes of all values are what the graph says, tried at other sizes.
+While the graph is read, a size is an `Open`: the example's number that equals another one only if both are the same
+expression. So no rule is chosen by what two numbers happen to be. In the network it is a `taylorfx.layers.sizes.Size`,
+whose formula names axes of inputs. Which sizes the network takes follows from the guards, and is proven: the shapes of
+all values are what the graph says, tried at other sizes.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import sympy
 import torch
@@ -28,9 +31,11 @@ from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.printers import PythonPrinter
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
-from taylorfx.layers import Shape
+from taylorfx.interop.capture.formulas import Unwritten, floor_div, formula_of, modulo
+from taylorfx.layers import Layer, Shape
+from taylorfx.layers.sizes import Formula, Ratio, Size
 
-__all__ = ["Plain", "Range", "Sizes"]
+__all__ = ["Open", "OpenRatio", "Plain", "Range", "Sizes"]
 
 Range = tuple[int, int | None, int]
 """The sizes of an axis: the least, the greatest (none: no bound), and the step between them."""
@@ -38,11 +43,88 @@ Range = tuple[int, int | None, int]
 Shapes = Callable[[Mapping[str, Shape]], Mapping[str, Shape]]
 """The shapes that a network gives the values of a graph, for inputs of these shapes."""
 
+L = TypeVar("L", bound=Layer)
+
 _OPERATIONS = 10
 """The longest size that is followed, in operations."""
 
 _SCANNED = 1024
 """Up to which size an axis' guards are tried one by one."""
+
+_TRIES = 64
+"""How many other sizes are considered for a proof; two are tried."""
+
+_PROVEN = 60
+"""The longest guard that is proven to say the same at all sizes, in operations; longer ones are kept."""
+
+
+class Open(int):
+    """A size of the example that follows from the inputs' sizes. Two are equal if they are the same expression.
+
+    Sums, products, quotients and remainders of it are expressions again.
+    """
+
+    expr: sympy.Expr
+
+    def __new__(cls, number: int, expr: sympy.Expr) -> Open:
+        size = super().__new__(cls, number)
+        size.expr = expr
+        return size
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Open) and bool(self.expr == other.expr)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(self.expr)
+
+
+class OpenRatio(float):
+    """The same of a floating-point number."""
+
+    expr: sympy.Expr
+
+    def __new__(cls, number: float, expr: sympy.Expr) -> OpenRatio:
+        ratio = super().__new__(cls, number)
+        ratio.expr = expr
+        return ratio
+
+
+def _arithmetic(name: str, of: Callable[[Any, Any], sympy.Expr]) -> None:
+    """Give `Open` an operator and its reflected one."""
+    operate = getattr(int, f"__{name}__")
+
+    def forward(self: Open, other: object) -> object:
+        number = operate(int(self), int(other)) if isinstance(other, int) else NotImplemented
+        return number if number is NotImplemented else _opened(number, of(self.expr, _expression(other)))
+
+    def reflected(self: Open, other: object) -> object:
+        number = operate(int(other), int(self)) if isinstance(other, int) else NotImplemented
+        return number if number is NotImplemented else _opened(number, of(_expression(other), self.expr))
+
+    setattr(Open, f"__{name}__", forward)
+    setattr(Open, f"__r{name}__", reflected)
+
+
+def _opened(number: int, expr: sympy.Expr) -> int:
+    """A size with its expression; one that is the same at all sizes is a plain number."""
+    return Open(number, expr) if expr.free_symbols else number
+
+
+for _name, _of in {
+    "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b, "floordiv": floor_div,
+    "mod": modulo,
+}.items():  # fmt: skip
+    _arithmetic(_name, _of)
+
+
+def _power(self: Open, power: float) -> OpenRatio:
+    return OpenRatio(int(self) ** power, self.expr ** sympy.sympify(power))
+
+
+Open.__pow__ = _power  # type: ignore[assignment, method-assign]
 
 
 class Plain(TorchFunctionMode):
@@ -67,7 +149,10 @@ class Plain(TorchFunctionMode):
 
 
 class Sizes:
-    """The symbols of a graph's sizes. Made before the graph is read, it settles the graph: numbers for symbols."""
+    """The symbols of a graph's sizes. Made before the graph is read, it settles the graph: numbers for symbols.
+
+    Every value of the graph then has its ``shape`` for one example and the ``axis`` of the examples in its ``meta``.
+    """
 
     def __init__(self, program: ExportedProgram, inputs: Sequence[fx.Node]) -> None:
         values = [node.meta["val"] for node in inputs]
@@ -76,7 +161,7 @@ class Sizes:
         self.shapes: dict[str, tuple[sympy.Expr, ...]] = {}
         """For every value of the graph, its shape in symbols."""
         self.fixed: set[sympy.Symbol] = set()
-        """Symbols that an argument holds the number of."""
+        """Symbols of which the network holds the number."""
         self.numbers: dict[sympy.Symbol, sympy.Integer] = {}
         envs = (n.node.shape_env for x in values for n in x.shape if isinstance(n, torch.SymInt))
         env = next(envs, None)
@@ -84,73 +169,218 @@ class Sizes:
         if env is not None:
             known = getattr(self.env, "backed_var_to_val", None) or self.env.var_to_val
             self.numbers = {s: sympy.Integer(int(n)) for s, n in known.items() if s not in self.examples}
-            self._settle(program)
+        self.named = self._named()
+        self._settle(program)
+
+    def _named(self) -> dict[sympy.Symbol, tuple[str, int, sympy.Expr]]:
+        """For every symbol the input's axis that says its size: ``(name, axis, the symbol's value in that size)``.
+
+        Where an axis has the size ``2 s + 1``, the symbol is half of one less than its size.
+        """
+        named: dict[sympy.Symbol, tuple[str, int, sympy.Expr]] = {}
+        for whole in (True, False):  # an axis that is the symbol itself says it best
+            for name, expressions in self.axes.items():
+                for k, expression in enumerate(expressions, 1):
+                    symbols = expression.free_symbols
+                    if len(symbols) != 1 or (expression in symbols) != whole:
+                        continue
+                    (symbol,) = symbols
+                    size = sympy.Symbol("size")
+                    factor, rest = expression.coeff(symbol, 1), expression.coeff(symbol, 0)
+                    if sympy.expand(factor * symbol + rest - expression) == 0 and factor.is_Integer:
+                        inverse = size if whole else floor_div(size - rest, factor)
+                        named.setdefault(symbol, (name, k, inverse))
+        return named
+
+    def formula(self, expression: sympy.Expr, names: Mapping[str, str]) -> Formula:
+        """An expression as a formula of the inputs' axes; ``names`` are those of the nodes of the inputs.
+
+        Raises:
+            Unwritten: if it cannot be one.
+        """
+        symbols: dict[sympy.Symbol, Formula] = {}
+        for symbol, (name, axis, inverse) in self.named.items():
+            symbols[symbol] = formula_of(inverse, {sympy.Symbol("size"): f"{names[name]}.{axis}"})
+        return formula_of(expression, symbols)
 
     def _settle(self, program: ExportedProgram) -> None:
         """Write the example's numbers into the graph; only the number of examples stays a symbol."""
         nodes = list(program.graph.nodes)
         for node in nodes:
-            value = node.meta.get("val")
-            if isinstance(value, Tensor):
-                self.shapes[node.name] = tuple(map(_expression, value.shape))
-            if node.op == "call_function" and isinstance(value, (Tensor, tuple, list)):
+            held = node.meta.get("val")
+            if isinstance(held, Tensor):
+                self.shapes[node.name] = tuple(map(_expression, held.shape))
+            if node.op == "call_function" and isinstance(held, (Tensor, tuple, list)):
                 node.args, node.kwargs = fx.map_arg((node.args, dict(node.kwargs)), self._argument)
         for node in nodes:
             if "val" in node.meta:
+                node.meta["measured"] = self._measured(node.meta["val"])
                 node.meta["val"] = self._settled(node.meta["val"])
 
+    def _measured(self, held: object) -> object:
+        """The shape of a tensor for one example and the axis of the examples; of several tensors a list of them.
+
+        A size is measured as the tensor of one axis of this size.
+
+        ``(4 * s0, 3)`` has the shape ``(4, 3)`` and axis 0 where ``s0`` is the number of examples. It is None where the
+        examples cannot be told from other positions.
+        """
+        if isinstance(held, (list, tuple)):
+            return list(map(self._measured, held))
+        if not isinstance(held, (Tensor, torch.SymInt)):
+            return None
+        shape: list[int] = []
+        axis = -1
+        for k, size in enumerate(held.shape if isinstance(held, Tensor) else [held]):
+            expression = _expression(size)
+            if symbols := expression.free_symbols & self.examples:
+                expression = _quotient(expression, symbols)
+                if axis >= 0 or expression.free_symbols & self.examples:
+                    return None
+                axis = k
+            number = self._at_example(expression)
+            if number is None:
+                return None
+            shape.append(number)
+        return tuple(shape), axis
+
+    def _at_example(self, expression: sympy.Expr) -> int | None:
+        """A size in the example's numbers."""
+        number = expression.xreplace(self.numbers)
+        return _opened(int(number), expression) if number.is_Integer else None
+
     def _argument(self, node: fx.Node) -> Argument:
-        """The number in the place of a size, whose symbols are then fixed."""
+        """The number in the place of a size."""
         size = node.meta.get("val")
         if not isinstance(size, _SYMBOLIC):
             return node
-        self.fixed |= _symbols([size]) - self.examples
         number = self._number(size)
-        return node if isinstance(number, _SYMBOLIC) else number
+        if isinstance(number, _SYMBOLIC):
+            return node
+        expression = _expression(size)
+        if not expression.free_symbols:
+            return number
+        if isinstance(number, bool) or not self._is_named(expression):
+            self.fixed |= expression.free_symbols - self.examples
+            return number
+        return Open(number, expression) if isinstance(number, int) else OpenRatio(number, expression)
 
-    def _settled(self, value: object) -> object:
+    def _is_named(self, expression: sympy.Expr) -> bool:
+        """Whether an expression has a formula."""
+        try:
+            self.formula(expression, {name: name for name in self.axes})
+        except Unwritten:
+            return False
+        return True
+
+    def _settled(self, held: object) -> object:
         """A value of the graph with the example's numbers for symbols; tuples and lists entry by entry."""
-        if isinstance(value, _SYMBOLIC):
-            return self._number(value)
-        if isinstance(value, Tensor):
-            shape = list(value.shape)
+        if isinstance(held, _SYMBOLIC):
+            return self._number(held)
+        if isinstance(held, Tensor):
+            shape = list(held.shape)
             sizes = [self._number(n) if isinstance(n, torch.SymInt) else n for n in shape]
-            return value if all(map(operator.is_, sizes, shape)) else value.new_empty(sizes)
-        return type(value)(map(self._settled, value)) if isinstance(value, (list, tuple)) else value
+            return held if all(a is b for a, b in zip(sizes, shape, strict=True)) else held.new_empty(sizes)
+        return type(held)(map(self._settled, held)) if isinstance(held, (list, tuple)) else held
 
     def _number(self, size: _Symbolic) -> _Symbolic | int | float | bool:
-        """A size in numbers, unless it is written with the symbol of the number of examples alone: ``4 * s0``."""
-        symbols = _symbols([size])
-        if symbols and symbols <= self.examples:
-            return size
+        """A size in numbers, unless the number of examples is a factor of it: ``4 * s0``."""
         expression = _expression(size).xreplace(self.numbers)
-        if expression.free_symbols:
-            return self.env.create_symintnode(expression, hint=size.node.hint)
-        number: int | float | bool = size.node.pytype(expression)
-        return number
+        if not expression.free_symbols:
+            number: int | float | bool = size.node.pytype(expression)
+            return number
+        if expression == _expression(size):
+            return size
+        return self.env.create_symintnode(expression, hint=size.node.hint)
 
-    def ranges(self, shapes: Shapes) -> dict[str, tuple[Range, ...]]:
-        """The sizes that every axis of every input takes, but for axis 0.
+    def layer(self, layer: L, names: Mapping[str, str]) -> L:
+        """A layer that was read, with sizes of the network in place of those of the graph."""
+
+        def held(field: Any) -> Any:
+            if isinstance(field, tuple):
+                return tuple([held(item) for item in field])
+            if not isinstance(field, (Open, OpenRatio)):
+                return field
+            try:
+                formula = self.formula(field.expr, names)
+            except Unwritten:
+                self.fixed |= field.expr.free_symbols
+                return int(field) if isinstance(field, Open) else float(field)
+            return Size(int(field), formula) if isinstance(field, Open) else Ratio(float(field), formula)
+
+        fields = {name: held(field) for name, field in vars(layer).items()}
+        if all(fields[name] is field for name, field in vars(layer).items()):
+            return layer
+        new = object.__new__(type(layer))
+        new.__dict__.update(fields)
+        return new
+
+    def taken(
+        self, shapes: Shapes, names: Mapping[str, str]
+    ) -> tuple[dict[str, tuple[Range, ...]], tuple[Formula, ...]]:
+        """The sizes that every axis of every input takes, but for axis 0, and the conditions on several of them.
 
         Args:
             shapes: the shapes that the network gives the graph's values, for inputs of these shapes.
+            names: those of the nodes of the inputs.
         """
         axes = list(itertools.chain(*self.axes.values()))
-        # An axis whose symbol stands in no other; others are equal, or parts of each other.
-        single = {x for x in axes if x in self.numbers and axes.count(x) == 1}
-        single -= self.fixed | {s for x in axes if x not in self.numbers for s in _symbols([x])}
-        guards = [guard.expr.xreplace(self.env.replacements) for guard in self.env.guards] if single else []
-        free = {s: self._range(s, [g for g in guards if g.free_symbols == {s}]) for s in single}
-        for guard in guards:
-            if not self._proven(guard, free):
+        chosen = {s for s in self.named if s in self.numbers} - self.fixed
+        for expression in axes:  # an axis of several symbols: the parts cannot be told from its size
+            if len(expression.free_symbols) > 1:
+                chosen -= expression.free_symbols
+        guards = [self._replaced(guard.expr) for guard in self.env.guards] if chosen else []
+        free = {s: self._range(s, [g for g in guards if g.free_symbols == {s}]) for s in chosen}
+        kept: list[sympy.Basic] = []
+        for guard in dict.fromkeys(guards):
+            if self._proven(guard, free):
+                continue
+            if guard.free_symbols & self.examples or not self._is_named(guard):
                 free = {s: sizes for s, sizes in free.items() if s not in guard.free_symbols}
-        for chosen in ({s} for s in tuple(free)):
-            if not self._fits(shapes, chosen, free):
-                free = {s: sizes for s, sizes in free.items() if s not in chosen}
-        if not self._fits(shapes, set(free), free):
+            else:
+                kept.append(guard)
+        for alone in ({s} for s in tuple(free)):
+            if not self._fits(shapes, alone, free, kept):
+                free = {s: sizes for s, sizes in free.items() if s not in alone}
+        if not self._fits(shapes, set(free), free, kept):
             free = {}
-        held = {x: (n, n, 1) for x in axes for n in [int(x.xreplace(self.numbers))]}
-        return {name: tuple({**held, **free}[x] for x in expressions) for name, expressions in self.axes.items()}
+        ranges = {name: tuple(self._axis(x, free) for x in found) for name, found in self.axes.items()}
+        formulas = [self.formula(guard, names) for guard in kept if guard.free_symbols & free.keys()]
+        return ranges, (*self._shared(free, names), *formulas)
+
+    def _replaced(self, guard: sympy.Basic) -> sympy.Basic:
+        """A guard in the symbols that are left."""
+        while (new := guard.xreplace(self.env.replacements)) != guard:
+            guard = new
+        return guard
+
+    def _axis(self, expression: sympy.Expr, free: Mapping[sympy.Symbol, Range]) -> Range:
+        """The sizes of an axis of this expression."""
+        here = int(expression.xreplace(self.numbers))
+        (symbol, *more) = expression.free_symbols or [None]
+        if more or symbol not in free:
+            return here, here, 1
+        least, most, step = free[symbol]
+
+        def at(size: int) -> int:
+            return int(expression.xreplace({symbol: sympy.Integer(size)}))
+
+        return at(least), None if most is None else at(most), at(least + step) - at(least)
+
+    def _shared(self, free: Mapping[sympy.Symbol, Range], names: Mapping[str, str]) -> list[Formula]:
+        """The conditions that axes of one symbol are as long as that symbol says."""
+        conditions: list[Formula] = []
+        for name, expressions in self.axes.items():
+            for k, expression in enumerate(expressions, 1):
+                if expression.free_symbols & free.keys():
+                    axis, formula = f"{names[name]}.{k}", self.formula(expression, names)
+                    if formula != axis and not self._says(name, k):
+                        conditions.append(("==", axis, formula))
+        return conditions
+
+    def _says(self, name: str, axis: int) -> bool:
+        """Whether a symbol's size is read from this axis."""
+        return any((name, axis) == place[:2] for place in self.named.values())
 
     def _range(self, symbol: sympy.Symbol, guards: Sequence[sympy.Basic]) -> Range:
         """All sizes around the example's, in equal steps, of which the guards say what they say of the example's."""
@@ -174,6 +404,8 @@ class Sizes:
     def _proven(self, guard: sympy.Basic, free: Mapping[sympy.Symbol, Range]) -> bool:
         """A guard on several sizes says the same at all that they may be."""
         several = guard.free_symbols & free.keys()
+        if guard.count_ops() > _PROVEN:
+            return not several
         if not several or (guard.free_symbols == several and len(several) == 1):
             return True
         ranges = {s: ValueRanges(a, int_oo if b is None else b) for s, (a, b, _) in free.items()}
@@ -182,17 +414,19 @@ class Sizes:
         truth = bound_sympy(guard, ranges)
         return bool(truth.is_singleton() and truth.lower == sympy.true)
 
-    def _fits(self, shapes: Shapes, chosen: set[sympy.Symbol], free: Mapping[sympy.Symbol, Range]) -> bool:
+    def _fits(
+        self, shapes: Shapes, chosen: set[sympy.Symbol], free: Mapping[sympy.Symbol, Range], guards: list[sympy.Basic]
+    ) -> bool:
         """At other sizes, the network's shapes are the graph's."""
-        if not chosen:
-            return True
-        for rank in (1, 3):
-            sizes = dict(self.numbers)
+        tried = 0
+        for rank in range(1, _TRIES) if chosen else ():
+            sizes = {**self.numbers, **dict.fromkeys(self.examples, sympy.Integer(1))}
             for k, s in enumerate(sorted(chosen, key=str)):
                 least, most, step = free[s]
-                other = sizes[s] + step * (rank + k)
-                sizes[s] = sympy.Integer(other) if most is None or other <= most else sympy.Integer(least)
-            sizes |= dict.fromkeys(self.examples, sympy.Integer(1))
+                other = self.numbers[s] + step * (rank + k)
+                sizes[s] = sympy.Integer(other if most is None or other <= most else max(least, most - step * (rank - 1)))
+            if not all(guard.xreplace(sizes) == sympy.true for guard in guards):
+                continue
             wanted = {name: tuple(int(n.xreplace(sizes)) for n in shape) for name, shape in self.shapes.items()}
             try:
                 inferred = shapes({name: wanted[name][1:] for name in self.axes})
@@ -200,16 +434,28 @@ class Sizes:
                 return False
             if any(inferred.get(name, shape) != shape for name, shape in wanted.items()):
                 return False
-        return True
+            tried += 1
+            if tried == 2:
+                break
+        return tried > 0 or not chosen
 
 
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _Symbolic = torch.SymInt | torch.SymFloat | torch.SymBool
 
 
-def _expression(value: object) -> sympy.Expr:
+def _quotient(expression: sympy.Expr, symbols: Iterable[sympy.Symbol]) -> sympy.Expr:
+    """What a size is for one example, where the number of examples is a factor of it."""
+    divisor = math.prod(symbols)
+    quotient = expression / divisor
+    return sympy.simplify(quotient) if quotient.free_symbols & divisor.free_symbols else quotient
+
+
+def _expression(size: object) -> sympy.Expr:
     """A size in sympy."""
-    return value.node.expr if isinstance(value, _SYMBOLIC) else sympy.sympify(value)
+    if isinstance(size, _SYMBOLIC):
+        return size.node.expr
+    return size.expr if isinstance(size, (Open, OpenRatio)) else sympy.sympify(size)
 
 
 def _symbols(values: Iterable[object]) -> set[sympy.Symbol]:
