@@ -11,7 +11,7 @@ import taylorfx as tfx
 from taylorfx.testing.strategies import random_plan
 
 TOLERANCE = 1e-11
-SIZES = 1
+SIZES = 3
 
 each = pytest.mark.parametrize("name", REALISTIC)
 
@@ -33,7 +33,7 @@ def captured(name, dtype=torch.float64):
 @functools.cache
 def halved(name, dtype=torch.float64):
     """Half of its exact units removed at random: parameters, and the plan."""
-    _, params, spec = captured(name, dtype)
+    _, params, spec = captured(name, dtype) if dtype != torch.float64 else captured(name)
     plan = random_plan(tfx.couple(params, spec), torch.Generator().manual_seed(1), 0.5, exact=True)
     return tfx.cut(params, plan), plan
 
