@@ -23,7 +23,6 @@ import torch
 
 from taylorfx.internals import OpOverload, schemas
 from taylorfx.layers.base import ShapeError
-from taylorfx.layers.sizes import Ratio, Size
 
 __all__ = [
     "COUNT", "DEVICE", "DTYPE", "DTYPES", "SLOT", "OperatorError", "admit", "admitted", "check_arguments", "operator"
@@ -233,7 +232,7 @@ def _holds(base: str, value: object) -> bool:
         return base == "str"
     if value is None:
         return base == "Tensor"  # an axis that an index leaves as it is
-    kind = int if isinstance(value, Size) else float if isinstance(value, Ratio) else type(value)
+    kind = next((x for x in (bool, int, float) if isinstance(value, x)), type(value))
     return kind in _NUMBERS.get(base, ())
 
 

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["Axes", "Formula", "Ratio", "Size", "at", "axes_of", "has_sizes", "operands", "rescaled", "shown", "value"]
+__all__ = ["Axes", "Formula", "Ratio", "Size", "at", "axes_of", "fault", "has_sizes", "held", "numbers", "operands", "rescaled", "shown", "value"]
 
 Formula = int | float | str | tuple[Any, ...]
 """A number, an axis such as ``"x.2"``, or an operator before its operands."""
@@ -221,6 +221,56 @@ def has_sizes(field: object) -> bool:
     return any(map(has_sizes, field)) if isinstance(field, tuple) else isinstance(field, _Remembering)
 
 
+def held(layer: object) -> Iterator[Size | Ratio]:
+    """The numbers with a formula that a layer holds."""
+
+    def below(field: object) -> Iterator[Size | Ratio]:
+        if isinstance(field, (Size, Ratio)):
+            yield field
+        for item in field if isinstance(field, tuple) else ():
+            yield from below(item)
+
+    yield from below(tuple(vars(layer).values()))
+
+
+def numbers(field: Any) -> Any:
+    """A field's numbers without their formulas.
+
+    >>> numbers((3, Size(4, "x.1")))
+    (3, 4)
+    """
+    return tuple(map(numbers, field)) if isinstance(field, tuple) else _plain(field)
+
+
+def fault(formula: object) -> str:
+    """Why this is no formula; empty if it is one.
+
+    >>> fault(("/", "x.1", "y")), fault(("+", "x.1", 2))
+    ("an axis is named after an input and by its number, 'x.1'; received 'y'", '')
+    """
+    if isinstance(formula, tuple) and formula:
+        name, *terms = formula
+        few, many = _ARITIES.get(name, (2, 64)) if isinstance(name, str) and name in OPERATORS else (0, 0)
+        if not few <= len(terms) <= many or not many:
+            return f"a formula has one of {', '.join(OPERATORS)} before its operands; received {formula!r:.80}"
+        if name == "**" and not (isinstance(terms[1], (int, float)) and abs(terms[1]) <= _POWER):
+            return f"powers are numbers of at most {_POWER}; received {terms[1]!r:.80}"
+        return next(filter(None, map(fault, terms)), "")
+    if isinstance(formula, str):
+        name, _, axis = formula.rpartition(".")
+        return "" if name and axis.isdecimal() else f"an axis is named after an input and by its number, 'x.1'; received {formula!r:.80}"
+    plain = isinstance(formula, (int, float)) and not isinstance(formula, bool)
+    return "" if plain else f"a formula is a number, an axis, or an operator before its operands; received {formula!r:.80}"
+
+
+_ARITIES = {"if": (3, 3), "float": (1, 1), "floor": (1, 1), "ceil": (1, 1), "trunc": (1, 1), "round": (1, 2),
+    "abs": (1, 1), "not": (1, 1), "-": (2, 2), "//": (2, 2), "%": (2, 2), "/": (2, 2), "**": (2, 2),
+}  # fmt: skip
+"""The least and the most operands of an operator, where it is not two or more."""
+
+_POWER = 16
+
+
 def at(layer: T, axes: Axes, *, plain: bool = False) -> T:
     """A layer whose numbers are those for inputs of these shapes.
 
@@ -230,16 +280,16 @@ def at(layer: T, axes: Axes, *, plain: bool = False) -> T:
         plain: hold the numbers alone, without their formulas.
     """
 
-    def held(field: Any) -> Any:
+    def fitted(field: Any) -> Any:
         if isinstance(field, tuple):
-            return tuple([held(item) for item in field])
+            return tuple([fitted(item) for item in field])
         if not isinstance(field, _Remembering):
             return field
         number = value(field.formula, axes)
         return number if plain else _remembered(number, field.formula)
 
     new = object.__new__(type(layer))
-    new.__dict__.update({name: held(field) for name, field in layer.__dict__.items()})
+    new.__dict__.update({name: fitted(field) for name, field in layer.__dict__.items()})
     return new
 
 

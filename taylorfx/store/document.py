@@ -8,9 +8,13 @@ import typing
 from collections.abc import Iterator
 from typing import TypeAlias
 
+from taylorfx.layers.sizes import Ratio, Size, fault, numbers
 from taylorfx.network.spec import SpecError
 
-__all__ = ["NAME", "FileError", "Json", "Value", "describe", "listed", "misfit", "parse", "quote", "to_tuples", "unfit"]
+__all__ = [
+    "NAME", "FileError", "Json", "Value", "describe", "listed", "misfit", "parse", "quote", "to_field", "to_tuples",
+    "unfit", "written",
+]  # fmt: skip
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 """A value of a JSON document."""
@@ -18,7 +22,7 @@ Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | Non
 Value: TypeAlias = "bool | int | float | str | tuple[Value, ...] | dict[str, Value] | None"
 """A value of JSON with tuples for lists, as layers hold it in their fields."""
 
-DEPTH, NAME, AXES, SHOWN = 32, 512, 64, 100
+DEPTH, NAME, AXES, SHOWN = 64, 512, 64, 100
 """The most lists and objects within each other, characters of a name, axes of a tensor, and errors in a message."""
 
 CHARACTERS = 100_000_000
@@ -98,6 +102,39 @@ def to_tuples(value: Json) -> Value:
     if isinstance(value, list):
         return tuple(map(to_tuples, value))
     return {key: to_tuples(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def written(value: object) -> object:
+    """A value of a field as a document holds it: lists for tuples, an object for a size with its formula.
+
+    >>> written((3, Size(4, ("//", "x.1", 2))))
+    [3, {'number': 4, 'formula': ['//', 'x.1', 2]}]
+    """
+    if isinstance(value, (Size, Ratio)):
+        return {"number": numbers(value), "formula": written(value.formula)}
+    return list(map(written, value)) if isinstance(value, tuple) else value
+
+
+def to_field(value: Json) -> object:
+    """The value of a field that `written` wrote.
+
+    >>> to_field([3, {"number": 4, "formula": ["//", "x.1", 2]}])
+    (3, 4)
+
+    Raises:
+        FileError: for an object that is no size with its formula.
+    """
+    if isinstance(value, list):
+        return tuple(map(to_field, value))
+    if not isinstance(value, dict):
+        return value
+    number, formula = value.get("number"), to_tuples(value.get("formula"))
+    if value.keys() != {"number", "formula"} or type(number) not in (int, float):
+        raise FileError(f'expected values, or sizes as {{"number": 4, "formula": "x.1"}}; received {quote(value)}')
+    if problem := fault(formula):
+        raise FileError(problem)
+    assert isinstance(number, (int, float))
+    return Ratio(number, formula) if isinstance(number, float) else Size(number, formula)
 
 
 # Errors.

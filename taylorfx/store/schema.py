@@ -14,9 +14,9 @@ import typing
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, asdict, fields
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from taylorfx.layers import LAYERS, Input, Layer, ShapeError, kind
+from taylorfx.layers import LAYERS, Input, Layer, ShapeError, kind, sizes
 from taylorfx.layers.operators import admitted, operator
 from taylorfx.layers.tensor import operator_of, runs_operator, slots
 from taylorfx.network.bind import propagate
@@ -33,8 +33,10 @@ from taylorfx.store.document import (
     misfit,
     parse,
     quote,
+    to_field,
     to_tuples,
     unfit,
+    written,
 )
 from taylorfx.tree import unflatten
 
@@ -66,7 +68,8 @@ def to_json(spec: Spec) -> str:
         values = {field.name: getattr(node.layer, field.name) for field in fields(node.layer) if field.init}
         for name, value in values.items():
             try:
-                json.dumps(value)
+                values[name] = written(value)
+                json.dumps(values[name])
             except (TypeError, ValueError, RecursionError) as error:
                 errors.append(f"{node.name}: {name} of {type(node.layer).__name__} ({error})")
         nodes.append({"name": node.name, "layer": kind(type(node.layer)), "fields": values, "inputs": node.inputs})
@@ -75,7 +78,9 @@ def to_json(spec: Spec) -> str:
     if errors:
         raise SpecError("A document holds numbers, strings and tuples of them; received:\n  " + "\n  ".join(errors))
     interface = {"interface": asdict(spec.interface)} if spec.interface else {}
-    return json.dumps({"version": VERSION, "nodes": nodes, "outputs": spec.outputs, "keys": spec.keys, **interface})
+    guards = {"guards": spec.guards} if spec.guards else {}
+    whole = {"version": VERSION, "nodes": nodes, "outputs": spec.outputs, "keys": spec.keys, **interface, **guards}
+    return json.dumps(whole)
 
 
 def from_json(text: str, *, operators: Collection[str] = ()) -> Spec:
@@ -133,7 +138,7 @@ class _Reader:
         if problem := unfit(data):
             self.wrong("", problem)
             return None
-        self.check_names(data, "", ("version", "nodes", "outputs", "keys", "interface"), ("nodes", "outputs"))
+        self.check_names(data, "", ("version", "nodes", "outputs", "keys", "interface", "guards"), ("nodes", "outputs"))
         entries = self.list_at(data, "nodes", "")
         if not 0 < len(entries) <= NODES:
             self.wrong("nodes", f"a network has 1 to {NODES:,} nodes, received {len(entries):,}")
@@ -143,11 +148,12 @@ class _Reader:
             self.wrong("keys", f"expected one for each output, {len(outputs)}, received {len(keys)}")
         nodes = [self.node(entry, f"nodes[{k}]") for k, entry in enumerate(entries)]
         interface = self.interface(data["interface"], nodes) if "interface" in data else None
+        guards = tuple(self.formula(guard, f"guards[{k}]") for k, guard in enumerate(self.list_at(data, "guards", "")))
         self.graph(nodes, outputs)
         if self.errors:
             return None
         try:
-            spec = Spec(tuple(node for node in nodes if node is not None), outputs, keys, interface)
+            spec = Spec(tuple(node for node in nodes if node is not None), outputs, keys, interface, guards)
             self.whole(spec, nodes)
         except SpecError as error:
             self.wrong("nodes", str(error))
@@ -173,6 +179,7 @@ class _Reader:
             unflatten(dict.fromkeys(spec.shapes))
         except ValueError as error:
             self.wrong("", str(error))
+        self.sizes(spec)
         total = sum(map(math.prod, spec.shapes.values()))
         if total > NUMBERS:
             self.wrong("", f"its parameters are {total:,} numbers, where networks have at most {NUMBERS:,}")
@@ -183,6 +190,25 @@ class _Reader:
             places = {node.name: f"nodes[{k}]" for k, node in enumerate(nodes) if node}
             for name, problem in ties.room.wrong:
                 self.wrong(places[name], f"gives {problem}")
+
+    def formula(self, data: Json, place: str) -> sizes.Formula:
+        """A condition on the sizes of the inputs."""
+        formula = to_tuples(data)
+        if problem := sizes.fault(formula):
+            self.wrong(place, problem)
+        return formula
+
+    def sizes(self, spec: Spec) -> None:
+        """Check that formulas name axes that there are, and that the numbers beside them are those of the example."""
+        axes = spec.axes()
+        held = [(f"nodes[{k}].fields", x) for k, n in enumerate(spec.nodes) if n.sized for x in sizes.held(n.layer)]
+        for place, formula in [(place, x.formula) for place, x in held] + [("guards", x) for x in spec.guards]:
+            if unknown := sorted(sizes.axes_of(formula) - axes.keys()):
+                self.wrong(place, f"no input has the axis {', '.join(map(quote, unknown))}")
+        for place, size in held if not self.errors else ():
+            here = _attempt(lambda formula=size.formula: sizes.value(formula, axes))
+            if here != size:
+                self.wrong(place, f"{sizes.shown(size.formula)} is {here} for the declared inputs, not {size}")
 
     def interface(self, data: Json, nodes: list[Node | None]) -> Interface | None:
         """The arguments and names of the module that the network was captured from."""
@@ -252,9 +278,15 @@ class _Reader:
         known = self.fields_of(cls)
         required = [name for name, field in known.items() if field.required]
         self.check_names(received, f"{place}.fields", known, required)
-        values = {name: to_tuples(value) for name, value in received.items()}
+        values: dict[str, Any] = {}
+        for name, value in received.items():
+            field = _attempt(lambda value=value: (to_field(value),))
+            if isinstance(field, str):
+                self.wrong(f"{place}.fields.{name}", field)
+            else:
+                (values[name],) = field
         for name, value in values.items():
-            if name in known and (problem := misfit(value, known[name].hint)):
+            if name in known and (problem := misfit(sizes.numbers(value), known[name].hint)):
                 self.wrong(f"{place}.fields.{name}", f"{problem}, received {quote(received[name])}")
         if len(self.errors) > before:
             return None

@@ -22,7 +22,7 @@ from taylorfx.interop.capture.arguments import (
     wholes,
 )
 from taylorfx.interop.capture.sizes import Open, OpenRatio
-from taylorfx.layers import Layer
+from taylorfx.layers import Layer, Shape
 from taylorfx.layers.operators import COUNT, DEVICE, DTYPE, SLOT
 from taylorfx.network.spec import Node
 
@@ -89,7 +89,7 @@ class Convert:
             raise ValueError(f"{node.name} does not have the examples along axis 0")
         dtype = node.meta["val"].dtype
         named = None if dtype.is_floating_point else str(dtype).removeprefix("torch.")
-        self.add(node, L.Input(tuple(map(int, shape[1:])), self.alone, dtype=named), ())
+        self.add(node, L.Input(_numbers(shape[1:]), self.alone, dtype=named), ())
         self.first = self.first or self.names[node.name]
         if axis == 0 and self.reference is None:
             self.reference = self.names[node.name]
@@ -218,7 +218,7 @@ class Convert:
         """An operator whose inputs broadcast to its output."""
         values = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
         shapes = [measured(n)[0] for n in values]
-        if not values or tuple(map(int, measured(node)[0])) != np.broadcast_shapes(*(map(int, x) for x in shapes)):
+        if not values or _numbers(measured(node)[0]) != np.broadcast_shapes(*map(_numbers, shapes)):
             raise Unmapped
         self.operator(node, L.Elementwise)
 
@@ -337,6 +337,11 @@ class Convert:
             dropped, new_axis = measured(node)
             name = self.add(node, L.View(dropped, axis, new_axis), (name,))
         self.names[node.name] = name
+
+
+def _numbers(shape: Shape) -> Shape:
+    """The example's sizes alone."""
+    return tuple(map(int, shape))
 
 
 def _separate(node: fx.Node, result: int, inputs: tuple[int, ...]) -> bool:

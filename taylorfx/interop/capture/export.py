@@ -13,7 +13,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, redirect_stdout
 from enum import Enum
 from functools import partial
@@ -254,8 +254,27 @@ def _export(module: nn.Module, example: Example, opened: _Open) -> ExportedProgr
     for tensor in _tensors(example) if opened is not _Open.NOTHING else ():
         axes = range(tensor.ndim) if opened is _Open.SIZES else range(1)
         shapes[tensor] = {k: Dim.AUTO if k else Dim.DYNAMIC for k in axes}
-    with torch.no_grad(), _quiet(), Plain():
+    with torch.no_grad(), _quiet(), Plain(), _open_length(module):
         return torch.export.export(module, *example, dynamic_shapes=shapes, strict=False)
+
+
+@contextmanager
+def _open_length(module: nn.Module) -> Iterator[None]:
+    """Let ``len(x)`` in the module's own code be ``x.shape[0]``, a symbol: Python's ``len`` is a plain number."""
+    codes = [getattr(type(part).forward, "__globals__", {}) for part in module.modules()]
+    spaces = {id(space): space for space in codes if not str(space.get("__name__", "torch.")).startswith("torch.")}
+    changed = [space for space in spaces.values() if "len" not in space]
+    for space in changed:
+        space["len"] = _length
+    try:
+        yield
+    finally:
+        for space in changed:
+            del space["len"]
+
+
+def _length(x: Sized) -> Any:
+    return x.shape[0] if isinstance(x, Tensor) and x.ndim else len(x)
 
 
 @contextmanager

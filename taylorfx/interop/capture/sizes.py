@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -24,7 +26,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, ShapeGuard
 from torch.fx.node import Argument
 from torch.overrides import TorchFunctionMode
 from torch.utils._sympy.numbers import int_oo
@@ -329,7 +331,7 @@ class Sizes:
         for expression in axes:  # an axis of several symbols: the parts cannot be told from its size
             if len(expression.free_symbols) > 1:
                 chosen -= expression.free_symbols
-        guards = [self._replaced(guard.expr) for guard in self.env.guards] if chosen else []
+        guards = [self._replaced(guard.expr) for guard in self.env.guards if _of_values(guard)] if chosen else []
         free = {s: self._range(s, [g for g in guards if g.free_symbols == {s}]) for s in chosen}
         kept: list[sympy.Basic] = []
         for guard in dict.fromkeys(guards):
@@ -439,6 +441,21 @@ class Sizes:
                 break
         return tried > 0 or not chosen
 
+
+def _of_values(guard: ShapeGuard) -> bool:
+    """Whether a guard is about values, not about where they lie in memory, which a network does not fix.
+
+    Nor about a size of one among tensors that broadcast: a network broadcasts as torch does.
+    """
+    place = guard.sloc.framework_loc
+    if not isinstance(place, traceback.FrameSummary):
+        return True
+    alone = isinstance(guard.expr, sympy.Ne) and guard.expr.rhs == 1
+    return not _LAYOUT.search(place.name) and not (alone and place.name == "_broadcast_shapes")
+
+
+_LAYOUT = re.compile("contiguous|stride|channels_last|non_overlapping|memory_format")
+"""Functions of torch that ask how tensors lie in memory."""
 
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _Symbolic = torch.SymInt | torch.SymFloat | torch.SymBool
