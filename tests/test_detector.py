@@ -46,13 +46,14 @@ def drawn(generator):
     found = []
     for rows in objects:
         count = int(torch.randint(0, 5, (), generator=generator))
-        rows[:count, 0] = torch.randint(0, 3, (count,), generator=generator).double()
+        rows[:count, 0] = torch.randint(0, 3, (count,), generator=generator).div(2, rounding_mode="floor").double()
         rows[:count, 1:] = boxes(count, generator)
         many = torch.randint(0, 5, (int(torch.randint(0, 9, (), generator=generator)),), generator=generator)
         near = torch.cat((rows[:, 1:], boxes(1, generator)))[many]
         near = near + torch.randint(0, 2, near.shape, generator=generator)
         scores = torch.rand(len(many), generator=generator).sort(descending=True).values
-        found.append(d.Detections(scores, torch.randint(0, 3, (len(many),), generator=generator), near))
+        classes = torch.randint(0, 3, (len(many),), generator=generator).div(2, rounding_mode="floor")
+        found.append(d.Detections(scores, classes, near))
     return found, objects
 
 
@@ -77,6 +78,17 @@ def by_definition(found, objects, kind):
         taken |= {(k, best)} if right[-1] else set()
     precisions = [(sum(right[: n + 1]), sum(right[: n + 1]) / (n + 1)) for n in range(len(right))]
     return [max((p for hits, p in precisions if hits >= n), default=0.0) for n in range(1, total + 1)]
+
+
+@given(st.lists(st.booleans(), min_size=1), st.integers(1, 3))
+def test_an_average_precision_is_that_of_its_definition(right, missed):
+    """At each recall the best precision from there on; objects that nothing finds count as zero."""
+    precision = [sum(right[: n + 1]) / (n + 1) for n in range(len(right))]
+    best = [max(precision[n:]) for n, hit in enumerate(right) if hit]
+    scores = torch.linspace(1, 0, len(right))
+    order = torch.randperm(len(right), generator=torch.Generator().manual_seed(0))
+    value = d.average_precision(scores[order], torch.tensor(right)[order], len(best) + missed)
+    assert value == pytest.approx(sum(best) / (len(best) + missed))
 
 
 @given(SEEDS)
@@ -117,8 +129,10 @@ def test_of_detections_that_overlap_the_best_stays(seed):
 
 @given(SEEDS)
 def test_every_object_has_the_places_about_its_center(seed):
-    _, objects = d.shapes(2, 32, 48, torch.Generator().manual_seed(seed))
-    place = d.places(32, 48)
+    generator, place = torch.Generator().manual_seed(seed), d.places(32, 48)
+    objects = torch.full((2, 4, 5), -1.0)
+    for rows in objects:  # they overlap
+        rows[:3, 0], rows[:3, 1:] = 0, 4.5 * boxes(3, generator)
     index, positive = d.assign(place, objects)
     for n, k in product(range(2), range(len(place))):
         x, y, stride = place[k].tolist()
@@ -130,8 +144,13 @@ def test_every_object_has_the_places_about_its_center(seed):
         ]  # fmt: skip
         assert bool(positive[n, k]) == bool(allowed)
         assert not allowed or index[n, k] == min(allowed)[1]
+
+
+def test_every_object_has_a_place():
+    _, objects = d.shapes(20, 64, 64, torch.Generator().manual_seed(0))
+    index, positive = d.assign(d.places(64, 64), objects)
     for n, rows in enumerate(objects):
-        assert set(index[n][positive[n]].tolist()) <= set(range(int((rows[:, 0] >= 0).sum())))
+        assert set(index[n][positive[n]].tolist()) == set(range(int((rows[:, 0] >= 0).sum())))
 
 
 def test_the_loss_of_a_batch_is_that_of_examples_and_falls_to_nothing_at_the_truth():
