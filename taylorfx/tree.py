@@ -80,17 +80,18 @@ def combine(*trees: Params) -> Tree:
     return unflatten(item for tree in trees for item in flatten(tree).items())
 
 
-def merge(tree: Params, leaves: Mapping[str, Tensor], prefix: str = "") -> Params:
+def merge(tree: Params, leaves: Mapping[str, Tensor]) -> Params:
     """The tree with some leaves replaced, given by path. Subtrees without a new leaf are shared, not copied.
 
     >>> merge({"conv1": {"weight": 1, "bias": 2}}, {"conv1.bias": 3})
     {'conv1': {'weight': 1, 'bias': 3}}
     """
-    if not any(path.startswith(prefix) for path in leaves):
-        return tree
-    paths = {key: f"{prefix}{key}" for key in tree}
+    return _merged(tree, unflatten(leaves)) if leaves else tree
+
+
+def _merged(tree: Params, new: Params) -> Params:
     return {
-        key: merge(value, leaves, f"{paths[key]}.") if isinstance(value, Mapping) else leaves.get(paths[key], value)
+        key: value if key not in new else _merged(value, new[key]) if isinstance(value, Mapping) else new[key]
         for key, value in tree.items()
     }
 

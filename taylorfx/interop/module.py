@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from taylorfx.interop.calls import bind, interface_of
 from taylorfx.interop.like import resized
 from taylorfx.network.interface import Interface
-from taylorfx.network.parameters import check
-from taylorfx.network.run import apply, train
+from taylorfx.network.parameters import check, fits
+from taylorfx.network.run import run
 from taylorfx.network.spec import Spec
 from taylorfx.tree import Params, flatten, unflatten
 
@@ -42,7 +42,6 @@ class SpecModule(nn.Module):
         self._interface = interface = interface_of(spec)
         buffers = {node.path(leaf) for node in spec.nodes for leaf in node.layer.buffers}
         leaves = flatten(params)
-        self._paths = tuple(leaves)
         for path, leaf in leaves.items():
             owner, name = _owner(self, path, create=True)
             leaf = leaf.detach().clone()
@@ -51,7 +50,6 @@ class SpecModule(nn.Module):
             else:
                 saved = not path.startswith("constants.") and path not in interface.transient
                 owner.register_buffer(name, leaf, persistent=saved)
-        self._buffer_paths = tuple(path for path in leaves if path in buffers)
         _tie(self, interface, leaves)
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -60,7 +58,18 @@ class SpecModule(nn.Module):
 
     def tree(self) -> Params:
         """The parameters and buffers as they are now, as a tree."""
-        return unflatten((path, getattr(*_owner(self, path))) for path in self._paths)
+        return unflatten(zip(self.spec.layout.paths, self._leaves(), strict=True))
+
+    def _leaves(self) -> list[Tensor]:
+        """The parameters and buffers as they are now, in the order of the layout."""
+        layout = self.spec.layout
+        modules: list[Any] = [self]
+        try:
+            for parent, key in layout.subtrees:
+                modules.append(modules[parent]._modules[key])
+            return layout.leaves([{**module._parameters, **module._buffers} for module in modules])
+        except (KeyError, AttributeError):  # computed from others (torch.nn.utils.parametrize), or a plain attribute
+            return [getattr(*_owner(self, path)) for path in layout.paths]
 
     def forward(self, *args: object, **kwargs: object) -> Any:
         """The network's outputs: a tensor, a tuple of tensors, or a dict of them.
@@ -70,17 +79,17 @@ class SpecModule(nn.Module):
             ShapeError: if the inputs do not fit.
         """
         inputs = bind(self._interface, args, kwargs)
+        leaves, compiling = self._leaves(), torch.compiler.is_compiling()
+        if not compiling and not fits(leaves, self.spec):
+            check(self.tree(), self.spec)
         if not self.training:
-            return apply(self.tree(), self.spec, inputs)
+            return run(leaves, self.spec, (inputs,))[0]
         device = next((x.device for x in inputs.values()), torch.device("cpu"))
-        generator = None if torch.compiler.is_compiling() else _generator(device)
-        outputs, new = train(self.tree(), self.spec, inputs, generator=generator)
-        moved = flatten(new)
+        generator = None if compiling else _generator(device)
+        outputs, moved = run(leaves, self.spec, (inputs,), training=True, generator=generator)
         with torch.no_grad():
-            for path in self._buffer_paths:
-                buffer = getattr(*_owner(self, path))
-                if moved[path] is not buffer:
-                    buffer.copy_(moved[path])
+            for k, leaf in moved.items():
+                leaves[k].copy_(leaf)
         return outputs
 
 

@@ -90,16 +90,19 @@ class _Tracked(Layer):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         if not self.track_running_stats:
             return self.apply(params, *inputs), {}
-        # The statistics of the batch are written to new tensors, because vmap may share the buffers between examples.
-        old = [params[name].detach() for name in ("running_mean", "running_var")]
-        mean, var = (inputs[0].new_zeros(self.num_features, dtype=leaf.dtype) for leaf in old)
-        output = self.normalize(inputs[0], mean, var, params, True, 1.0)
         # As in torch, instance norms do not count batches: without a momentum their statistics stay as they are.
         count = params["num_batches_tracked"] + int(self.across)
-        share: float | Tensor = self.momentum or 0.0
-        if self.momentum is None and self.across:
+        old = [params[name].detach() for name in ("running_mean", "running_var")]
+        # The kernel moves copies of the statistics. Under vmap every example has its own, since its zeros are its own.
+        zeros = inputs[0].new_zeros(self.num_features, dtype=old[0].dtype)
+        if self.momentum is not None or not self.across:
+            mean, var = (past + zeros for past in old)
+            output = self.normalize(inputs[0], mean, var, params, True, self.momentum or 0.0)
+        else:  # averages over all batches, whose share is no number but a tensor
+            mean, var = zeros, zeros.clone()
+            output = self.normalize(inputs[0], mean, var, params, True, 1.0)
             share = 1 / count.to(mean.dtype)
-        mean, var = ((1 - share) * past + share * present for past, present in zip(old, (mean, var), strict=True))
+            mean, var = ((1 - share) * past + share * present for past, present in zip(old, (mean, var), strict=True))
         return output, {"running_mean": mean, "running_var": var, "num_batches_tracked": count}
 
     def roles(self) -> tuple[Role, ...]:

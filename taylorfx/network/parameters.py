@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from taylorfx.network.spec import Spec, SpecError
 from taylorfx.tree import Params, Tree, flatten, unflatten
 
-__all__ = ["check", "init", "partition"]
+__all__ = ["check", "fits", "gather", "init", "partition"]
 
 
 def init(
@@ -68,6 +68,29 @@ def check(params: Params, spec: Spec) -> None:
             errors.append(f"{path}: expected {shape}, received {tuple(leaf.shape)}")
     if errors:
         raise SpecError("Parameters have to fit the network; received:\n  " + "\n  ".join(errors))
+
+
+def gather(params: Params, spec: Spec) -> list[Tensor]:
+    """The parameters in the order of ``spec.layout.paths``; refused as `check` does if they do not fit the network."""
+    if torch.compiler.is_compiling():
+        return spec.layout.leaves(spec.layout.walk(params))
+    if isinstance(params, Mapping) and isinstance(spec, Spec):
+        try:
+            subtrees = spec.layout.walk(params)
+            leaves = spec.layout.leaves(subtrees)
+            if spec.layout.complete(subtrees) and fits(leaves, spec):
+                return leaves
+        except (AttributeError, LookupError, TypeError):
+            pass
+    check(params, spec)
+    flat = flatten(params)  # an unusual tree that fits, for example one with empty subtrees
+    return [flat[path] for path in spec.layout.paths]
+
+
+def fits(leaves: Sequence[object], spec: Spec) -> bool:
+    """Whether these are tensors of the shapes that the network's parameters have, in the order of their paths."""
+    shapes = [getattr(leaf, "shape", None) for leaf in leaves]
+    return shapes == [*spec.shapes.values()] and all(issubclass(kind, Tensor) for kind in {*map(type, leaves)})
 
 
 def partition(params: Params, spec: Spec) -> tuple[Tree, Tree]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from taylorfx.layers import ShapeError
 from taylorfx.network.errors import explain
-from taylorfx.network.parameters import check
-from taylorfx.network.spec import Node, Paths, Spec, SpecError, Step
+from taylorfx.network.parameters import gather
+from taylorfx.network.spec import Spec, SpecError, Step
 from taylorfx.tree import Params, merge
 
-__all__ = ["Inputs", "apply", "bind_inputs", "evaluate", "gating", "train"]
+__all__ = ["Inputs", "apply", "bind_inputs", "evaluate", "gating", "run", "train"]
 
 
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
@@ -87,13 +87,30 @@ def evaluate(
     training: bool = False,
     generator: torch.Generator | None = None,
 ) -> tuple[Any, Params]:
-    """The outputs and the new parameters. Everything that runs a network comes through here."""
-    if not torch.compiler.is_compiling():
-        check(params, spec)
+    """The outputs and the new parameters."""
+    leaves = gather(params, spec)
+    outputs, moved = run(leaves, spec, inputs, tap=tap, training=training, generator=generator)
+    return outputs, merge(params, {spec.layout.paths[k]: leaf for k, leaf in moved.items()})
+
+
+def run(
+    leaves: Sequence[Tensor],
+    spec: Spec,
+    inputs: Sequence[Inputs],
+    *,
+    tap: Tap | None = None,
+    training: bool = False,
+    generator: torch.Generator | None = None,
+) -> tuple[Any, dict[int, Tensor]]:
+    """The outputs, and the running statistics that moved, by their places. Every run of a network comes through here.
+
+    Args:
+        leaves: the parameters, which fit the network, in the order of ``spec.layout.paths``.
+    """
     values = bind_inputs(spec, inputs)
     single = [layer for name, layer in spec.input_layers.items() if layer.alone and len(values[name]) != 1]
     if single and not training and all(layer.apart for layer in single):
-        return _one_by_one(params, spec, values, tap), params
+        return _one_by_one(leaves, spec, values, tap), {}
     if single:
         raise ShapeError(
             "This network takes one example at a time: it was captured from a module made for a fixed number of them. "
@@ -104,77 +121,63 @@ def evaluate(
         steps = spec.fitted_anew(spec.axes(shapes)) if spec.sized else spec.steps
     else:
         steps = spec.fitted(shapes)
-    compute = _Training(params, generator) if training else _Inference(params)
-    return _run(params, spec, steps, values, compute, tap), compute.parameters()
+    own = list(leaves)
+    moved: set[int] = set()
+
+    def compute(step: Step, args: Iterable[Tensor]) -> Tensor:
+        """The value of a node in training. Nodes that share running statistics move them one after the other."""
+        params = {leaf: own[k] for leaf, k in step.leaves}
+        value, new = step.node.layer.train(params, *args, generator=generator)
+        for leaf, k in step.leaves if new else ():
+            if leaf in new:
+                own[k] = new[leaf]
+                moved.add(k)
+        return value
+
+    return _run(own, spec, steps, values, compute if training else None, tap), {k: own[k] for k in moved}
 
 
 def _run(
-    params: Params, spec: Spec, steps: Sequence[Step], values: dict[str, Any], compute: _Inference, tap: Tap | None
+    leaves: Sequence[Tensor],
+    spec: Spec,
+    steps: Sequence[Step],
+    values: dict[str, Any],
+    compute: Callable[[Step, Iterable[Tensor]], Tensor] | None,
+    tap: Tap | None,
 ) -> Any:
-    """The nodes in order; a value that no later node uses is let go at once."""
+    """The nodes in order; a value that no later node uses is let go at once. In inference nothing else computes."""
     inputs = dict(values)
-    for node, paths, unused in steps:
-        if node.name not in values:
+    value_of = values.__getitem__
+    for step in steps:
+        node, places, unused = step
+        name = node.name
+        if name not in values:
             try:
-                args = [values[x] for x in node.inputs]
+                args: Iterable[Tensor] = map(value_of, node.inputs)
                 if tap is not None:
-                    args = [tap(node.name, slot, x) for slot, x in enumerate(args)]
-                value = compute(node, paths, args)
-                values[node.name] = value if tap is None else tap(node.name, -1, value)
+                    args = [tap(name, slot, x) for slot, x in enumerate(args)]
+                if compute is None:
+                    value = node.layer.apply({leaf: leaves[k] for leaf, k in places} if places else {}, *args)
+                else:
+                    value = compute(step, args)
+                values[name] = value if tap is None else tap(name, -1, value)
             except (RuntimeError, IndexError, ValueError, TypeError) as error:
                 if not torch.compiler.is_compiling():
-                    explain(params, spec, inputs, node, error)
+                    explain(dict(zip(spec.layout.paths, leaves, strict=True)), spec, inputs, node, error)
                 raise
-        for name in unused:
-            del values[name]
+        for x in unused:
+            del values[x]
     outputs = tuple(values[x] for x in spec.outputs)
     if spec.keys:
         return dict(zip(spec.keys, outputs, strict=True))
     return outputs[0] if len(outputs) == 1 else outputs
 
 
-class _Inference:
-    """A node's value in inference."""
-
-    def __init__(self, params: Params) -> None:
-        self.params = params
-
-    def __call__(self, node: Node, paths: Paths, args: Sequence[Tensor]) -> Tensor:
-        return node.layer.apply(self.leaves(paths), *args)
-
-    def leaves(self, paths: Paths) -> dict[str, Tensor]:
-        """The parameters of a node by their names in the layer."""
-        return {leaf: _at(self.params, keys) for leaf, keys in paths}
-
-    def parameters(self) -> Params:
-        """The parameters after the run."""
-        return self.params
-
-
-class _Training(_Inference):
-    """A node's value in training. Nodes that share running statistics move them one after the other."""
-
-    def __init__(self, params: Params, generator: torch.Generator | None) -> None:
-        super().__init__(params)
-        self.generator = generator
-        self.moved: dict[str, Tensor] = {}  # running statistics by path
-
-    def __call__(self, node: Node, paths: Paths, args: Sequence[Tensor]) -> Tensor:
-        leaves, buffers = self.leaves(paths), [(leaf, node.path(leaf)) for leaf in node.layer.buffers]
-        leaves |= {leaf: self.moved[path] for leaf, path in buffers if path in self.moved}
-        value, new = node.layer.train(leaves, *args, generator=self.generator)
-        self.moved |= {node.path(leaf): tensor for leaf, tensor in new.items()}
-        return value
-
-    def parameters(self) -> Params:
-        return merge(self.params, self.moved)
-
-
-def _one_by_one(params: Params, spec: Spec, values: Mapping[str, Tensor], tap: Tap | None) -> Any:
+def _one_by_one(leaves: Sequence[Tensor], spec: Spec, values: Mapping[str, Tensor], tap: Tap | None) -> Any:
     """The outputs for every example of a batch alone, joined along axis 0."""
     count = max(map(len, values.values()))
     examples = [{name: x[k : k + 1] for name, x in values.items()} for k in range(count)]
-    outputs = [evaluate(params, spec, (example,), tap=tap)[0] for example in examples]
+    outputs = [run(leaves, spec, (example,), tap=tap)[0] for example in examples]
     if isinstance(outputs[0], Tensor):
         return torch.cat(outputs)
     if isinstance(outputs[0], Mapping):
@@ -196,11 +199,3 @@ def bind_inputs(spec: Spec, inputs: Sequence[Inputs]) -> dict[str, Any]:
             f"received {len(tensors)}."
         )
     return dict(tensors) if isinstance(tensors, Mapping) else dict(zip(names, tensors, strict=True))
-
-
-def _at(params: Params, path: tuple[str, ...]) -> Tensor:
-    value: Any = params
-    for key in path:
-        value = value[key]
-    assert isinstance(value, Tensor)
-    return value

@@ -19,6 +19,7 @@ from taylorfx.layers import axes as language
 from taylorfx.network.bind import propagate
 from taylorfx.network.interface import Interface
 from taylorfx.network.labels import Ties
+from taylorfx.network.layout import Layout
 from taylorfx.network.tables import columns
 
 __all__ = ["Node", "Spec", "SpecError"]
@@ -72,15 +73,16 @@ class Node:
         return _with_layer(self, sizes.at(self.layer, axes, plain=plain))
 
 
-Paths = tuple[tuple[str, tuple[str, ...]], ...]
-"""For each parameter of a layer, its name in the layer and the keys that lead to it in the tree."""
-
-
 class Step(NamedTuple):
-    """One node of a run: where its parameters lie, and the values that no later node uses."""
+    """One node of a run.
+
+    Attributes:
+        leaves: for each of its parameters the name in the layer, and the place among the paths of the spec's layout.
+        unused: the values that no later node uses.
+    """
 
     node: Node
-    paths: Paths
+    leaves: tuple[tuple[str, int], ...]
     unused: tuple[str, ...]
 
 
@@ -104,6 +106,7 @@ class Spec:
     keys: tuple[str, ...] = ()
     interface: Interface | None = None
     guards: tuple[sizes.Formula, ...] = ()
+    layout: Layout = field(init=False, repr=False, compare=False)
     steps: tuple[Step, ...] = field(init=False, repr=False, compare=False)
     sized: bool = field(init=False, repr=False, compare=False)
     input_layers: Mapping[str, Input] = field(init=False, repr=False, compare=False)
@@ -115,7 +118,8 @@ class Spec:
         object.__setattr__(self, "outputs", outputs or tuple(node.name for node in nodes[-1:]))
         object.__setattr__(self, "nodes", _order(nodes, self.outputs))
         # What every run needs is no cached_property: torch.compile does not trace the lock of one.
-        object.__setattr__(self, "steps", _steps(self.nodes, self.outputs))
+        object.__setattr__(self, "layout", Layout.of([path for node in self.nodes for path in node.paths.values()]))
+        object.__setattr__(self, "steps", _steps(self.nodes, self.outputs, self.layout))
         layers = {node.name: node.layer for node in self.nodes if isinstance(node.layer, Input)}
         object.__setattr__(self, "input_layers", layers)
         object.__setattr__(self, "sized", any(node.sized for node in self.nodes))
@@ -344,15 +348,16 @@ def _with_layer(node: Node, layer: Layer) -> Node:
     return new
 
 
-def _steps(nodes: Sequence[Node], outputs: Sequence[str]) -> tuple[Step, ...]:
+def _steps(nodes: Sequence[Node], outputs: Sequence[str], layout: Layout) -> tuple[Step, ...]:
     """The nodes with where their parameters lie, and which values no later node uses."""
     last = {name: k for k, node in enumerate(nodes) for name in node.inputs}
     unused: list[list[str]] = [[] for _ in nodes]
     for name, k in last.items():
         if name not in outputs:
             unused[k].append(name)
-    paths = [tuple([(leaf, tuple(path.split("."))) for leaf, path in node.paths.items()]) for node in nodes]
-    return tuple(map(Step, nodes, paths, map(tuple, unused)))
+    place = {path: k for k, path in enumerate(layout.paths)}
+    leaves = [tuple([(leaf, place[path]) for leaf, path in node.paths.items()]) for node in nodes]
+    return tuple(map(Step, nodes, leaves, map(tuple, unused)))
 
 
 def _order(nodes: tuple[Node, ...], outputs: tuple[str, ...]) -> tuple[Node, ...]:

@@ -1,0 +1,82 @@
+"""What running a network as a spec costs beyond the module itself: microseconds per node, on the smallest inputs.
+
+    OMP_NUM_THREADS=1 python benchmarks/runner.py
+
+The networks and their inputs are so small that the time goes into Python, not into kernels; the batch is one example,
+in training two. The module, ``apply`` and the module that ``to_torch`` gives run one after the other, over and over;
+every number is a median, and the overhead per node is the difference to the module's time over the number of nodes.
+A difference below zero says that the spec is faster than the module. Prints Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+
+import torch
+from _networks import After, Inverted, Stages, VisionTransformer
+from torch import Tensor, nn
+
+import taylorfx as tfx
+
+NETWORKS: Mapping[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "small ResNet": (lambda: Stages(After, 8, 2, bare=False), (1, 8, 8)),
+    "MobileNet-like": (lambda: Stages(Inverted, 8, 2, bare=False), (1, 8, 8)),
+    "small vision transformer": (lambda: VisionTransformer(16, 4, 32), (1, 28, 28)),
+}
+
+
+def medians(runs: Mapping[str, Callable[[], object]], times: int) -> dict[str, float]:
+    """Seconds of every function, which run in turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for k in range(times + 5):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if k >= 5:  # the first ones warm up
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(spent) for name, spent in seconds.items()}
+
+
+def rows(title: str, module: nn.Module, shape: tuple[int, ...], times: int) -> list[str]:
+    """The rows of one network: what runs, the module's time, the overhead per node, the ratio to the module."""
+    x = torch.randn(2, *shape)
+    params, spec = tfx.from_torch(module.eval(), x)
+    out = tfx.to_torch(params, spec)
+    with torch.no_grad():
+        inference = {"module": module, "apply": lambda x: tfx.apply(params, spec, x), "to_torch": out}
+        spent = {"inference": timed(inference, x[:1], times)}
+    training = {"module": deepcopy(module).train(), "to_torch": deepcopy(out).train()}
+    spent["training"] = timed(training, x, times)
+    lines = []
+    for mode, seconds in spent.items():
+        base = seconds.pop("module")
+        for name, value in seconds.items():
+            more = (value - base) / len(spec) * 1e6
+            cells = title, f"{len(spec)}", f"{name}, {mode}", f"{base * 1e6:,.0f}", f"{more:.1f}", f"{value / base:.2f}"
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def timed(runs: Mapping[str, Callable[[Tensor], object]], x: Tensor, times: int) -> dict[str, float]:
+    return medians({name: lambda run=run: run(x) for name, run in runs.items()}, times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--times", type=int, default=500, help="runs of which the median is taken")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    print("| network | nodes | what runs | module, µs | overhead per node, µs | ratio to the module |")
+    print("| --- " * 6 + "|")
+    for title, (make, shape) in NETWORKS.items():
+        print(*rows(title, make(), shape, options.times), sep="\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
