@@ -12,8 +12,8 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from _sizes import Elsewhere, difference, elsewhere, tensors
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 import taylorfx as tfx
 from taylorfx import layers as L
@@ -50,6 +50,7 @@ class Proof:
         export: the time of ``torch.export`` and of making its graph functional.
         total: the time of ``from_torch``, that of ``export`` included.
         couple: the time of ``couple``, the best of three.
+        sizes: what the captured network and the cut one compute at other sizes.
     """
 
     parameters: int
@@ -68,6 +69,7 @@ class Proof:
     export: float
     total: float
     couple: float
+    sizes: list[Elsewhere] = field(repr=False)
 
 
 def randomized(module: nn.Module, inputs: Mapping[str, Tensor], seed: int = 0) -> nn.Module:
@@ -103,7 +105,7 @@ def randomized(module: nn.Module, inputs: Mapping[str, Tensor], seed: int = 0) -
 def prove(module: nn.Module, inputs: Mapping[str, Tensor]) -> Proof:
     """Capture a module with two of three examples; couple, cut, compare and train a step."""
     with torch.no_grad():
-        expected = _outputs(module(**inputs))
+        expected = tensors(module(**inputs))
     spent: list[float] = []
     whole: list[float] = []
     few = {name: x[:2] for name, x in inputs.items()}
@@ -117,9 +119,9 @@ def prove(module: nn.Module, inputs: Mapping[str, Tensor]) -> Proof:
     x = {node.name: inputs[node.name] for node in spec.inputs}
     plan = random_plan(coupling, torch.Generator().manual_seed(1), 0.5, exact=True)
     with torch.no_grad():
-        found = _outputs(tfx.apply(params, spec, x))
-        cut = _outputs(tfx.apply(tfx.cut(params, plan), plan.spec, x))
-        gated = _outputs(tfx.apply(params, spec, x, gates=plan.gates))
+        found = tensors(tfx.apply(params, spec, x))
+        cut = tensors(tfx.apply(tfx.cut(params, plan), plan.spec, x))
+        gated = tensors(tfx.apply(params, spec, x, gates=plan.gates))
     cost, none = tfx.cost.parameters(coupling), np.zeros(len(coupling), bool)
     lengths = coupling.counts(none)
     frozen: dict[str, list[str]] = {}
@@ -138,25 +140,15 @@ def prove(module: nn.Module, inputs: Mapping[str, Tensor]) -> Proof:
         frozen=frozen,
         unmapped=dict(Counter(node.layer.op for node in spec if isinstance(node.layer, L.Captured))),
         mixing=list(coupling.mixing),
-        captured=_error(found, expected),
-        cut=_error(cut, gated),
-        moved=_error(expected, gated),
+        captured=difference(found, expected),
+        cut=difference(cut, gated),
+        moved=difference(expected, gated),
         step=_step(params, coupling, x),
         export=sum(spent),
         total=sum(whole),
         couple=min(joined),
+        sizes=elsewhere(module, params, spec, plan, inputs),
     )
-
-
-def _outputs(value: Any) -> list[Tensor]:
-    """The tensors of an output, each once."""
-    return list({id(leaf): leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)}.values())
-
-
-def _error(one: list[Tensor], other: list[Tensor]) -> float:
-    """The largest difference, as a share of the largest between two examples of the same output."""
-    assert [y.shape for y in one] == [y.shape for y in other]
-    return max(((x - y).abs().max() / (y - y.roll(1, 0)).abs().max()).item() for x, y in zip(one, other, strict=True))
 
 
 def _step(params: tfx.Params, coupling: tfx.Coupling, x: dict[str, Tensor]) -> float:
@@ -169,11 +161,11 @@ def _step(params: tfx.Params, coupling: tfx.Coupling, x: dict[str, Tensor]) -> f
 
     def loss() -> Tensor:
         torch.manual_seed(0)  # the same dropout
-        return sum((y / scale).square().mean() for y, scale in zip(_outputs(module(**x)), scales, strict=True))
+        return sum((y / scale).square().mean() for y, scale in zip(tensors(module(**x)), scales, strict=True))
 
     with torch.random.fork_rng(devices=[]):
         with torch.no_grad():
-            scales = [y.abs().max() for y in _outputs(module.eval()(**x))]
+            scales = [y.abs().max() for y in tensors(module.eval()(**x))]
         module.train()
         before = loss()
         before.backward()

@@ -111,6 +111,21 @@ def detection() -> dict[str, Callable[[], Case]]:
     }
 
 
+def video() -> dict[str, Callable[[], Case]]:
+    """All builders of models of video, with eight frames."""
+    models = library()
+
+    def make(name: str) -> Case:
+        size = 224 if name.startswith("mvit") else 64
+        frames = 16 if name.startswith(("mvit", "s3d")) else 8
+        generator = torch.Generator().manual_seed(1)
+        return models.get_model(name, weights=None), {
+            "x": torch.randn(3, 3, frames, size, size, generator=generator, dtype=torch.float64)
+        }
+
+    return {name: partial(make, name) for name in ordered(models, models.video)}
+
+
 def small() -> dict[str, Callable[[], Case]]:
     """The architectures in a few narrow layers, for the tests."""
     models = library()
