@@ -71,7 +71,7 @@ class Original:
     def _base(self) -> Call:
         (args, named), interface = _call(*self._given), interface_of(self._given[1])
         try:
-            tensors = bind(interface, args, named, spec.calls)
+            tensors = bind(interface, args, named, self._given[1].calls)
         except TypeError as error:
             kind = type(self.module).__name__
             raise LikeError(f"The example is a call of {kind} as it was captured. {error}") from error

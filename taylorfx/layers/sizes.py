@@ -22,7 +22,22 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["Axes", "Formula", "Ratio", "Size", "at", "axes_of", "fault", "has_sizes", "held", "numbers", "operands", "rescaled", "shown", "value"]
+__all__ = [
+    "Axes",
+    "Formula",
+    "Ratio",
+    "Size",
+    "at",
+    "axes_of",
+    "fault",
+    "has_sizes",
+    "held",
+    "numbers",
+    "operands",
+    "rescaled",
+    "shown",
+    "value",
+]
 
 Formula = int | float | str | tuple[Any, ...]
 """A number, an axis such as ``"x.2"``, or an operator before its operands."""
@@ -109,7 +124,11 @@ def shown(formula: Formula) -> str:
         inner = str(term[0]) if isinstance(term, tuple) else ""
         bare = not inner or inner not in INFIX or (name in ("==", "!=", "<", "<=", ">", ">="))
         bare = bare or (name in ("+", "-") and inner in (*tight, *("+",) * (k == 0 or name == "+")))
-        bare = bare or (name in ("and", "or") and inner not in ("and", "or")) or (name in ("*", "//") and inner == "*" and k == 0)
+        bare = (
+            bare
+            or (name in ("and", "or") and inner not in ("and", "or"))
+            or (name in ("*", "//") and inner == "*" and k == 0)
+        )
         return shown(term) if bare else f"({shown(term)})"
 
     return f" {name} ".join(part(k, term) for k, term in enumerate(terms))
@@ -155,9 +174,6 @@ class _Remembering:
 
     def __rtruediv__(self, other: Any) -> Any:
         return _result("/", other, self)
-
-    def __pow__(self, other: Any) -> Any:
-        return _result("**", self, other)
 
     def __neg__(self) -> Any:
         return _result("-", 0, self)
@@ -260,9 +276,15 @@ def fault(formula: object) -> str:
         return next(filter(None, map(fault, terms)), "")
     if isinstance(formula, str):
         name, _, axis = formula.rpartition(".")
-        return "" if name and axis.isdecimal() else f"an axis is named after an input and by its number, 'x.1'; received {formula!r:.80}"
+        return (
+            ""
+            if name and axis.isdecimal()
+            else f"an axis is named after an input and by its number, 'x.1'; received {formula!r:.80}"
+        )
     plain = isinstance(formula, (int, float)) and not isinstance(formula, bool)
-    return "" if plain else f"a formula is a number, an axis, or an operator before its operands; received {formula!r:.80}"
+    return (
+        "" if plain else f"a formula is a number, an axis, or an operator before its operands; received {formula!r:.80}"
+    )
 
 
 _ARITIES = {"if": (3, 3), "float": (1, 1), "floor": (1, 1), "ceil": (1, 1), "trunc": (1, 1), "round": (1, 2),

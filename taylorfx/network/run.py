@@ -201,8 +201,8 @@ def fitted(spec: Spec, inputs: Inputs) -> Spec:
         return spec
     values = bind_inputs(spec, (inputs,))
     declared = {name: layer.shape for name, layer in spec.input_layers.items()}
-    shapes = {name: tuple(values[name].shape[1:]) if name in values else shape for name, shape in declared.items()}
-    return spec if shapes == declared else spec.at(*shapes.values())
+    shapes: list[Any] = [tuple(values[x].shape[1:]) if x in values else shape for x, shape in declared.items()]
+    return spec if shapes == [*declared.values()] else spec.at(*shapes)
 
 
 def bind_inputs(spec: Spec, inputs: Sequence[Inputs]) -> dict[str, Any]:
@@ -234,8 +234,8 @@ def _present(spec: Spec, tensors: Any) -> dict[str, Any]:
             names = next((list(inputs) for inputs in spec.calls if len(inputs) == len(tensors)), names)
         if len(tensors) != len(names):
             raise ShapeError(
-                f"Inputs are as many as the network's Input nodes, {len(names)} ({', '.join(names)}), of which some may "
-                f"be left out; received {len(tensors)}."
+                f"Inputs are as many as the network's Input nodes, {len(names)} ({', '.join(names)}), of which some "
+                f"may be left out; received {len(tensors)}."
             )
         tensors = dict(zip(names, tensors, strict=True))
     present = {name: x for name, x in tensors.items() if x is not None}

@@ -333,7 +333,9 @@ class Spec:
 
     def fitted_anew(self, axes: sizes.Axes) -> tuple[Step, ...]:
         """The steps for inputs with axes of these sizes, which may be torch's symbols; nothing is refused."""
-        return tuple([step._replace(node=step.node.at(axes, plain=True)) if step.node.sized else step for step in self.steps])
+        return tuple(
+            [step._replace(node=step.node.at(axes, plain=True)) if step.node.sized else step for step in self.steps]
+        )
 
     def called(self, *names: str) -> Spec:
         """The network of the call with these inputs, which computes what is needed for it, and nothing else.

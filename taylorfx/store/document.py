@@ -6,9 +6,9 @@ import json
 import types
 import typing
 from collections.abc import Iterator
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
-from taylorfx.layers.sizes import Ratio, Size, fault, numbers
+from taylorfx.layers.sizes import Formula, Ratio, Size, fault, numbers
 from taylorfx.network.spec import SpecError
 
 __all__ = [
@@ -134,7 +134,8 @@ def to_field(value: Json) -> object:
     if problem := fault(formula):
         raise FileError(problem)
     assert isinstance(number, (int, float))
-    return Ratio(number, formula) if isinstance(number, float) else Size(number, formula)
+    found = cast("Formula", formula)
+    return Ratio(number, found) if isinstance(number, float) else Size(number, found)
 
 
 # Errors.

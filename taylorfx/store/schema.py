@@ -14,7 +14,8 @@ import typing
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, asdict, fields
-from typing import Any, NamedTuple, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, TypeVar, cast
 
 from taylorfx.layers import LAYERS, Input, Layer, ShapeError, kind, sizes
 from taylorfx.layers.operators import admitted, operator
@@ -196,7 +197,7 @@ class _Reader:
         formula = to_tuples(data)
         if problem := sizes.fault(formula):
             self.wrong(place, problem)
-        return formula
+        return cast("sizes.Formula", formula)
 
     def sizes(self, spec: Spec) -> None:
         """Check that formulas name axes that there are, and that the numbers beside them are those of the example."""
@@ -206,7 +207,7 @@ class _Reader:
             if unknown := sorted(sizes.axes_of(formula) - axes.keys()):
                 self.wrong(place, f"no input has the axis {', '.join(map(quote, unknown))}")
         for place, size in held if not self.errors else ():
-            here = _attempt(lambda formula=size.formula: sizes.value(formula, axes))
+            here: object = _attempt(partial(sizes.value, size.formula, axes))
             if here != size:
                 self.wrong(place, f"{sizes.shown(size.formula)} is {here} for the declared inputs, not {size}")
 
@@ -280,11 +281,10 @@ class _Reader:
         self.check_names(received, f"{place}.fields", known, required)
         values: dict[str, Any] = {}
         for name, value in received.items():
-            field = _attempt(lambda value=value: (to_field(value),))
-            if isinstance(field, str):
-                self.wrong(f"{place}.fields.{name}", field)
-            else:
-                (values[name],) = field
+            try:
+                values[name] = to_field(value)
+            except FileError as error:
+                self.wrong(f"{place}.fields.{name}", str(error))
         for name, value in values.items():
             if name in known and (problem := misfit(sizes.numbers(value), known[name].hint)):
                 self.wrong(f"{place}.fields.{name}", f"{problem}, received {quote(received[name])}")

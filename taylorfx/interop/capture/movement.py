@@ -130,7 +130,7 @@ def slice_axis(c: Convert, node: fx.Node) -> None:
     x, dim = tensor_node(node.args[0]), whole(argument(node, 1, "dim", 0))
     shape, axis = measured(x)
     dim %= len(shape)
-    start, stop, step = argument(node, 2, "start"), argument(node, 3, "end"), argument(node, 4, "step", 1)
+    start, step = argument(node, 2, "start"), argument(node, 4, "step", 1)
     if measured(node) == (shape, axis):
         c.alias(node)
         return

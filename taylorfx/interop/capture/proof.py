@@ -50,7 +50,9 @@ def proven(params: Params, spec: Spec, module: nn.Module, args: Sequence[object]
     state = torch.get_rng_state()
     try:
         if (other := _other(spec)) and _agree(params, spec, module, _resized(inputs, other)) is False:
-            _LOG.warning("%s: at %s the captured network differs; its sizes stay the example's", type(module).__name__, other)
+            _LOG.warning(
+                "%s: at %s the captured network differs; its sizes stay the example's", type(module).__name__, other
+            )
             return _fixed(spec)
         single = {axis: 1 for axis, least in open_axes.items() if least == 2}
         for chosen in (single, *({axis: 1} for axis in single if len(single) > 1)):
@@ -97,7 +99,9 @@ def _other(spec: Spec) -> Sizes:
     ranges = {f"{n}.{k}": r for n, layer in spec.input_layers.items() for k, r in enumerate(layer.ranges, 1)}
     for rank in range(1, _TRIES):
         for sign in (1, -1):
-            sizes = {axis: here[axis] + sign * rank * step * (least != most) for axis, (least, most, step) in ranges.items()}
+            sizes = {
+                axis: here[axis] + sign * rank * step * (least != most) for axis, (least, most, step) in ranges.items()
+            }
             try:
                 spec.refuse(sizes)
             except ShapeError:

@@ -26,7 +26,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, ShapeGuard
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.node import Argument
 from torch.overrides import TorchFunctionMode
 from torch.utils._sympy.numbers import int_oo
@@ -447,7 +447,9 @@ class Sizes:
             for k, s in enumerate(sorted(chosen, key=str)):
                 least, most, step = free[s]
                 other = self.numbers[s] + step * (rank + k)
-                sizes[s] = sympy.Integer(other if most is None or other <= most else max(least, most - step * (rank - 1)))
+                sizes[s] = sympy.Integer(
+                    other if most is None or other <= most else max(least, most - step * (rank - 1))
+                )
             if not all(guard.xreplace(sizes) == sympy.true for guard in guards):
                 continue
             wanted = {name: tuple(int(n.xreplace(sizes)) for n in shape) for name, shape in self.shapes.items()}
@@ -485,7 +487,7 @@ def _in_steps(sizes: Sequence[int]) -> bool:
     return len({b - a for a, b in itertools.pairwise(sizes)}) <= 1
 
 
-def _of_values(guard: ShapeGuard) -> bool:
+def _of_values(guard: Any) -> bool:
     """Whether a guard is about values, not about where they lie in memory, which a network does not fix.
 
     Nor about a size of one among tensors that broadcast: a network broadcasts as torch does.
