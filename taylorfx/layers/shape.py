@@ -37,6 +37,7 @@ class Input(Layer):
             masks.
         calls: for each way in which the network may be called, whether this input is there. An empty tuple stands for
             an input that always is.
+        causes: for each axis of ``shape`` what holds it at one size, where that is known: ``"vision.py:31 in forward"``.
     """
 
     shape: Shape | int | None = None
@@ -45,6 +46,7 @@ class Input(Layer):
     ranges: tuple[tuple[int, int | None, int], ...] = ()
     dtype: str | None = None
     calls: tuple[bool, ...] = ()
+    causes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.shape is not None:
@@ -57,8 +59,8 @@ class Input(Layer):
             )
 
     def __str__(self) -> str:
-        """The layer as it would be written, without ``ranges``, which are long."""
-        return super(Input, replace(self, ranges=())).__str__()
+        """The layer as it would be written, without ``ranges`` and ``causes``, which are long."""
+        return super(Input, replace(self, ranges=(), causes=())).__str__()
 
     def refusal(self, shape: Shape) -> str:
         """Why an example of this shape is refused, axis by axis (axis 0 is that of the examples); empty if it is not.
@@ -71,7 +73,8 @@ class Input(Layer):
             if n < least or (most is not None and n > most) or (n - least) % step:
                 steps = f" in steps of {step}" * (step > 1)
                 takes = f"{least} or more" if most is None else f"{least}" if least == most else f"{least} to {most}"
-                wrong.append(f"axis {axis} takes size {takes}{steps}, received {n}")
+                cause = self.causes[axis - 1] if axis <= len(self.causes) else ""
+                wrong.append(f"axis {axis} takes size {takes}{steps}, received {n}{cause and f' (held by {cause})'}")
         return "; ".join(wrong)
 
 

@@ -47,6 +47,7 @@ def from_torch(
     example_kwargs: Mapping[str, object] | None = None,
     examples: Sequence[object] | None = None,
     outputs: Wanted = None,
+    sizes: bool | Sequence[str] = (),
 ) -> tuple[Params, Spec]:
     """Capture a module in inference mode as parameters and a spec; the module itself is left as it was.
 
@@ -62,6 +63,9 @@ def from_torch(
         outputs: which of the outputs are captured, by default all: names or globs of names
             (``["logits", "hidden_states.*"]``), or numbers where they have no names. What only the others need is left
             out. A copy of a residual stream that is given out keeps the stream at its width.
+
+        sizes: axes that have to come out open, by input and number (``["tokens.1"]``; axis 0, that of the examples,
+            always is). False keeps all at the example's sizes, where that is wanted; the capture is faster.
 
     Returns:
         Parameters by the module's own names (the tensors are shared, not copied), and the network. The inputs of the
@@ -85,7 +89,8 @@ def from_torch(
     for example in calls:
         original = twin(module)
         _leave_cache(original, example[1])
-        networks.append(_opened(original, example, module, outputs))
+        networks.append(_opened(original, example, module, outputs, fixed=sizes is False))
+    _refuse_fixed(module, networks[0][1], sizes if isinstance(sizes, Sequence) else ())
     network = networks[0] if len(networks) == 1 else _merged(networks, calls)
     if unused := off_path(module, network[1].shapes):
         warnings.warn(
@@ -117,18 +122,44 @@ def _merged(networks: Sequence[tuple[Params, Spec]], examples: Sequence[Example]
     return merge(networks, inputs)
 
 
-def _opened(twin: nn.Module, example: Example, module: nn.Module, outputs: Wanted) -> tuple[Params, Spec]:
-    """Capture with as many sizes left open as possible."""
+def _refuse_fixed(module: nn.Module, spec: Spec, sizes: Sequence[str]) -> None:
+    """Refuse a network in which axes that have to be open are not."""
+    layers = spec.input_layers
+    ranges = {f"{name}.{k}": span for name, layer in layers.items() for k, span in enumerate(layer.ranges, 1)}
+    causes = {f"{name}.{k}": line for name, layer in layers.items() for k, line in enumerate(layer.causes, 1)}
+    named = (sizes,) if isinstance(sizes, str) else sizes
+    wrong = [
+        f"{axis}: it is held at {ranges[axis][0]}" + f" by {causes[axis]}" * bool(causes.get(axis))
+        if axis in ranges
+        else f"{axis}: there is no such axis; there are {', '.join(ranges)}"
+        for axis in named
+        if axis not in ranges or ranges[axis][0] == ranges[axis][1]
+    ]
+    if wrong:
+        raise CaptureError(
+            f"The axes that sizes= names have to come out open; of {type(module).__name__} they do not:\n  "
+            + "\n  ".join(wrong)
+        )
+
+
+def _opened(
+    twin: nn.Module, example: Example, module: nn.Module, outputs: Wanted, *, fixed: bool
+) -> tuple[Params, Spec]:
+    """Capture with as many sizes left open as possible; with ``fixed``, only the number of examples."""
     # An example of one would be taken for a constant: two of it say the same.
     several = _each_tensor(lambda x: x.repeat(2, *[1] * (x.ndim - 1)) if len(x) == 1 else x, example)
+    cause = ""
     try:
-        return _network(twin, several, _Open.SIZES, module, outputs)
+        if not fixed:
+            return _network(twin, several, _Open.SIZES, module, outputs)
     except OutputsError:
         raise
-    except Exception:  # the next try raises it again, unless the open sizes were its cause
-        pass
+    except Exception as error:  # the next try raises it again, unless the open sizes were its cause
+        cause = f"{_first_line(error):.200}"
     try:
-        return _network(twin, several, _Open.EXAMPLES, module, outputs)
+        params, spec = _network(twin, several, _Open.EXAMPLES, module, outputs)
+        causes = {name: {"causes": (cause,) * len(layer.ranges)} for name, layer in spec.input_layers.items() if cause}
+        return params, spec.declared(causes)
     except OutputsError:
         raise
     except Exception as error:  # torch.export raises whatever the module's own code raises

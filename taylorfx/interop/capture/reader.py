@@ -99,7 +99,13 @@ class Reader:
 
         inputs = {graph: node for node, graph in names.items()}
         ranges, guards = self.sizes.taken(shapes, inputs)
-        declared = spec.declared({node.name: {"ranges": ranges[names[node.name]]} for node in spec.inputs})
+        causes = self.sizes.causes()
+        fields = {}
+        for node in spec.inputs:
+            found = ranges[names[node.name]]
+            lines = [line * (a == b) for line, (a, b, _) in zip(causes[names[node.name]], found, strict=True)]
+            fields[node.name] = {"ranges": found, "causes": tuple(lines) if any(lines) else ()}
+        declared = spec.declared(fields)
         return replace(declared, guards=guards)
 
     def _read_inputs(self) -> None:

@@ -353,6 +353,23 @@ class Sizes:
         formulas = [self.formula(guard, names) for guard in kept if guard.free_symbols & free.keys()]
         return ranges, (*self._shared(free, names), *formulas)
 
+    def causes(self) -> dict[str, tuple[str, ...]]:
+        """For every axis of every input, but for axis 0, the line that holds it at one size, where torch knows it."""
+        lines: dict[sympy.Basic, str] = {}
+        for guard in self.env.guards:
+            place = guard.sloc.framework_loc
+            if isinstance(guard.expr, sympy.Eq) and isinstance(place, traceback.FrameSummary):
+                file = place.filename.rpartition("/")[2]
+                lines.setdefault(guard.expr.lhs, f"{file}:{place.lineno} in {place.name}")
+        held: dict[tuple[str, int], str] = {}
+        for symbol, sources in self.env.var_to_sources.items():
+            for source in sources if symbol in lines else ():
+                if axis := _AXIS.fullmatch(source.name):
+                    held[axis["name"], int(axis["axis"])] = lines[symbol]
+        return {
+            name: tuple(held.get((name, k), "") for k in range(1, len(found) + 1)) for name, found in self.axes.items()
+        }
+
     def _replaced(self, guard: sympy.Basic) -> sympy.Basic:
         """A guard in the symbols that are left, without the number of examples, as far as it says the same for all.
 
@@ -498,6 +515,9 @@ def _of_values(guard: Any) -> bool:
     alone = isinstance(guard.expr, sympy.Ne) and guard.expr.rhs == 1
     return not _LAYOUT.search(place.name) and not (alone and place.name == "_broadcast_shapes")
 
+
+_AXIS = re.compile(r"L\['(?P<name>\w+)'\]\.size\(\)\[(?P<axis>\d+)\]")
+"""What torch calls an axis of an argument."""
 
 _LAYOUT = re.compile("contiguous|stride|channels_last|non_overlapping|memory_format|_reshape_view")
 """Functions of torch that ask how tensors lie in memory."""
