@@ -20,7 +20,7 @@ from taylorfx.layers.base import Layer, Leaves, Shape, ShapeError, broadcast, na
 from taylorfx.layers.operators import COUNT, DEVICE, DTYPE, DTYPES, SLOT, check_arguments, operator
 from taylorfx.layers.roles import Role, Viewing
 from taylorfx.layers.shape import refine
-from taylorfx.layers.sizes import rescaled
+from taylorfx.layers.sizes import Size, rescaled
 
 __all__ = [
     "Along", "Captured", "Einsum", "Elementwise", "Expand", "Gather", "Maps", "MatMul", "Pad", "Reduce",
@@ -242,13 +242,17 @@ class Expand(Layer):
         before = after[new:]
         for k, n in enumerate(self.shape):
             if n != -1:
-                after[k] = f"n{k}" if k != self.example else "B"
+                after[k] = f"{self._letter(k)}{k}" if k != self.example else "B"
                 if k >= new:
                     before[k - new] = "1"
         return f"{' '.join(before)}{', B ...' if reference else ''} -> {' '.join(after)}"
 
     def letters(self, *shapes: Shape) -> dict[str, int]:
-        return {f"n{k}": n for k, n in enumerate(self.shape) if n != -1 and k != self.example}
+        return {f"{self._letter(k)}{k}": n for k, n in enumerate(self.shape) if n != -1 and k != self.example}
+
+    def _letter(self, k: int) -> str:
+        """Copies may leave like any others; as many as an input has positions are rigid."""
+        return "N" if isinstance(self.shape[k], Size) else "n"
 
     def resize(self, sizes: Mapping[str, int], *shapes: Shape) -> Expand:
         return replace(self, shape=tuple(rescaled(n, sizes.get(f"n{k}", n)) for k, n in enumerate(self.shape)))
@@ -413,8 +417,8 @@ def slots(layer: Layer) -> int:
     def highest(template: object) -> int:
         if not isinstance(template, tuple):
             return 0
-        if len(template) == 2 and template[0] in (SLOT, DEVICE):
-            return int(template[1]) + 1
+        if len(template) == 2 and template[0] in (SLOT, DEVICE) and isinstance(template[1], int):
+            return template[1] + 1
         if len(template) == 2 and template[0] == COUNT:
             return 1
         return max(map(highest, template), default=0)

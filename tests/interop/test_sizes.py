@@ -1,0 +1,216 @@
+"""Sizes that are left open: the same coupling at all of them, guards, and everything that runs on batches of several."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from modules import conv, net
+from torch import nn
+from torch.testing import assert_close
+
+import taylorfx as tfx
+from taylorfx import ShapeError, from_torch, to_torch
+from taylorfx.interop import CaptureError
+from taylorfx.layers.sizes import shown
+from taylorfx.testing.strategies import random_plan
+
+CLOSE = {"rtol": 1e-9, "atol": 1e-9}
+
+
+def attention(m, x):
+    n, _, h, w = x.shape
+    q = m.a(x).flatten(2).transpose(1, 2)
+    q = q + m.place[: h * w]
+    y = F.scaled_dot_product_attention(*(q.view(n, h * w, 2, 4).transpose(1, 2) for _ in range(3)))
+    return m.b(y.transpose(1, 2).reshape(n, h * w, 8)).transpose(1, 2).reshape(n, 6, h, w)
+
+
+def padded(m, x):
+    """Padded to windows of three, each normalized, and cropped."""
+    h, w = x.shape[-2:]
+    y = F.pad(m.a(x), (0, -w % 3, 0, -h % 3))
+    y = y.unfold(2, 3, 3).unfold(3, 3, 3)
+    y = (y - y.mean((-1, -2), keepdim=True)).permute(0, 1, 2, 4, 3, 5).flatten(4).flatten(2, 3)
+    return m.c(y[..., :h, :w]) / (h * w)
+
+
+def skipped(m, x):
+    y = F.interpolate(m.d(F.max_pool2d(m.a(x), 2)), size=x.shape[2:], mode="bilinear", align_corners=False)
+    return m.c(torch.cat([y, m.a(x)], 1)[:, : 8 + 0]) + torch.arange(x.shape[-1]).to(x).reshape(1, 1, 1, -1)
+
+
+def pooled(m, x):
+    y = F.adaptive_avg_pool2d(m.a(x), (2, 2)).flatten(2)
+    grid = torch.meshgrid(torch.arange(x.shape[2]), torch.arange(x.shape[3]), indexing="ij")
+    return y.mean(-1) * torch.stack(grid).to(x).mean() + torch.full((x.shape[2], 1), 2.0).to(x).sum()
+
+
+def conv8():
+    return nn.Conv2d(2, 8, 3, padding=1)
+
+
+NETS = {
+    "attention": lambda: net(attention, 0, a=conv8(), b=nn.Linear(8, 6), place=torch.randn(600, 8))[0],
+    "padded": lambda: net(padded, 0, a=conv8(), c=nn.Conv2d(8, 3, 1))[0],
+    "skipped": lambda: net(skipped, 0, a=conv8(), d=nn.Conv2d(8, 8, 3, padding=1), c=nn.Conv2d(8, 4, 1))[0],
+    "pooled": lambda: net(pooled, 0, a=conv8())[0],
+}
+SIZES = ((8, 8), (11, 7), (16, 21))
+each = pytest.mark.parametrize("name", NETS)
+
+
+def image(size, count=3):
+    return torch.randn(count, 2, *size, generator=torch.Generator().manual_seed(size[0]), dtype=torch.float64)
+
+
+def caught(name, size=SIZES[0]):
+    torch.manual_seed(0)
+    module = NETS[name]().double().eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        return module, *from_torch(module, image(size))
+
+
+@each
+def test_captured_once_it_is_its_module_at_all_sizes(name):
+    module, params, spec = caught(name)
+    out = to_torch(params, spec)
+    dynamic = {0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
+    again = torch.export.export(out, (image(SIZES[0]),), dynamic_shapes=(dynamic,)).module()
+    compiled = torch.compile(out, dynamic=True, fullgraph=True, backend="eager")
+    for size in SIZES:
+        x = image(size, 2)
+        for run in (lambda x: tfx.apply(params, spec, x), out, again, compiled):
+            assert_close(run(x), module(x), **CLOSE)
+    assert_close(out.train()(image(SIZES[1])), module.train()(image(SIZES[1])), **CLOSE)
+
+
+@each
+def test_the_coupling_is_the_same_at_all_sizes(name):
+    couplings = []
+    for captured_at in SIZES[:2]:
+        module, params, spec = caught(name, captured_at)
+        couplings += [tfx.couple(params, at) for at in (spec, spec.at((2, *SIZES[2])))]
+    first = couplings[0]
+    plans = [random_plan(c, torch.Generator().manual_seed(1), 0.5, exact=True) for c in couplings]
+    for coupling, plan in zip(couplings, plans, strict=True):
+        assert coupling.names == first.names
+        assert coupling.scopes == first.scopes
+        assert coupling.frozen.keys() == first.frozen.keys()
+        assert plan.units == plans[0].units
+
+
+@each
+def test_cut_is_gated_at_all_sizes(name):
+    _, params, spec = caught(name)
+    coupling = tfx.couple(params, spec)
+    plan = random_plan(coupling, torch.Generator().manual_seed(3), 0.5, exact=True)
+    small = tfx.cut(params, plan)
+    for size in SIZES:
+        gated = tfx.apply(params, spec, image(size), gates=plan.gates)
+        assert_close(tfx.apply(small, plan.spec, image(size)), gated, **CLOSE)
+        assert_close(to_torch(small, plan.spec)(image(size)), gated, **CLOSE)
+
+
+@each
+def test_scores_repair_and_the_oracle_take_batches_of_several_sizes(name):
+    """Each as with a network captured at the size of the batch."""
+    _, params, spec = caught(name)
+    coupling = tfx.couple(params, spec)
+
+    def loss(outputs, targets):
+        return (outputs.flatten(1) * targets).sum(1)
+
+    batches = [(image(size), torch.ones(3, 1, dtype=torch.float64)) for size in SIZES[:2]]
+    options = {"loss": loss, "moments": True}
+    together = tfx.measure(params, coupling, batches, **options)
+    alone = [tfx.measure(params, tfx.couple(*caught(name, s)[1:]), [b], **options) for s, b in zip(SIZES, batches, strict=False)]
+    assert_close(together.sum, alone[0].sum + alone[1].sum, **CLOSE)
+    assert_close(together.moments, alone[0].moments + alone[1].moments, **CLOSE) if hasattr(
+        together.moments, "__add__"
+    ) else None
+
+
+def test_costs_are_those_of_the_size_that_is_asked_for():
+    _, params, spec = caught("skipped")
+    here, there = spec.table(), spec.at((2, 16, 16)).table()
+    assert "8x16x16" in there and "8x16x16" not in here
+    flops = [int(text.split()[-1].replace(",", "")) for text in (here, there)]
+    assert flops[1] == 4 * flops[0]
+    assert spec.at((2, 16, 16)).at((2, 8, 8)) == spec
+
+
+def test_axes_that_belong_together_are_guarded():
+    def forward(m, x):
+        return m.a(x) * 2 if x.shape[2] == x.shape[3] else m.a(x)
+
+    module = net(forward, 0, a=conv())[0].double().eval()
+    params, spec = from_torch(module, image((8, 8)))
+    assert [shown(guard) for guard in spec.guards] == ["x.3 == x.2"]
+    assert "x.3 == x.2" in str(spec)
+    assert_close(tfx.apply(params, spec, image((9, 9))), module(image((9, 9))), **CLOSE)
+    for refused in (lambda: tfx.apply(params, spec, image((9, 8))), lambda: spec.at((2, 9, 8))):
+        with pytest.raises(ShapeError, match=r"takes sizes with x\.3 == x\.2, received x\.2 of size 9, x\.3 of size 8"):
+            refused()
+    assert tfx.from_json(tfx.to_json(spec)).guards == spec.guards
+
+
+def test_one_position_is_taken_where_the_module_computes_the_same():
+    squeezes = net(lambda m, x: m.a(x).squeeze(2).sum(1), 0, a=conv())[0].double().eval()
+    params, spec = from_torch(squeezes, image((5, 6)))
+    assert [least for least, _, _ in spec.inputs[0].layer.ranges] == [2, 2, 1]
+    with pytest.raises(ShapeError, match="axis 2 takes size 2 or more"):
+        tfx.apply(params, spec, image((1, 6)))
+    assert_close(tfx.apply(params, spec, image((5, 1))), squeezes(image((5, 1))), **CLOSE)
+
+
+class Held(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(2, 4, 3, padding=1)
+
+    def forward(self, x):
+        assert x.shape[2] == 8
+        return self.a(x)
+
+
+def test_the_line_that_holds_an_axis_is_said_and_open_axes_can_be_demanded():
+    module = Held().double().eval()
+    params, spec = from_torch(module, image((8, 8)), sizes=["x.3"])
+    line = Held.forward.__code__.co_firstlineno + 1
+    with pytest.raises(ShapeError, match=rf"axis 2 takes size 8, received 9 \(held by test_sizes\.py:{line} in forward\)"):
+        tfx.apply(params, spec, image((9, 8)))
+    assert_close(tfx.apply(params, spec, image((8, 9))), module(image((8, 9))), **CLOSE)
+    with pytest.raises(CaptureError, match=rf"x\.2: it is held at 8 by test_sizes\.py:{line}") as caught_:
+        from_torch(module, image((8, 8)), sizes=["x.2", "x.7"])
+    assert "x.7: there is no such axis; there are x.1, x.2, x.3" in str(caught_.value)
+    _, fixed = from_torch(module, image((8, 8)), sizes=False)
+    assert [least == most for least, most, _ in fixed.inputs[0].layer.ranges] == [True] * 3
+
+
+@each
+def test_a_file_keeps_the_formulas(name):
+    module, params, spec = caught(name)
+    again = tfx.from_json(tfx.to_json(spec))
+    assert again == spec
+    x = image(SIZES[2])
+    assert_close(tfx.apply(params, again, x), module(x), **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"x.2"', '"y.2"', "no input has the axis 'y.2'"),
+        ('["%"', '["eval"', "a formula has one of"),
+        ('"x.2"', '"x"', "an axis is named after an input"),
+        ('{"number": ', '{"number": 1', "for the declared inputs, not 1"),
+        ('"formula"', '"formulas"', "expected values, or sizes as"),
+    ],
+)
+def test_a_file_with_a_formula_that_is_wrong_is_refused(old, new, message):
+    text = tfx.to_json(caught("padded")[2])
+    assert old in text
+    with pytest.raises(ValueError, match="does not describe a network") as error:
+        tfx.from_json(text.replace(old, new))
+    assert message in str(error.value)
