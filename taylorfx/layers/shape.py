@@ -37,7 +37,7 @@ class Input(Layer):
             masks.
         calls: for each way in which the network may be called, whether this input is there. An empty tuple stands for
             an input that always is.
-        causes: for each axis of ``shape`` what holds it at one size, where that is known: ``"vision.py:31 in forward"``.
+        causes: for each axis of ``shape`` what holds it at one size, where that is known: ``"net.py:31 in forward"``.
     """
 
     shape: Shape | int | None = None

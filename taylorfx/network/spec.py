@@ -232,7 +232,7 @@ class Spec:
         """Name, layer, output shape, parameters and FLOPs (two per multiply-add) of every node, for one example.
 
         Shapes are those of the inputs, one example each; by default those that the `Input` nodes declare. Where the
-        input's shape is not known, shapes and FLOPs are left out.
+        input's shape is not known, shapes and FLOPs are left out. Conditions on sizes (``guards``) stand below.
         """
         spec = self.at(*shapes) if shapes else self
         known = all(layer.shape is not None for layer in spec.input_layers.values())
@@ -240,17 +240,17 @@ class Spec:
         rows, seen, total, work = [("name", "layer", "output", "parameters", "FLOPs")], set[str](), 0, 0
         for node in spec.nodes:
             trained = {x: shape for x, shape in node.shapes.items() if x not in node.layer.buffers}
-            sizes = {node.path(leaf): math.prod(shape) for leaf, shape in trained.items()}
-            count = sum(n for path, n in sizes.items() if path not in seen)
-            seen.update(sizes)
+            counts = {node.path(leaf): math.prod(shape) for leaf, shape in trained.items()}
+            count = sum(n for path, n in counts.items() if path not in seen)
+            seen.update(counts)
             bound = bounds.get(node.name)
             cost = 2 * language.products(node.layer.multiplies, bound.sizes) if bound else 0
             total, work = total + count, work + cost
             shape = "x".join(map(str, bound.shape[1:])) if bound else "-"
-            shared = "shared" if sizes and not count else f"{count:,}" if count else ""
+            shared = "shared" if counts and not count else f"{count:,}" if count else ""
             rows.append((node.name, str(node.layer), shape, shared, f"{cost:,}" if cost else ""))
         rows.append(("", "", "total", f"{total:,}", f"{work:,}" if known else "-"))
-        return columns(rows)
+        return columns(rows) + "".join(f"\nif {sizes.shown(guard)}" for guard in self.guards)
 
     def at(self, *shapes: Shape) -> Spec:
         """The same network for inputs of these shapes (of one example).

@@ -410,7 +410,10 @@ CLASSES = {name for name in L.__all__ if isinstance(getattr(L, name), type) and 
 
 
 def class_tests(tree: ast.AST) -> Iterator[str]:
-    """The layer classes, `Input` and `Layer` itself aside, that a source asks an object to be one of."""
+    """The layer classes that a source asks an object to be one of.
+
+    `Layer` itself is none, nor are `Input` and `Choose`, which say how a network is called.
+    """
     taken = {
         name.asname or name.name
         for node in ast.walk(tree)
@@ -428,7 +431,7 @@ def class_tests(tree: ast.AST) -> Iterator[str]:
         for part in (part for root in asked for part in ast.walk(root)):
             layer = isinstance(part, ast.Attribute) and ast.unparse(part.value) in ("L", "layers")
             name = part.attr if layer else part.id if isinstance(part, ast.Name) and part.id in taken else ""
-            if name in CLASSES - {"Input", "Layer"}:
+            if name in CLASSES - {"Input", "Choose", "Layer"}:
                 yield name
 
 

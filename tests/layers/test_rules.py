@@ -112,7 +112,8 @@ def test_every_layer_is_in_the_table():
     tested = {type(layer) for layer, _ in RULES}
     own = {cls for name, cls in LAYERS.items() if "." not in name and not name.startswith("_")}
     weights = {L.Convolve, L.ConvolveTransposed, L.WeightNorm, L.SpectralNorm}  # see tests/modules.py
-    assert own - tested == {tfx.Input, L.Gather, *weights}
+    calls = {tfx.Input, L.Choose}  # see tests/interop/test_optional.py
+    assert own - tested == {L.Gather, *calls, *weights}
 
 
 @dataclass(frozen=True)

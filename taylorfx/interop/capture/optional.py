@@ -69,10 +69,10 @@ def merge(networks: Sequence[Network], examples: Sequence[Mapping[str, Tensor]])
     spec = replace(specs[0], interface=None)
     for k, ((params, _), other) in enumerate(zip(networks[1:], specs[1:], strict=True), 1):
         spec = _Overlay(spec, _with_paths(other, _shared(leaves, flatten(params))), k).network()
-    order = [node for x in interface.arguments for _, node in x.inputs]
+    order = dict.fromkeys([*(node for x in interface.arguments for _, node in x.inputs), *inputs])  # as called
     layers = [Node(name, inputs[name]) for name in order]
     nodes = tuple(node for node in spec.nodes if not isinstance(node.layer, Input))
-    spec = replace(spec, nodes=(*layers, *nodes), interface=interface)
+    spec = replace(spec, nodes=(*layers, *nodes), interface=interface if interface.arguments else None)
     merged = unflatten({path: leaves[path] for path in spec.shapes})
     for (params, other), example in zip(networks, examples, strict=True):
         _prove(apply(params, other, example), apply(merged, spec, example), [*other.input_layers])

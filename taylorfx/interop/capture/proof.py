@@ -6,6 +6,7 @@ if the network gives there what the module gives. And at one more size it has to
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from taylorfx.internals import pytree
 from taylorfx.interop.calls import bind, example_of, interface_of
 from taylorfx.layers import ShapeError
+from taylorfx.layers.sizes import Formula, axes_of, value
 from taylorfx.network.run import apply
 from taylorfx.network.spec import Spec
 from taylorfx.tree import Params
@@ -49,6 +51,7 @@ def proven(params: Params, spec: Spec, module: nn.Module, args: Sequence[object]
     inputs = bind(interface_of(spec), tuple(args), kwargs)
     state = torch.get_rng_state()
     try:
+        spec = _without_exceptions(params, spec, module, inputs)
         if (other := _other(spec)) and _agree(params, spec, module, _resized(inputs, other)) is False:
             _LOG.warning(
                 "%s: at %s the captured network differs; its sizes stay the example's", type(module).__name__, other
@@ -61,6 +64,19 @@ def proven(params: Params, spec: Spec, module: nn.Module, args: Sequence[object]
                 return wider
     finally:
         torch.set_rng_state(state)
+    return spec
+
+
+def _without_exceptions(params: Params, spec: Spec, module: nn.Module, inputs: Mapping[str, Tensor]) -> Spec:
+    """The network without the guards that leave sizes out at which it computes what the module does all the same.
+
+    torch.export notes, for example, that a cut goes up to the end of an axis, which changes nothing.
+    """
+    for guard in [guard for guard in spec.guards if isinstance(guard, tuple) and guard[0] == "!="]:
+        wider = replace(spec, guards=tuple(x for x in spec.guards if x != guard))
+        left_out = _other(wider, violating=guard)
+        if left_out and _agree(params, wider, module, _resized(inputs, left_out)):
+            spec = wider
     return spec
 
 
@@ -93,20 +109,24 @@ def _tensors(tree: object) -> list[Tensor]:
     return [x for x in pytree.tree_leaves(tree) if isinstance(x, Tensor)]
 
 
-def _other(spec: Spec) -> Sizes:
-    """Sizes unlike the example's that the network takes; none where none are near."""
+def _other(spec: Spec, violating: Formula | None = None) -> Sizes:
+    """Sizes unlike the example's that the network takes; none where none are near.
+
+    Args:
+        violating: a guard that does not hold there.
+    """
     here = spec.axes()
     ranges = {f"{n}.{k}": r for n, layer in spec.input_layers.items() for k, r in enumerate(layer.ranges, 1)}
-    for rank in range(1, _TRIES):
-        for sign in (1, -1):
-            sizes = {
-                axis: here[axis] + sign * rank * step * (least != most) for axis, (least, most, step) in ranges.items()
-            }
-            try:
-                spec.refuse(sizes)
-            except ShapeError:
-                continue
-            return {axis: n for axis, n in sizes.items() if n != here[axis]}
+    steps = {axis: step for axis, (least, most, step) in ranges.items() if least != most}
+    changed = [{*steps}] if violating is None else [axes_of(violating) & {*steps}, {*steps}]
+    for axes, rank, sign in itertools.product(changed, range(1, _TRIES), (1, -1)):
+        sizes = here | {axis: here[axis] + sign * rank * steps[axis] for axis in axes}
+        try:
+            spec.refuse(sizes)
+        except ShapeError:
+            continue
+        if violating is None or not value(violating, sizes):
+            return {axis: sizes[axis] for axis in axes}
     return {}
 
 

@@ -54,7 +54,8 @@ def run(steps, h, w):
 def test_a_formula_says_at_other_sizes_what_the_arithmetic_says(steps, here, there):
     size = run(steps, Size(here[0], "x.1"), Size(here[1], "x.2"))
     assert numbers(size) == run(steps, *here)
-    assert isinstance(size, Size) and not fault(size.formula)
+    assert isinstance(size, Size)
+    assert not fault(size.formula)
     try:
         expected = run(steps, *there)
     except ZeroDivisionError:
@@ -88,9 +89,12 @@ def test_a_size_is_a_number_like_any_other():
     size = Size(12, ("*", "x.1", 3))
     assert (size == 12, hash(size) == hash(12), [*range(size)][-1], f"{size}") == (True, True, 11, "12")
     for other in (copy.deepcopy(size), pickle.loads(pickle.dumps(size))):
-        assert other == 12 and other.formula == size.formula
+        assert other == 12
+        assert other.formula == size.formula
     ratio = pickle.loads(pickle.dumps(1 / size))
-    assert isinstance(ratio, Ratio) and ratio == 1 / 12 and shown(ratio.formula) == "1 / (x.1 * 3)"
+    assert isinstance(ratio, Ratio)
+    assert ratio == 1 / 12
+    assert shown(ratio.formula) == "1 / (x.1 * 3)"
     assert (-size).formula == ("-", 0, size.formula)
     with pytest.raises(TypeError):
         size + "a"
@@ -108,8 +112,10 @@ def test_a_layer_is_fitted_wherever_it_holds_sizes():
         for one, read in ((layer, where), (Wrapped(layer), lambda x, where=where: where(x.layer))):
             assert has_sizes(one)
             fitted, plain = at(one, {"x.1": 6}), at(one, {"x.1": 6}, plain=True)
-            assert read(fitted) == read(plain) and read(fitted) != read(one)
-            assert [*held(fitted)] and not [*held(plain)]
+            assert read(fitted) == read(plain)
+            assert read(fitted) != read(one)
+            assert [*held(fitted)]
+            assert not [*held(plain)]
             assert at(fitted, {"x.1": 4}) == one
     assert not has_sizes(L.View((1, 2)))
     assert axes_of(view.shape[1].formula) == {"x.1"}
