@@ -87,6 +87,7 @@ def means(params: Params, spec: Spec, batches: Batches, coupling: Coupling) -> M
 
     Raises:
         ValueError: for no batches.
+        ShapeError: for batches of images of several sizes.
     """
     nodes = {place.node: spec[place.node].layer.role(Mixing) for place in coupling.reads}
     roles = {name: role for name, role in nodes.items() if role is not None}
@@ -97,6 +98,11 @@ def means(params: Params, spec: Spec, batches: Batches, coupling: Coupling) -> M
         if name in roles and slot == 0:
             rows = x if roles[name].unfold is not None else roles[name].windows(x).flatten(1)
             new = rows.detach().to(torch.promote_types(x.dtype, torch.float32)).sum(0)
+            if new.shape != total.get(name, new).shape:
+                raise ValueError(
+                    f"means are kept position by position, over batches of one size; received {tuple(new.shape)} after "
+                    f"{tuple(total[name].shape)}. Give batches of one size, or repair by reconstruct"
+                )
             total[name] = total[name] + new if name in total else new
             count[name] += len(rows)
         return x
