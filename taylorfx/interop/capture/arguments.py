@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch.fx.node import Argument
 
 from taylorfx.internals import pytree
-from taylorfx.interop.capture.sizes import Open, OpenRatio
+from taylorfx.interop.capture.symbols import Open, OpenRatio
 from taylorfx.layers import Shape
 
 __all__ = [
@@ -104,7 +104,7 @@ def measured(node: fx.Node) -> tuple[Shape, int]:
     """The shape of a value for one example, and the axis along which examples run (-1: none).
 
     The number of examples is a symbol: ``(4 * s0, 3)`` has the shape ``(4, 3)`` and axis 0. Other sizes that the inputs
-    leave open are the example's, and equal only what they equal at all sizes (`taylorfx.interop.capture.sizes.Open`).
+    leave open are the example's, and equal only what they equal at all sizes (`taylorfx.interop.capture.symbols.Open`).
     """
     shape: tuple[Shape, int] | None = node.meta.get("measured")
     if not isinstance(shape, tuple):

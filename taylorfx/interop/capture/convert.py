@@ -21,7 +21,7 @@ from taylorfx.interop.capture.arguments import (
     whole,
     wholes,
 )
-from taylorfx.interop.capture.sizes import Open, OpenRatio
+from taylorfx.interop.capture.symbols import Open, OpenRatio
 from taylorfx.layers import Layer, Shape
 from taylorfx.layers.operators import COUNT, DEVICE, DTYPE, SLOT
 from taylorfx.network.spec import Node

@@ -27,7 +27,7 @@ from taylorfx.interop.calls import bind, dotted, interface_of, off_path
 from taylorfx.interop.capture.optional import Call, merge
 from taylorfx.interop.capture.proof import proven
 from taylorfx.interop.capture.reader import CaptureError, OutputsError, Reader, Wanted
-from taylorfx.interop.capture.sizes import Plain
+from taylorfx.interop.capture.symbols import Plain
 from taylorfx.interop.capture.training import Difference, align, twin
 from taylorfx.network.spec import Spec
 from taylorfx.tree import Params

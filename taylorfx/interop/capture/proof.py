@@ -136,7 +136,7 @@ def _resized(inputs: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
     for axis, n in sizes.items():
         name, _, k = axis.rpartition(".")
         positions = torch.arange(n, device=resized[name].device) % resized[name].shape[int(k)]
-        resized[name] = resized[name].index_select(int(k), positions)
+        resized[name] = resized[name][(slice(None),) * int(k) + (positions,)]
     return resized
 
 

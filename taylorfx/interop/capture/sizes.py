@@ -28,16 +28,17 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.node import Argument
-from torch.overrides import TorchFunctionMode
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.printers import PythonPrinter
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
-from taylorfx.interop.capture.formulas import Unwritten, floor_div, formula_of, modulo
+from taylorfx.interop.capture.formulas import Unwritten, floor_div, formula_of
+from taylorfx.interop.capture.symbols import SYMBOLIC, Open, OpenRatio, Symbolic, opened
+from taylorfx.interop.capture.symbols import expression as size_expression
 from taylorfx.layers import Layer, Shape
 from taylorfx.layers.sizes import Formula, Ratio, Size
 
-__all__ = ["Open", "OpenRatio", "Plain", "Range", "Sizes"]
+__all__ = ["Range", "Sizes"]
 
 Range = tuple[int, int | None, int]
 """The sizes of an axis: the least, the greatest (none: no bound), and the step between them."""
@@ -46,9 +47,6 @@ Shapes = Callable[[Mapping[str, Shape]], Mapping[str, Shape]]
 """The shapes that a network gives the values of a graph, for inputs of these shapes."""
 
 L = TypeVar("L", bound=Layer)
-
-_OPERATIONS = 60
-"""The longest size that is followed, in operations."""
 
 _SCANNED = 1024
 """Up to which size an axis' guards are tried one by one."""
@@ -60,96 +58,6 @@ _PROVEN = 60
 """The longest guard that is proven to say the same at all sizes, in operations; longer ones are kept."""
 
 
-class Open(int):
-    """A size of the example that follows from the inputs' sizes. Two are equal if they are the same expression.
-
-    Sums, products, quotients and remainders of it are expressions again.
-    """
-
-    expr: sympy.Expr
-
-    def __new__(cls, number: int, expr: sympy.Expr) -> Open:
-        size = super().__new__(cls, number)
-        size.expr = expr
-        return size
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Open) and bool(self.expr == other.expr)
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other
-
-    def __hash__(self) -> int:
-        return hash(self.expr)
-
-
-class OpenRatio(float):
-    """The same of a floating-point number."""
-
-    expr: sympy.Expr
-
-    def __new__(cls, number: float, expr: sympy.Expr) -> OpenRatio:
-        ratio = super().__new__(cls, number)
-        ratio.expr = expr
-        return ratio
-
-
-def _arithmetic(name: str, of: Callable[[Any, Any], sympy.Expr]) -> None:
-    """Give `Open` an operator and its reflected one."""
-    operate = getattr(int, f"__{name}__")
-
-    def forward(self: Open, other: object) -> object:
-        number = operate(int(self), int(other)) if isinstance(other, int) else NotImplemented
-        return number if number is NotImplemented else _opened(number, of(self.expr, _expression(other)))
-
-    def reflected(self: Open, other: object) -> object:
-        number = operate(int(other), int(self)) if isinstance(other, int) else NotImplemented
-        return number if number is NotImplemented else _opened(number, of(_expression(other), self.expr))
-
-    setattr(Open, f"__{name}__", forward)
-    setattr(Open, f"__r{name}__", reflected)
-
-
-def _opened(number: int, expr: sympy.Expr) -> int:
-    """A size with its expression; one that is the same at all sizes is a plain number."""
-    return Open(number, expr) if expr.free_symbols else number
-
-
-for _name, _of in {
-    "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b, "floordiv": floor_div,
-    "mod": modulo,
-}.items():  # fmt: skip
-    _arithmetic(_name, _of)
-
-
-def _power(self: Open, power: float) -> OpenRatio:
-    return OpenRatio(int(self) ** power, self.expr ** sympy.sympify(power))
-
-
-Open.__pow__ = _power  # type: ignore[assignment, method-assign]
-
-
-class Plain(TorchFunctionMode):
-    """Ends an export in which sizes become long expressions: torch then reasons for minutes about each of them.
-
-    Raises:
-        OverflowError: within the export.
-    """
-
-    def __torch_function__(
-        self,
-        function: Callable[..., object],
-        types: Sequence[type],
-        args: Sequence[object] = (),
-        kwargs: Mapping[str, object] | None = None,
-    ) -> object:
-        result = function(*args, **(kwargs or {}))
-        for n in result.shape if isinstance(result, Tensor) else ():
-            if isinstance(n, torch.SymInt) and n.node.expr.count_ops() > _OPERATIONS:
-                raise OverflowError(f"a size of {n}")
-        return result
-
-
 class Sizes:
     """The symbols of a graph's sizes. Made before the graph is read, it settles the graph: numbers for symbols.
 
@@ -158,7 +66,7 @@ class Sizes:
 
     def __init__(self, program: ExportedProgram, inputs: Sequence[fx.Node]) -> None:
         values = [node.meta["val"] for node in inputs]
-        self.axes = {node.name: [_expression(n) for n in node.meta["val"].shape[1:]] for node in inputs}
+        self.axes = {node.name: [size_expression(n) for n in node.meta["val"].shape[1:]] for node in inputs}
         self.examples = {s for x in values for s in _symbols(x.shape[:1])}
         self.shapes: dict[str, tuple[sympy.Expr, ...]] = {}
         """For every value of the graph, its shape in symbols."""
@@ -211,7 +119,7 @@ class Sizes:
         for node in nodes:
             held = node.meta.get("val")
             if isinstance(held, Tensor):
-                self.shapes[node.name] = tuple(map(_expression, held.shape))
+                self.shapes[node.name] = tuple(map(size_expression, held.shape))
             if node.op == "call_function" and isinstance(held, (Tensor, tuple, list)):
                 node.args, node.kwargs = fx.map_arg((node.args, dict(node.kwargs)), self._argument)
         for node in nodes:
@@ -234,7 +142,7 @@ class Sizes:
         shape: list[int] = []
         axis = -1
         for k, size in enumerate(held.shape if isinstance(held, Tensor) else [held]):
-            expression = _expression(size)
+            expression = size_expression(size)
             if symbols := expression.free_symbols & self.examples:
                 expression = _quotient(expression, symbols)
                 if axis >= 0 or expression.free_symbols & self.examples:
@@ -249,17 +157,17 @@ class Sizes:
     def _at_example(self, expression: sympy.Expr) -> int | None:
         """A size in the example's numbers."""
         number = expression.xreplace(self.numbers)
-        return _opened(int(number), expression) if number.is_Integer else None
+        return opened(int(number), expression) if number.is_Integer else None
 
     def _argument(self, node: fx.Node) -> Argument:
         """The number in the place of a size."""
         size = node.meta.get("val")
-        if not isinstance(size, _SYMBOLIC):
+        if not isinstance(size, SYMBOLIC):
             return node
         number = self._number(size)
-        if isinstance(number, _SYMBOLIC):
+        if isinstance(number, SYMBOLIC):
             return node
-        expression = _expression(size)
+        expression = size_expression(size)
         if not expression.free_symbols:
             return number
         if isinstance(number, bool) or not self._is_named(expression):
@@ -277,7 +185,7 @@ class Sizes:
 
     def _settled(self, held: object) -> object:
         """A value of the graph with the example's numbers for symbols; tuples and lists entry by entry."""
-        if isinstance(held, _SYMBOLIC):
+        if isinstance(held, SYMBOLIC):
             return self._number(held)
         if isinstance(held, Tensor):
             shape = list(held.shape)
@@ -285,13 +193,13 @@ class Sizes:
             return held if all(a is b for a, b in zip(sizes, shape, strict=True)) else held.new_empty(sizes)
         return type(held)(map(self._settled, held)) if isinstance(held, (list, tuple)) else held
 
-    def _number(self, size: _Symbolic) -> _Symbolic | int | float | bool:
+    def _number(self, size: Symbolic) -> Symbolic | int | float | bool:
         """A size in numbers, unless the number of examples is a factor of it: ``4 * s0``."""
-        expression = _expression(size).xreplace(self.numbers)
+        expression = size_expression(size).xreplace(self.numbers)
         if not expression.free_symbols:
             number: int | float | bool = size.node.pytype(expression)
             return number
-        if expression == _expression(size):
+        if expression == size_expression(size):
             return size
         return self.env.create_symintnode(expression, hint=size.node.hint)
 
@@ -522,9 +430,6 @@ _AXIS = re.compile(r"L\['(?P<name>\w+)'\]\.size\(\)\[(?P<axis>\d+)\]")
 _LAYOUT = re.compile("contiguous|stride|channels_last|non_overlapping|memory_format|_reshape_view")
 """Functions of torch that ask how tensors lie in memory."""
 
-_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
-_Symbolic = torch.SymInt | torch.SymFloat | torch.SymBool
-
 
 def _quotient(expression: sympy.Expr, symbols: Iterable[sympy.Symbol]) -> sympy.Expr:
     """What a size is for one example, where the number of examples is a factor of it."""
@@ -533,12 +438,5 @@ def _quotient(expression: sympy.Expr, symbols: Iterable[sympy.Symbol]) -> sympy.
     return sympy.simplify(quotient) if quotient.free_symbols & divisor.free_symbols else quotient
 
 
-def _expression(size: object) -> sympy.Expr:
-    """A size in sympy."""
-    if isinstance(size, _SYMBOLIC):
-        return size.node.expr
-    return size.expr if isinstance(size, (Open, OpenRatio)) else sympy.sympify(size)
-
-
 def _symbols(values: Iterable[object]) -> set[sympy.Symbol]:
-    return {s for value in values for s in _expression(value).free_symbols}
+    return {s for value in values for s in size_expression(value).free_symbols}
