@@ -169,7 +169,7 @@ def test_what_stays_of_a_scope_keeps_its_name(name):
     coupling = tfx.couple(params, spec)
     largest = int(coupling.sizes.argmax()) if len(coupling) else 0
     if not len(coupling) or coupling.sizes[largest] < 3:
-        return  # of a scope that is cut to one unit nothing can leave: it is none any more, and two groups are no groups
+        return  # a scope that is cut to one unit is none any more, and one group is no group
     second = np.flatnonzero(coupling.scope == largest)[1]
     plan = tfx.Plan(coupling, np.arange(len(coupling)) != second)
     assert {*tfx.couple(tfx.cut(params, plan), plan.spec).scopes} == {*coupling.scopes}
