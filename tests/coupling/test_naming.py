@@ -160,7 +160,8 @@ def test_names_are_different_and_none_is_that_of_a_numbered_node(name):
     assert len({*coupling.names}) == len(coupling)
     modules = {path.rpartition(".")[0] for path in spec.shapes} | {*spec.shapes}
     numbered = {node.name for node in spec if re.search(r"_\d+$", node.name)} - modules
-    assert not [scope for scope in coupling.scopes for node in numbered if scope.split(": ")[0].startswith(node)]
+    scopes = {scope.split(": ")[0].split(".")[0] for scope in (*coupling.scopes, *coupling.frozen)}
+    assert not scopes & numbered
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -209,11 +210,11 @@ def test_frozen_scopes_are_listed_by_reason():
 
 
 class Copies(nn.Module):
-    """Gives out its stream, block by block, and a number that is no tensor."""
+    """Gives out its stream, block by block; with ``final`` also something as wide that no layer consumes."""
 
-    def __init__(self, number=None) -> None:
+    def __init__(self, final=False) -> None:
         super().__init__()
-        self.stem, self.head, self.number = nn.Linear(3, 4), nn.Linear(4, 2), number
+        self.stem, self.head, self.final = nn.Linear(3, 4), nn.Linear(4, 2), final
         self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4)) for _ in range(2))
 
     def forward(self, x):
@@ -221,7 +222,7 @@ class Copies(nn.Module):
         for block in self.blocks:
             states.append(states[-1] + block(states[-1]))
         out = {"logits": self.head(states[-1]), "states": states}
-        return out if self.number is None else {**out, "number": self.number}
+        return {**out, "final": 2 * states[-1]} if self.final else out
 
 
 def test_a_stream_that_is_frozen_by_copies_alone_says_which_and_leaves_without_them():
@@ -229,6 +230,7 @@ def test_a_stream_that_is_frozen_by_copies_alone_says_which_and_leaves_without_t
     coupling = tfx.couple(*tfx.from_torch(module, x))
     assert coupling.frozen["stream"].endswith("it would not be frozen without states.*: from_torch(..., outputs=...)")
     assert "states" not in coupling.frozen["head"]
+    assert "without" not in tfx.couple(*tfx.from_torch(Copies(final=True).eval(), x)).frozen["stream"]
     alone = tfx.couple(*tfx.from_torch(module, x, outputs="logits"))
     assert "stream" in alone.scopes
     assert {*alone.scopes} == {*coupling.scopes, "stream"}
