@@ -90,8 +90,7 @@ def constraints_of(
     trials = _Trials(original, params, coupling, unchanged)
     trials.check({}, {})
     rules = [Rule(tuple((scope,) for scope in kind)) for kind in _kinds(coupling)]
-    if not trials.all_hold(rules):
-        rules = _allowed(trials, rules)
+    rules = _allowed(trials, rules)
     lost = {scope for rule in rules for group in rule.groups for scope in group}
     names = [escape(name) for name in coupling.scopes]
     return Constraints(
@@ -174,7 +173,9 @@ class _Trials:
 
 def _allowed(trials: _Trials, rules: Sequence[Rule]) -> list[Rule]:
     """The rules under which the class holds what leaves, of all kinds of scopes."""
-    failing = _failing(rules, trials.all_hold)
+    # What fails alone may hold beside another kind that happens to lose as many.
+    alone = [rule for rule in rules if not trials.all_hold([rule])]
+    failing = [*alone, *_failing([rule for rule in rules if rule not in alone], trials.all_hold)]
     allowed = [rule for rule in rules if rule not in failing]
     left: list[Scopes] = []
     for rule in failing:
