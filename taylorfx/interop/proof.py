@@ -291,7 +291,7 @@ def _resampled(x: Tensor, name: str, sizes: Mapping[tuple[str, int], int]) -> Te
     """The tensor cut short or repeated along its axes, so that its numbers are of the same kind."""
     for axis in range(x.ndim):
         if (n := sizes.get((name, axis))) is not None:
-            x = x.index_select(axis, torch.arange(n, device=x.device) % x.shape[axis])
+            x = x[(slice(None),) * axis + (torch.arange(n, device=x.device) % x.shape[axis],)]
     return x
 
 

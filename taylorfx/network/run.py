@@ -234,7 +234,7 @@ def _present(spec: Spec, tensors: Any) -> dict[str, Any]:
             names = next((list(inputs) for inputs in spec.calls if len(inputs) == len(tensors)), names)
         if len(tensors) != len(names):
             raise ShapeError(
-                f"Inputs are as many as the network's Input nodes, {len(names)} ({', '.join(names)}), of which some "
+                f"Inputs are as many as the network's Input nodes, {len(names)} ({', '.join(names)}), some of which "
                 f"may be left out; received {len(tensors)}."
             )
         tensors = dict(zip(names, tensors, strict=True))

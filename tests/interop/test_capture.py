@@ -132,7 +132,7 @@ SIZED = {
     "any": (lambda m, x: F.adaptive_avg_pool2d(F.max_pool2d(m.a(x), 2).relu(), 1).flatten(1), (2, 8, 8)),
     "maps": (lambda m, x: m.a(x).relu().mean(1, keepdim=True), (2, 8, 8)),
 }  # fmt: skip
-FREE = {"divisible": 5, "but for one size": 5, "behind a branch": 5, "square": 2, "area": 5}
+FREE = {"divisible": 5, "but for one size": 5, "behind a branch": 5, "square": 2, "area": 5, "masked": 2}
 """How many of the eight other sizes are taken, where the module does something else at the others."""
 
 

@@ -36,8 +36,8 @@ def formula_of(expression: sympy.Basic, symbols: Mapping[sympy.Symbol, Formula])
     """An expression as a formula, each symbol replaced.
 
     >>> h = sympy.Symbol("h")
-    >>> formula_of((h + 1) // 2 * 3, {h: "x.2"})
-    ('*', 3, ('floor', ('+', ('*', ('/', 1, 2), 'x.2'), ('/', 1, 2))))
+    >>> formula_of(3 * h - 1, {h: "x.2"})
+    ('-', ('*', 3, 'x.2'), 1)
 
     Raises:
         Unwritten: if it has an operator that formulas have not, or a symbol that is not among these.
