@@ -13,12 +13,13 @@ import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from enum import Enum
 from functools import partial
 from typing import Any, Protocol, TypeGuard, TypeVar
 
 import torch
+import torch.fx.experimental._config
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 
@@ -265,7 +266,7 @@ def _network(
         twin.eval()
         for part in tracked.values():
             part.momentum = None
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), _quiet(), _one_or_more():
         program = program.run_decompositions({})
     alone = opened is _Open.NOTHING
     params, spec = Reader(program, alone=alone, cumulative=frozenset(tracked), wanted=outputs).read(module)
@@ -335,7 +336,7 @@ def _export(module: nn.Module, example: Example, opened: _Open) -> ExportedProgr
     for tensor in _tensors(example) if opened is not _Open.NOTHING else ():
         axes = range(tensor.ndim) if opened is _Open.SIZES else range(1)
         shapes[tensor] = {k: Dim.AUTO if k else Dim.DYNAMIC for k in axes}
-    with torch.no_grad(), _quiet(), Plain(), _open_length(module):
+    with torch.no_grad(), _quiet(), Plain(), _open_length(module), _one_or_more():
         return torch.export.export(module, *example, dynamic_shapes=shapes, strict=False)
 
 
@@ -352,6 +353,17 @@ def _open_length(module: nn.Module) -> Iterator[None]:
     finally:
         for space in changed:
             del space["len"]
+
+
+def _one_or_more() -> AbstractContextManager[None]:
+    """Have torch.export treat a size of one like any other, as far as it can: it then asks, and fixes, far less.
+
+    `proven` runs the network at a size of one before it takes it.
+    """
+    config = torch.fx.experimental._config
+    known = hasattr(config, "backed_size_oblivious")
+    patched: AbstractContextManager[None] = config.patch(backed_size_oblivious=True) if known else nullcontext()
+    return patched
 
 
 def _length(x: Sized) -> Any:

@@ -119,8 +119,8 @@ def _other(spec: Spec, violating: Formula | None = None) -> Sizes:
     ranges = {f"{n}.{k}": r for n, layer in spec.input_layers.items() for k, r in enumerate(layer.ranges, 1)}
     steps = {axis: step for axis, (least, most, step) in ranges.items() if least != most}
     changed = [{*steps}] if violating is None else [axes_of(violating) & {*steps}, {*steps}]
-    for axes, rank, sign in itertools.product(changed, range(1, _TRIES), (1, -1)):
-        sizes = here | {axis: here[axis] + sign * rank * steps[axis] for axis in axes}
+    for axes, rank, sign, apart in itertools.product(changed, range(1, _TRIES), (1, -1), (1, 0)):
+        sizes = here | {axis: here[axis] + sign * rank * (1 + k * apart) * steps[axis] for k, axis in enumerate(axes)}
         try:
             spec.refuse(sizes)
         except ShapeError:

@@ -328,7 +328,7 @@ class Sizes:
         h != 30                     no range: a single size is left out
         """
         bounds, here = self.env.var_to_range[symbol], int(self.numbers[symbol])
-        least = max(int(bounds.lower), here - _SCANNED)
+        least = max(int(bounds.lower), 2, here - _SCANNED)
         most = None if bounds.upper in (int_oo, sympy.oo) else int(bounds.upper)
         tried = range(least, min(here + _SCANNED, most or here + _SCANNED) + 1)
         taken, said, kept = [*tried], list[Callable[[int], bool]](), list[sympy.Basic]()
@@ -367,11 +367,12 @@ class Sizes:
     ) -> bool:
         """At other sizes, the network's shapes are the graph's."""
         tried = 0
-        for rank in range(1, _TRIES) if chosen else ():
+        for rank, apart in itertools.product(range(1, _TRIES), (False, True)) if chosen else ():
             sizes = {**self.numbers, **dict.fromkeys(self.examples, sympy.Integer(1))}
             for k, s in enumerate(sorted(chosen, key=str)):
                 least, most, step = free[s]
-                other = self.numbers[s] + step * (rank + k)
+                # 65 and 66, 66 and 67, ...; and, of sizes that have to be multiples of 16, 80 and 96
+                other = self.numbers[s] + step * (rank * (k + 1) if apart else rank + k)
                 sizes[s] = sympy.Integer(
                     other if most is None or other <= most else max(least, most - step * (rank - 1))
                 )
