@@ -150,13 +150,13 @@ def _opened(
     # An example of one would be taken for a constant: two of it say the same.
     several = _each_tensor(lambda x: x.repeat(2, *[1] * (x.ndim - 1)) if len(x) == 1 else x, example)
     cause = ""
-    try:
-        if not fixed:
-            return _network(twin, several, _Open.SIZES, module, outputs)
-    except OutputsError:
-        raise
-    except Exception as error:  # the next try raises it again, unless the open sizes were its cause
-        cause = f"{_first_line(error):.200}"
+    for opened in () if fixed else (_Open.SIZES, _Open.LONGER):
+        try:
+            return _network(twin, several, opened, module, outputs)
+        except OutputsError:
+            raise
+        except Exception as error:  # the next try raises it again, unless the open sizes were its cause
+            cause = f"{_first_line(error):.200}"
     try:
         params, spec = _network(twin, several, _Open.EXAMPLES, module, outputs)
         causes = {name: {"causes": (cause,) * len(layer.ranges)} for name, layer in spec.input_layers.items() if cause}
@@ -212,9 +212,14 @@ class _Norm(Protocol):
 
 
 class _Open(Enum):
-    """What a capture leaves open: every size that the module leaves open, the number of examples, or nothing."""
+    """What a capture leaves open: every size that the module leaves open, the number of examples, or nothing.
+
+    A size of one is then like any other, so that torch.export asks and fixes little; or, where that leaves sizes
+    unknown, all are taken for two or more.
+    """
 
     SIZES = "sizes"
+    LONGER = "sizes of two or more"
     EXAMPLES = "examples"
     NOTHING = "nothing"
 
@@ -266,7 +271,7 @@ def _network(
         twin.eval()
         for part in tracked.values():
             part.momentum = None
-    with torch.no_grad(), _quiet(), _one_or_more():
+    with torch.no_grad(), _quiet(), _like_any(opened):
         program = program.run_decompositions({})
     alone = opened is _Open.NOTHING
     params, spec = Reader(program, alone=alone, cumulative=frozenset(tracked), wanted=outputs).read(module)
@@ -334,9 +339,9 @@ def _export(module: nn.Module, example: Example, opened: _Open) -> ExportedProgr
     """The module as a graph."""
     shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
     for tensor in _tensors(example) if opened is not _Open.NOTHING else ():
-        axes = range(tensor.ndim) if opened is _Open.SIZES else range(1)
+        axes = range(tensor.ndim) if opened in (_Open.SIZES, _Open.LONGER) else range(1)
         shapes[tensor] = {k: Dim.AUTO if k else Dim.DYNAMIC for k in axes}
-    with torch.no_grad(), _quiet(), Plain(), _open_length(module), _one_or_more():
+    with torch.no_grad(), _quiet(), Plain(), _open_length(module), _like_any(opened):
         return torch.export.export(module, *example, dynamic_shapes=shapes, strict=False)
 
 
@@ -355,13 +360,10 @@ def _open_length(module: nn.Module) -> Iterator[None]:
             del space["len"]
 
 
-def _one_or_more() -> AbstractContextManager[None]:
-    """Have torch.export treat a size of one like any other, as far as it can: it then asks, and fixes, far less.
-
-    `proven` runs the network at a size of one before it takes it.
-    """
-    config = torch.fx.experimental._config
-    known = hasattr(config, "backed_size_oblivious")
+def _like_any(opened: _Open) -> AbstractContextManager[None]:
+    """Have torch.export treat a size of one like any other, where it is asked to; `proven` runs the network there."""
+    config: Any = torch.fx.experimental._config
+    known = opened is _Open.SIZES and hasattr(config, "backed_size_oblivious")
     patched: AbstractContextManager[None] = config.patch(backed_size_oblivious=True) if known else nullcontext()
     return patched
 
