@@ -16,6 +16,7 @@ from typing import NamedTuple, TypedDict, TypeVar
 import numpy as np
 
 from taylorfx.coupling.units import Coupling, Mask
+from taylorfx.cutting.plan import Plan, former_scopes
 from taylorfx.network.labels import Labels
 from taylorfx.scoring.measurement import one_of
 from taylorfx.selection.budget import SelectionError
@@ -207,35 +208,48 @@ class Constraints:
     def lasting(self, coupling: Coupling) -> Constraints:
         """The same by the names of this network's scopes, with ``floor`` and ``most`` as one floor for every scope.
 
-        A glob that names a scope does not stand for parameters once the scope is too small to lose anything.
+        `carried` takes these from cut to cut: ``most`` would be of what is left, and a glob may match other scopes.
         """
-        rules, names = self.on(coupling), [*map(escape, coupling.scopes)]
-        least = {names[k]: rules.least(k, size) for k, size in enumerate(coupling.sizes.tolist())}
-        kept = tuple(names[k] for k in sorted(_first(coupling, (*self.protect,))))
-        multiples = (
-            dict(zip(names, rules.multiples, strict=True)) if isinstance(self.multiple, Mapping) else self.multiple
-        )
-        return replace(self, protect=kept, floor=least, most=1.0, multiple=multiples)
+        rules = self.on(coupling)
+        floors = [rules.least(k, size) for k, size in enumerate(coupling.sizes.tolist())]
+        scopes = [(k,) for k in range(len(coupling.scopes))]
+        return self._named(coupling, rules._replace(floors=floors), coupling, scopes)
 
-    def standing(self, coupling: Coupling) -> Constraints:
-        """The same without the globs that match nothing in this network."""
+    def carried(self, plan: Plan, coupling: Coupling) -> Constraints:
+        """What these constraints, which are `lasting`, say of the network that a plan leaves.
 
-        def globs(value: Globs) -> Globs:
-            return tuple(glob for glob in value if _scopes(coupling, glob) is not None)
+        They follow the units: a scope may have another name there, and one of which a single unit is left is gone.
 
-        def numbers(value: N | Mapping[str, N]) -> N | Mapping[str, N]:
-            if not isinstance(value, Mapping):
-                return value
-            return {glob: number for glob, number in value.items() if _scopes(coupling, glob) is not None}
+        Args:
+            coupling: of the smaller network.
+        """
+        return self._named(plan.coupling, self.on(plan.coupling), coupling, former_scopes(plan, coupling))
 
+    def _named(self, before: Coupling, rules: Rules, after: Coupling, former: Sequence[Sequence[int]]) -> Constraints:
+        """The rules of one network by the names of another one's scopes.
+
+        Args:
+            former: for every scope of ``after``, those of ``before`` that it stands for.
+        """
+        names = [*map(escape, after.scopes)]
+        kept = _first(before, (*self.protect,))
+
+        def joined(numbers: Sequence[int], join: Callable[..., int]) -> dict[str, int]:
+            return {name: join(*(numbers[k] for k in olds), 1) for name, olds in zip(names, former, strict=True)}
+
+        families = [
+            tuple(name for name, olds in zip(names, former, strict=True) if not {*group}.isdisjoint(olds))
+            for group in rules.groups
+            if len(group) > 1
+        ]
         return replace(
             self,
-            protect=globs(self.protect),
-            floor=numbers(self.floor),
-            most=numbers(self.most),
-            multiple=numbers(self.multiple),
-            chunks=numbers(self.chunks),
-            uniform=tuple(kept for family in self.uniform if (kept := globs(_family(family)))),
+            protect=tuple(name for name, olds in zip(names, former, strict=True) if not kept.keys().isdisjoint(olds)),
+            floor=joined(rules.floors, max),
+            most=1.0,
+            multiple=joined(rules.multiples, math.lcm) if isinstance(self.multiple, Mapping) else self.multiple,
+            uniform=tuple(family for family in families if family),
+            chunks=joined(rules.chunks, math.lcm) if isinstance(self.chunks, Mapping) else self.chunks,
         )
 
     def also(self, other: Constraints, coupling: Coupling) -> Constraints:

@@ -196,8 +196,7 @@ def test_what_can_be_held_is_returned_and_computes_the_same(name):
 def test_pruning_like_a_module_gives_what_its_class_holds(name):
     module, x, params, spec = captured(name)
     batch = x, torch.arange(len(x))
-    steps = 1 if name == "transformer" else 2  # a scope that is down to one unit may change what others are called
-    small = tfx.prune(params, spec, iter([batch]), budget=tfx.Parameters(0.75), steps=steps, like=module)
+    small = tfx.prune(params, spec, iter([batch]), budget=tfx.Parameters(0.75), steps=2, like=module)
     assert_close(to_torch(*small, like=module)(x), tfx.apply(*small, x))
 
 
