@@ -149,8 +149,8 @@ class Plan:
         return (f"asked for {self.asked}\n" if self.asked else "") + columns(rows, right=3)
 
 
-def former_scopes(plan: Plan, coupling: Coupling) -> list[tuple[int, ...]]:
-    """For every scope of the network that a plan leaves, those of the network before whose units it has.
+def former_scopes(plan: Plan, coupling: Coupling) -> Labels:
+    """``(units,)``: for every unit of the network that a plan leaves, its scope before; -1 where it is of none.
 
     Scopes may have other names after a cut, and units have other numbers. A unit is known by its positions along the
     axes of parameters and of layers: of the units before that had all of them it is the one that had the fewest.
@@ -168,21 +168,20 @@ def former_scopes(plan: Plan, coupling: Coupling) -> list[tuple[int, ...]]:
         coupling: of the smaller network.
     """
     count, axes = len(plan.coupling), [*_axes_of_both(plan, coupling)]
-    if not axes or not len(coupling):
-        return [()] * len(coupling.scopes)
+    former = np.full(len(coupling), -1)
+    if not axes:
+        return former
     pairs = [(new, old) for olds, news in axes for old in olds for new in news]
     both = np.concatenate([(new * count + old)[(new >= 0) & (old >= 0)] for new, old in pairs])
     met, times = np.unique(both, return_counts=True)
-    new, old = met // count, met % count
+    new, old = met // max(count, 1), met % max(count, 1)
     places, had = _occurrences([x for _, x in axes], len(coupling)), _occurrences([x for x, _ in axes], count)
     fewest = np.full(len(coupling), np.iinfo(np.int64).max)
     covers = times == places[new]
     np.minimum.at(fewest, new[covers], had[old[covers]])
     same = covers & (had[old] == fewest[new])
-    former: list[dict[int, None]] = [{} for _ in coupling.scopes]
-    for scope, before in zip(coupling.scope[new[same]].tolist(), plan.coupling.scope[old[same]].tolist(), strict=True):
-        former[scope][before] = None
-    return [tuple(scopes) for scopes in former]
+    former[new[same]] = plan.coupling.scope[old[same]]
+    return former
 
 
 def _axes_of_both(plan: Plan, coupling: Coupling) -> Iterator[tuple[Labels, Labels]]:
