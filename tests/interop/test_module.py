@@ -341,7 +341,7 @@ def test_parameters_that_are_not_captured_are_said_and_never_left_at_their_old_s
     assert_close(out(X), tfx.apply(*small, X))
 
 
-@pytest.mark.parametrize("by", [2, 2.5, True, None])
+@pytest.mark.parametrize("by", [2, 2.5, True, None, "twice", "x"])
 def test_sizes_stay_open_beside_arguments_that_are_no_tensors(by):
     class Scaled(nn.Module):
         def __init__(self):

@@ -1,16 +1,22 @@
 """Constraints on the parts of scopes, and constraints that join others."""
 
+import functools
+import random
+from glob import escape
+
 import numpy as np
+import optree
 import pytest
 import torch
 from constructs import CONSTRUCTS
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import taylorfx as tfx
 from taylorfx import layers as L
+from taylorfx.cutting.plan import former_scopes
 from taylorfx.selection.constraints import Constraints
-from taylorfx.testing.strategies import network
+from taylorfx.testing.strategies import Network, network, networks
 
 SPEC = tfx.serial(tfx.Input((4,)), a=L.Linear(4, 12), r=L.ReLU(), b=L.Linear(12, 9), c=L.Linear(9, 2))
 
@@ -83,3 +89,77 @@ def test_what_joins_two_constraints_breaks_neither(data: st.DataObject) -> None:
             continue
         assert not one.broken(coupling, plan.keep)
         assert not two.broken(coupling, plan.keep)
+
+
+def positions(params: tfx.Params) -> tfx.Params:
+    """Parameters whose numbers say where they were: the number of each in its own tensor."""
+    return optree.tree_map(lambda x: torch.arange(float(x.numel()), dtype=torch.float64).reshape(x.shape), params)
+
+
+def losing(net: Network, numbers: tfx.Params, unit: int) -> set[tuple[str, float]]:
+    """The numbers that leave with a unit."""
+    plan = tfx.Plan(net.coupling, np.arange(len(net.coupling)) != unit)
+    before, after = (tfx.tree.flatten(tree) for tree in (numbers, tfx.cut(numbers, plan)))
+    return {(path, x) for path in before for x in {*before[path].ravel().tolist()} - {*after[path].ravel().tolist()}}
+
+
+@given(networks(), st.randoms(use_true_random=False))
+@example(network(CONSTRUCTS["multi-head"]), random.Random(0))
+@example(network(CONSTRUCTS["grouped"]), random.Random(0))
+def test_a_unit_is_of_the_scope_that_it_was_of_before_a_cut(net: Network, chance: random.Random) -> None:
+    """Brute force: what leaves with a unit after the cut left, before it, with a unit of that scope."""
+    keep = np.array([chance.random() < 0.6 for _ in net.coupling.scope], bool)
+    try:
+        plan = tfx.Plan(net.coupling, keep)
+    except tfx.PlanError:
+        return
+    numbers = positions(net.params)
+    left = tfx.cut(numbers, plan)
+    after = Network(plan.spec, left, net.batch, tfx.couple(left, plan.spec))
+    remains = {(path, x) for path, leaf in tfx.tree.flatten(left).items() for x in leaf.ravel().tolist()}
+    former = former_scopes(plan, after.coupling)
+    units = {
+        unit: losing(net, numbers, unit) & remains
+        for unit in np.flatnonzero(keep).tolist()
+        if net.coupling.sizes[net.coupling.scope[unit]] > 1
+    }
+    for unit, scope in enumerate(former.tolist()):
+        if after.coupling.sizes[after.coupling.scope[unit]] > 1 and scope >= 0:
+            lost = losing(after, left, unit)
+            assert any(lost == other for k, other in units.items() if net.coupling.scope[k] == scope)
+    assert (former >= 0).all()
+
+
+@given(networks(), st.integers(0, 99))
+@example(network(CONSTRUCTS["multi-head"]), 0)
+@example(network(CONSTRUCTS["grouped queries"]), 1)
+@example(network(CONSTRUCTS["grouped queries"]), 2)
+def test_no_step_breaks_what_was_said_of_the_whole_network(net: Network, seed: int) -> None:
+    """All cuts as one plan of the whole network respect its constraints."""
+    coupling, chance = net.coupling, random.Random(seed)
+    names = dict(zip(map(escape, coupling.scopes), coupling.sizes.tolist(), strict=True))
+    if not names:
+        return
+    first = chance.choice([*names])
+    constraints = Constraints(
+        protect=[name for name in names if chance.random() < 0.1],
+        uniform=[tuple(name for name, size in names.items() if size == names[first])],
+        floor={name: chance.choice([1, 1, 2]) for name in names},
+        most={name: chance.choice([0.5, 1.0]) for name in names},
+        multiple={name: chance.choice([1, 1, 2]) for name in names},
+        chunks={name: 2 for name, size in names.items() if size % 2 == 0 and chance.random() < 0.3},
+    )
+    generator, plans = torch.Generator().manual_seed(seed), list[tfx.Plan]()
+
+    def scores(_: tfx.Statistics, left: tfx.Coupling) -> torch.Tensor:
+        return torch.rand(len(left), generator=generator)
+
+    shares = (tfx.Units(round(share * len(coupling))) for share in (0.85, 0.7, 0.55, 0.4) if share * len(coupling) > 1)
+    try:
+        for *_, plan in tfx.iterate(
+            net.params, net.spec, net.batch, budgets=shares, criterion=scores, constraints=constraints
+        ):
+            plans.append(plan)
+            assert not constraints.broken(coupling, functools.reduce(tfx.compose, plans).keep)
+    except tfx.BudgetError:
+        pass  # as far as such a small network goes
