@@ -2,6 +2,7 @@
 
 import functools
 import random
+from collections.abc import Iterator
 from glob import escape
 
 import numpy as np
@@ -9,7 +10,7 @@ import optree
 import pytest
 import torch
 from constructs import CONSTRUCTS
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import taylorfx as tfx
@@ -103,31 +104,42 @@ def losing(net: Network, numbers: tfx.Params, unit: int) -> set[tuple[str, float
     return {(path, x) for path in before for x in {*before[path].ravel().tolist()} - {*after[path].ravel().tolist()}}
 
 
+def masks(coupling: tfx.Coupling, chance: random.Random) -> Iterator[np.ndarray]:
+    """Units that stay: any, and all but those of one scope, of which a single one does."""
+    yield np.array([chance.random() < 0.6 for _ in coupling.scope], bool)
+    for scope in range(len(coupling.scopes)):
+        keep = coupling.scope != scope
+        keep[np.flatnonzero(~keep)[0]] = True
+        yield keep
+
+
+@settings(max_examples=6)
 @given(networks(), st.randoms(use_true_random=False))
 @example(network(CONSTRUCTS["multi-head"]), random.Random(0))
 @example(network(CONSTRUCTS["grouped"]), random.Random(0))
 def test_a_unit_is_of_the_scope_that_it_was_of_before_a_cut(net: Network, chance: random.Random) -> None:
     """Brute force: what leaves with a unit after the cut left, before it, with a unit of that scope."""
-    keep = np.array([chance.random() < 0.6 for _ in net.coupling.scope], bool)
-    try:
-        plan = tfx.Plan(net.coupling, keep)
-    except tfx.PlanError:
-        return
     numbers = positions(net.params)
-    left = tfx.cut(numbers, plan)
-    after = Network(plan.spec, left, net.batch, tfx.couple(left, plan.spec))
-    remains = {(path, x) for path, leaf in tfx.tree.flatten(left).items() for x in leaf.ravel().tolist()}
-    former = former_scopes(plan, after.coupling)
-    units = {
-        unit: losing(net, numbers, unit) & remains
-        for unit in np.flatnonzero(keep).tolist()
-        if net.coupling.sizes[net.coupling.scope[unit]] > 1
-    }
-    for unit, scope in enumerate(former.tolist()):
-        if after.coupling.sizes[after.coupling.scope[unit]] > 1 and scope >= 0:
-            lost = losing(after, left, unit)
-            assert any(lost == other for k, other in units.items() if net.coupling.scope[k] == scope)
-    assert (former >= 0).all()
+    whole = {unit: losing(net, numbers, unit) for unit, n in enumerate(size_of_each(net.coupling)) if n > 1}
+    for keep in masks(net.coupling, chance):
+        try:
+            plan = tfx.Plan(net.coupling, keep)
+        except tfx.PlanError:
+            continue
+        left = tfx.cut(numbers, plan)
+        after = Network(plan.spec, left, net.batch, tfx.couple(left, plan.spec))
+        remains = {(path, x) for path, leaf in tfx.tree.flatten(left).items() for x in leaf.ravel().tolist()}
+        former = former_scopes(plan, after.coupling).tolist()
+        assert -1 not in former
+        for unit, (scope, n) in enumerate(zip(former, size_of_each(after.coupling), strict=True)):
+            lost = losing(after, left, unit) if n > 1 else None
+            same = [k for k, other in whole.items() if keep[k] and other & remains == lost]
+            assert lost is None or scope in net.coupling.scope[same]
+
+
+def size_of_each(coupling: tfx.Coupling) -> list[int]:
+    """For every unit, how many its scope has."""
+    return coupling.sizes[coupling.scope].tolist()
 
 
 @given(networks(), st.integers(0, 99))
