@@ -114,17 +114,8 @@ class _TimingsReader(LayerReader):
         layer, time = self.layer(entry, place, len(shapes)), entry.get("microseconds")
         if isinstance(time, bool) or not isinstance(time, (int, float)) or not 0 <= time < math.inf:
             self.wrong(f"{place}.microseconds", f"expected a number, 0 or more, received {quote(time)}")
-        elif layer is not None and len(self.errors) == before and self.hashable(layer, place):
+        elif layer is not None and len(self.errors) == before:
             table[layer, shapes] = float(time)
-
-    def hashable(self, layer: Layer, place: str) -> bool:
-        """Whether a layer can be looked up: whether no field of it is an object."""
-        try:
-            hash(layer)
-        except TypeError as error:
-            self.wrong(f"{place}.fields", str(error))
-            return False
-        return True
 
     def shape(self, value: Json, place: str) -> Shape:
         sizes = value if isinstance(value, list) else [None]

@@ -145,9 +145,10 @@ WRONG_PLANS = {
         {"scopes": [{"name": "a", "units": 6, "leave": [1, 1]}]}, "scopes[0].leave[1]: 1 is there twice",
     ),
     "a unit that is none": (
-        {"scopes": [{"name": "a", "units": 6, "leave": [True, 6]}]},
-        "scopes[0].leave[1]: no number of a unit of 'a': 6",
+        {"scopes": [{"name": "a", "units": 6, "leave": [1, 6]}]}, "leave[1]: no number of a unit of 'a': 6",
     ),
+    "a boolean for a unit": ({"scopes": [{"name": "a", "units": 6, "leave": [True]}]}, "leave[0]: no number of a unit"),
+    "a list for a unit": ({"scopes": [{"name": "a", "units": 6, "leave": [[1]]}]}, "leave[0]: no number of a unit"),
     "every unit": (
         {"scopes": [{"name": x, "units": n, "leave": [*range(n)]} for x, n in (("a", 6), ("b", 4))]},
         "scopes: Every layer keeps at least one channel",
@@ -212,12 +213,13 @@ def test_the_sums_have_to_be_all_there_of_the_right_shapes_and_finite(tmp_path):
     path = tmp_path / "stats"
     wrong = replace(
         STATS, sum=STATS.sum[:3], sum_sq=STATS.sum_sq / 0, sum_abs=STATS.sum_abs.half(), rows=STATS.rows[:2], n=-1,
-        units=(*COUPLING.names[:-1], "a[0]"), moments=None,
+        units=(*COUPLING.names[:-1], "a[0]"), moments=None, per_example=1,
     )  # fmt: skip
     store.save_statistics(path, wrong)
     message = refusal(path, store.load_statistics)
     for expected in (
         "n: expected an integer, 0 or more, received -1", "units: two have the same name",
+        "per_example: expected a boolean",
         "tensor sum: expected the shape (10,), received (3,)", "tensor sum_sq: not all of its numbers are finite",
         "tensor sum_abs: expected float32, float64 or int64, received torch.float16",
         "tensor rows: expected the shape (0, 10), received (2, 10)",
