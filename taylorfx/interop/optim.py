@@ -178,13 +178,15 @@ def _optimizer(
                 if not _known(name, value, state, parameter.before.shape, extra)
             ]
             states[parameter.after] = state
+    held = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
+    errors += [f"a state of what is in no group ({_described(x)})" for x in optimizer.state if id(x) not in held]
     if errors:
         raise PlanError(
             "An optimizer is carried over a cut with the parameters of the plan's network, and states with an entry "
             "for every entry of a parameter, or one number. If a state of another optimizer has such entries, name it: "
             "elementwise=[...]. Received:\n  " + "\n  ".join(errors)
         )
-    carried = _made(optimizer, groups)
+    carried = _rebuilt(optimizer, groups)
     for parameter in (parameter for group in groups for parameter in group):
         if parameter.after in states:
             carried.state[parameter.after] = _cut(states[parameter.after], parameter, scratch)
@@ -250,10 +252,13 @@ def _untrained(before: Tensor, after: Tensor) -> str:
     """Why an optimizer cannot train a tensor as it did the one before; empty if it can."""
     if not after.is_leaf:
         return "computed from other tensors: detach() it, then requires_grad_()"
+    kinds = [f"{x.dtype} on {x.device}".removeprefix("torch.") for x in (before, after)]
+    if kinds[0] != kinds[1]:
+        return f"{kinds[0]} before the cut, {kinds[1]} after; carry to the same dtype and device"
     return "does not require a gradient any more" if before.requires_grad and not after.requires_grad else ""
 
 
-def _made(optimizer: Optimizer, groups: Sequence[Sequence[_Parameter]]) -> Optimizer:
+def _rebuilt(optimizer: Optimizer, groups: Sequence[Sequence[_Parameter]]) -> Optimizer:
     """An optimizer of the same class, with the same settings and no state beyond what its constructor gives it."""
     kind = type(optimizer)
     accepted = inspect.signature(kind).parameters
@@ -290,6 +295,7 @@ def _known(name: str, value: object, state: Mapping[str, object], shape: Shape, 
 
 
 def _pair(state: Mapping[str, object]) -> tuple[object, object]:
+    """The two factors of Adafactor, where there are any."""
     return state.get("row_var"), state.get("col_var")
 
 
@@ -299,6 +305,7 @@ def _factors(shape: Shape) -> tuple[Shape, Shape]:
 
 
 def _described(value: object) -> str:
+    """A value as errors show it."""
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
@@ -313,8 +320,7 @@ def _cut(state: Mapping[str, object], parameter: _Parameter, scratch: Scratch) -
             kept[name] = copy.deepcopy(value)
     row, col = _pair(state)
     if isinstance(row, Tensor) and isinstance(col, Tensor):
-        factored = _factored(row, col, parameter.indices)
-        kept |= {name: x.to(parameter.after.device) for name, x in zip(("row_var", "col_var"), factored, strict=True)}
+        kept["row_var"], kept["col_var"] = _factored(row, col, parameter.indices)
     return kept
 
 

@@ -533,6 +533,14 @@ def test_parameters_that_do_not_fit_are_listed():
     assert "a.bias: computed from other tensors: detach() it" in refusal(optimizer, new=computed, old=model)
     constant = {path: leaf.detach() for path, leaf in small.named_parameters()}
     assert "a.bias: does not require a gradient any more" in refusal(optimizer, new=constant, old=model)
+    half, elsewhere = copy.deepcopy(small).half(), copy.deepcopy(small).to("meta")
+    assert "a.bias: float32 on cpu before the cut, float16 on cpu after" in refusal(optimizer, new=half, old=model)
+    assert "a.bias: float32 on cpu before the cut, float32 on meta after" in refusal(
+        optimizer, new=elsewhere, old=model
+    )
+    optimizer.state[torch.ones(3)] = {"step": 1}
+    message = refusal(optimizer, new=small, old=model)
+    assert "Received:\n  a state of what is in no group (a tensor of shape (3,))" in message
 
 
 def test_what_is_no_optimizer_is_refused():
