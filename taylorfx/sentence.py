@@ -258,10 +258,9 @@ class _Step(NamedTuple):
         return _Step(batches, scoring, choose, how, per_cost, repair)
 
     def plan(self, params: Params, coupling: Coupling, budgets: tuple[Budget, ...], constraints: Constraints) -> Plan:
-        """Measure and choose. Constraints of scopes that have become too small to lose anything are left out."""
-        respected = constraints.standing(coupling)
-        foresee(coupling, budget=budgets, constraints=respected, per_cost=self.per_cost)
-        choice = partial(chosen, budgets=budgets, constraints=respected, per_cost=self.per_cost)
+        """Measure and choose."""
+        foresee(coupling, budget=budgets, constraints=constraints, per_cost=self.per_cost)
+        choice = partial(chosen, budgets=budgets, constraints=constraints, per_cost=self.per_cost)
         if self.criterion is None:
             how = replace(self.measurement, rows=True)
             stats = measure(params, coupling.spec, self.batches, coupling, measurement=how)
@@ -292,11 +291,14 @@ def _each(
     step: _Step,
 ) -> Generator[tuple[Params, Spec, Plan], Params | None, None]:
     """The steps: the first with the constraints as they are, all others with those that last."""
-    first, lasting = constraints
+    respected, lasting = constraints
+    plan: Plan | None = None
     for k, budget in enumerate(budgets):
         asked = fixed(budget, whole) if k else each_budget(budget)
         coupling = couple(params, spec) if k else whole
-        plan = step.plan(params, coupling, asked, lasting if k else first)
+        if plan is not None:
+            respected = lasting = lasting.carried(plan, coupling)
+        plan = step.plan(params, coupling, asked, respected)
         params, spec = _mended(step.repair, step.batches, params, plan)
         LOG.info("step %d: %r", k + 1, plan)
         trained = yield params, spec, plan

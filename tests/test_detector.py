@@ -153,7 +153,6 @@ def test_every_object_has_a_place():
         assert set(index[n][positive[n]].tolist()) == set(range(int((rows[:, 0] >= 0).sum())))
 
 
-@pytest.mark.xfail(strict=False, reason="not every network of the table is proven to do this yet")
 def test_the_loss_of_a_batch_is_that_of_examples_and_falls_to_nothing_at_the_truth():
     images, objects = d.shapes(3, 64, 64, torch.Generator().manual_seed(0))
     place = d.places(64, 64)

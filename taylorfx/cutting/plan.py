@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -13,11 +13,12 @@ from torch import Tensor
 
 from taylorfx.cost.counts import flops, parameters
 from taylorfx.coupling.units import Coupling
+from taylorfx.network.labels import Labels
 from taylorfx.network.spec import Node, Spec
 from taylorfx.network.tables import columns
 from taylorfx.scoring.gates import Gates, gates
 
-__all__ = ["Indices", "Plan", "PlanError"]
+__all__ = ["Indices", "Plan", "PlanError", "former_scopes"]
 
 
 Indices = tuple[Tensor | None, ...]
@@ -146,6 +147,62 @@ class Plan:
         for name, cost in (("parameters", parameters(coupling)), ("FLOPs", flops(coupling))):
             rows.append(_row(name, cost(everything), cost(self.keep)))
         return (f"asked for {self.asked}\n" if self.asked else "") + columns(rows, right=3)
+
+
+def former_scopes(plan: Plan, coupling: Coupling) -> Labels:
+    """``(units,)``: for every unit of the network that a plan leaves, its scope before; -1 where it is of none.
+
+    Scopes may have other names after a cut, and units have other numbers. A unit is known by its positions along the
+    axes of parameters and of layers: of the units before that had all of them it is the one that had the fewest.
+
+    ::
+
+        before      a a a b b b c c c       an axis of two factors, of which units b and y leave
+                    x y z x y z x y z
+        stays       a . a . . . c . c
+                    x   z       x   z
+        after       0 0 1 1                 0 is a and 1 is c, 2 is x and 3 is z
+                    2 3 2 3
+
+    Args:
+        coupling: of the smaller network.
+    """
+    count, axes = len(plan.coupling), [*_axes_of_both(plan, coupling)]
+    former = np.full(len(coupling), -1)
+    if not axes:
+        return former
+    pairs = [(new, old) for olds, news in axes for old in olds for new in news]
+    both = np.concatenate([(new * count + old)[(new >= 0) & (old >= 0)] for new, old in pairs])
+    met, times = np.unique(both, return_counts=True)
+    new, old = met // max(count, 1), met % max(count, 1)
+    places, had = _occurrences([x for _, x in axes], len(coupling)), _occurrences([x for x, _ in axes], count)
+    fewest = np.full(len(coupling), np.iinfo(np.int64).max)
+    covers = times == places[new]
+    np.minimum.at(fewest, new[covers], had[old[covers]])
+    same = covers & (had[old] == fewest[new])
+    former[new[same]] = plan.coupling.scope[old[same]]
+    return former
+
+
+def _axes_of_both(plan: Plan, coupling: Coupling) -> Iterator[tuple[Labels, Labels]]:
+    """The axes of parameters and layers before and after a cut, those before without what leaves."""
+    before = plan.coupling
+    pairs: dict[tuple[int, int], None] = {}
+    for path, axes in coupling.parameters.items():
+        pairs |= dict.fromkeys(zip(before.parameters.get(path, ()), axes, strict=False))
+    for name, letters in coupling.letters.items():
+        others = before.letters.get(name, {})
+        pairs |= {(others[letter], k): None for letter, k in letters.items() if letter in others}
+    for one, other in pairs:
+        old, new = before.axes[one][:, plan.alive[one]], coupling.axes[other]
+        if old.shape[1] == new.shape[1]:
+            yield old, new
+
+
+def _occurrences(axes: Sequence[Labels], count: int) -> Labels:
+    """How often each of so many units lies along these axes."""
+    units = np.concatenate([axis.ravel() for axis in axes])
+    return np.bincount(units[units >= 0], minlength=count)
 
 
 def _row(name: str, before: float, after: float) -> tuple[str, str, str, str]:

@@ -106,9 +106,9 @@ def _attempt(module: nn.Module, call: Call, expected: Truth, spec: Spec, groups:
             with watch:
                 results = call.outputs(module)
         except Exception as error:  # whatever the module's own code raises
-            frames = traceback.extract_tb(error.__traceback__)
-            theirs = [frame for frame in frames if _theirs(frame.filename)] or frames[-1:]
-            place = _written(theirs[-1].filename, theirs[-1].lineno or 0)
+            frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+            theirs = [frame for frame in frames if _theirs(frame[0])] or frames[-1:]
+            place = _written(*theirs[-1])
             return Run(f"{type(error).__name__}: {error}", True, (watch.matched, watch.done), place, reads)
     wrong = differs(results, expected, call, spec)
     return Run(wrong, False, (watch.matched, watch.done), watch.place, reads)

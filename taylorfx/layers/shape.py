@@ -6,7 +6,7 @@ import itertools
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, reduce
 
 import torch
@@ -46,7 +46,7 @@ class Input(Layer):
     ranges: tuple[tuple[int, int | None, int], ...] = ()
     dtype: str | None = None
     calls: tuple[bool, ...] = ()
-    causes: tuple[str, ...] = ()
+    causes: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         if self.shape is not None:

@@ -48,7 +48,7 @@ def fill(template: object, inputs: tuple[Tensor, ...]) -> object:
     if tag == DTYPE and isinstance(value, str):
         return DTYPES[value]
     if tag == COUNT and isinstance(value, int):
-        return len(inputs[-1]) * value
+        return inputs[-1].shape[0] * value
     if tag == DEVICE and isinstance(value, int):
         return inputs[value].device
     return [fill(item, inputs) for item in template]
@@ -260,7 +260,7 @@ class Expand(Layer):
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         shape = list(self.shape)
         if self.example >= 0:
-            shape[self.example] = len(inputs[1])
+            shape[self.example] = inputs[1].shape[0]  # len() is a plain number, which an export would fix
         return inputs[0].expand(shape)
 
 

@@ -16,6 +16,7 @@ from typing import NamedTuple, TypedDict, TypeVar
 import numpy as np
 
 from taylorfx.coupling.units import Coupling, Mask
+from taylorfx.cutting.plan import Plan, former_scopes
 from taylorfx.network.labels import Labels
 from taylorfx.scoring.measurement import one_of
 from taylorfx.selection.budget import SelectionError
@@ -207,35 +208,57 @@ class Constraints:
     def lasting(self, coupling: Coupling) -> Constraints:
         """The same by the names of this network's scopes, with ``floor`` and ``most`` as one floor for every scope.
 
-        A glob that names a scope does not stand for parameters once the scope is too small to lose anything.
+        `carried` takes these from cut to cut: ``most`` would be of what is left, and a glob may match other scopes.
         """
-        rules, names = self.on(coupling), [*map(escape, coupling.scopes)]
-        least = {names[k]: rules.least(k, size) for k, size in enumerate(coupling.sizes.tolist())}
-        kept = tuple(names[k] for k in sorted(_first(coupling, (*self.protect,))))
-        multiples = (
-            dict(zip(names, rules.multiples, strict=True)) if isinstance(self.multiple, Mapping) else self.multiple
-        )
-        return replace(self, protect=kept, floor=least, most=1.0, multiple=multiples)
+        rules = self.on(coupling)
+        floors = [rules.least(k, size) for k, size in enumerate(coupling.sizes.tolist())]
+        return self._named(coupling, rules._replace(floors=floors), coupling, coupling.scope)
 
-    def standing(self, coupling: Coupling) -> Constraints:
-        """The same without the globs that match nothing in this network."""
+    def carried(self, plan: Plan, coupling: Coupling) -> Constraints:
+        """What these constraints, which are `lasting`, say of the network that a plan leaves.
 
-        def globs(value: Globs) -> Globs:
-            return tuple(glob for glob in value if _scopes(coupling, glob) is not None)
+        They follow the units: scopes may have other names there, and one of which a single unit is left is gone. Where
+        one head is left, the dimensions of keys and of values may be one scope: if they had to keep equal numbers, they
+        are its chunks from now on. What cannot be said of such a scope leaves it whole.
 
-        def numbers(value: N | Mapping[str, N]) -> N | Mapping[str, N]:
-            if not isinstance(value, Mapping):
-                return value
-            return {glob: number for glob, number in value.items() if _scopes(coupling, glob) is not None}
+        Args:
+            coupling: of the smaller network.
+        """
+        return self._named(plan.coupling, self.on(plan.coupling), coupling, former_scopes(plan, coupling))
 
+    def _named(self, before: Coupling, rules: Rules, after: Coupling, former: Labels) -> Constraints:
+        """The rules of one network by the names of another one's scopes.
+
+        Args:
+            former: for every unit of ``after``, its scope in ``before``.
+        """
+        protected = {*_first(before, (*self.protect,))}
+        families = [group for group in rules.groups if len(group) > 1]
+        equal = {scope for group in families for scope in group}
+        floor, multiple, chunks = dict[str, int](), dict[str, int](), dict[str, int]()
+        held: set[str] = set()
+        parts = {escape(name): _parts(after, former, k) for k, name in enumerate(after.scopes)}
+        for name, (olds, even) in parts.items():
+            numbers = [math.lcm(*(of[k] for k in olds)) for of in (rules.multiples, rules.chunks)]
+            floor[name], (multiple[name], chunks[name]) = max((rules.floors[k] for k in olds), default=1), numbers
+            free = max(floor[name], *numbers) == 1 and equal.isdisjoint(olds)
+            if not protected.isdisjoint(olds) or not (even or free):
+                held.add(name)
+            elif not free:
+                for of in (floor, multiple, chunks):
+                    of[name] *= len(olds)
+        uniform = []
+        for group in families:
+            names = [name for name, (olds, _) in parts.items() if not {*group}.isdisjoint(olds)]
+            several = {len(parts[name][0]) for name in names}
+            if {scope for name in names for scope in parts[name][0]} >= {*group} and len(several) == 1:
+                uniform.append(tuple(names))
+            else:
+                held.update(names)
+        chunks |= dict.fromkeys(held, 1)
+        kept = tuple(name for name in parts if name in held)
         return replace(
-            self,
-            protect=globs(self.protect),
-            floor=numbers(self.floor),
-            most=numbers(self.most),
-            multiple=numbers(self.multiple),
-            chunks=numbers(self.chunks),
-            uniform=tuple(kept for family in self.uniform if (kept := globs(_family(family)))),
+            self, protect=kept, floor=floor, most=1.0, multiple=multiple, uniform=tuple(uniform), chunks=chunks
         )
 
     def also(self, other: Constraints, coupling: Coupling) -> Constraints:
@@ -261,6 +284,15 @@ class Constraints:
             multiple=dict(zip(names, multiples, strict=True)),
             chunks=dict(zip(names, map(math.lcm, one.chunks, two.chunks), strict=True)),
         )
+
+
+def _parts(coupling: Coupling, former: Labels, scope: int) -> tuple[tuple[int, ...], bool]:
+    """The former scopes of a scope's units, and whether these are runs of equal length, in the order of the units."""
+    units = np.flatnonzero(coupling.scope == scope)
+    scopes = former[units[np.argsort(coupling.index[units])]].tolist()
+    olds = tuple(dict.fromkeys(scopes))
+    even = scopes == [old for old in olds for _ in range(len(scopes) // len(olds))] and -1 not in olds
+    return tuple(old for old in olds if old >= 0), even
 
 
 def merged(groups: Iterable[Sequence[int]]) -> list[list[int]]:

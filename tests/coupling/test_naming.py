@@ -276,7 +276,7 @@ def test_a_glob_that_named_a_scope_does_not_turn_to_parameters_when_the_scope_is
     plan = tfx.Plan(whole, keep)
     after = tfx.couple(tfx.cut(params, plan), plan.spec)
     assert glob not in after.scopes
-    assert {*lasting.standing(after).on(after).multiples} == {1}
+    assert {*lasting.carried(plan, after).on(after).multiples} == {1}
 
 
 @functools.cache

@@ -196,9 +196,36 @@ def test_what_can_be_held_is_returned_and_computes_the_same(name):
 def test_pruning_like_a_module_gives_what_its_class_holds(name):
     module, x, params, spec = captured(name)
     batch = x, torch.arange(len(x))
-    steps = 1 if name == "transformer" else 2  # a scope that is down to one unit may change what others are called
-    small = tfx.prune(params, spec, iter([batch]), budget=tfx.Parameters(0.75), steps=steps, like=module)
+    small = tfx.prune(params, spec, iter([batch]), budget=tfx.Parameters(0.75), steps=2, like=module)
     assert_close(to_torch(*small, like=module)(x), tfx.apply(*small, x))
+
+
+def test_dimensions_that_become_one_scope_with_their_last_head_are_its_chunks():
+    """Of one key head, the layer's outputs are dimensions of queries, of keys and of values alone: one scope."""
+    _, _, params, spec = captured("transformer")
+    whole, (keys, values, heads) = tfx.couple(params, spec), (f"attention.1{x}" for x in
+        (".qkv: query/key dims", ": value dims", ".qkv: heads"))  # fmt: skip
+
+    def carried(cut, **constraints):
+        keep = np.ones(len(whole), bool)
+        for name, count in cut.items():
+            keep[np.flatnonzero(whole.scope == whole.scopes.index(name))[:count]] = False
+        plan = tfx.Plan(whole, keep)
+        after = tfx.couple(tfx.cut(params, plan), plan.spec)
+        scope = after.scopes.index("attention.1: head dims")
+        assert after.sizes[scope] == 8 - sum(cut.values()) + 1
+        lasting = tfx.Constraints(**constraints).lasting(whole).carried(plan, after)
+        rules = lasting.on(after)
+        held = bool(rules.protected[after.scope == scope].all())
+        return rules.chunks[scope], rules.multiples[scope], rules.floors[scope], held
+
+    assert carried({heads: 1}) == (1, 1, 1, False)
+    assert carried({heads: 1}, uniform=[(keys, values)]) == (2, 2, 2, False)
+    assert carried({heads: 1}, multiple={values: 2}) == (2, 4, 2, False)
+    assert carried({heads: 1}, floor={keys: 3}) == (2, 2, 6, False)
+    assert carried({heads: 1}, protect=values)[3]
+    assert carried({heads: 1, keys: 2}, floor={values: 2})[3], "runs of unequal lengths are no chunks"
+    assert carried({heads: 1}, uniform=[(keys, "attention.0.qkv: query/key dims")])[3], "half of a scope is none"
 
 
 def test_constraints_are_no_stricter_than_they_need_to_be():

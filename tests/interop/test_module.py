@@ -341,6 +341,25 @@ def test_parameters_that_are_not_captured_are_said_and_never_left_at_their_old_s
     assert_close(out(X), tfx.apply(*small, X))
 
 
+@pytest.mark.parametrize("by", [2, 2.5, True, None, "twice", "x"])
+def test_sizes_stay_open_beside_arguments_that_are_no_tensors(by):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Conv1d(3, 2, 1)
+
+        def forward(self, x, by=1.0, *, parts=None):
+            x = self.a(x) * (by if isinstance(by, (int, float)) else 2 if by is None else 3)
+            return x * parts["factor"]
+
+    module, x = Scaled().eval(), torch.randn(2, 3, 7)
+    given = {"by": by, "parts": {"factor": 3}}
+    params, spec = from_torch(module, x, example_kwargs=given)
+    assert spec.input_layers["x"].ranges == ((3, 3, 1), (1, None, 1))
+    longer = torch.randn(2, 3, 9)
+    assert_close(tfx.apply(params, spec, longer), module(longer, **given))
+
+
 class Reads(nn.Module):
     """Tokens, with a mask of whole numbers and one of truth values, one of them by name alone."""
 
@@ -361,6 +380,7 @@ def test_the_class_of_a_network_of_tokens_is_proven_without_an_example():
     dtypes = {node.name: node.layer.dtype for node in spec.inputs}
     assert list(dtypes.values()) == ["int64", "int64", "bool", None]
     assert {node.name: node.layer.dtype for node in spec.at(*[(7,)] * 4).inputs} == dtypes
+    assert {layer.ranges for layer in spec.input_layers.values()} == {((1, None, 1),)}
     small = halved(params, spec)
     for out in (to_torch(*small, like=module), to_torch(*small, like=module, example_inputs=ids, example_kwargs=given)):
         assert type(out) is Reads

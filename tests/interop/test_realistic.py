@@ -49,7 +49,6 @@ def error(values, expected):
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
 
 
-@pytest.mark.xfail(strict=False, reason="not every network of the table is proven to do this yet")
 @each
 @torch.no_grad()
 def test_it_computes_at_other_sizes_what_the_module_does(name):
@@ -62,7 +61,6 @@ def test_it_computes_at_other_sizes_what_the_module_does(name):
         assert error(plain(**inputs), expected) < TOLERANCE
 
 
-@pytest.mark.xfail(strict=False, reason="not every network of the table is proven to do this yet")
 @each
 @torch.no_grad()
 def test_cut_by_half_it_computes_at_other_sizes_what_its_gates_say(name):
@@ -79,20 +77,33 @@ def test_cut_by_half_it_computes_at_other_sizes_what_its_gates_say(name):
         assert error(plain(**inputs), gated) < TOLERANCE
 
 
-@pytest.mark.xfail(strict=False, reason="not every network of the table is proven to do this yet")
+def exported(module, inputs):
+    """A program of torch.export with all sizes free that torch leaves free."""
+    free = {key: [torch.export.Dim.AUTO] * x.ndim for key, x in inputs.items()}
+    return torch.export.export(module, (), inputs, dynamic_shapes=free).module()
+
+
+def takes(program, inputs):
+    try:
+        program(**inputs)
+    except AssertionError as error:
+        assert "Guard failed" in str(error)
+        return False
+    return True
+
+
 @each
 @torch.no_grad()
-def test_what_comes_out_is_exported_again_with_free_sizes(name):
+def test_what_comes_out_is_exported_again_with_the_sizes_of_the_modules_own_export(name):
     small, plan = halved(name)
-    first = given(name, 0)
-    free = {key: [torch.export.Dim.AUTO] * x.ndim for key, x in first.items()}
-    program = torch.export.export(tfx.to_torch(small, plan.spec), (), first, dynamic_shapes=free).module()
-    for size in range(SIZES):
-        inputs = given(name, size)
+    own = exported(captured(name)[0], given(name, 0))
+    program = exported(tfx.to_torch(small, plan.spec), given(name, 0))
+    taken = [inputs for inputs in (given(name, size) for size in range(SIZES)) if takes(own, inputs)]
+    assert len(taken) > 1
+    for inputs in taken:
         assert error(program(**inputs), tfx.apply(small, plan.spec, inputs)) < TOLERANCE
 
 
-@pytest.mark.xfail(strict=False, reason="not every network of the table is proven to do this yet")
 @pytest.mark.parametrize("name", ["U-Net that pads", "Demucs", "HiFi-GAN", "causal language model"])
 def test_the_units_are_the_same_whatever_the_size_it_is_captured_at(name):
     module, params, spec = captured(name)
@@ -118,7 +129,6 @@ def astray(outputs, generator):
     )
 
 
-@pytest.mark.xfail(strict=False, reason="not every network of the table is proven to do this yet")
 @each
 def test_pruned_by_half_on_two_sizes_it_learns_on_both(name):
     module, params, spec = captured(name)
@@ -135,7 +145,7 @@ def test_pruned_by_half_on_two_sizes_it_learns_on_both(name):
             return [distance(student(**x), y).item() for x, y in batches]
 
     before = losses()
-    optimizer = torch.optim.Adam([p for p in student.parameters() if p.requires_grad], lr=2e-4)
+    optimizer = torch.optim.Adam([p for p in student.parameters() if p.requires_grad], lr=1e-3)
     for step in range(16):
         inputs, targets = batches[step % len(batches)]
         optimizer.zero_grad()
@@ -146,7 +156,6 @@ def test_pruned_by_half_on_two_sizes_it_learns_on_both(name):
     assert [y.shape for y in tensors(student(**inputs))] == [y.shape for y in tensors(module(**inputs))]
 
 
-@pytest.mark.xfail(strict=False, reason="not every network of the table is proven to do this yet")
 @pytest.mark.parametrize("name", ["U-Net that resizes", "HiFi-GAN", "causal language model"])
 @torch.no_grad()
 def test_it_goes_to_onnx_with_free_sizes(name, tmp_path):

@@ -13,7 +13,7 @@ import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
 from enum import Enum
 from functools import partial
 from typing import Any, Protocol, TypeGuard, TypeVar
@@ -152,18 +152,19 @@ def _opened(
     """Capture with as many sizes left open as possible; with ``fixed``, only the number of examples."""
     # An example of one would be taken for a constant: two of it say the same.
     several = _each_tensor(lambda x: x.repeat(2, *[1] * (x.ndim - 1)) if len(x) == 1 else x, example)
-    cause = ""
+    causes: dict[Axis, str] = {}
+    for opened in () if fixed else (_Open.SIZES, _Open.LONGER):
+        try:
+            return _network(twin, several, opened, module, outputs)
+        except OutputsError:
+            raise
+        except Exception as error:  # the next try raises it again, unless the open sizes were its cause
+            causes = dict.fromkeys(_axes(several), f"{_first_line(error):.200}")
     try:
-        if not fixed:
-            return _network(twin, several, _Open.SIZES, module, outputs)
-    except OutputsError:
-        raise
-    except Exception as error:  # the next try raises it again, unless the open sizes were its cause
-        cause = f"{_first_line(error):.200}"
-    try:
-        params, spec = _network(twin, several, _Open.EXAMPLES, module, outputs)
-        causes = {name: {"causes": (cause,) * len(layer.ranges)} for name, layer in spec.input_layers.items() if cause}
-        return params, spec.declared(causes)
+        for some in _fewer(twin, several, causes) if causes else ():
+            with suppress(Exception):
+                return _held(_network(twin, several, some, module, outputs), causes)
+        return _held(_network(twin, several, frozenset(), module, outputs), causes)
     except OutputsError:
         raise
     except Exception as error:  # torch.export raises whatever the module's own code raises
@@ -182,6 +183,37 @@ def _opened(
             params, spec = network
             return params, spec.declared({node.name: {"apart": True} for node in spec.inputs})
         return network
+
+
+def _fewer(twin: nn.Module, example: Example, causes: dict[Axis, str]) -> Iterator[frozenset[Axis]]:
+    """The axes that can be open by themselves: all of them, then one at a time; the others' errors become causes."""
+    alone: list[Axis] = []
+    for axis in causes if len(causes) > 1 else ():
+        try:
+            _export(twin.eval(), example, frozenset({axis}))
+            alone.append(axis)
+        except Exception as error:  # whatever the module's own code raises
+            causes[axis] = f"{_first_line(error):.200}"
+    yield from dict.fromkeys([frozenset(alone), *(frozenset({axis}) for axis in alone)])
+
+
+def _held(network: tuple[Params, Spec], causes: Mapping[Axis, str]) -> tuple[Params, Spec]:
+    """A network whose inputs say why their axes are held at one size, where nothing is known by now."""
+    params, spec = network
+    fields = {}
+    for k, (name, layer) in enumerate(spec.input_layers.items()):
+        known = layer.causes or ("",) * len(layer.ranges)
+        lines = [
+            line or causes.get((k, axis), "") * (least == most)
+            for axis, (line, (least, most, _)) in enumerate(zip(known, layer.ranges, strict=True), 1)
+        ]
+        fields[name] = {"causes": tuple(lines) if any(lines) else ()}
+    return params, spec.declared(fields)
+
+
+def _axes(example: Example) -> list[Axis]:
+    """The axes of all tensors, but for those of the examples."""
+    return [(k, axis) for k, x in enumerate(_tensors(example)) for axis in range(1, x.ndim)]
 
 
 def _separates(twin: nn.Module, several: Example) -> bool:
@@ -215,11 +247,22 @@ class _Norm(Protocol):
 
 
 class _Open(Enum):
-    """What a capture leaves open: every size that the module leaves open, the number of examples, or nothing."""
+    """What a capture leaves open: every size that the module leaves open, or nothing, not even the number of examples.
+
+    A size of one is then like any other, so that torch.export asks and fixes little; or, where that leaves sizes
+    unknown, all are taken for two or more.
+    """
 
     SIZES = "sizes"
-    EXAMPLES = "examples"
+    LONGER = "sizes of two or more"
     NOTHING = "nothing"
+
+
+Axis = tuple[int, int]
+"""An axis of the k-th tensor of an example."""
+
+Opened = _Open | frozenset[Axis]
+"""What a capture leaves open, besides the number of examples."""
 
 
 def _arguments(inputs: object, kwargs: Mapping[str, object] | None) -> Example:
@@ -249,7 +292,7 @@ def _leave_cache(module: nn.Module, kwargs: Mapping[str, object]) -> None:
 
 
 def _network(
-    twin: nn.Module, example: Example, opened: _Open, module: nn.Module, outputs: Wanted
+    twin: nn.Module, example: Example, opened: Opened, module: nn.Module, outputs: Wanted
 ) -> tuple[Params, Spec]:
     """Capture the twin of a module, in inference and in training."""
     names = {id(leaf): path for path, leaf in twin.named_buffers()}
@@ -269,7 +312,7 @@ def _network(
         twin.eval()
         for part in tracked.values():
             part.momentum = None
-    with torch.no_grad(), _quiet(), _one_or_more():
+    with torch.no_grad(), _quiet(), _like_any(opened):
         program = program.run_decompositions({})
     alone = opened is _Open.NOTHING
     params, spec = Reader(program, alone=alone, cumulative=frozenset(tracked), wanted=outputs).read(module)
@@ -333,13 +376,13 @@ def _refuse(module: nn.Module, example: Example) -> None:
         raise CaptureError(f"from_torch cannot take {type(module).__name__}:\n  " + "\n  ".join(errors))
 
 
-def _export(module: nn.Module, example: Example, opened: _Open) -> ExportedProgram:
+def _export(module: nn.Module, example: Example, opened: Opened) -> ExportedProgram:
     """The module as a graph."""
     shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
-    for tensor in _tensors(example) if opened is not _Open.NOTHING else ():
-        axes = range(tensor.ndim) if opened is _Open.SIZES else range(1)
-        shapes[tensor] = {k: Dim.AUTO if k else Dim.DYNAMIC for k in axes}
-    with torch.no_grad(), _quiet(), Plain(), _open_length(module), _one_or_more():
+    axes = opened if isinstance(opened, frozenset) else _axes(example)
+    for k, tensor in enumerate(_tensors(example) if opened is not _Open.NOTHING else ()):
+        shapes[tensor] = {0: Dim.DYNAMIC} | {axis: Dim.AUTO for n, axis in axes if n == k}
+    with torch.no_grad(), _quiet(), Plain(), _open_length(module), _like_any(opened):
         return torch.export.export(module, *example, dynamic_shapes=shapes, strict=False)
 
 
@@ -358,13 +401,10 @@ def _open_length(module: nn.Module) -> Iterator[None]:
             del space["len"]
 
 
-def _one_or_more() -> AbstractContextManager[None]:
-    """Have torch.export treat a size of one like any other, as far as it can: it then asks, and fixes, far less.
-
-    `proven` runs the network at a size of one before it takes it.
-    """
-    config = torch.fx.experimental._config
-    known = hasattr(config, "backed_size_oblivious")
+def _like_any(opened: Opened) -> AbstractContextManager[None]:
+    """Have torch.export treat a size of one like any other, where it is asked to; `proven` runs the network there."""
+    config: Any = torch.fx.experimental._config
+    known = opened is _Open.SIZES and hasattr(config, "backed_size_oblivious")
     patched: AbstractContextManager[None] = config.patch(backed_size_oblivious=True) if known else nullcontext()
     return patched
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from taylorfx.internals import pytree
-from taylorfx.interop.calls import bind, example_of, interface_of
+from taylorfx.interop.calls import bind, interface_of
 from taylorfx.layers import ShapeError
 from taylorfx.layers.sizes import Formula, axes_of, value
 from taylorfx.network.run import apply
@@ -46,11 +47,13 @@ def proven(params: Params, spec: Spec, module: nn.Module, args: Sequence[object]
     }
     if not open_axes:
         return spec
-    inputs = bind(interface_of(spec), tuple(args), kwargs)
+    # A tensor that is two arguments becomes two, which may then have sizes of their own.
+    example = pytree.tree_map(lambda x: x.view_as(x) if isinstance(x, Tensor) else x, (tuple(args), dict(kwargs)))
+    trial = _Trial(params, module, example, bind(interface_of(spec), *example))
     state = torch.get_rng_state()
     try:
-        spec = _without_exceptions(params, spec, module, inputs)
-        if (other := _other(spec)) and _agree(params, spec, module, _resized(inputs, other)) is False:
+        spec = _without_exceptions(trial, spec)
+        if (other := _other(spec)) and trial.agree(spec, other) is False:
             LOG.warning(
                 "%s: at %s the captured network differs; its sizes stay the example's", type(module).__name__, other
             )
@@ -58,14 +61,14 @@ def proven(params: Params, spec: Spec, module: nn.Module, args: Sequence[object]
         single = {axis: 1 for axis, least in open_axes.items() if least == 2}
         for chosen in (single, *({axis: 1} for axis in single if len(single) > 1)):
             wider = _from_one(spec, chosen)
-            if chosen and _agree(params, wider, module, _resized(inputs, chosen)):
+            if chosen and trial.agree(wider, chosen):
                 return wider
     finally:
         torch.set_rng_state(state)
     return spec
 
 
-def _without_exceptions(params: Params, spec: Spec, module: nn.Module, inputs: Mapping[str, Tensor]) -> Spec:
+def _without_exceptions(trial: _Trial, spec: Spec) -> Spec:
     """The network without the guards that leave sizes out at which it computes what the module does all the same.
 
     torch.export notes, for example, that a cut goes up to the end of an axis, which changes nothing.
@@ -73,24 +76,41 @@ def _without_exceptions(params: Params, spec: Spec, module: nn.Module, inputs: M
     for guard in [guard for guard in spec.guards if isinstance(guard, tuple) and guard[0] == "!="]:
         wider = replace(spec, guards=tuple(x for x in spec.guards if x != guard))
         left_out = _other(wider, violating=guard)
-        if left_out and _agree(params, wider, module, _resized(inputs, left_out)):
+        if left_out and trial.agree(wider, left_out):
             spec = wider
     return spec
 
 
-def _agree(params: Params, spec: Spec, module: nn.Module, inputs: Mapping[str, Tensor]) -> bool | None:
-    """Whether both give the same; None where one of them does not take the inputs."""
-    args, kwargs = example_of(interface_of(spec), inputs)
-    try:
-        with torch.no_grad():
-            torch.manual_seed(0)
-            expected = _tensors(module(*args, **kwargs))
-            torch.manual_seed(0)
-            received = _tensors(apply(params, spec, inputs))
-    except Exception:  # whatever the module's own code raises
-        return None
-    # The network may give out less, and in another order.
-    return all(any(_close(one, other) for one in expected) for other in received)
+class _Trial(NamedTuple):
+    """A module that is compared with its network.
+
+    Attributes:
+        module: in inference mode.
+        example: the arguments it was captured with, by position and by name. What is no tensor stays as it is: a number
+            is part of the network, also where it is not the default of ``forward``.
+        inputs: the tensors among them by the names of the Input nodes.
+    """
+
+    params: Params
+    module: nn.Module
+    example: tuple[tuple[object, ...], dict[str, object]]
+    inputs: Mapping[str, Tensor]
+
+    def agree(self, spec: Spec, sizes: Sizes) -> bool | None:
+        """Whether both give the same at these sizes; None where one of them does not take them."""
+        inputs = _resized(self.inputs, sizes)
+        new = {id(x): inputs[name] for name, x in self.inputs.items()}
+        args, kwargs = pytree.tree_map(lambda x: new.get(id(x), x), self.example)
+        try:
+            with torch.no_grad():
+                torch.manual_seed(0)
+                expected = _tensors(self.module(*args, **kwargs))
+                torch.manual_seed(0)
+                received = _tensors(apply(self.params, spec, inputs))
+        except Exception:  # whatever the module's own code raises
+            return None
+        # The network may give out less, and in another order.
+        return all(any(_close(one, other) for one in expected) for other in received)
 
 
 def _close(one: Tensor, other: Tensor) -> bool:

@@ -52,9 +52,9 @@ class Reader:
         self.program, self.wanted = program, wanted
         self.convert = Convert(alone=alone, cumulative=cumulative)
         self.placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
-        inputs = [self.placeholders[name] for name in program.graph_signature.user_inputs if isinstance(name, str)]
-        self.inputs = [node for node in inputs if isinstance(node.meta.get("val"), Tensor)]
-        """The tensors that the module takes; numbers and None are in the graph."""
+        arguments = [x.arg for x in program.graph_signature.input_specs if x.kind is InputKind.USER_INPUT]
+        self.inputs = [self.placeholders[arg.name] for arg in arguments if isinstance(arg, TensorArgument)]
+        """The tensors that the module takes; numbers, strings and None are in the graph."""
         self.sizes = Sizes(program, self.inputs)
 
     def read(self, module: nn.Module) -> tuple[Params, Spec]:
