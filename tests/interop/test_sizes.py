@@ -217,6 +217,29 @@ def test_the_line_that_holds_an_axis_is_said_and_open_axes_can_be_demanded():
     assert [least == most for least, most, _ in fixed.inputs[0].layer.ranges] == [True] * 3
 
 
+class Looked(nn.Module):
+    """Looks its rows up by the height, which is no symbol for long; words may be of any length."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(2, 4, 3, padding=1), nn.Linear(3, 4)
+        self.tables = {6: torch.ones(6, 1), 8: torch.arange(8.0)[:, None]}
+
+    def forward(self, x, words):
+        return (self.a(x) * self.tables[x.shape[2]]).mean((2, 3))[:, None] + self.b(words)
+
+
+def test_axes_that_can_be_open_by_themselves_are_so_where_others_cannot():
+    module = Looked().double().eval()
+    words = torch.randn(3, 9, 3, dtype=torch.float64)
+    params, spec = from_torch(module, (image((8, 8)), words[:, :4]))
+    assert_close(tfx.apply(params, spec, image((8, 9)), words), module(image((8, 9)), words), **CLOSE)
+    with pytest.raises(ShapeError, match=r"x: axis 2 takes size 8, received 6 \(held by .*hash"):
+        tfx.apply(params, spec, image((6, 9)), words)
+    with pytest.raises(CaptureError, match=r"x\.2: it is held at 8 by .*hash"):
+        from_torch(module, (image((8, 8)), words), sizes=["x.2", "x.3", "words.1"])
+
+
 @each
 def test_a_file_keeps_the_formulas(name):
     module, params, spec = caught(name)

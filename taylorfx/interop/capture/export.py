@@ -9,11 +9,9 @@ A module that is made for a fixed number of examples is captured for one at a ti
 
 from __future__ import annotations
 
-import io
-import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from enum import Enum
 from functools import partial
 from typing import Any, Protocol, TypeGuard, TypeVar
@@ -28,7 +26,7 @@ from taylorfx.interop.calls import bind, dotted, interface_of, off_path
 from taylorfx.interop.capture.optional import Call, merge
 from taylorfx.interop.capture.proof import proven
 from taylorfx.interop.capture.reader import CaptureError, OutputsError, Reader, Wanted
-from taylorfx.interop.capture.symbols import Plain
+from taylorfx.interop.capture.tracing import quiet, tracing
 from taylorfx.interop.capture.training import Difference, align, twin
 from taylorfx.network.spec import Spec
 from taylorfx.progress import LOG
@@ -225,7 +223,7 @@ def _separates(twin: nn.Module, several: Example) -> bool:
 
     count = len(_tensors(several)[0])
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), quiet():
             whole = run(several)
             parts = [run(_each_tensor(partial(_only, k), several)) for k in range(count)]
             joined = [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
@@ -312,7 +310,7 @@ def _network(
         twin.eval()
         for part in tracked.values():
             part.momentum = None
-    with torch.no_grad(), _quiet(), _like_any(opened):
+    with tracing(twin, alike=opened is _Open.SIZES):
         program = program.run_decompositions({})
     alone = opened is _Open.NOTHING
     params, spec = Reader(program, alone=alone, cumulative=frozenset(tracked), wanted=outputs).read(module)
@@ -382,56 +380,15 @@ def _export(module: nn.Module, example: Example, opened: Opened) -> ExportedProg
     axes = opened if isinstance(opened, frozenset) else _axes(example)
     for k, tensor in enumerate(_tensors(example) if opened is not _Open.NOTHING else ()):
         shapes[tensor] = {0: Dim.DYNAMIC} | {axis: Dim.AUTO for n, axis in axes if n == k}
-    with torch.no_grad(), _quiet(), Plain(), _open_length(module), _like_any(opened):
+    with tracing(module, alike=opened is _Open.SIZES):
         return torch.export.export(module, *example, dynamic_shapes=shapes, strict=False)
-
-
-@contextmanager
-def _open_length(module: nn.Module) -> Iterator[None]:
-    """Let ``len(x)`` in the module's own code be ``x.shape[0]``, a symbol: Python's ``len`` is a plain number."""
-    codes = [getattr(type(part).forward, "__globals__", {}) for part in module.modules()]
-    spaces = {id(space): space for space in codes if not str(space.get("__name__", "torch.")).startswith("torch.")}
-    changed = [space for space in spaces.values() if "len" not in space]
-    for space in changed:
-        space["len"] = _length
-    try:
-        yield
-    finally:
-        for space in changed:
-            del space["len"]
-
-
-def _like_any(opened: Opened) -> AbstractContextManager[None]:
-    """Have torch.export treat a size of one like any other, where it is asked to; `proven` runs the network there."""
-    config: Any = torch.fx.experimental._config
-    known = opened is _Open.SIZES and hasattr(config, "backed_size_oblivious")
-    patched: AbstractContextManager[None] = config.patch(backed_size_oblivious=True) if known else nullcontext()
-    return patched
-
-
-def _length(x: Sized) -> Any:
-    return x.shape[0] if isinstance(x, Tensor) and x.ndim else len(x)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torch's warnings and log about what the caller is told in one error."""
-    log = logging.getLogger("torch")
-    level = log.level
-    log.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.setLevel(level)
 
 
 def _causes(module: nn.Module, example: Example, error: Exception) -> str:
     """Why a module cannot be captured: every cause with its line, as far as torch finds them."""
     lines: list[str] = []
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), quiet():
             report: Any = torch.export.draft_export(module, *example, strict=False)._report  # type: ignore[attr-defined]
         files = file_names()
         for failure in report.failures:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import itertools
 import math
 import re
-import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -29,10 +28,10 @@ from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.node import Argument
 from torch.utils._sympy.numbers import int_oo
-from torch.utils._sympy.printers import PythonPrinter
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 from taylorfx.interop.capture.formulas import Unwritten, floor_div, formula_of
+from taylorfx.interop.capture.guards import in_steps, lines_of, of_values, predicate
 from taylorfx.interop.capture.symbols import SYMBOLIC, Open, OpenRatio, Symbolic, opened
 from taylorfx.interop.capture.symbols import expression as size_expression
 from taylorfx.layers import Layer, Shape
@@ -239,7 +238,7 @@ class Sizes:
         for expression in axes:  # an axis of several symbols: the parts cannot be told from its size
             if len(expression.free_symbols) > 1:
                 chosen -= expression.free_symbols
-        guards = [self._replaced(guard.expr) for guard in self.env.guards if _of_values(guard)] if chosen else []
+        guards = [self._replaced(guard.expr) for guard in self.env.guards if of_values(guard)] if chosen else []
         free: dict[sympy.Symbol, Range] = {}
         kept: list[sympy.Basic] = []
         for s in chosen:
@@ -263,12 +262,7 @@ class Sizes:
 
     def causes(self) -> dict[str, tuple[str, ...]]:
         """For every axis of every input, but for axis 0, the line that holds it at one size, where torch knows it."""
-        lines: dict[sympy.Basic, str] = {}
-        for guard in self.env.guards:
-            place = guard.sloc.framework_loc
-            if isinstance(guard.expr, sympy.Eq) and isinstance(place, traceback.FrameSummary):
-                file = place.filename.rpartition("/")[2]
-                lines.setdefault(guard.expr.lhs, f"{file}:{place.lineno} in {place.name}")
+        lines = lines_of(self.env)
         held: dict[tuple[str, int], str] = {}
         for symbol, sources in self.env.var_to_sources.items():
             for source in sources if symbol in lines else ():
@@ -333,9 +327,9 @@ class Sizes:
         tried = range(least, min(here + _SCANNED, most or here + _SCANNED) + 1)
         taken, said, kept = [*tried], list[Callable[[int], bool]](), list[sympy.Basic]()
         for guard in guards:
-            holds = _predicate(symbol, guard)
+            holds = predicate(symbol, guard)
             left = [n for n in taken if holds(n)]
-            if _in_steps(left):
+            if in_steps(left):
                 taken = left
                 said.append(holds)
             else:
@@ -391,45 +385,8 @@ class Sizes:
         return tried > 0 or not chosen
 
 
-def _predicate(symbol: sympy.Symbol, guard: sympy.Basic) -> Callable[[int], bool]:
-    """A guard on one symbol as a function of its size."""
-    told = eval(f"lambda {symbol}: {PythonPrinter().doprint(guard)}", {"math": math, "torch": torch})
-
-    def holds(size: int) -> bool:
-        try:
-            return bool(told(size))
-        except ArithmeticError:
-            return False
-
-    return holds
-
-
-def _in_steps(sizes: Sequence[int]) -> bool:
-    """Whether sizes follow each other in equal steps.
-
-    >>> _in_steps([8, 16, 24]), _in_steps([8, 9, 11])
-    (True, False)
-    """
-    return len({b - a for a, b in itertools.pairwise(sizes)}) <= 1
-
-
-def _of_values(guard: Any) -> bool:
-    """Whether a guard is about values, not about where they lie in memory, which a network does not fix.
-
-    Nor about a size of one among tensors that broadcast: a network broadcasts as torch does.
-    """
-    place = guard.sloc.framework_loc
-    if not isinstance(place, traceback.FrameSummary):
-        return True
-    alone = isinstance(guard.expr, sympy.Ne) and guard.expr.rhs == 1
-    return not _LAYOUT.search(place.name) and not (alone and place.name == "_broadcast_shapes")
-
-
 _AXIS = re.compile(r"L\['(?P<name>\w+)'\]\.size\(\)\[(?P<axis>\d+)\]")
 """What torch calls an axis of an argument."""
-
-_LAYOUT = re.compile("contiguous|stride|channels_last|non_overlapping|memory_format|_reshape_view")
-"""Functions of torch that ask how tensors lie in memory."""
 
 
 def _quotient(expression: sympy.Expr, symbols: Iterable[sympy.Symbol]) -> sympy.Expr:

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import sympy
 import torch
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from taylorfx.interop.capture.formulas import floor_div, modulo
 
-__all__ = ["SYMBOLIC", "Open", "OpenRatio", "Plain", "Symbolic", "expression", "opened"]
+__all__ = ["SYMBOLIC", "Open", "OpenRatio", "Symbolic", "expression", "opened"]
 
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 Symbolic = torch.SymInt | torch.SymFloat | torch.SymBool
 """torch's numbers that stand for several."""
-
-_OPERATIONS = 60
-"""The longest size that is followed, in operations."""
 
 
 class Open(int):
@@ -89,27 +84,6 @@ def _power(self: Open, power: float) -> OpenRatio:
 
 
 Open.__pow__ = _power  # type: ignore[assignment, method-assign]
-
-
-class Plain(TorchFunctionMode):
-    """Ends an export in which sizes become long expressions: torch then reasons for minutes about each of them.
-
-    Raises:
-        OverflowError: within the export.
-    """
-
-    def __torch_function__(
-        self,
-        function: Callable[..., object],
-        types: Sequence[type],
-        args: Sequence[object] = (),
-        kwargs: Mapping[str, object] | None = None,
-    ) -> object:
-        result = function(*args, **(kwargs or {}))
-        for n in result.shape if isinstance(result, Tensor) else ():
-            if isinstance(n, torch.SymInt) and n.node.expr.count_ops() > _OPERATIONS:
-                raise OverflowError(f"a size of {n}")
-        return result
 
 
 def expression(size: object) -> sympy.Expr:

@@ -1,0 +1,134 @@
+"""What surrounds a run of torch.export: sizes stay symbols as far as they can; the line that fixes one is known."""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+import sysconfig
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.fx.experimental._config
+from torch import Tensor, nn
+from torch.fx.experimental import symbolic_shapes
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["quiet", "tracing"]
+
+_OPERATIONS = 60
+"""The longest size that is followed, in operations."""
+
+_OURS = tuple(f"{Path(module.__file__ or '').parent}/" for module in (torch, sys.modules["taylorfx"]))
+"""Where torch's code and ours lies."""
+
+_STANDARD = ("<", sysconfig.get_path("stdlib"))
+"""Where Python's own code lies, and what lies in no file."""
+
+
+@contextmanager
+def tracing(module: nn.Module, *, alike: bool) -> Iterator[None]:
+    """Trace a module with open sizes.
+
+    Args:
+        module: the one that is traced.
+        alike: have torch.export treat a size of one like any other, as far as it can: it then asks, and fixes, far
+            less. `taylorfx.interop.capture.proof.proven` runs the network at a size of one before it takes it.
+    """
+    config: Any = torch.fx.experimental._config
+    options = {"backed_size_oblivious": True} if alike and hasattr(config, "backed_size_oblivious") else {}
+    with torch.no_grad(), quiet(), _Short(), _open_length(module), config.patch(options), _user_lines():
+        yield
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without torch's warnings and log about what the caller is told in one error."""
+    log = logging.getLogger("torch")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
+
+
+class _Short(TorchFunctionMode):
+    """Ends an export in which sizes become long expressions: torch then reasons for minutes about each of them.
+
+    Raises:
+        OverflowError: within the export.
+    """
+
+    def __torch_function__(
+        self,
+        function: Callable[..., object],
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        result = function(*args, **(kwargs or {}))
+        for n in result.shape if isinstance(result, Tensor) else ():
+            if isinstance(n, torch.SymInt) and n.node.expr.count_ops() > _OPERATIONS:
+                raise OverflowError(f"a size of {n}")
+        return result
+
+
+@contextmanager
+def _open_length(module: nn.Module) -> Iterator[None]:
+    """Let ``len(x)`` in the module's own code be ``x.shape[0]``, a symbol: Python's ``len`` is a plain number."""
+    codes = [getattr(type(part).forward, "__globals__", {}) for part in module.modules()]
+    spaces = {id(space): space for space in codes if not str(space.get("__name__", "torch.")).startswith("torch.")}
+    changed = [space for space in spaces.values() if "len" not in space]
+    for space in changed:
+        space["len"] = _length
+    try:
+        yield
+    finally:
+        for space in changed:
+            del space["len"]
+
+
+def _length(x: Sized) -> Any:
+    return x.shape[0] if isinstance(x, Tensor) and x.ndim else len(x)
+
+
+@contextmanager
+def _user_lines() -> Iterator[None]:
+    """Have every guard know the line of the user's code that led to it."""
+    if not hasattr(ShapeEnv, "_get_sloc"):
+        yield
+        return
+    original: Any = ShapeEnv._get_sloc
+    passed_over = {*symbolic_shapes.uninteresting_files(), __file__}  # when torch looks for its own line
+
+    def located(env: ShapeEnv, framework_loc: str | None = None) -> Any:
+        place = original(env, framework_loc)
+        return replace(place, maybe_user_loc=_user_line(sys._getframe(1)) or place.maybe_user_loc)
+
+    with (
+        mock.patch.object(ShapeEnv, "_get_sloc", located),
+        mock.patch.object(symbolic_shapes, "uninteresting_files", return_value=passed_over),
+    ):
+        yield
+
+
+def _user_line(frame: FrameType | None) -> str:
+    """``"net.py:31 in forward"``, of the innermost frame that is neither torch's nor ours."""
+    while frame is not None and frame.f_code.co_name != "from_torch":
+        file = frame.f_code.co_filename
+        standard = file.startswith(_STANDARD) and "-packages/" not in file
+        if not standard and not file.startswith(_OURS):
+            return f"{file.rpartition('/')[2]}:{frame.f_lineno} in {frame.f_code.co_name}"
+        frame = frame.f_back
+    return ""
