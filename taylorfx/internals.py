@@ -7,6 +7,8 @@ Tested with torch 2.13. For each, what is public does not do:
 - ``_SingleLevelFunction``: an autograd function at the cost of one, see `Function`.
 - ``OpOverload`` and the list of schemas: operators that a network names are looked up without running any code.
 - ``torch._logging.structured``: the file names behind the numbers in a report of ``torch.export``.
+- ``_optimizer_*_hooks``, ``_opt_called``: an optimizer that takes the place of another one keeps its hooks, and
+  schedulers see that it has stepped.
 - ``torch.utils._pytree``: the trees of arguments and results that ``torch.export`` itself makes.
 
 One more is kept where it is used, in `taylorfx.interop.capture.sizes`, which is imported when a module is captured:
@@ -24,9 +26,12 @@ from torch._C import _functorch
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch._ops import OpOverload
 from torch.autograd.function import _SingleLevelFunction
+from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
-__all__ = ["Function", "OpOverload", "differentiated", "file_names", "pytree", "schemas", "vectorized", "wrapped"]
+__all__ = [
+    "Function", "OpOverload", "differentiated", "file_names", "follow", "pytree", "schemas", "vectorized", "wrapped",
+]  # fmt: skip
 
 
 def wrapped(x: Tensor) -> bool:
@@ -99,3 +104,12 @@ def schemas(name: str) -> Sequence[Schema]:
 def file_names() -> Mapping[int, str]:
     """The names of source files, by the numbers that stand for them in reports of ``torch.export``."""
     return {number: name for name, number in torch._logging.structured.INTERN_TABLE.items()}
+
+
+def follow(after: Optimizer, before: Optimizer) -> None:
+    """Give an optimizer the hooks of another one, and let schedulers know whether that one has stepped."""
+    for name, hooks in vars(before).items():
+        if name.startswith("_optimizer_") and name.endswith("_hooks"):
+            vars(after)[name].update(hooks)
+    if hasattr(before, "_opt_called"):
+        vars(after)["_opt_called"] = before._opt_called

@@ -18,6 +18,7 @@ from taylorfx.cutting.plan import Plan
 from taylorfx.functions import name_of, unfit
 from taylorfx.network.parameters import check
 from taylorfx.network.spec import Spec
+from taylorfx.progress import LOG
 from taylorfx.repair.batches import Batches, Repair
 from taylorfx.scoring.batches import Batch, each_batch
 from taylorfx.scoring.criterion import Criterion, Score, as_criterion
@@ -299,6 +300,7 @@ def _each(
             respected = lasting = lasting.carried(plan, coupling)
         plan = step.plan(params, coupling, asked, respected)
         params, spec = _mended(step.repair, step.batches, params, plan)
+        LOG.info("step %d: %r", k + 1, plan)
         trained = yield params, spec, plan
         if trained is not None:
             params = trained

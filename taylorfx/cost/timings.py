@@ -20,6 +20,7 @@ from taylorfx.layers import axes as language
 from taylorfx.network.bind import propagate
 from taylorfx.network.labels import Labeled, Labels, Ties, is_example, shape_of
 from taylorfx.network.spec import Node, Spec
+from taylorfx.progress import LOG
 
 __all__ = ["Timings"]
 
@@ -83,6 +84,7 @@ class Timings:
         key = layer, tuple(shapes)
         if key not in self.table:
             self.table[key] = self.measure(layer, shapes)
+            LOG.info("timings: %s of %s in %.1f us", layer, ", ".join(map(str, shapes)), self.table[key])
         return self.table[key]
 
     def measure(self, layer: Layer, shapes: Sequence[Shape]) -> float:

@@ -231,4 +231,9 @@ def fits(tree: Params, shapes: Mapping[str, Shape], what: str) -> None:
             received = type(leaf).__name__ if shape is None else tuple(shape)
             errors.append(f"{path}: expected {shapes[path]}, received {received}")
     if errors:
-        raise PlanError(f"{what} its own network's parameters; received:\n  " + "\n  ".join(errors))
+        advice = ""
+        if {"state", "param_groups"} <= tree.keys() and not shapes.keys() & flatten(tree).keys():
+            advice = (
+                "\nThis is the state of an optimizer of torch: taylorfx.interop.carry(optimizer, plan, ...) cuts it."
+            )
+        raise PlanError(f"{what} its own network's parameters; received:\n  " + "\n  ".join(errors) + advice)

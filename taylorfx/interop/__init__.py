@@ -6,6 +6,9 @@ from taylorfx.interop.capture.reader import CaptureError
 from taylorfx.interop.capture.rules import Value, rule
 from taylorfx.interop.like import LikeError
 from taylorfx.interop.module import to_torch
+from taylorfx.interop.optim import carry, reschedule
 from taylorfx.interop.trials import holdable
 
-__all__ = ["Call", "CaptureError", "LikeError", "Value", "from_torch", "holdable", "rule", "to_torch"]
+__all__ = [
+    "Call", "CaptureError", "LikeError", "Value", "carry", "from_torch", "holdable", "reschedule", "rule", "to_torch",
+]  # fmt: skip

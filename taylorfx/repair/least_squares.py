@@ -13,6 +13,7 @@ from taylorfx.cutting.plan import Plan
 from taylorfx.layers.roles import Mixing
 from taylorfx.network.run import Inputs, apply, bind_inputs, fitted
 from taylorfx.network.spec import Node, Spec
+from taylorfx.progress import LOG, bar
 from taylorfx.repair.batches import Batches, inputs_of
 from taylorfx.repair.readers import kept_channels, lost, sharing, shifted
 from taylorfx.tree import Params, flatten, merge, restrict, unflatten
@@ -68,6 +69,7 @@ def reconstruct(
     *,
     ridge: float = 1e-2,
     total: Callable[[LeastSquares], LeastSquares] | None = None,
+    progress: bool = False,
 ) -> tuple[Params, Spec]:
     """Cut, and choose the kept weights and biases so that every layer again computes what the original layer computed.
 
@@ -86,12 +88,14 @@ def reconstruct(
         batches: ``(inputs, targets)``, or an iterable of such; the targets are not looked at.
         ridge: how strongly weights are held where they were, in units of the mean variance of what is read; above 0.
         total: adds up the sums of several processes that each have batches of their own (`distributed.total`).
+        progress: draw a progress bar over the layers (needs rich).
 
     Returns:
         Parameters and spec of the smaller network.
 
     Raises:
         ValueError: for no batches or a ridge that is not above 0.
+        ImportError: if a progress bar is asked for without rich.
     """
     if not ridge > 0:
         raise ValueError(
@@ -100,21 +104,23 @@ def reconstruct(
     batch_inputs = list(inputs_of(batches))
     original, small, spec, losers = plan.coupling.spec, cut(params, plan), plan.spec, lost(plan)
     old, new = ([_Run(network, inputs) for inputs in batch_inputs] for network in (original, spec))
-    for group in sharing(original, "weight"):
-        names = [node.name for node, _ in group]
-        if not _joint(original, group) or not losers & original.upstream(names):
-            continue
-        sums: LeastSquares | None = None
-        for inputs, before, after in zip(batch_inputs, old, new, strict=True):
-            if len(names) > 1:  # later places consume what is not solved yet, which must not stay
-                before, after = _Run(original, inputs), _Run(spec, inputs)
-            for node, role in group:
-                x = after.value(small, spec, spec[node.name].inputs[0])
-                y = before.value(params, original, node.name)
-                part = _rows(plan, spec[node.name], node, role, x, y)
-                sums = part if sums is None else sums + part
-        assert sums is not None
-        small, spec = _solved(small, spec, names, sums if total is None else total(sums), ridge)
+    shared = [([node.name for node, _ in group], group) for group in sharing(original, "weight")]
+    mended = [(names, x) for names, x in shared if _joint(original, x) and losers & original.upstream(names)]
+    with bar(progress, "reconstruct", len(mended)) as advance:
+        for names, group in mended:
+            sums: LeastSquares | None = None
+            for inputs, before, after in zip(batch_inputs, old, new, strict=True):
+                if len(names) > 1:  # later places consume what is not solved yet, which must not stay
+                    before, after = _Run(original, inputs), _Run(spec, inputs)
+                for node, role in group:
+                    x = after.value(small, spec, spec[node.name].inputs[0])
+                    y = before.value(params, original, node.name)
+                    part = _rows(plan, spec[node.name], node, role, x, y)
+                    sums = part if sums is None else sums + part
+            assert sums is not None
+            small, spec = _solved(small, spec, names, sums if total is None else total(sums), ridge)
+            LOG.info("reconstruct: %s", ", ".join(names))
+            advance(1)
     return small, spec
 
 

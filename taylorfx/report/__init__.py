@@ -1,5 +1,6 @@
-"""Figures of what was measured, drawn by matplotlib."""
+"""Tables and figures of what was measured; figures are drawn by matplotlib."""
 
 from taylorfx.report.plots import plot_fidelity, plot_frontier
+from taylorfx.report.sweeps import Sweep, sweep
 
-__all__ = ["plot_fidelity", "plot_frontier"]
+__all__ = ["Sweep", "plot_fidelity", "plot_frontier", "sweep"]

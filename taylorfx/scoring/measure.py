@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import length_hint
 from typing import TYPE_CHECKING, NamedTuple
 
 import optree
@@ -32,6 +33,7 @@ from taylorfx.layers import ShapeError
 from taylorfx.layers.roles import Memory
 from taylorfx.network.run import Inputs, bind_inputs, evaluate, fitted
 from taylorfx.network.spec import Spec
+from taylorfx.progress import LOG, bar
 from taylorfx.rewrite.lean import lean
 from taylorfx.scoring.batches import Batches, Parted, Targets, each_batch, one_by_one, sliced
 from taylorfx.scoring.losses import Objective, Outputs, Unvectorized, refuse_flat
@@ -101,7 +103,7 @@ def measure(
         measurement: the loss, what is summed, and how the network is run; by default as `Measurement` says.
         options: the attributes of a `Measurement` as keywords instead: ``loss``, ``per_example``, ``split``,
             ``moments``, ``rows``, ``at_writes``, ``training``, ``around``, ``generator``, ``fold``,
-            ``channels_last``, ``micro_batch``.
+            ``channels_last``, ``micro_batch``, ``progress``.
 
     A network whose layers mix examples (``coupling.mixing``) is measured one example at a time, unless the loss is of
     the whole batch. A list without a batch, an empty share of the data, gives `Statistics.neutral`.
@@ -110,16 +112,20 @@ def measure(
         ValueError: for a used up iterator or empty batches, targets that do not match, losses that are not finite or
             do not change with the outputs, and what `Measurement` refuses. What the loss raises itself comes as it is.
         TypeError: for keywords that a `Measurement` does not have, or keywords beside one.
+        ImportError: if a progress bar is asked for without rich.
     """
     how = Measurement.of(measurement, options)
     run = _Scorer.of(params, spec, coupling, how)
     total, first = Statistics.neutral(coupling.names), None
     finite: list[Tensor] = []
-    for batch in each_batch(batches):
-        first = first or batch
-        scored = run(*batch)
-        finite.append(scored.losses.isfinite().all())
-        total = total + _summed(scored, coupling, how)
+    known = 1 if isinstance(batches, tuple) else length_hint(batches, 0)
+    with bar(how.progress, "measure", known) as advance:
+        for batch in each_batch(batches):
+            first = first or batch
+            scored = run(*batch)
+            finite.append(scored.losses.isfinite().all())
+            total = total + _summed(scored, coupling, how)
+            advance(1)
     if first is None:
         if isinstance(batches, Iterator):
             raise ValueError("There is nothing to measure: received no batch. Was the iterator already used up?")
@@ -128,6 +134,7 @@ def measure(
     if len(coupling):
         whole = how.objective.parted(*first, spec)
         refuse_flat(how.objective, params, spec, whole, total.sum_abs.max() / total.n, total.loss / total.n)
+    LOG.info("measure: %r", total)
     return replace(total, networks=(fingerprint(params, coupling),))
 
 

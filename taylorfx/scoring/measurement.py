@@ -40,6 +40,7 @@ class MeasurementOptions(ObjectiveOptions, total=False):
     fold: bool
     channels_last: bool | None
     micro_batch: int | None
+    progress: bool
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class Measurement:
         channels_last: run images that convolutions read in ``torch.channels_last`` memory; by default the private copy
             does so on a CPU, where it is faster.
         micro_batch: run at most so many examples at a time, which bounds the memory; the statistics are the same.
+        progress: draw a progress bar over the batches (needs rich); in `prune` and `iterate`, one for every step.
 
     Raises:
         ValueError: for micro-batches where a batch is more than its examples (in training, or with a loss of the whole
@@ -94,6 +96,7 @@ class Measurement:
     fold: bool = True
     channels_last: bool | None = None
     micro_batch: int | None = None
+    progress: bool = False
 
     def __post_init__(self) -> None:
         Objective(self.loss, self.per_example, self.split)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from os import PathLike
+from pathlib import Path
 from typing import TypeAlias, cast
 
 from taylorfx.layers.sizes import Formula, Ratio, Size, fault, numbers
 from taylorfx.network.spec import SpecError
 
 __all__ = [
-    "NAME", "FileError", "Json", "Value", "describe", "listed", "misfit", "parse", "quote", "to_field", "to_tuples",
-    "unfit", "written",
+    "FileError", "Json", "Reader", "Value", "describe", "dotted", "listed", "misfit", "parse", "quote", "read_document",
+    "to_field", "to_tuples", "written",
 ]  # fmt: skip
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
@@ -22,8 +24,8 @@ Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | Non
 Value: TypeAlias = "bool | int | float | str | tuple[Value, ...] | dict[str, Value] | None"
 """A value of JSON with tuples for lists, as layers hold it in their fields."""
 
-DEPTH, NAME, AXES, SHOWN = 64, 512, 64, 100
-"""The most lists and objects within each other, characters of a name, axes of a tensor, and errors in a message."""
+DEPTH, NAME, PARTS, AXES, SHOWN = 64, 512, 64, 64, 100
+"""The most lists and objects within each other, characters and dotted parts of a name, axes, and errors shown."""
 
 CHARACTERS = 100_000_000
 """The most characters of a document: those of the largest header of a safetensors file."""
@@ -36,7 +38,7 @@ TYPES = {
 
 
 class FileError(SpecError):
-    """A file or document that describes no network; the message lists every error with its place in the document."""
+    """A file that holds no network, plan, statistics or timings; the message lists every error with its place."""
 
 
 def parse(text: str) -> Json:
@@ -63,8 +65,25 @@ def parse(text: str) -> Json:
     except RecursionError:
         raise FileError(f"A document nests lists and objects at most {DEPTH} deep; this one nests more.") from None
     except ValueError as error:
-        raise FileError(f"A network's document is JSON; this text is not: {error}") from None
+        raise FileError(f"A document is JSON; this text is not: {error}") from None
     return value
+
+
+def read_document(path: str | PathLike[str]) -> Json:
+    """The JSON of a file of bounded length.
+
+    Raises:
+        FileError: if the file is too long, or no JSON in UTF-8.
+        OSError: if it cannot be read.
+    """
+    with Path(path).open("rb") as file:
+        data = file.read(CHARACTERS + 1)
+    try:
+        return parse(data.decode())
+    except UnicodeDecodeError as error:
+        raise FileError(f"{path}: A document is text in UTF-8; this one is not: {error}") from None
+    except FileError as error:
+        raise FileError(f"{path}: {error}") from None
 
 
 def unfit(value: Json) -> str:
@@ -161,6 +180,103 @@ def listed(summary: str, errors: list[str]) -> str:
     shown = [error if len(error) < 1000 else f"{error[:1000]} ..." for error in errors[:SHOWN]]
     more = f"\n  and {len(errors) - SHOWN} more" if len(errors) > SHOWN else ""
     return f"{summary}:\n  " + "\n  ".join(shown) + more
+
+
+class Reader:
+    """Reads a document and collects everything that is wrong with it.
+
+    The methods return what they read. What is wrong they add to ``errors``, and they go on, if they can, with a value
+    that causes no further errors.
+    """
+
+    def __init__(self) -> None:
+        self.errors: list[str] = []
+
+    def wrong(self, place: str, problem: str) -> None:
+        self.errors.append(f"{place}: {problem}" if place else problem)
+
+    def readable(self, data: Mapping[str, Json], known: int) -> bool:
+        """Whether a document is of the version that is known, and of a depth and numbers that can be read."""
+        version = data.get("version", 1)
+        if type(version) is not int or version != known:
+            self.wrong("version", f"{quote(version)} is unknown, {known} is known; a newer taylorfx may read it")
+        elif problem := unfit({**data}):
+            self.wrong("", problem)
+        return not self.errors
+
+    def of_kind(self, data: Mapping[str, Json], kind: str, version: int, names: tuple[str, ...]) -> bool:
+        """Whether a document is of this kind and a version that is known, and has all of its entries and no others."""
+        if data.get("kind") != kind:
+            self.wrong("kind", f"expected {quote(kind)}, received {quote(data.get('kind'))}")
+        elif self.readable(data, version):
+            self.check_names(data, "", names, names)
+        return not self.errors
+
+    # Entries of an object, whose place in the document is ``place``.
+
+    def check_names(
+        self, data: Mapping[str, Json], place: str, known: Collection[str], required: Iterable[str]
+    ) -> None:
+        """Check that an object has no unknown entries and all required ones."""
+        for name in data:
+            if name not in known:
+                self.wrong(dotted(place, name), f"unknown; known are {', '.join(known) or 'none'}")
+        for name in required:
+            if name not in data:
+                self.wrong(dotted(place, name), "missing")
+
+    def expect_object(self, value: Json, place: str = "") -> None:
+        """Say so if a value is no object."""
+        if not isinstance(value, dict):
+            self.wrong(place, f"expected an object, received {describe(value)}")
+
+    def count_at(self, data: Mapping[str, Json], name: str, place: str, *, least: int = 0) -> int:
+        value = data.get(name)
+        if type(value) is int and value >= least:
+            return value
+        self.wrong(dotted(place, name), f"expected an integer, {least} or more, received {quote(value)}")
+        return least
+
+    def string_at(self, data: Mapping[str, Json], name: str, place: str) -> str:
+        value = data.get(name)
+        if isinstance(value, str):
+            return value
+        self.wrong(dotted(place, name), f"expected a string, received {describe(value)}")
+        return ""
+
+    def list_at(self, data: Mapping[str, Json], name: str, place: str) -> list[Json]:
+        value = data.get(name, [])
+        if isinstance(value, list):
+            return value
+        self.wrong(dotted(place, name), f"expected a list, received {describe(value)}")
+        return []
+
+    def strings_at(self, data: Mapping[str, Json], name: str, place: str) -> tuple[str, ...]:
+        values = self.list_at(data, name, place)
+        for k, value in enumerate(values):
+            if not isinstance(value, str) or len(value) > NAME:
+                problem = f"expected a string of at most {NAME} characters, received {quote(value)}"
+                self.wrong(f"{dotted(place, name)}[{k}]", problem)
+        return tuple(value if isinstance(value, str) else "" for value in values)
+
+    def names_at(self, data: Mapping[str, Json], name: str, place: str) -> tuple[str, ...]:
+        values = self.list_at(data, name, place)
+        return tuple(self.name(value, f"{dotted(place, name)}[{k}]") for k, value in enumerate(values))
+
+    def name(self, value: Json, place: str) -> str:
+        """The name of a node, or the path of a parameter; ``place`` is that of the name itself."""
+        if not isinstance(value, str):
+            self.wrong(place, f"expected a name, received {describe(value)}")
+            return ""
+        if not value or len(value) > NAME or value.count(".") >= PARTS:
+            self.wrong(place, f"a name has 1 to {NAME} characters and at most {PARTS} parts, received {quote(value)}")
+        return value
+
+
+def dotted(place: str, name: str) -> str:
+    """The place of an entry of the object at ``place``; a long name is shortened."""
+    name = name if len(name) <= 80 else f"{name[:76]} ..."
+    return f"{place}.{name}".strip(".")
 
 
 # Types of fields.

@@ -99,13 +99,13 @@ def save(path: str | PathLike[str], params: Params, spec: Spec) -> None:
     """
     check(params, spec)
     leaves = flatten(params)
-    errors = [f"{name}: {problem}" for name, leaf in leaves.items() if (problem := _unstorable(name, leaf))]
+    errors = [f"{name}: {problem}" for name, leaf in leaves.items() if (problem := unstorable(name, leaf))]
     if errors:
         raise SpecError("A file holds dense tensors with values, each by its name; received:\n  " + "\n  ".join(errors))
     text = to_json(spec)
     if to_json(from_json(text, operators=_operators(spec))) != text:
         raise SpecError("A network is read back as it was saved; JSON does not keep some of this one's fields.")
-    _write(path, {name: _stored(leaf) for name, leaf in leaves.items()}, {_KEY: text})
+    write(path, {name: stored(leaf) for name, leaf in leaves.items()}, {_KEY: text})
 
 
 def load(
@@ -123,7 +123,7 @@ def load(
     Raises:
         FileError: if the file does not hold a network; the message lists every error with its place in the document.
     """
-    with _opened(path, str(device)) as (file, metadata):
+    with opened(path, str(device)) as (file, metadata):
         leaves = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, the file is no mapping
     if _KEY not in metadata:
         raise FileError(f"A network's file has its spec in the header; {path} has none. Only tfx.save writes it.")
@@ -198,7 +198,7 @@ def cut_file(source: str | PathLike[str], target: str | PathLike[str], plan: Pla
         OSError: if the target cannot be written; an older one is then unchanged.
     """
     spec = plan.coupling.spec
-    with _opened(source) as (file, metadata):
+    with opened(source) as (file, metadata):
         if _KEY in metadata and from_json(metadata[_KEY], operators=_operators(spec)) != spec:
             raise PlanError(f"A plan cuts files of its own network; {source} holds another network.")
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, the file is no mapping
@@ -214,7 +214,7 @@ def cut_file(source: str | PathLike[str], target: str | PathLike[str], plan: Pla
         if errors:
             raise PlanError("A plan cuts files with parameters of its own network; received:\n  " + "\n  ".join(errors))
         kept = {name: _cut(part, plan.indices[paths[name]]) for name, part in slices.items()}
-        _write(target, kept, {**metadata, _KEY: to_json(plan.spec)})
+        write(target, kept, {**metadata, _KEY: to_json(plan.spec)})
 
 
 def _operators(spec: Spec) -> list[str]:
@@ -247,7 +247,7 @@ def _other_names(spec: Spec, metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 @contextmanager
-def _opened(path: str | PathLike[str], device: str = "cpu") -> Iterator[tuple[_File, dict[str, str]]]:
+def opened(path: str | PathLike[str], device: str = "cpu") -> Iterator[tuple[_File, dict[str, str]]]:
     """Open a safetensors file; errors in reading it become `FileError`."""
     try:
         with safetensors.safe_open(path, "pt", device=device) as file:
@@ -256,7 +256,7 @@ def _opened(path: str | PathLike[str], device: str = "cpu") -> Iterator[tuple[_F
         raise FileError(f"{path} cannot be read as a safetensors file: {error}") from error
 
 
-def _unstorable(name: str, leaf: Tensor) -> str:
+def unstorable(name: str, leaf: Tensor) -> str:
     """Why a tensor cannot be saved; empty if it can."""
     if name == _RESERVED:
         return "safetensors reserves this name; rename the node"
@@ -277,7 +277,7 @@ def _type_name(dtype: torch.dtype) -> str:
     return str(entry["dtype"]) if plain else ""
 
 
-def _stored(leaf: Tensor) -> _Stored:
+def stored(leaf: Tensor) -> _Stored:
     def rows() -> Iterator[Tensor]:
         yield leaf.detach().cpu().resolve_conj().resolve_neg().contiguous()
 
@@ -315,7 +315,7 @@ def _rows(part: _Slice, itemsize: int, indices: Indices) -> Iterator[Tensor]:
             yield take(rows, (None if high - low == len(rows) else local, *indices[1:]), scratch)
 
 
-def _write(path: str | PathLike[str], tensors: Mapping[str, _Stored], metadata: Mapping[str, str]) -> None:
+def write(path: str | PathLike[str], tensors: Mapping[str, _Stored], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file, dtypes with the widest elements first, so that every tensor is aligned to its own."""
     names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
     header: dict[str, object] = {_RESERVED: metadata}
@@ -327,10 +327,8 @@ def _write(path: str | PathLike[str], tensors: Mapping[str, _Stored], metadata: 
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > _HEADER:
-        raise FileError(
-            f"safetensors reads headers of at most {_HEADER:,} bytes; that of this network has {len(text):,}."
-        )
-    with _replacing(path) as out:
+        raise FileError(f"safetensors reads headers of at most {_HEADER:,} bytes; this one has {len(text):,}.")
+    with replacing(path) as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             for rows in tensors[name].rows():
@@ -338,7 +336,7 @@ def _write(path: str | PathLike[str], tensors: Mapping[str, _Stored], metadata: 
 
 
 @contextmanager
-def _replacing(path: str | PathLike[str]) -> Iterator[BinaryIO]:
+def replacing(path: str | PathLike[str]) -> Iterator[BinaryIO]:
     """A new file that replaces the one at ``path`` when it is complete.
 
     Until then it has a random name in the same folder. It gets the mode of the file that it replaces, or else that of

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import typing
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, asdict, fields
 from functools import partial
@@ -26,9 +26,9 @@ from taylorfx.network.labels import Ties
 from taylorfx.network.limits import NUMBERS, impossible
 from taylorfx.network.spec import Node, Spec, SpecError
 from taylorfx.store.document import (
-    NAME,
     FileError,
     Json,
+    Reader,
     describe,
     listed,
     misfit,
@@ -36,7 +36,6 @@ from taylorfx.store.document import (
     quote,
     to_field,
     to_tuples,
-    unfit,
     written,
 )
 from taylorfx.tree import unflatten
@@ -46,8 +45,8 @@ __all__ = ["from_json", "to_json"]
 VERSION = 1
 """The version of the documents that are written. A document without a version is read as one of this version."""
 
-NODES, PARTS = 2**17, 64
-"""The most nodes of a document, and the most dotted parts of a name."""
+NODES = 2**17
+"""The most nodes of a document."""
 
 T = TypeVar("T")
 
@@ -66,14 +65,7 @@ def to_json(spec: Spec) -> str:
     nodes: list[dict[str, object]] = []
     errors: list[str] = []
     for node in spec.nodes:
-        values = {field.name: getattr(node.layer, field.name) for field in fields(node.layer) if field.init}
-        for name, value in values.items():
-            try:
-                values[name] = written(value)
-                json.dumps(values[name])
-            except (TypeError, ValueError, RecursionError) as error:
-                errors.append(f"{node.name}: {name} of {type(node.layer).__name__} ({error})")
-        nodes.append({"name": node.name, "layer": kind(type(node.layer)), "fields": values, "inputs": node.inputs})
+        nodes.append({"name": node.name, **written_layer(node.layer, node.name, errors), "inputs": node.inputs})
         if node.params is not None:
             nodes[-1]["params"] = node.params
     if errors:
@@ -82,6 +74,18 @@ def to_json(spec: Spec) -> str:
     guards = {"guards": spec.guards} if spec.guards else {}
     whole = {"version": VERSION, "nodes": nodes, "outputs": spec.outputs, "keys": spec.keys, **interface, **guards}
     return json.dumps(whole)
+
+
+def written_layer(layer: Layer, where: str, errors: list[str]) -> dict[str, object]:
+    """A layer as entries of a document; fields that a document does not hold are added to the errors."""
+    values = {field.name: getattr(layer, field.name) for field in fields(layer) if field.init}
+    for name, value in values.items():
+        try:
+            values[name] = written(value)
+            json.dumps(values[name])
+        except (TypeError, ValueError, RecursionError) as error:
+            errors.append(f"{where}: {name} of {type(layer).__name__} ({error})")
+    return {"layer": kind(type(layer)), "fields": values}
 
 
 def from_json(text: str, *, operators: Collection[str] = ()) -> Spec:
@@ -97,7 +101,7 @@ def from_json(text: str, *, operators: Collection[str] = ()) -> Spec:
     """
     if not isinstance(text, str):
         raise FileError(f"A document is a string; received {type(text).__name__}.")
-    reader = _Reader(operators)
+    reader = LayerReader(operators)
     spec = reader.read(parse(text))
     if reader.errors or spec is None:
         raise FileError(listed("This document does not describe a network", reader.errors))
@@ -111,20 +115,13 @@ class _Field(NamedTuple):
     required: bool
 
 
-class _Reader:
-    """Reads a document and collects everything that is wrong with it.
+class LayerReader(Reader):
+    """Reads networks and their layers."""
 
-    The methods return what they read. What is wrong they add to ``errors``, and they go on, if they can, with a value
-    that causes no further errors.
-    """
-
-    def __init__(self, operators: Collection[str]) -> None:
+    def __init__(self, operators: Collection[str] = ()) -> None:
+        super().__init__()
         self.operators = (operators,) if isinstance(operators, str) else operators
-        self.errors: list[str] = []
         self.known: dict[type[Layer], dict[str, _Field]] = {}
-
-    def wrong(self, place: str, problem: str) -> None:
-        self.errors.append(f"{place}: {problem}" if place else problem)
 
     # The network.
 
@@ -132,12 +129,7 @@ class _Reader:
         if not isinstance(data, dict):
             self.wrong("", f'expected an object, {{"nodes": [...], ...}}, received {describe(data)}')
             return None
-        version = data.get("version", VERSION)
-        if type(version) is not int or version != VERSION:
-            self.wrong("version", f"{quote(version)} is unknown, {VERSION} is known; a newer taylorfx may read it")
-            return None
-        if problem := unfit(data):
-            self.wrong("", problem)
+        if not self.readable(data, VERSION):
             return None
         self.check_names(data, "", ("version", "nodes", "outputs", "keys", "interface", "guards"), ("nodes", "outputs"))
         entries = self.list_at(data, "nodes", "")
@@ -328,47 +320,6 @@ class _Reader:
         if (count := slots(layer)) > inputs:
             self.wrong(f"{place}.fields.args", f"they use input {count - 1}, counted from 0; the node has {inputs}")
 
-    # Entries of an object. ``place`` is that of the object.
-
-    def check_names(
-        self, data: Mapping[str, Json], place: str, known: Collection[str], required: Iterable[str]
-    ) -> None:
-        """Check that an object has no unknown entries and all required ones."""
-        for name in data:
-            if name not in known:
-                self.wrong(_dotted(place, name), f"unknown; known are {', '.join(known) or 'none'}")
-        for name in required:
-            if name not in data:
-                self.wrong(_dotted(place, name), "missing")
-
-    def list_at(self, data: Mapping[str, Json], name: str, place: str) -> list[Json]:
-        value = data.get(name, [])
-        if isinstance(value, list):
-            return value
-        self.wrong(_dotted(place, name), f"expected a list, received {describe(value)}")
-        return []
-
-    def strings_at(self, data: Mapping[str, Json], name: str, place: str) -> tuple[str, ...]:
-        values = self.list_at(data, name, place)
-        for k, value in enumerate(values):
-            if not isinstance(value, str) or len(value) > NAME:
-                problem = f"expected a string of at most {NAME} characters, received {quote(value)}"
-                self.wrong(f"{_dotted(place, name)}[{k}]", problem)
-        return tuple(value if isinstance(value, str) else "" for value in values)
-
-    def names_at(self, data: Mapping[str, Json], name: str, place: str) -> tuple[str, ...]:
-        values = self.list_at(data, name, place)
-        return tuple(self.name(value, f"{_dotted(place, name)}[{k}]") for k, value in enumerate(values))
-
-    def name(self, value: Json, place: str) -> str:
-        """The name of a node, or the path of a parameter; ``place`` is that of the name itself."""
-        if not isinstance(value, str):
-            self.wrong(place, f"expected a name, received {describe(value)}")
-            return ""
-        if not value or len(value) > NAME or value.count(".") >= PARTS:
-            self.wrong(place, f"a name has 1 to {NAME} characters and at most {PARTS} parts, received {quote(value)}")
-        return value
-
 
 def _attempt(function: Callable[[], T]) -> T | str:
     """What a function of a layer class returns; if it raises, the error as text."""
@@ -379,9 +330,3 @@ def _attempt(function: Callable[[], T]) -> T | str:
     except (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError,
             ValueError) as error:  # fmt: skip
         return f"{type(error).__name__}: {error}"
-
-
-def _dotted(place: str, name: str) -> str:
-    """The place of an entry of the object at ``place``; a long name is shortened."""
-    name = name if len(name) <= 80 else f"{name[:76]} ..."
-    return f"{place}.{name}".strip(".")

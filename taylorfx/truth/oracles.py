@@ -12,7 +12,6 @@ one forward pass per unit and batch, with the unit's gate at zero: "the oracle" 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -27,6 +26,7 @@ from taylorfx.coupling.units import Coupling
 from taylorfx.network.labels import Labels
 from taylorfx.network.run import apply, bind_inputs, evaluate, fitted
 from taylorfx.network.spec import Spec
+from taylorfx.progress import LOG, bar
 from taylorfx.scoring.batches import Batch, Batches, each_batch, one_by_one
 from taylorfx.scoring.gates import gates
 from taylorfx.scoring.losses import Objective, refuse_flat
@@ -138,7 +138,7 @@ def oracle(
     known = None
     if isinstance(batches, Sequence):
         known = [objective.observations(objective.parted(*batch, spec)[0], spec) for batch in each_batch(batches)]
-    with torch.no_grad(), _bar(progress, sum(known) * len(chosen) if known else None) as advance:
+    with torch.no_grad(), bar(progress, "oracle", sum(known) * len(chosen) if known else None) as advance:
         for one in (x for batch in each_batch(batches) for x in observations(batch, coupling, objective)):
             first = first or one
             asked = _ask(params, one, coupling, chosen, parts, objective, chunk, advance)
@@ -154,6 +154,7 @@ def oracle(
         )
     largest, mean = total.mean_absolute().max(), total.loss / total.n
     refuse_flat(objective, params, spec, first, largest, mean, values=True)
+    LOG.info("oracle: left out %d units, each for %d examples", len(chosen), total.n)
     return total
 
 
@@ -292,17 +293,3 @@ def _chosen(units: Sequence[int] | None, coupling: Coupling) -> list[int]:
             f"{len(chosen)}, {len(chosen) - len(set(chosen))} twice, and {strange or 'none'} that there are not."
         )
     return chosen
-
-
-@contextmanager
-def _bar(shown: bool, total: int | None) -> Iterator[Callable[[int], None]]:
-    if not shown:
-        yield lambda count: None
-        return
-    try:
-        from rich.progress import Progress
-    except ImportError as error:
-        raise ImportError("A progress bar needs rich; pip install rich, or leave progress=True out.") from error
-    with Progress(transient=True) as bar:
-        task = bar.add_task("oracle", total=total)
-        yield lambda count: bar.advance(task, count)

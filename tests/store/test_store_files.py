@@ -169,14 +169,14 @@ def test_a_full_disk_leaves_what_was_there(step, old, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     if step == "write":
-        seen = files._replacing
+        seen = files.replacing
 
         @contextlib.contextmanager
         def replacing(target):
             with seen(target) as out:
                 yield type("Full", (), {"write": lambda self, data: full() if out.tell() else out.write(data)})()
 
-        monkeypatch.setattr(files, "_replacing", replacing)
+        monkeypatch.setattr(files, "replacing", replacing)
     elif step == "fsync":
         monkeypatch.setattr(os, "fsync", full)
     else:

@@ -29,6 +29,7 @@ from taylorfx.interop.capture.reader import CaptureError, OutputsError, Reader, 
 from taylorfx.interop.capture.tracing import quiet, tracing
 from taylorfx.interop.capture.training import Difference, align, twin
 from taylorfx.network.spec import Spec
+from taylorfx.progress import LOG
 from taylorfx.tree import Params
 
 __all__ = ["from_torch"]
@@ -86,11 +87,13 @@ def from_torch(
         _refuse(module, example)
     networks = []
     for example in calls:
+        LOG.info("from_torch: torch.export reads %s", type(module).__name__)
         original = twin(module)
         _leave_cache(original, example[1])
         networks.append(_opened(original, example, module, outputs, fixed=sizes is False))
     _refuse_fixed(module, networks[0][1], sizes if isinstance(sizes, Sequence) else ())
     network = networks[0] if len(networks) == 1 else _merged(networks, calls)
+    LOG.info("from_torch: %d nodes, %d parameters", len(network[1]), len(network[1].shapes))
     if unused := off_path(module, network[1].shapes):
         warnings.warn(
             f"{type(module).__name__} does not use all of its parameters in inference; no part of the network, nor of "

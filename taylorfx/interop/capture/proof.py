@@ -7,7 +7,6 @@ if the network gives there what the module gives. And at one more size it has to
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -21,14 +20,13 @@ from taylorfx.layers import ShapeError
 from taylorfx.layers.sizes import Formula, axes_of, value
 from taylorfx.network.run import apply
 from taylorfx.network.spec import Spec
+from taylorfx.progress import LOG
 from taylorfx.tree import Params
 
 __all__ = ["proven"]
 
 Sizes = Mapping[str, int]
 """Sizes of axes by name, ``{"x.2": 48}``."""
-
-_LOG = logging.getLogger("taylorfx")
 
 _TRIES = 24
 """How many sizes are considered for the one that is tried."""
@@ -56,7 +54,7 @@ def proven(params: Params, spec: Spec, module: nn.Module, args: Sequence[object]
     try:
         spec = _without_exceptions(trial, spec)
         if (other := _other(spec)) and trial.agree(spec, other) is False:
-            _LOG.warning(
+            LOG.warning(
                 "%s: at %s the captured network differs; its sizes stay the example's", type(module).__name__, other
             )
             return _fixed(spec)
