@@ -240,6 +240,29 @@ def test_axes_that_can_be_open_by_themselves_are_so_where_others_cannot():
         from_torch(module, (image((8, 8)), words), sizes=["x.2", "x.3", "words.1"])
 
 
+class Padded(nn.Module):
+    """Pads its rows until several numbers divide them: the formula of their length doubles each time."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(2, 4, 3, padding=1)
+
+    def forward(self, x):
+        for n in (3, 5, 7, 11):
+            x = nn.functional.pad(x, (0, -x.shape[3] % n))
+        return self.a(x)
+
+
+def test_sizes_with_long_formulas_are_followed_where_that_is_demanded():
+    module = Padded().double().eval()
+    params, spec = from_torch(module, image((6, 8)))
+    with pytest.raises(ShapeError, match=r"axis 3 takes size 8, received 9 \(held by a size of"):
+        tfx.apply(params, spec, image((6, 9)))
+    params, spec = from_torch(module, image((6, 8)), sizes=["x.3"])
+    for width in (9, 34):
+        assert_close(tfx.apply(params, spec, image((6, width))), module(image((6, width))), **CLOSE)
+
+
 @each
 def test_a_file_keeps_the_formulas(name):
     module, params, spec = caught(name)

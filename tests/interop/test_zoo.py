@@ -48,6 +48,9 @@ TEXT = {
 FIXED = {"vit", "maxvit", "clip"}
 """Those that take no other size themselves."""
 
+LONG = {"swin", "swin_v2"}
+"""Those whose sizes have long formulas, so that they are open only where that is demanded."""
+
 
 def proven(makers, name):
     try:
@@ -62,10 +65,10 @@ def proven(makers, name):
     assert proof.cut < 1e-10 < proof.moved
     assert proof.step == pytest.approx(1, abs=0.1)
     assert not proof.mixing
-    assert not [run.refused for run in proof.sizes if run.refused]
-    errors = [error for run in proof.sizes if not run.fixed for error in (run.captured, run.cut)]
+    assert any(run.refused for run in proof.sizes) == (name in LONG)
+    errors = [error for run in proof.sizes if not (run.fixed or run.refused) for error in (run.captured, run.cut)]
     assert max(errors, default=0) < 1e-11
-    assert (not errors) == (name in FIXED)
+    assert (not errors) == (name in FIXED | LONG)
     return proof
 
 

@@ -10,9 +10,9 @@ A module that is made for a fixed number of examples is captured for one at a ti
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from enum import Enum
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeGuard, TypeVar
 
@@ -65,7 +65,8 @@ def from_torch(
             out. A copy of a residual stream that is given out keeps the stream at its width.
 
         sizes: axes that have to come out open, by input and number (``["tokens.1"]``; axis 0, that of the examples,
-            always is). False keeps all at the example's sizes, where that is wanted; the capture is faster.
+            always is), however long that takes: windowed attention that pads (Swin) takes minutes, and has otherwise
+            the example's sizes. False keeps all at those, where that is wanted; the capture is faster.
 
     Returns:
         Parameters by the module's own names (the tensors are shared, not copied), and the network. The inputs of the
@@ -90,7 +91,7 @@ def from_torch(
         LOG.info("from_torch: torch.export reads %s", type(module).__name__)
         original = twin(module)
         _leave_cache(original, example[1])
-        networks.append(_opened(original, example, module, outputs, fixed=sizes is False))
+        networks.append(_opened(original, example, module, outputs, sizes))
     _refuse_fixed(module, networks[0][1], sizes if isinstance(sizes, Sequence) else ())
     network = networks[0] if len(networks) == 1 else _merged(networks, calls)
     LOG.info("from_torch: %d nodes, %d parameters", len(network[1]), len(network[1].shapes))
@@ -145,29 +146,36 @@ def _refuse_fixed(module: nn.Module, spec: Spec, sizes: Sequence[str]) -> None:
 
 
 def _opened(
-    twin: nn.Module, example: Example, module: nn.Module, outputs: Wanted, *, fixed: bool
+    twin: nn.Module, example: Example, module: nn.Module, outputs: Wanted, sizes: bool | Sequence[str]
 ) -> tuple[Params, Spec]:
-    """Capture with as many sizes left open as possible; with ``fixed``, only the number of examples."""
+    """Capture with as many sizes left open as possible; where ``sizes`` is false, only the number of examples."""
     # An example of one would be taken for a constant: two of it say the same.
     several = _each_tensor(lambda x: x.repeat(2, *[1] * (x.ndim - 1)) if len(x) == 1 else x, example)
+    patient = isinstance(sizes, Sequence) and len(sizes) > 0
+    every = frozenset(_axes(several))
     causes: dict[Axis, str] = {}
-    for opened in () if fixed else (_Open.SIZES, _Open.LONGER):
+    fewer: Iterable[frozenset[Axis]] = ()
+    for alike in () if sizes is False else (True, False):
         try:
-            return _network(twin, several, opened, module, outputs)
+            return _network(twin, several, Opened(every, alike=alike, patient=patient), module, outputs)
         except OutputsError:
             raise
         except Exception as error:  # the next try raises it again, unless the open sizes were its cause
             causes = dict.fromkeys(_axes(several), f"{_first_line(error):.200}")
+            if isinstance(error, OverflowError):  # some of the axes would take as long
+                break
+            fewer = _fewer(twin, several, causes)
     try:
-        for some in _fewer(twin, several, causes) if causes else ():
+        for axes in fewer:
             with suppress(Exception):
-                return _held(_network(twin, several, some, module, outputs), causes)
-        return _held(_network(twin, several, frozenset(), module, outputs), causes)
+                return _held(_network(twin, several, Opened(axes, patient=patient), module, outputs), causes)
+        return _held(_network(twin, several, Opened(), module, outputs), causes)
     except OutputsError:
         raise
     except Exception as error:  # torch.export raises whatever the module's own code raises
         try:
-            network = _network(twin, _each_tensor(lambda x: x[:1], example), _Open.NOTHING, module, outputs)
+            one = _each_tensor(lambda x: x[:1], example)
+            network = _network(twin, one, Opened(examples=False), module, outputs)
         except OutputsError:
             raise
         except Exception:
@@ -188,7 +196,7 @@ def _fewer(twin: nn.Module, example: Example, causes: dict[Axis, str]) -> Iterat
     alone: list[Axis] = []
     for axis in causes if len(causes) > 1 else ():
         try:
-            _export(twin.eval(), example, frozenset({axis}))
+            _export(twin.eval(), example, Opened(frozenset({axis})))
             alone.append(axis)
         except Exception as error:  # whatever the module's own code raises
             causes[axis] = f"{_first_line(error):.200}"
@@ -244,23 +252,26 @@ class _Norm(Protocol):
     momentum: float | None
 
 
-class _Open(Enum):
-    """What a capture leaves open: every size that the module leaves open, or nothing, not even the number of examples.
-
-    A size of one is then like any other, so that torch.export asks and fixes little; or, where that leaves sizes
-    unknown, all are taken for two or more.
-    """
-
-    SIZES = "sizes"
-    LONGER = "sizes of two or more"
-    NOTHING = "nothing"
-
-
 Axis = tuple[int, int]
 """An axis of the k-th tensor of an example."""
 
-Opened = _Open | frozenset[Axis]
-"""What a capture leaves open, besides the number of examples."""
+
+@dataclass(frozen=True)
+class Opened:
+    """What a capture leaves open, as far as the module does.
+
+    Attributes:
+        axes: these sizes.
+        examples: the number of examples.
+        alike: a size of one is like any other, so that torch.export asks and fixes little; that may leave sizes
+            unknown. Otherwise all are taken for two or more.
+        patient: follow sizes however long their formulas are.
+    """
+
+    axes: frozenset[Axis] = frozenset()
+    examples: bool = True
+    alike: bool = False
+    patient: bool = False
 
 
 def _arguments(inputs: object, kwargs: Mapping[str, object] | None) -> Example:
@@ -310,9 +321,9 @@ def _network(
         twin.eval()
         for part in tracked.values():
             part.momentum = None
-    with tracing(twin, alike=opened is _Open.SIZES):
+    with tracing(twin, alike=opened.alike, patient=opened.patient):
         program = program.run_decompositions({})
-    alone = opened is _Open.NOTHING
+    alone = not opened.examples
     params, spec = Reader(program, alone=alone, cumulative=frozenset(tracked), wanted=outputs).read(module)
     spec = proven(params, spec, twin, *example)
     if said:
@@ -377,10 +388,9 @@ def _refuse(module: nn.Module, example: Example) -> None:
 def _export(module: nn.Module, example: Example, opened: Opened) -> ExportedProgram:
     """The module as a graph."""
     shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
-    axes = opened if isinstance(opened, frozenset) else _axes(example)
-    for k, tensor in enumerate(_tensors(example) if opened is not _Open.NOTHING else ()):
-        shapes[tensor] = {0: Dim.DYNAMIC} | {axis: Dim.AUTO for n, axis in axes if n == k}
-    with tracing(module, alike=opened is _Open.SIZES):
+    for k, tensor in enumerate(_tensors(example) if opened.examples else ()):
+        shapes[tensor] = {0: Dim.DYNAMIC} | {axis: Dim.AUTO for n, axis in opened.axes if n == k}
+    with tracing(module, alike=opened.alike, patient=opened.patient):
         return torch.export.export(module, *example, dynamic_shapes=shapes, strict=False)
 
 

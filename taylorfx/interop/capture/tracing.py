@@ -8,7 +8,7 @@ import sys
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -24,8 +24,8 @@ from torch.overrides import TorchFunctionMode
 
 __all__ = ["quiet", "tracing"]
 
-_OPERATIONS = 60
-"""The longest size that is followed, in operations."""
+_OPERATIONS = 30
+"""The longest size that is followed, in operations: the anchors of a detector take 27, windows that pad 36."""
 
 _OURS = tuple(f"{Path(module.__file__ or '').parent}/" for module in (torch, sys.modules["taylorfx"]))
 """Where torch's code and ours lies."""
@@ -35,17 +35,22 @@ _STANDARD = ("<", sysconfig.get_path("stdlib"))
 
 
 @contextmanager
-def tracing(module: nn.Module, *, alike: bool) -> Iterator[None]:
+def tracing(module: nn.Module, *, alike: bool, patient: bool) -> Iterator[None]:
     """Trace a module with open sizes.
 
     Args:
         module: the one that is traced.
         alike: have torch.export treat a size of one like any other, as far as it can: it then asks, and fixes, far
             less. `taylorfx.interop.capture.proof.proven` runs the network at a size of one before it takes it.
+        patient: follow sizes however long their formulas are; torch reasons for minutes about long ones.
+
+    Raises:
+        OverflowError: for a size that is too long.
     """
     config: Any = torch.fx.experimental._config
     options = {"backed_size_oblivious": True} if alike and hasattr(config, "backed_size_oblivious") else {}
-    with torch.no_grad(), quiet(), _Short(), _open_length(module), config.patch(options), _user_lines():
+    short = nullcontext() if patient else _Short()
+    with torch.no_grad(), quiet(), short, _open_length(module), config.patch(options), _user_lines():
         yield
 
 
@@ -64,11 +69,7 @@ def quiet() -> Iterator[None]:
 
 
 class _Short(TorchFunctionMode):
-    """Ends an export in which sizes become long expressions: torch then reasons for minutes about each of them.
-
-    Raises:
-        OverflowError: within the export.
-    """
+    """Ends an export in which sizes become long expressions, by an OverflowError."""
 
     def __torch_function__(
         self,
