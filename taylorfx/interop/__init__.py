@@ -1,5 +1,6 @@
 """In and out of PyTorch's modules."""
 
+from taylorfx.interop import huggingface
 from taylorfx.interop.capture.export import from_torch
 from taylorfx.interop.capture.optional import Call
 from taylorfx.interop.capture.reader import CaptureError
@@ -8,4 +9,4 @@ from taylorfx.interop.like import LikeError
 from taylorfx.interop.module import to_torch
 from taylorfx.interop.trials import holdable
 
-__all__ = ["Call", "CaptureError", "LikeError", "Value", "from_torch", "holdable", "rule", "to_torch"]
+__all__ = ["Call", "CaptureError", "LikeError", "Value", "from_torch", "holdable", "huggingface", "rule", "to_torch"]
