@@ -238,7 +238,9 @@ class Form:
             for axis in alone:
                 slope, offset = x.axes[axis]
                 demands.setdefault(round((wanted[axis] - offset) / slope * 1e4), []).append(axis)
-            values = ({f"{v:g}" for axis in axes for v in x.wanted(axis, wanted[axis])[:1]} for axes in demands.values())
+            values = (
+                {f"{v:g}" for axis in axes for v in x.wanted(axis, wanted[axis])[:1]} for axes in demands.values()
+            )
             if len(demands) > 1 and not isinstance(x.value, float):
                 said = "; ".join(
                     f"{' or '.join(sorted(numbers)) or f'{key / 1e4:g}'} for {axes[0][0]}"
@@ -255,8 +257,8 @@ def refusal(cls: Any, config: object, lines: Sequence[str]) -> str:
     return (
         f"No {type(config).__name__} describes {cls.__name__} with these layers:\n  "
         + "\n  ".join(shown)
-        + "\ntaylorfx.interop.huggingface.holdable(model, params, spec) gives constraints for `prune` under which there "
-        "is one. taylorfx.to_torch and taylorfx.save keep any network."
+        + "\ntaylorfx.interop.huggingface.holdable(model, params, spec) gives constraints for `prune` under which "
+        "there is one. taylorfx.to_torch and taylorfx.save keep any network."
     )
 
 
@@ -320,7 +322,7 @@ def _lines(points: Mapping[Number, Shapes]) -> dict[Axis, Line]:
     lines: dict[Axis, Line] = {}
     if len(points) < 2:
         return lines
-    (a, first), (b, second), *_ = points.items()
+    (a, first), (b, _), *_ = points.items()
     for path in first:
         shapes = [shapes.get(path, ()) for shapes in points.values()]
         if len({*map(len, shapes)}) > 1:

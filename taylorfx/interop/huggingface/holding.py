@@ -61,6 +61,10 @@ def holdable(
     )
 
 
+TRIED = 12
+"""How many amounts of units that leave are tried."""
+
+
 class _Trials:
     """Tries: cut a few units, and look for a config of what is left."""
 
@@ -68,14 +72,19 @@ class _Trials:
         self.source, self.params = source, params
         self.coupling = couple(params, spec)
 
-    def holds(self, rules: Sequence[Rule], share: float = 0.0, *, proven: bool = False) -> bool:
+    def holds(
+        self, rules: Sequence[Rule], share: float = 0.0, *, only: int | None = None, proven: bool = False
+    ) -> bool:
         """There is a config when these scopes lose a share of their units and one step more.
 
         Args:
+            only: which of the rules loses that share; the others lose one step.
             proven: make the model, too, and compare it at the example.
         """
         try:
-            plan = Plan(self.coupling, self._keep(rules, share))
+            plan = Plan(
+                self.coupling, self._keep(rules, [share if only in (None, k) else 0.0 for k in range(len(rules))])
+            )
             small = cut(self.params, plan)
             if proven:
                 self.source.make(small, plan.spec, every_call=False)
@@ -89,9 +98,17 @@ class _Trials:
         """By a little and by half, at the example."""
         return self.holds(rules, proven=True) and self.holds(rules, 0.4, proven=True)
 
-    def _keep(self, rules: Sequence[Rule], share: float) -> Mask:
+    def everywhere(self, rules: Sequence[Rule]) -> bool:
+        """There is a config for every number of units that these rules let stay, of those that are tried.
+
+        A class may want a width that its heads divide: then one number of heads holds, and the next one does not.
+        """
+        least = min(int(self.coupling.sizes[rule.groups[0][0]]) // rule.multiple for rule in rules)
+        return all(self.holds(rules, k / least) for k in range(min(least, TRIED)))
+
+    def _keep(self, rules: Sequence[Rule], shares: Sequence[float]) -> Mask:
         keep = np.ones(len(self.coupling), bool)
-        for rule in rules:
+        for rule, share in zip(rules, shares, strict=True):
             for group in rule.groups:
                 size = int(self.coupling.sizes[group[0]])
                 count = min(int(share * size) // rule.multiple + 1, (size - 1) // rule.multiple) * rule.multiple
@@ -121,32 +138,42 @@ def _rules(trials: _Trials) -> Iterator[Rule]:
         alone = Rule(tuple((scope,) for scope in kind))
         first = Rule(((kind[0],),))
         ways = [alone] if len(kind) == 1 or trials.holds([first]) else []
-        rule = next((x for x in (*ways, Rule((kind,))) if trials.holds([x]) and trials.proven([x])), None)
+        rule = next((x for x in (*ways, Rule((kind,))) if trials.everywhere([x]) and trials.proven([x])), None)
         if rule is None:
             left.append(kind)
         else:
             yield rule
     sizes = trials.coupling.sizes
-    for count in range(2, 5):  # queries and values of one size; heads of encoder, decoder and between them
-        for several in combinations(left, count):
-            if any(kind not in left for kind in several) or len({int(sizes[kind[0]]) for kind in several}) > 1:
+    for count in range(2, len(left) + 1):  # dimensions of queries and values; heads of encoder and decoder
+        several_sizes = {int(sizes[kind[0]]) for kind in left}
+        alike = [[kind for kind in left if sizes[kind[0]] == size] for size in several_sizes]
+        for several in (x for kinds in alike if count < 4 or count == len(kinds) for x in combinations(kinds, count)):
+            if any(kind not in left for kind in several):
                 continue
             rule = Rule((tuple(scope for kind in several for scope in kind),))
-            if trials.holds([rule]) and trials.proven([rule]):
+            if trials.everywhere([rule]) and trials.proven([rule]):
                 yield rule
                 left = [kind for kind in left if kind not in several]
     for kind in left:
         size = int(sizes[kind[0]])
         ways = [Rule((kind,), multiple=n) for n in range(2, size // 2 + 1) if size % n == 0]
-        yield from [rule for rule in ways if trials.holds([rule]) and trials.proven([rule])][:1]
+        yield from [rule for rule in ways if trials.everywhere([rule]) and trials.proven([rule])][:1]
 
 
 def _jointly(trials: _Trials, rules: Sequence[Rule]) -> list[Rule]:
-    """The rules that hold together: one that fails beside those before it is left out."""
-    if not rules or trials.proven(rules):
-        return [*rules]
+    """The rules that hold together: one that fails beside one of those before it is left out.
+
+    Narrow ones come first, so that heads stay free where a width would have to be a multiple of their number.
+    """
     kept: list[Rule] = []
-    for rule in rules:
-        if trials.proven([*kept, rule]):
+    for rule in sorted(rules, key=lambda rule: rule.multiple):
+        if all(_beside(trials, rule, other) for other in kept) and trials.proven([*kept, rule]):
             kept.append(rule)
     return kept
+
+
+def _beside(trials: _Trials, one: Rule, other: Rule) -> bool:
+    """Two rules hold together, whatever number of units each takes away."""
+    return trials.everywhere([one, other]) and all(
+        trials.holds([one, other], share, only=k) for share in (0.0, 0.4, 0.7) for k in (0, 1)
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,8 +72,15 @@ def from_pretrained(
             )
         model = getattr(transformers, kinds[0]).from_pretrained(name, **options, **({"dtype": dtype} if dtype else {}))
     model.eval()
-    inputs = dict(example_inputs) if example_inputs is not None else example_of(model)
-    params, spec = from_torch(model, inputs, outputs=outputs)
+    if example_inputs is not None:
+        return Pretrained(model, *from_torch(model, dict(example_inputs), outputs=outputs))
+    inputs = example_of(model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* is captured for one example at a time")
+        params, spec = from_torch(model, inputs, outputs=outputs)
+    if "attention_mask" in inputs and any(layer.alone for layer in spec.input_layers.values()):
+        del inputs["attention_mask"]  # GPT-2 makes of its shape what holds for one number of examples only
+        params, spec = from_torch(model, inputs, outputs=outputs)
     return Pretrained(model, params, spec)
 
 

@@ -13,9 +13,9 @@ from taylorfx.interop.like import Original
 from taylorfx.interop.proof import Call, differs, truth
 from taylorfx.layers import ShapeError
 from taylorfx.network.spec import Spec
-from taylorfx.tree import Params, flatten, map_paths
+from taylorfx.tree import Params, flatten
 
-__all__ = ["Made", "Source", "in_single"]
+__all__ = ["Made", "Source"]
 
 
 class Made(NamedTuple):
@@ -123,8 +123,3 @@ class Source:
         finally:
             model.eval()
         return differs(results, expected, call, spec)
-
-
-def in_single(params: Params) -> Params:
-    """The parameters in float32 where they have fewer bits, so that differences are those of rounding in it."""
-    return map_paths(lambda _, x: x.float() if x.is_floating_point() and x.element_size() < 4 else x, params)
