@@ -3,7 +3,7 @@
     python benchmarks/huggingface.py             # all families, 5 to 10 minutes
     python benchmarks/huggingface.py Llama T5    # some
 
-Every family is a small random model. It is captured, a third of the units that its config can do without leave, and
+Every family is a small random model. It is captured, half of the units that its config can do without leave, and
 the rest is saved. The folder is loaded by a second process, which has not imported taylorfx: its outputs are compared
 with those of the pruned network, for the example and for another length and number of examples, and `generate` with a
 cache is compared with `generate` without one.

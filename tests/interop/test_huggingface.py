@@ -18,8 +18,14 @@ if importlib.util.find_spec("torchvision"):
 
     library()
 
-from _huggingface import FAMILIES, captured, made
+from _huggingface import captured, made
 from huggingface import read, saved
+
+FAMILIES = (
+    "Llama", "Qwen3", "GPT-2", "BERT", "DistilBERT", "OPT", "T5", "ViT", "DINOv2", "CLIP", "Whisper", "Mamba",
+)  # fmt: skip
+"""Those that are tried here; `benchmarks/huggingface.py` tries more."""
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):

@@ -157,7 +157,7 @@ class Form:
             raise ConfigError(f"{self.cls.__name__} cannot be built from its own config, {type(self.config).__name__}.")
         implied: dict[Key, Number] = {}
         for key in (key for key, value in _numbers(self.config.to_dict()) if value is None):
-            points = {n: x for n in UNSET if (x := self.shapes({key: n})) is not None}
+            points: dict[Number, Shapes] = {n: x for n in UNSET if (x := self.shapes({key: n})) is not None}
             lines = _lines(points) if len(points) > 1 else {}
             values = {(usual[path][k] - offset) / slope for (path, k), (slope, offset) in lines.items()}
             value = round(values.pop()) if len(values) == 1 else 0
