@@ -7,7 +7,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import taylorfx as tfx
 from taylorfx.interop import huggingface
@@ -82,19 +81,14 @@ def captured(name: str) -> tuple[Any, tfx.Params, tfx.Spec, str]:
     return *huggingface.from_pretrained(made(name), outputs=output), output
 
 
-def pruned(model: Any, params: tfx.Params, spec: tfx.Spec, output: str) -> tuple[tfx.Params, tfx.Plan, tfx.Constraints]:
-    """Half of what its config lets leave, of every scope, by Taylor: the parameters, the plan, and the constraints."""
+def pruned(model: Any, params: tfx.Params, spec: tfx.Spec) -> tuple[tfx.Params, tfx.Plan, tfx.Constraints]:
+    """Half of what its config lets leave, by the norms of weights: the parameters, the plan, and the constraints."""
     inputs = {name: x for name, x in example_of(model).items() if name in spec.input_layers}
     constraints = huggingface.holdable(model, params, spec, inputs)
     coupling = tfx.couple(params, spec)
 
-    def loss(outputs: Any, targets: Tensor) -> Tensor:
-        result = outputs[output] if isinstance(outputs, dict) else outputs
-        return result.square().flatten(1).mean(1) if result.ndim > 1 else result.square()
-
-    stats = tfx.measure(params, spec, (inputs, torch.zeros(3)), coupling, loss=loss)
     free = int((~constraints.on(coupling).protected).sum())
-    scores, rules = tfx.taylor(stats, coupling), replace(constraints, per_layer=True)
+    scores, rules = tfx.criteria.weight_l2(params, coupling), replace(constraints, per_layer=True)
     for count in range(free // 2, 0, -1):  # scopes that keep equal numbers do not let any number leave
         try:
             budget = tfx.Units(len(coupling) - count)

@@ -12,6 +12,7 @@ cache is compared with `generate` without one.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import subprocess
@@ -72,12 +73,15 @@ def read(home: Path, names: list[str]) -> dict[str, tuple[list[torch.Tensor], li
 def saved(home: Path, name: str) -> tuple[list[Any], tfx.Plan, tfx.Constraints]:
     """Prune a family into a folder, with its calls beside it; what its network gives on them."""
     model, params, spec, output = captured(name)
-    small, plan, constraints = pruned(model, params, spec, output)
+    small, plan, constraints = pruned(model, params, spec)
     example = {key: x for key, x in example_of(model).items() if key in spec.input_layers}
     huggingface.save_pretrained(home / name, small, plan.spec, like=model, example_inputs=example)
     calls = [example]
     if "input_ids" in example:  # fewer examples of another length
-        calls.append({key: x[:2, :5] if x.ndim == 2 else x[:2] for key, x in example.items()})
+        shorter = {key: x[:2, :5] if x.ndim == 2 else x[:2] for key, x in example.items()}
+        with contextlib.suppress(tfx.ShapeError):  # a network that takes one length only
+            tfx.apply(small, plan.spec, shorter)
+            calls.append(shorter)
     torch.save([(output, call) for call in calls], home / f"{name}.inputs")
     given_out = [tfx.apply(small, plan.spec, call) for call in calls]
     return [x[output] if isinstance(x, dict) else x for x in given_out], plan, constraints

@@ -139,7 +139,9 @@ class Form:
     def build(self, changes: Changes, device: str) -> nn.Module:
         """A model of the class with these fields; its parameters have no values yet."""
         config, quiet = self.changed(changes), library("transformers.initialization")
-        config._attn_implementation = self.config._attn_implementation
+        for name in ("_attn_implementation", "_experts_implementation"):
+            if getattr(self.config, name, None) is not None:
+                setattr(config, name, getattr(self.config, name))
         context: AbstractContextManager[object] = quiet.no_init_weights()
         with torch.device(device), context:
             model: nn.Module = self.cls(config)
