@@ -30,19 +30,19 @@ import taylorfx as tfx
 from taylorfx.interop import huggingface
 from taylorfx.interop.huggingface.loading import example_of
 
-HERE = Path(__file__).parent
-
 READ = """
-import importlib.util, json, sys
+import json, sys
 import torch
-sys.path.insert(0, sys.argv[2])
-if importlib.util.find_spec("torchvision"):
-    from _torchvision import library
-    library()
+schemas = torch.library.Library("torchvision", "FRAGMENT")  # where torchvision's compiled operators are missing
+for name in ("nms", "qnms"):
+    try:
+        schemas.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    except RuntimeError:
+        break
 import transformers
 assert not any(name.startswith("taylorfx") for name in sys.modules)
 results = {}
-for name in json.loads(sys.argv[3]):
+for name in json.loads(sys.argv[2]):
     folder = f"{sys.argv[1]}/{name}"
     config = transformers.AutoConfig.from_pretrained(folder)
     model = getattr(transformers, config.architectures[0]).from_pretrained(folder).eval()
@@ -57,12 +57,12 @@ for name in json.loads(sys.argv[3]):
     results[name] = outputs, texts
 torch.save(results, f"{sys.argv[1]}/results")
 """
-"""The second process: of the folder, this one and the names of the families it reads what they give."""
+"""The second process: of the folder and the names of the families it reads what they give."""
 
 
 def read(home: Path, names: list[str]) -> dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]]:
     """What the models in these folders give on the calls beside them, and the texts with a cache and without."""
-    command = [sys.executable, "-c", READ, str(home), str(HERE), json.dumps(names)]
+    command = [sys.executable, "-c", READ, str(home), json.dumps(names)]
     done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=home)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
