@@ -3,6 +3,7 @@
 import ast
 import doctest
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from _torchvision import library
 
 import taylorfx as tfx
 from taylorfx.scoring import criteria
@@ -47,6 +49,8 @@ def test_there_are_examples() -> None:
 @pytest.mark.parametrize("document", [README, CONTRIBUTING], ids=lambda path: path.name)
 def test_a_document_runs_from_top_to_bottom(document: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its blocks share one namespace, as for a reader who types them one after the other."""
+    if importlib.util.find_spec("torchvision"):
+        library()  # transformers imports it where it is installed
     torch.manual_seed(0)
     text, space = document.read_text(), {"__name__": document.stem.lower()}
     blocks = list(BLOCK.finditer(text))

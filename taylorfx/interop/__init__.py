@@ -1,5 +1,6 @@
 """In and out of PyTorch's modules."""
 
+from taylorfx.interop import huggingface
 from taylorfx.interop.capture.export import from_torch
 from taylorfx.interop.capture.optional import Call
 from taylorfx.interop.capture.reader import CaptureError
@@ -10,5 +11,5 @@ from taylorfx.interop.optim import carry, reschedule
 from taylorfx.interop.trials import holdable
 
 __all__ = [
-    "Call", "CaptureError", "LikeError", "Value", "carry", "from_torch", "holdable", "reschedule", "rule", "to_torch",
+    "Call", "CaptureError", "LikeError", "Value", "carry", "from_torch", "holdable", "huggingface", "reschedule", "rule", "to_torch",
 ]  # fmt: skip

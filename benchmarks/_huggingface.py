@@ -1,0 +1,99 @@
+"""Small random models of the families of transformers, and how one is pruned within what its config can hold."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+
+import taylorfx as tfx
+from taylorfx.interop import huggingface
+from taylorfx.interop.huggingface.loading import example_of
+
+LAYERS = 1
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SIZES = {"hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "intermediate_size": 24}
+TEXT = {**SIZES, "vocab_size": 60, "max_position_embeddings": 32, **SPECIAL}
+DECODER = {**TEXT, "num_key_value_heads": 2, "head_dim": 8}
+PICTURE = {**SIZES, "image_size": 16, "patch_size": 8}
+SIDES = {
+    f"{side}_{name}": n
+    for side in ("encoder", "decoder")
+    for name, n in (("layers", LAYERS), ("attention_heads", 4), ("ffn_dim", 24))
+}
+
+FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "Llama": ("LlamaForCausalLM", {**DECODER, "tie_word_embeddings": True}, "logits"),
+    "Qwen3": ("Qwen3ForCausalLM", DECODER, "logits"),
+    "GPT-2": ("GPT2LMHeadModel", {
+        "n_embd": 32, "n_layer": LAYERS, "n_head": 4, "vocab_size": 60, "n_positions": 32, **SPECIAL}, "logits"),
+    "BERT": ("BertForSequenceClassification", TEXT, "logits"),
+    "RoBERTa": ("RobertaForSequenceClassification", TEXT, "logits"),
+    "DistilBERT": ("DistilBertForSequenceClassification", {
+        "dim": 32, "n_layers": LAYERS, "n_heads": 4, "hidden_dim": 24, "vocab_size": 60,
+        "max_position_embeddings": 32, "pad_token_id": 0}, "logits"),
+    "OPT": ("OPTForCausalLM", {
+        "hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "ffn_dim": 24, "vocab_size": 60,
+        "max_position_embeddings": 32, "word_embed_proj_dim": 32, **SPECIAL}, "logits"),
+    "T5": ("T5ForConditionalGeneration", {
+        "d_model": 32, "d_kv": 8, "d_ff": 24, "num_layers": LAYERS, "num_heads": 4, "vocab_size": 60,
+        "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}, "logits"),
+    "Mistral": ("MistralForCausalLM", DECODER, "logits"),
+    "Gemma": ("GemmaForCausalLM", DECODER, "logits"),
+    "ViT": ("ViTForImageClassification", PICTURE, "logits"),
+    "DINOv2": ("Dinov2ForImageClassification", {
+        "hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "mlp_ratio": 3, "image_size": 16,
+        "patch_size": 8}, "logits"),
+    "CLIP": ("CLIPModel", {"projection_dim": 20, "text_config": TEXT, "vision_config": PICTURE}, "text_embeds image_embeds"),
+    "Whisper": ("WhisperForConditionalGeneration", {
+        **SIDES, "d_model": 32, "vocab_size": 60, "num_mel_bins": 8, "max_source_positions": 10,
+        "max_target_positions": 32, "decoder_start_token_id": 1, **SPECIAL}, "logits"),
+    "Mixtral": ("MixtralForCausalLM", {**DECODER, "num_local_experts": 4, "num_experts_per_tok": 2}, "logits"),
+    "Qwen3-MoE": ("Qwen3MoeForCausalLM", {
+        **DECODER, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}, "logits"),
+    "ALBERT": ("AlbertForSequenceClassification", {**TEXT, "embedding_size": 16}, "logits"),
+    "Mamba": ("MambaForCausalLM", {
+        "hidden_size": 32, "num_hidden_layers": LAYERS, "state_size": 4, "vocab_size": 60, **SPECIAL}, "logits"),
+}  # fmt: skip
+"""By name, the class, its config, and the outputs that are captured, of which the first one is compared."""
+
+
+def made(name: str) -> Any:
+    """A random model of a family."""
+    import transformers
+
+    kind, config, _ = FAMILIES[name]
+    torch.manual_seed(0)
+    cls = getattr(transformers, kind)
+    model = cls(cls.config_class(**config)).eval()
+    with torch.no_grad():
+        for x in model.parameters():  # biases are zero, and would not show what is wrong with them
+            x.add_(0.05 * torch.randn(x.shape))
+    return model
+
+
+@cache
+def captured(name: str) -> tuple[Any, tfx.Params, tfx.Spec, str]:
+    """A model, its network, and the name of its output."""
+    outputs = FAMILIES[name][2].split()
+    return *huggingface.from_pretrained(made(name), outputs=outputs), outputs[0]
+
+
+def pruned(model: Any, params: tfx.Params, spec: tfx.Spec) -> tuple[tfx.Params, tfx.Plan, tfx.Constraints]:
+    """Half of what its config lets leave, by the norms of weights: the parameters, the plan, and the constraints."""
+    inputs = {name: x for name, x in example_of(model).items() if name in spec.input_layers}
+    constraints = huggingface.holdable(model, params, spec, inputs)
+    coupling = tfx.couple(params, spec)
+
+    free = int((~constraints.on(coupling).protected).sum())
+    scores, rules = tfx.criteria.weight_l2(params, coupling), replace(constraints, per_layer=True)
+    for count in range(free // 2, 0, -1):  # scopes that keep equal numbers do not let any number leave
+        try:
+            budget = tfx.Units(len(coupling) - count)
+            plan = tfx.select(scores, coupling, budget=budget, constraints=rules, per_cost=False)
+        except tfx.BudgetError:
+            continue
+        return tfx.cut(params, plan), plan, constraints
+    raise tfx.BudgetError(f"Not one of the {free} units can leave.")

@@ -1,0 +1,8 @@
+"""Models of the library transformers, there and back: from a folder to a network, and to a smaller folder."""
+
+from taylorfx.interop.huggingface.fields import ConfigError
+from taylorfx.interop.huggingface.holding import holdable
+from taylorfx.interop.huggingface.loading import Pretrained, from_pretrained
+from taylorfx.interop.huggingface.saving import save_pretrained
+
+__all__ = ["ConfigError", "Pretrained", "from_pretrained", "holdable", "save_pretrained"]

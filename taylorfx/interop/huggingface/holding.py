@@ -1,0 +1,179 @@
+"""What a class of transformers and its config can hold: which units can leave, before any are chosen."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from glob import escape
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from taylorfx.coupling.couple import couple
+from taylorfx.coupling.units import Coupling, Mask
+from taylorfx.cutting.cut import cut
+from taylorfx.cutting.plan import Plan, PlanError
+from taylorfx.interop.huggingface.fields import ConfigError
+from taylorfx.interop.huggingface.making import Source
+from taylorfx.interop.trials import Rule
+from taylorfx.network.spec import Spec
+from taylorfx.selection.constraints import Constraints
+from taylorfx.tree import Params
+
+__all__ = ["holdable"]
+
+
+def holdable(
+    model: Any,
+    params: Params,
+    spec: Spec,
+    example_inputs: object = None,
+    example_kwargs: Mapping[str, object] | None = None,
+) -> Constraints:
+    """What a model's class and its config can hold: constraints under which `save_pretrained` takes what is cut.
+
+    ::
+
+        constraints = tfx.interop.huggingface.holdable(model, params, spec)
+        params, spec = tfx.prune(params, spec, batch, budget=tfx.Flops(0.7), constraints=constraints)
+
+    A config has one number for the width of all MLPs, another for the heads of all layers: their scopes keep equal
+    numbers of units (``uniform``), each its own best. What no field sets is protected, as one dimension of one head.
+    Which fields set which axes is found out by building the class from changed configs, without memory.
+
+    Args:
+        model: the model that was captured; it is left as it is.
+        params, spec: its network, before anything is cut.
+        example_inputs, example_kwargs: what to compare on, as for `taylorfx.to_torch`.
+
+    Raises:
+        ConfigError: for a module without a config, and a class that cannot be built from its own.
+    """
+    trials = _Trials(Source(model, params, spec, example_inputs, example_kwargs, (params, spec)), params, spec)
+    rules = _jointly(trials, [*_rules(trials)])
+    coupling, names = trials.coupling, [escape(name) for name in trials.coupling.scopes]
+    lost = {scope for rule in rules for group in rule.groups for scope in group}
+    return Constraints(
+        protect=[name for k, name in enumerate(names) if k not in lost and coupling.sizes[k] > 1],
+        uniform=[tuple(names[k] for k in group) for rule in rules for group in rule.groups if len(group) > 1],
+        multiple={names[k]: x.multiple for x in rules if x.multiple > 1 for group in x.groups for k in group} or 1,
+    )
+
+
+TRIED = 12
+"""How many amounts of units that leave are tried."""
+
+
+class _Trials:
+    """Tries: cut a few units, and look for a config of what is left."""
+
+    def __init__(self, source: Source, params: Params, spec: Spec) -> None:
+        self.source, self.params = source, params
+        self.coupling = couple(params, spec)
+
+    def holds(
+        self, rules: Sequence[Rule], share: float = 0.0, *, only: int | None = None, proven: bool = False
+    ) -> bool:
+        """There is a config when these scopes lose a share of their units and one step more.
+
+        Args:
+            only: which of the rules loses that share; the others lose one step.
+            proven: make the model, too, and compare it at the example.
+        """
+        try:
+            plan = Plan(
+                self.coupling, self._keep(rules, [share if only in (None, k) else 0.0 for k in range(len(rules))])
+            )
+            small = cut(self.params, plan)
+            if proven:
+                self.source.make(small, plan.spec, every_call=False)
+                return True
+            shapes = {path: tuple(x.shape) for path, x in self.source.tensors(small).items()}
+            return next(iter(self.source.form.solutions(shapes)), None) is not None
+        except (ConfigError, PlanError):
+            return False
+
+    def proven(self, rules: Sequence[Rule]) -> bool:
+        """By a little and by half, at the example."""
+        return self.holds(rules, proven=True) and self.holds(rules, 0.4, proven=True)
+
+    def everywhere(self, rules: Sequence[Rule]) -> bool:
+        """There is a config for every number of units that these rules let stay, of those that are tried.
+
+        A class may want a width that its heads divide: then one number of heads holds, and the next one does not.
+        """
+        least = min(int(self.coupling.sizes[rule.groups[0][0]]) // rule.multiple for rule in rules)
+        return all(self.holds(rules, k / least) for k in range(min(least, TRIED)))
+
+    def _keep(self, rules: Sequence[Rule], shares: Sequence[float]) -> Mask:
+        keep = np.ones(len(self.coupling), bool)
+        for rule, share in zip(rules, shares, strict=True):
+            for group in rule.groups:
+                size = int(self.coupling.sizes[group[0]])
+                count = min(int(share * size) // rule.multiple + 1, (size - 1) // rule.multiple) * rule.multiple
+                for scope in group:
+                    units = np.flatnonzero(self.coupling.scope == scope)
+                    units = units[np.argsort(self.coupling.index[units])]
+                    keep[units[len(units) - count :] if share else units[:count]] = False
+        return keep
+
+
+def _kinds(coupling: Coupling) -> list[tuple[int, ...]]:
+    """The scopes of one role and size, in all layers.
+
+    ``layers.0.mlp: hidden`` and ``layers.1.mlp: hidden`` are of one kind; their numbers are left out of the names.
+    """
+    kinds: dict[tuple[str, int], list[int]] = {}
+    for scope, (name, size) in enumerate(zip(coupling.scopes, coupling.sizes.tolist(), strict=True)):
+        if size > 1:
+            kinds.setdefault((re.sub(r"\d+", "", name), size), []).append(scope)
+    return [tuple(kind) for kind in kinds.values()]
+
+
+def _rules(trials: _Trials) -> Iterator[Rule]:
+    """The ways in which kinds of scopes may lose units; those that may lose none are left out."""
+    left: list[tuple[int, ...]] = []
+    for kind in _kinds(trials.coupling):
+        alone = Rule(tuple((scope,) for scope in kind))
+        first = Rule(((kind[0],),))
+        ways = [alone] if len(kind) == 1 or trials.holds([first]) else []
+        rule = next((x for x in (*ways, Rule((kind,))) if trials.everywhere([x]) and trials.proven([x])), None)
+        if rule is None:
+            left.append(kind)
+        else:
+            yield rule
+    sizes = trials.coupling.sizes
+    for count in range(2, len(left) + 1):  # dimensions of queries and values; heads of encoder and decoder
+        several_sizes = {int(sizes[kind[0]]) for kind in left}
+        alike = [[kind for kind in left if sizes[kind[0]] == size] for size in several_sizes]
+        for several in (x for kinds in alike if count < 4 or count == len(kinds) for x in combinations(kinds, count)):
+            if any(kind not in left for kind in several):
+                continue
+            rule = Rule((tuple(scope for kind in several for scope in kind),))
+            if trials.everywhere([rule]) and trials.proven([rule]):
+                yield rule
+                left = [kind for kind in left if kind not in several]
+    for kind in left:
+        size = int(sizes[kind[0]])
+        ways = [Rule((kind,), multiple=n) for n in range(2, size // 2 + 1) if size % n == 0]
+        yield from [rule for rule in ways if trials.everywhere([rule]) and trials.proven([rule])][:1]
+
+
+def _jointly(trials: _Trials, rules: Sequence[Rule]) -> list[Rule]:
+    """The rules that hold together: one that fails beside one of those before it is left out.
+
+    Narrow ones come first, so that heads stay free where a width would have to be a multiple of their number.
+    """
+    kept: list[Rule] = []
+    for rule in sorted(rules, key=lambda rule: rule.multiple):
+        if all(_beside(trials, rule, other) for other in kept) and trials.proven([*kept, rule]):
+            kept.append(rule)
+    return kept
+
+
+def _beside(trials: _Trials, one: Rule, other: Rule) -> bool:
+    """Two rules hold together, whatever number of units each takes away."""
+    return trials.everywhere([one, other]) and all(
+        trials.holds([one, other], share, only=k) for share in (0.0, 0.4, 0.7) for k in (0, 1)
+    )

@@ -1,0 +1,125 @@
+"""A smaller model of a class of transformers: a config with other numbers, the parameters, and the proof."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from taylorfx.interop.huggingface.fields import Changes, ConfigError, Form, library, refusal, shapes_of
+from taylorfx.interop.like import Original
+from taylorfx.interop.proof import Call, differs, truth
+from taylorfx.layers import ShapeError
+from taylorfx.network.spec import Spec
+from taylorfx.tree import Params, flatten
+
+__all__ = ["Made", "Source"]
+
+
+class Made(NamedTuple):
+    """A smaller model, and the fields of its config that are new."""
+
+    model: Any
+    changes: Changes
+
+
+class Source:
+    """A model before anything was cut, and the calls on which smaller ones are compared with it.
+
+    Args:
+        model: the model that was captured; it is left as it is.
+        params, spec: a network of it, which may be smaller.
+        network: the whole network; without one the model is captured when it is needed.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        params: Params,
+        spec: Spec,
+        example_inputs: object = None,
+        example_kwargs: Mapping[str, object] | None = None,
+        network: tuple[Params, Spec] | None = None,
+    ) -> None:
+        pretrained = library().PreTrainedModel
+        if not isinstance(model, pretrained):
+            raise ConfigError(
+                f"A model of transformers has a config, by which it is saved; received a {type(model).__name__}. Use "
+                "taylorfx.to_torch with like=, or taylorfx.save."
+            )
+        self.model = model
+        self.form = Form(type(model), model.config)
+        self.original = Original(model, params, spec, example_inputs, example_kwargs, network)
+        self.usual = shapes_of(model)
+
+    def tensors(self, params: Params) -> dict[str, Tensor]:
+        """What the smaller model saves, by path: the network's tensors, under all of their names, and what it left out.
+
+        Raises:
+            ConfigError: for parameters that the model does not have.
+        """
+        leaves, known = flatten(params), self.original.tensors
+        strange = [path for path in leaves if path not in known and not path.startswith("constants.")]
+        if strange:
+            raise ConfigError(
+                f"The parameters are the model's own, by name; {type(self.model).__name__} has no "
+                f"{', '.join(strange)}. Give the model that was captured."
+            )
+        new = {id(known[path]): leaf for path, leaf in leaves.items() if path in known}
+        return {path: new.get(id(known[path]), known[path]).detach() for path in self.usual}
+
+    def make(self, params: Params, spec: Spec, *, every_call: bool = True) -> Made:
+        """The smaller model of the same class, by the first config that is right.
+
+        Args:
+            every_call: compare on all calls, of other lengths, masked and cached ones, too; otherwise at the example.
+
+        Raises:
+            ConfigError: if there is no such config.
+        """
+        tensors = self.tensors(params)
+        causes: list[str] = []
+        for changes in self.form.solutions({path: tuple(x.shape) for path, x in tensors.items()}):
+            model = self._filled(changes, tensors)
+            wrong = next(self._wrong(model, params, spec, every_call=every_call), "")
+            if not wrong:
+                return Made(self._filled(changes, tensors), changes)  # without what a call may have left in it
+            said = ", ".join(f"{'.'.join(map(str, key))}={value}" for key, value in changes.items())
+            causes.append(f"with {said or 'the same config'} it computes something else, {wrong}")
+        if not causes:
+            changed = [f"{path} of {tuple(x.shape)}" for path, x in tensors.items() if self.usual[path] != x.shape]
+            causes = [f"no values of {', '.join(x.name for x in self.form.fields)} give {', '.join(changed[:6])}"]
+        raise ConfigError(refusal(type(self.model), self.model.config, causes))
+
+    def _filled(self, changes: Changes, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """A model with this config and these tensors; names that share one are tied by the class itself."""
+        model = self.form.build(changes, "cpu")
+        model.to(next(iter(x.dtype for x in tensors.values() if x.is_floating_point())))
+        model.load_state_dict(tensors)
+        generation = getattr(self.model, "generation_config", None)
+        if generation is not None:
+            vars(model)["generation_config"] = copy.deepcopy(generation)
+        return model
+
+    def _wrong(self, model: nn.Module, params: Params, spec: Spec, *, every_call: bool) -> Iterator[str]:
+        """Calls on which the model does not give what the network gives, and how it differs."""
+        calls = self.original.calls if every_call else self.original.calls[:1]
+        for call in calls:
+            try:
+                wrong = self._difference(model, params, spec, call)
+            except ShapeError as error:
+                wrong = "" if call is not calls[0] else f"{error}"
+            if wrong and (call is calls[0] or self.original.certain(call)):
+                yield f"{call.title}: {wrong.splitlines()[0]}"
+
+    def _difference(self, model: nn.Module, params: Params, spec: Spec, call: Call) -> str:
+        expected = truth(params, spec, call)
+        try:
+            results = call.outputs(model)
+        except Exception as error:  # whatever the model's own code raises
+            return f"{type(error).__name__}: {error}"
+        finally:
+            model.eval()
+        return differs(results, expected, call, spec)

@@ -1,0 +1,115 @@
+"""Families of transformers, there and back: captured, pruned, saved, and loaded by a process without taylorfx."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import taylorfx as tfx
+from taylorfx.interop import huggingface
+from taylorfx.interop.huggingface.loading import example_of
+
+pytest.importorskip("transformers")
+
+if importlib.util.find_spec("torchvision"):
+    from _torchvision import library
+
+    library()
+
+from _huggingface import captured, made
+from huggingface import read, saved
+
+FAMILIES = (
+    "Llama", "Qwen3", "GPT-2", "BERT", "DistilBERT", "OPT", "T5", "ViT", "DINOv2", "CLIP", "Whisper", "Mamba",
+)  # fmt: skip
+"""Those that are tried here; `benchmarks/huggingface.py` tries more."""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Every family pruned and saved, with its inputs of two lengths and the outputs of its network."""
+    home = tmp_path_factory.mktemp("families")
+    expected = {name: saved(home, name) for name in FAMILIES}
+    return home, expected, read(home, [*FAMILIES])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_comes_back_in_a_process_without_taylorfx(folders, name):
+    _, expected, results = folders
+    wanted, plan, _ = expected[name]
+    assert not plan.whole, "something was cut"
+    outputs, texts = results[name]
+    for one, other in zip(outputs, wanted, strict=True):
+        assert_close(one, other, rtol=1e-4, atol=1e-5)
+    if texts:
+        assert torch.equal(*texts), "with a cache and without"
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name in ("Llama", "T5")])
+def test_the_config_says_the_sizes(folders, name):
+    home, _, _ = folders
+    config = json.loads((home / name / "config.json").read_text())
+    assert config["d_ff" if name == "T5" else "intermediate_size"] < 24
+    assert (home / name / "generation_config.json").exists()
+    assert not [x for x in home.iterdir() if x.name.startswith(".")], "nothing is left of the temporary folders"
+
+
+def test_what_no_config_says_is_refused_by_the_name_of_its_field(tmp_path):
+    model, params, spec, _ = captured("Llama")
+    coupling = tfx.couple(params, spec)
+    (scope,) = (k for k, name in enumerate(coupling.scopes) if name == "model.layers.0.mlp: hidden")
+    keep = coupling.scope != scope
+    keep |= coupling.index > 0
+    plan = tfx.Plan(coupling, keep)
+    with pytest.raises(huggingface.ConfigError, match=r"intermediate_size is one number .* 23 for model\.layers\.0"):
+        huggingface.save_pretrained(tmp_path / "x", tfx.cut(params, plan), plan.spec, like=model)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_folder_that_exists_is_left_as_it_is(folders, tmp_path, monkeypatch):
+    model, params, spec, _ = captured("Llama")
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "mine").write_text("mine")
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        huggingface.save_pretrained(tmp_path / "x", params, spec, like=model)
+
+    def full(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "save_pretrained", full)
+        with pytest.raises(OSError, match="No space"):
+            huggingface.save_pretrained(tmp_path / "x", params, spec, like=model, overwrite=True)
+    assert [x.name for x in tmp_path.iterdir()] == ["x"]
+    assert (tmp_path / "x" / "mine").exists()
+    huggingface.save_pretrained(tmp_path / "x", params, spec, like=model, overwrite=True)
+    assert [x.name for x in tmp_path.iterdir()] == ["x"]
+    assert not (tmp_path / "x" / "mine").exists()
+
+
+def test_a_folder_is_loaded_captured_and_its_tokenizer_goes_along(folders, tmp_path):
+    home, _, _ = folders
+    (home / "Llama" / "tokenizer.json").write_text("{}")
+    loaded = huggingface.from_pretrained(home / "Llama", outputs="logits")
+    example = example_of(loaded.model)
+    assert_close(tfx.apply(loaded.params, loaded.spec, example)["logits"], loaded.model(**example).logits)
+    huggingface.save_pretrained(tmp_path / "again", loaded.params, loaded.spec, like=loaded.model)
+    assert (tmp_path / "again" / "tokenizer.json").read_text() == "{}"
+
+
+def test_a_module_without_a_config_is_refused(tmp_path):
+    module = torch.nn.Linear(3, 2)
+    params, spec = tfx.from_torch(module, torch.randn(2, 3))
+    with pytest.raises(huggingface.ConfigError, match="received a Linear"):
+        huggingface.save_pretrained(tmp_path / "x", params, spec, like=module)
+
+
+def test_roles_are_protected_by_name():
+    _, params, spec, _ = captured("Llama")
+    coupling = tfx.couple(params, spec)
+    rules = tfx.Constraints(protect=["*: key/value heads", "*: hidden"]).on(coupling)
+    held = {coupling.scopes[k] for k in coupling.scope[rules.protected]}
+    layers = range(made("Llama").config.num_hidden_layers)
+    assert held == {f"model.layers.{k}.{x}" for k in layers for x in ("self_attn: key/value heads", "mlp: hidden")}
