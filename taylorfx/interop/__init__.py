@@ -11,5 +11,6 @@ from taylorfx.interop.optim import carry, reschedule
 from taylorfx.interop.trials import holdable
 
 __all__ = [
-    "Call", "CaptureError", "LikeError", "Value", "carry", "from_torch", "holdable", "huggingface", "reschedule", "rule", "to_torch",
+    "Call", "CaptureError", "LikeError", "Value", "carry", "from_torch", "holdable", "huggingface", "reschedule",
+    "rule", "to_torch",
 ]  # fmt: skip

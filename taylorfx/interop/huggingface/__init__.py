@@ -3,6 +3,10 @@
 from taylorfx.interop.huggingface.fields import ConfigError
 from taylorfx.interop.huggingface.holding import holdable
 from taylorfx.interop.huggingface.loading import Pretrained, from_pretrained
+from taylorfx.interop.huggingface.losses import distillation, next_token, perplexity
 from taylorfx.interop.huggingface.saving import save_pretrained
 
-__all__ = ["ConfigError", "Pretrained", "from_pretrained", "holdable", "save_pretrained"]
+__all__ = [
+    "ConfigError", "Pretrained", "distillation", "from_pretrained", "holdable", "next_token", "perplexity",
+    "save_pretrained",
+]  # fmt: skip
