@@ -9,15 +9,18 @@ Tested with torch 2.13. For each, what is public does not do:
 - ``torch._logging.structured``: the file names behind the numbers in a report of ``torch.export``.
 - ``_optimizer_*_hooks``, ``_opt_called``: an optimizer that takes the place of another one keeps its hooks, and
   schedulers see that it has stepped.
+- ``backed_size_oblivious``: an option of ``torch.export`` that asks less of sizes.
 - ``torch.utils._pytree``: the trees of arguments and results that ``torch.export`` itself makes.
 
-One more is kept where it is used, in `taylorfx.interop.capture.sizes`, which is imported when a module is captured:
-``torch.utils._sympy`` reads the guards of ``torch.export``, and loads sympy.
+More are kept where they are used, in `taylorfx.interop.capture`, which is imported when a module is captured:
+``torch.utils._sympy`` reads the guards of ``torch.export``, and loads sympy; ``ShapeEnv._get_sloc`` is told the lines
+that they come from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -30,7 +33,8 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 __all__ = [
-    "Function", "OpOverload", "differentiated", "file_names", "follow", "pytree", "schemas", "vectorized", "wrapped",
+    "Function", "OpOverload", "alike_sizes", "differentiated", "file_names", "follow", "pytree", "schemas",
+    "vectorized", "wrapped",
 ]  # fmt: skip
 
 
@@ -113,3 +117,14 @@ def follow(after: Optimizer, before: Optimizer) -> None:
             vars(after)[name].update(hooks)
     if hasattr(before, "_opt_called"):
         vars(after)["_opt_called"] = before._opt_called
+
+
+def alike_sizes() -> AbstractContextManager[None]:
+    """Have ``torch.export`` treat a size of one like any other, where this version of torch can."""
+    from torch.fx.experimental import _config
+
+    config: Any = _config
+    patched: AbstractContextManager[None] = config.patch(
+        {"backed_size_oblivious": True} if hasattr(config, "backed_size_oblivious") else {}
+    )
+    return patched

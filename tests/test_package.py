@@ -43,7 +43,7 @@ HOMES = {
     "matplotlib": {"report"},
     "hypothesis": {"testing"},
     "torch._": {"internals.py"},
-    "torch.utils._sympy": {"interop/capture/sizes.py", "interop/capture/formulas.py"},
+    "torch.utils._sympy": {f"interop/capture/{name}.py" for name in ("sizes", "guards", "formulas")},
 }
 
 SOURCES = sorted(ROOT.rglob("*.py"))

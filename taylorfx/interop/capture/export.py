@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any, Protocol, TypeGuard, TypeVar
 
 import torch
-import torch.fx.experimental._config
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 

@@ -16,11 +16,12 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.fx.experimental._config
 from torch import Tensor, nn
 from torch.fx.experimental import symbolic_shapes
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
+
+from taylorfx.internals import alike_sizes
 
 __all__ = ["quiet", "tracing"]
 
@@ -47,10 +48,8 @@ def tracing(module: nn.Module, *, alike: bool, patient: bool) -> Iterator[None]:
     Raises:
         OverflowError: for a size that is too long.
     """
-    config: Any = torch.fx.experimental._config
-    options = {"backed_size_oblivious": True} if alike and hasattr(config, "backed_size_oblivious") else {}
-    short = nullcontext() if patient else _Short()
-    with torch.no_grad(), quiet(), short, _open_length(module), config.patch(options), _user_lines():
+    short, ones = nullcontext() if patient else _Short(), alike_sizes() if alike else nullcontext()
+    with torch.no_grad(), quiet(), short, _open_length(module), ones, _user_lines():
         yield
 
 
