@@ -46,8 +46,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
     "DINOv2": ("Dinov2ForImageClassification", {
         "hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "mlp_ratio": 3, "image_size": 16,
         "patch_size": 8}, "logits"),
-    "CLIP": ("CLIPModel", {
-        "projection_dim": 20, "text_config": TEXT, "vision_config": PICTURE}, "text_embeds image_embeds"),
+    "CLIP": ("CLIPModel", {"projection_dim": 20, "text_config": TEXT, "vision_config": PICTURE},
+        "text_embeds image_embeds"),
     "Whisper": ("WhisperForConditionalGeneration", {
         **SIDES, "d_model": 32, "vocab_size": 60, "num_mel_bins": 8, "max_source_positions": 10,
         "max_target_positions": 32, "decoder_start_token_id": 1, **SPECIAL}, "logits"),
