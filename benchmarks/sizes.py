@@ -102,6 +102,11 @@ def verdict(row: Row) -> str:
     return "right" if errors else "fixed"
 
 
+def received(refused: str) -> str:
+    """What a refusal says of this size, without the rule before it and the advice after it."""
+    return refused.rpartition("; received: ")[2].partition(" Capture the module on")[0]
+
+
 def cells(row: Row) -> list[str]:
     """A row of the table but its name."""
     if "failed" in row:
@@ -109,7 +114,7 @@ def cells(row: Row) -> list[str]:
     runs = row["runs"]
     largest = [max((run[key] for run in runs if run[key] is not None), default=None) for key in ("captured", "cut")]
     reasons = dict.fromkeys(
-        f"{run['size']}: {'the module: ' * bool(run['fixed'])}{(run['fixed'] or run['refused'])[:120]}"
+        f"{run['size']}: {'the module: ' * bool(run['fixed'])}{(run['fixed'] or received(run['refused']))[:140]}"
         for run in runs
         if run["fixed"] or run["refused"]
     )
