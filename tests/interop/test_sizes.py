@@ -256,7 +256,9 @@ class Padded(nn.Module):
 def test_sizes_with_long_formulas_are_followed_where_that_is_demanded():
     module = Padded().double().eval()
     params, spec = from_torch(module, image((6, 8)))
-    with pytest.raises(ShapeError, match=r"axis 3 takes size 8, received 9 \(held by a size of"):
+    line = Padded.forward.__code__.co_firstlineno + 2
+    held = rf"held by a size with a long formula, test_sizes\.py:{line} in forward; sizes= follows it"
+    with pytest.raises(ShapeError, match=rf"axis 3 takes size 8, received 9 \({held}\)"):
         tfx.apply(params, spec, image((6, 9)))
     params, spec = from_torch(module, image((6, 8)), sizes=["x.3"])
     for width in (9, 34):

@@ -80,7 +80,7 @@ class _Short(TorchFunctionMode):
         result = function(*args, **(kwargs or {}))
         for n in result.shape if isinstance(result, Tensor) else ():
             if isinstance(n, torch.SymInt) and n.node.expr.count_ops() > _OPERATIONS:
-                raise OverflowError(f"a size of {n}")
+                raise OverflowError(f"a size with a long formula, {_user_line(sys._getframe(1))}; sizes= follows it")
         return result
 
 
