@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-from realistic_sequences import CausalModel, Conformer, EncoderDecoder
+from _realistic_sequences import CausalModel, Conformer, EncoderDecoder
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
