@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -79,7 +80,9 @@ def made(name: str) -> Any:
 def captured(name: str) -> tuple[Any, tfx.Params, tfx.Spec, str]:
     """A model, its network, and the name of its output."""
     outputs = FAMILIES[name][2].split()
-    return *huggingface.from_pretrained(made(name), outputs=outputs), outputs[0]
+    with warnings.catch_warnings():  # DINOv2 has a token that only its pretraining uses
+        warnings.filterwarnings("ignore", ".* does not use all of its parameters")
+        return *huggingface.from_pretrained(made(name), outputs=outputs), outputs[0]
 
 
 def pruned(model: Any, params: tfx.Params, spec: tfx.Spec) -> tuple[tfx.Params, tfx.Plan, tfx.Constraints]:
