@@ -57,6 +57,16 @@ class Original:
         self._given = params, spec, example_inputs, example_kwargs
         self._certain: dict[str, bool] = {}
 
+    def foreign(self, leaves: Iterable[str]) -> str:
+        """Why these are not the module's own parameters, by path; empty if they are."""
+        strange = [path for path in leaves if path not in self.tensors and not path.startswith("constants.")]
+        if not strange:
+            return ""
+        return (
+            f"The parameters are the module's own, by name; {type(self.module).__name__} has no {', '.join(strange)}. "
+            "Give the module that was captured."
+        )
+
     @cached_property
     def calls(self) -> list[Call]:
         """The calls, of which the first one is that of the example."""
@@ -107,13 +117,8 @@ class Original:
 def resized(original: Original, params: Params, spec: Spec, unchanged: Sequence[str]) -> nn.Module:
     """A copy of the module with these parameters, proven equal to the spec on all calls that the whole module takes."""
     module, leaves, tensors = original.module, flatten(params), original.tensors
-    kind = type(module).__name__
-    strange = [path for path in leaves if path not in tensors and not path.startswith("constants.")]
-    if strange:
-        raise LikeError(
-            f"The parameters are the module's own, by name; {kind} has no {', '.join(strange)}. "
-            "Give the module that was captured."
-        )
+    if foreign := original.foreign(leaves):
+        raise LikeError(foreign)
     left = _left_over(module, leaves, tensors, unchanged)
     new = {id(tensors[path]): _like(tensors[path], leaf) for path, leaf in leaves.items() if path in tensors}
     shapes = {path: tuple(x.shape) for path, x in tensors.items()}

@@ -99,7 +99,7 @@ def save(path: str | PathLike[str], params: Params, spec: Spec) -> None:
     """
     check(params, spec)
     leaves = flatten(params)
-    errors = [f"{name}: {problem}" for name, leaf in leaves.items() if (problem := unstorable(name, leaf))]
+    errors = [f"{name}: {problem}" for name, leaf in leaves.items() if (problem := _unstorable(name, leaf))]
     if errors:
         raise SpecError("A file holds dense tensors with values, each by its name; received:\n  " + "\n  ".join(errors))
     text = to_json(spec)
@@ -256,7 +256,7 @@ def opened(path: str | PathLike[str], device: str = "cpu") -> Iterator[tuple[_Fi
         raise FileError(f"{path} cannot be read as a safetensors file: {error}") from error
 
 
-def unstorable(name: str, leaf: Tensor) -> str:
+def _unstorable(name: str, leaf: Tensor) -> str:
     """Why a tensor cannot be saved; empty if it can."""
     if name == _RESERVED:
         return "safetensors reserves this name; rename the node"
@@ -333,6 +333,12 @@ def write(path: str | PathLike[str], tensors: Mapping[str, _Stored], metadata: M
         for name in names:
             for rows in tensors[name].rows():
                 out.write(rows.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def write_document(path: str | PathLike[str], document: Mapping[str, object]) -> None:
+    """Write a document as JSON; an older file is replaced when it is complete."""
+    with replacing(path) as out:
+        out.write(json.dumps(document).encode())
 
 
 @contextmanager

@@ -11,7 +11,6 @@ A plan names units, so that it can be made again for another capture or checkpoi
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from os import PathLike
 
@@ -20,7 +19,7 @@ import numpy as np
 from taylorfx.coupling.units import Coupling
 from taylorfx.cutting.plan import Plan, PlanError
 from taylorfx.store.document import FileError, Json, Reader, listed, quote, read_document
-from taylorfx.store.files import replacing
+from taylorfx.store.files import write_document
 
 __all__ = ["load_plan", "save_plan"]
 
@@ -43,8 +42,7 @@ def save_plan(path: str | PathLike[str], plan: Plan) -> None:
         "kind": KIND, "version": VERSION, "asked": plan.asked, "scopes": scopes, "parameters": _shrinking(plan),
         "indices": _digest(plan),
     }  # fmt: skip
-    with replacing(path) as out:
-        out.write(json.dumps(document).encode())
+    write_document(path, document)
 
 
 def load_plan(path: str | PathLike[str], coupling: Coupling) -> Plan:

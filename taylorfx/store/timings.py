@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection
 from os import PathLike
@@ -14,7 +13,7 @@ from taylorfx.layers import Layer, Shape
 from taylorfx.network.limits import impossible
 from taylorfx.network.spec import SpecError
 from taylorfx.store.document import FileError, Json, describe, listed, quote, read_document
-from taylorfx.store.files import replacing
+from taylorfx.store.files import write_document
 from taylorfx.store.schema import LayerReader, written_layer
 
 __all__ = ["load_timings", "save_timings"]
@@ -44,8 +43,7 @@ def save_timings(path: str | PathLike[str], timings: Timings) -> None:
         "repeats": timings.repeats, "device": str(timings.device), "dtype": str(timings.dtype).removeprefix("torch."),
         "table": table,
     }  # fmt: skip
-    with replacing(path) as out:
-        out.write(json.dumps(document).encode())
+    write_document(path, document)
 
 
 def load_timings(path: str | PathLike[str], *, operators: Collection[str] = ()) -> Timings:

@@ -151,16 +151,16 @@ def _opened(
     # An example of one would be taken for a constant: two of it say the same.
     several = _each_tensor(lambda x: x.repeat(2, *[1] * (x.ndim - 1)) if len(x) == 1 else x, example)
     patient = isinstance(sizes, Sequence) and len(sizes) > 0
-    every = frozenset(_axes(several))
+    every = _axes(several)
     causes: dict[Axis, str] = {}
     fewer: Iterable[frozenset[Axis]] = ()
     for alike in () if sizes is False else (True, False):
         try:
-            return _network(twin, several, Opened(every, alike=alike, patient=patient), module, outputs)
+            return _network(twin, several, Opened(frozenset(every), alike=alike, patient=patient), module, outputs)
         except OutputsError:
             raise
         except Exception as error:  # the next try raises it again, unless the open sizes were its cause
-            causes = dict.fromkeys(_axes(several), f"{_first_line(error):.200}")
+            causes = dict.fromkeys(every, f"{_first_line(error):.200}")
             if isinstance(error, OverflowError):  # some of the axes would take as long
                 break
             fewer = _fewer(twin, several, causes)

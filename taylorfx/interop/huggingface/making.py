@@ -61,12 +61,8 @@ class Source:
             ConfigError: for parameters that the model does not have.
         """
         leaves, known = flatten(params), self.original.tensors
-        strange = [path for path in leaves if path not in known and not path.startswith("constants.")]
-        if strange:
-            raise ConfigError(
-                f"The parameters are the model's own, by name; {type(self.model).__name__} has no "
-                f"{', '.join(strange)}. Give the model that was captured."
-            )
+        if foreign := self.original.foreign(leaves):
+            raise ConfigError(foreign)
         new = {id(known[path]): leaf for path, leaf in leaves.items() if path in known}
         return {path: new.get(id(known[path]), known[path]).detach() for path in self.usual}
 
