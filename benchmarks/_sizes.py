@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +26,9 @@ class Elsewhere:
         cut: the error of the cut network against the gated one.
         fixed: what the module itself says, where it does not take this size.
         refused: what the captured network says, where it does not.
+        exported: the error of the cut network's plain module, exported again with free sizes, against the cut network.
+        onnx: the same of its ONNX file in onnxruntime; none where that is not asked for.
+        left: what is said where one of these fails; and whether the same happens to the module itself.
     """
 
     size: str
@@ -30,6 +36,13 @@ class Elsewhere:
     cut: float | None = None
     fixed: str = ""
     refused: str = ""
+    exported: float | None = None
+    onnx: float | None = None
+    left: str = ""
+
+
+Run = Callable[[dict[str, Tensor]], list[Tensor]]
+"""A network from its inputs to its outputs."""
 
 
 def others(inputs: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -46,8 +59,8 @@ def others(inputs: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
             }
     elif all(x.ndim in (4, 5) for x in inputs.values()):
         moved = {name: larger(x) for name, x in inputs.items()}
-        old, new = (" x ".join(map(str, next(iter(x.values())).shape[2:])) for x in (inputs, moved))
-        sizes[f"{new} after {old}"] = moved
+        before, after = (" x ".join(map(str, next(iter(x.values())).shape[2:])) for x in (inputs, moved))
+        sizes[f"{after} after {before}"] = moved
     return sizes
 
 
@@ -60,10 +73,20 @@ def larger(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def elsewhere(
-    module: nn.Module, params: tfx.Params, spec: tfx.Spec, plan: tfx.Plan, inputs: Mapping[str, Tensor]
+    module: nn.Module,
+    params: tfx.Params,
+    spec: tfx.Spec,
+    plan: tfx.Plan,
+    inputs: Mapping[str, Tensor],
+    *,
+    onnx: bool = False,
 ) -> list[Elsewhere]:
     """A run at every other size, of a plan that removes exact units only."""
     small = tfx.cut(params, plan)
+    names = [node.name for node in spec.inputs]
+    few = {name: inputs[name][:2].contiguous() for name in names}
+    again: dict[str, Run | str] | None = None
+    own: dict[str, Run | str] | None = None
     runs = []
     for size, given in others(inputs).items():
         try:
@@ -71,7 +94,7 @@ def elsewhere(
         except Exception as error:  # whatever the module's own code raises
             runs.append(Elsewhere(size, fixed=said(error)))
             continue
-        x = {node.name: given[node.name] for node in spec.inputs}
+        x = {name: given[name] for name in names}
         try:
             values = tensors(tfx.apply(params, spec, x))
             gated, cut = (
@@ -80,8 +103,81 @@ def elsewhere(
         except Exception as error:  # the table shows what fails, and goes on
             runs.append(Elsewhere(size, refused=said(error)))
             continue
-        runs.append(Elsewhere(size, difference(values, expected), difference(cut, gated)))
+        if again is None:
+            again = outside(tfx.to_torch(small, plan.spec).eval(), few, onnx=onnx)
+        errors: dict[str, float | None] = {}
+        left = []
+        for way, limit in LIMITS.items():
+            found = attempt(again[way], x, cut) if way in again else None
+            errors[way] = found if isinstance(found, float) and found <= limit else None
+            if found is not None and errors[way] is None:
+                own = own or outside(module, few, onnx=onnx)
+                other = attempt(own[way], x, expected)
+                fails = isinstance(other, str) or not other <= limit
+                left.append(f"{way}{', as the module itself' * fails}: {found}")
+        runs.append(
+            Elsewhere(
+                size,
+                difference(values, expected),
+                difference(cut, gated),
+                exported=errors["exported"],
+                onnx=errors["onnx"],
+                left="; ".join(left),
+            )
+        )
     return runs
+
+
+LIMITS = {"exported": 1e-11, "onnx": 1e-3}
+"""How far a network may be from itself as it was exported."""
+
+
+def attempt(run: Run | str, x: dict[str, Tensor], expected: list[Tensor]) -> float | str:
+    """The error of a run, or what it says."""
+    try:
+        return run if isinstance(run, str) else difference(run(x), expected)
+    except Exception as error:  # whatever the exported network raises
+        return said(error)
+
+
+def outside(module: nn.Module, example: dict[str, Tensor], *, onnx: bool) -> dict[str, Run | str]:
+    """The module, exported with free sizes, and as an ONNX file; or why it is not."""
+    runs: dict[str, Run | str] = {}
+    for way, made in {"exported": exported, **({"onnx": in_onnx} if onnx else {})}.items():
+        try:
+            runs[way] = made(module, example)
+        except Exception as error:  # whatever the exporters raise
+            runs[way] = said(error)
+    return runs
+
+
+def free(example: dict[str, Tensor]) -> dict[str, Any]:
+    """Every axis may differ."""
+    return {name: dict.fromkeys(range(x.ndim), torch.export.Dim.AUTO) for name, x in example.items()}
+
+
+def exported(module: nn.Module, example: dict[str, Tensor]) -> Run:
+    """The module, exported with free sizes."""
+    program = torch.export.export(module, (), example, dynamic_shapes=free(example)).module()
+    return lambda inputs: tensors(program(**inputs))
+
+
+def in_onnx(module: nn.Module, example: dict[str, Tensor]) -> Run:
+    """The module as an ONNX file with free axes, run by onnxruntime: in float32, unless it reads text."""
+    import onnxruntime
+
+    if any(x.is_floating_point() for x in example.values()):  # onnxruntime has no convolution in float64
+        module = copy.deepcopy(module).float()
+        example = {name: x.float() if x.is_floating_point() else x for name, x in example.items()}
+    dtypes = {name: x.dtype for name, x in example.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "network.onnx"
+        torch.onnx.export(module, (), path, kwargs=example, dynamic_shapes=free(example), dynamo=True, verbose=False)
+        session = onnxruntime.InferenceSession(str(path))
+    return lambda inputs: [
+        torch.from_numpy(y).double()
+        for y in session.run(None, {name: inputs[name].to(dtype).numpy() for name, dtype in dtypes.items()})
+    ]
 
 
 def said(error: Exception) -> str:

@@ -10,6 +10,8 @@ text of one word, half and twice the length; images of another height and width;
 
 - **captured**: the largest error against the module, as a share of the largest difference between two examples;
 - **cut**: the same of the cut network against the gated one, half of its exact units removed at random;
+- **exported**: the same of the cut network's plain module, exported again with free sizes, against the cut network;
+- **ONNX**: the same of its ONNX file in onnxruntime, of networks with fewer than ten million parameters;
 - **fixed**: what the module itself, or the captured network, says where it does not take the size;
 - **capture / export**: the processor time of `from_torch` as a multiple of one plain ``torch.export`` of the module.
 
@@ -57,6 +59,8 @@ QUICK = ("resnet", "mobilenet_v3", "shufflenet", "swin", "maxvit", "deeplab", "r
 README = Path(__file__).with_name("README.md")
 MARK = "<!-- {} of sizes.py -->\n"
 TOLERANCE = 1e-11
+ONNX = 1e7
+"""How many parameters a network may have that goes to ONNX here, too: large files take long."""
 
 
 def row(make: Callable[[], Case]) -> Row:
@@ -71,7 +75,8 @@ def row(make: Callable[[], Case]) -> Row:
         params, spec = tfx.from_torch(module, few)
         capture = time.process_time() - start
         plan = random_plan(tfx.couple(params, spec), torch.Generator().manual_seed(1), 0.5, exact=True)
-        runs = [asdict(run) for run in elsewhere(module, params, spec, plan, inputs)]
+        onnx = sum(p.numel() for p in module.parameters()) < ONNX
+        runs = [asdict(run) for run in elsewhere(module, params, spec, plan, inputs, onnx=onnx)]
         return {"runs": runs, "export": export, "capture": capture}
     except Exception as error:  # the table shows what fails, and goes on
         return {"failed": said(error)}
@@ -110,19 +115,21 @@ def received(refused: str) -> str:
 def cells(row: Row) -> list[str]:
     """A row of the table but its name."""
     if "failed" in row:
-        return ["failed", "", "", row["failed"][:160], ""]
+        return ["failed", "", "", "", "", row["failed"][:160], ""]
     runs = row["runs"]
-    largest = [max((run[key] for run in runs if run[key] is not None), default=None) for key in ("captured", "cut")]
+    kinds = ("captured", "cut", "exported", "onnx")
+    largest = [max((run[key] for run in runs if run[key] is not None), default=None) for key in kinds]
     reasons = dict.fromkeys(
         f"{run['size']}: {'the module: ' * bool(run['fixed'])}{(run['fixed'] or received(run['refused']))[:140]}"
         for run in runs
         if run["fixed"] or run["refused"]
     )
+    reasons |= dict.fromkeys(run["left"][:140] for run in runs if run["left"])
     errors = ["" if error is None else f"{error:.0e}" for error in largest]
     return [verdict(row), *errors, "; ".join(reasons), f"{row['capture'] / row['export']:.1f}"]
 
 
-HEADS = ("model", "verdict", "captured", "cut", "what is fixed, and why", "capture / export")
+HEADS = ("model", "verdict", "captured", "cut", "exported", "ONNX", "what is fixed, and why", "capture / export")
 
 
 def table(name: str, rows: dict[str, Row]) -> str:
