@@ -102,8 +102,8 @@ def randomized(module: nn.Module, inputs: Mapping[str, Tensor], seed: int = 0) -
     return module
 
 
-def prove(module: nn.Module, inputs: Mapping[str, Tensor]) -> Proof:
-    """Capture a module with two of three examples; couple, cut, compare and train a step."""
+def prove(module: nn.Module, inputs: Mapping[str, Tensor], *, onnx: bool = False) -> Proof:
+    """Capture a module with two of three examples; couple, cut, compare and train a step; with ONNX, if asked."""
     with torch.no_grad():
         expected = tensors(module(**inputs))
     spent: list[float] = []
@@ -147,7 +147,7 @@ def prove(module: nn.Module, inputs: Mapping[str, Tensor]) -> Proof:
         export=sum(spent),
         total=sum(whole),
         couple=min(joined),
-        sizes=elsewhere(module, params, spec, plan, inputs),
+        sizes=elsewhere(module, params, spec, plan, inputs, onnx=onnx),
     )
 
 

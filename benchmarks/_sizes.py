@@ -163,12 +163,18 @@ def exported(module: nn.Module, example: dict[str, Tensor]) -> Run:
 
 
 def in_onnx(module: nn.Module, example: dict[str, Tensor]) -> Run:
-    """The module as an ONNX file with free axes, run by onnxruntime: in float32, unless it reads text."""
+    """The module as an ONNX file with free axes, run by onnxruntime: in float32, if it can be computed in that."""
+    single = {name: x.float() if x.is_floating_point() else x for name, x in example.items()}
+    try:  # in float64, onnxruntime has few operators
+        return in_runtime(copy.deepcopy(module).float(), single)
+    except Exception:  # where a captured operator makes float64
+        return in_runtime(module, example)
+
+
+def in_runtime(module: nn.Module, example: dict[str, Tensor]) -> Run:
+    """The module as an ONNX file with free axes, run by onnxruntime in the dtypes of the example."""
     import onnxruntime
 
-    if any(x.is_floating_point() for x in example.values()):  # onnxruntime has no convolution in float64
-        module = copy.deepcopy(module).float()
-        example = {name: x.float() if x.is_floating_point() else x for name, x in example.items()}
     dtypes = {name: x.dtype for name, x in example.items()}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "network.onnx"

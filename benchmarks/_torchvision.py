@@ -116,7 +116,7 @@ def video() -> dict[str, Callable[[], Case]]:
     models = library()
 
     def make(name: str) -> Case:
-        size = 224 if name.startswith("mvit") else 64
+        size = 224 if name.startswith(("mvit", "s3d")) else 64
         frames = 16 if name.startswith(("mvit", "s3d")) else 8
         generator = torch.Generator().manual_seed(1)
         return models.get_model(name, weights=None), {
