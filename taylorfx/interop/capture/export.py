@@ -22,6 +22,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 
 from taylorfx.internals import file_names, pytree
 from taylorfx.interop.calls import bind, dotted, interface_of, off_path
+from taylorfx.interop.capture.functional import functional
 from taylorfx.interop.capture.optional import Call, merge
 from taylorfx.interop.capture.proof import proven
 from taylorfx.interop.capture.reader import CaptureError, OutputsError, Reader, Wanted
@@ -321,7 +322,7 @@ def _network(
         for part in tracked.values():
             part.momentum = None
     with tracing(twin, alike=opened.alike, patient=opened.patient):
-        program = program.run_decompositions({})
+        program = functional(program)
     alone = not opened.examples
     params, spec = Reader(program, alone=alone, cumulative=frozenset(tracked), wanted=outputs).read(module)
     spec = proven(params, spec, twin, *example)
