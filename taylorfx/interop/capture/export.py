@@ -390,8 +390,19 @@ def _export(module: nn.Module, example: Example, opened: Opened) -> ExportedProg
     shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
     for k, tensor in enumerate(_tensors(example) if opened.examples else ()):
         shapes[tensor] = {0: Dim.DYNAMIC} | {axis: Dim.AUTO for n, axis in opened.axes if n == k}
-    with tracing(module, alike=opened.alike, patient=opened.patient):
-        return torch.export.export(module, *example, dynamic_shapes=shapes, strict=False)
+    handle = module.register_forward_pre_hook(_same_number, prepend=True, with_kwargs=True)
+    try:
+        with tracing(module, alike=opened.alike, patient=opened.patient):
+            return torch.export.export(module, *example, dynamic_shapes=shapes, strict=False)
+    finally:
+        handle.remove()
+
+
+def _same_number(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+    """Tell torch.export that every tensor has as many examples, as `_refuse` demands: one symbol is theirs."""
+    counts = [x.shape[0] for x in _tensors((args, kwargs))]
+    for n in counts[1:]:
+        torch._check(n == counts[0])
 
 
 def _causes(module: nn.Module, example: Example, error: Exception) -> str:
