@@ -30,6 +30,9 @@ _VIEWS = (
 )  # fmt: skip
 """Operators with a rule whose results may lie in the memory of their inputs."""
 
+_UNTAGGED = ("hardswish", "masked_fill")
+"""Pointwise operators that torch does not tag as such, and that are often written in place."""
+
 
 class _Entangled(Exception):
     """A graph that has to be traced."""
@@ -40,7 +43,8 @@ def functional(program: ExportedProgram) -> ExportedProgram:
     try:
         _Writes(program.graph).replace()
     except _Entangled:
-        return program.run_decompositions({})
+        traced: ExportedProgram = program.run_decompositions({})
+        return traced
     *_, last = program.graph.nodes
     for item, node in zip(program.graph_signature.output_specs, last.args[0], strict=True):
         if isinstance(item.arg, TensorArgument) and isinstance(node, fx.Node):
@@ -135,7 +139,9 @@ def _pure(node: fx.Node) -> OpOverload | None:
     pure = getattr(getattr(getattr(torch.ops, space), name.removesuffix("_"), None), overload, None)
     if not isinstance(pure, OpOverload):
         return None
-    if torch.Tag.pointwise not in pure.tags or torch.Tag.nondeterministic_seeded in pure.tags:
+    if torch.Tag.pointwise not in pure.tags and name.removesuffix("_") not in _UNTAGGED:
+        return None
+    if torch.Tag.nondeterministic_seeded in pure.tags:
         return None
 
     def number(value: fx.Node) -> object:
