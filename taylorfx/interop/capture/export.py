@@ -331,29 +331,31 @@ def _trained(
     of the time: numbers other than the example's, so that none of them equals what inference has by chance.
     """
     program = _export(twin.eval(), example, opened)
-    said = ""
-    for numbers in (True, False):
-        if numbers and not (opened.axes and is_plain(program)):
-            continue
-        try:
-            for part in tracked:
-                part.momentum = 0.1  # any constant: the average's own factor changes from batch to batch
-            other = _larger(example, program) if numbers else example
-            align(program, _export(twin.train(), other, Opened(examples=False) if numbers else opened))
-            break
-        except Exception as error:
-            said = f"anywhere, since it cannot be captured in training mode ({_first_line(error)})"
-            if isinstance(error, Difference):
-                said = f"{error}"
-            elif not numbers:
-                align(program, None)
-        finally:
-            twin.eval()
-            for part in tracked:
-                part.momentum = None
-        if numbers:  # it may be because of the numbers; what was written is not taken back
-            program, said = _export(twin, example, opened), ""
-    return program, said
+    if opened.axes and is_plain(program):
+        with suppress(Exception):
+            align(program, _training(twin, _larger(example, program), Opened(examples=False), tracked))
+            return program, ""
+        program = _export(twin, example, opened)  # what was written into the graph until then is not taken back
+    try:
+        align(program, _training(twin, example, opened, tracked))
+    except Difference as difference:
+        return program, f"{difference}"
+    except Exception as error:
+        align(program, None)
+        return program, f"anywhere, since it cannot be captured in training mode ({_first_line(error)})"
+    return program, ""
+
+
+def _training(twin: nn.Module, example: Example, opened: Opened, tracked: Sequence[_Norm]) -> ExportedProgram:
+    """The graph of training; the module is in inference mode afterwards."""
+    try:
+        for part in tracked:
+            part.momentum = 0.1  # any constant: the average's own factor changes from batch to batch
+        return _export(twin.train(), example, opened)
+    finally:
+        twin.eval()
+        for part in tracked:
+            part.momentum = None
 
 
 def _larger(example: Example, program: ExportedProgram) -> Example:
@@ -364,7 +366,7 @@ def _larger(example: Example, program: ExportedProgram) -> Example:
     larger: dict[int, Tensor] = {}
     for x, shape in zip(_tensors(example), shapes, strict=True):
         larger[id(x)] = x
-        for axis in [k for k, n in enumerate(shape) if k and isinstance(n, torch.SymInt)]:
+        for axis in [k for k, n in enumerate(shape) if k and isinstance(n, torch.SymInt) and n.node.expr.free_symbols]:
             positions = torch.arange(x.shape[axis] + 32, device=x.device) % x.shape[axis]
             larger[id(x)] = larger[id(x)].index_select(axis, positions)
     return _each_tensor(lambda x: larger[id(x)], example)

@@ -130,7 +130,11 @@ def is_plain(program: ExportedProgram) -> bool:
         if any(isinstance(x.meta.get("val"), (torch.SymInt, torch.SymFloat)) for x in node.all_input_nodes):
             return False
         shapes = [x.shape for x in pytree.tree_leaves(node.meta["val"]) if isinstance(x, Tensor)]
-        if any(isinstance(n, torch.SymInt) and n.node.hint == 1 for shape in shapes for n in shape):
+        if any(
+            isinstance(n, torch.SymInt) and n.node.hint == 1 and n.node.expr.free_symbols
+            for shape in shapes
+            for n in shape
+        ):
             return False
     return True
 
