@@ -80,11 +80,13 @@ class _Writes:
                 self._replace(node)
 
     def _replace(self, node: fx.Node) -> None:
-        pure, x = _pure(node), node.args[0]
-        if pure is None or not isinstance(x, fx.Node):
+        x = node.args[0]
+        if not isinstance(x, fx.Node):
             raise _Entangled
         (place,) = _places(x)
         before = [value for value in self.memory[place] if self.order[value] < self.order[node]]
+        if (pure := _pure(node)) is None:
+            raise _Entangled
         if any(value.op != "call_function" for value in before):
             raise _Entangled
         if any(self._later(node, user) for value in before if value is not x for user in value.users):
