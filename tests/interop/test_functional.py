@@ -58,9 +58,16 @@ def in_a_smaller_dtype(m, x):
     return y
 
 
+def in_both_ways(m, x):
+    y = F.relu_(m.conv(x))
+    z = y + 1
+    z[:, 1:].mul_(2)
+    return y, z
+
+
 WRITES = {
     on_a_copy: False, on_what_is_used_later: True, on_a_piece: True, on_a_view: True, on_the_input: True,
-    twice: True, in_a_smaller_dtype: True,
+    twice: True, in_both_ways: True, in_a_smaller_dtype: True,
     lambda m, x: F.relu_(m.conv(x)).add_(1).clamp_(0.5) + 1: False,
     lambda m, x: F.relu_(m.conv(x)): False,
     lambda m, x: m.conv(x).masked_fill_(x[:, :1] > 0, 0.0): False,

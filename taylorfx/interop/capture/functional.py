@@ -40,15 +40,18 @@ class _Entangled(Exception):
 
 def functional(program: ExportedProgram) -> ExportedProgram:
     """The program with operators that write on nothing. Its own graph may be changed, to one that computes the same."""
+    entangled = False
     try:
         _Writes(program.graph).replace()
     except _Entangled:
-        traced: ExportedProgram = program.run_decompositions({})
-        return traced
+        entangled = True
     *_, last = program.graph.nodes
     for item, node in zip(program.graph_signature.output_specs, last.args[0], strict=True):
         if isinstance(item.arg, TensorArgument) and isinstance(node, fx.Node):
             item.arg.name = node.name
+    if entangled:
+        traced: ExportedProgram = program.run_decompositions({})
+        return traced
     program.graph.eliminate_dead_code()
     return program
 
