@@ -19,14 +19,16 @@ from typing import Any, Protocol, TypeGuard, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.export.graph_signature import InputKind
 
 from taylorfx.internals import file_names, pytree
 from taylorfx.interop.calls import bind, dotted, interface_of, off_path
+from taylorfx.interop.capture.functional import functional
 from taylorfx.interop.capture.optional import Call, merge
 from taylorfx.interop.capture.proof import proven
 from taylorfx.interop.capture.reader import CaptureError, OutputsError, Reader, Wanted
 from taylorfx.interop.capture.tracing import quiet, tracing
-from taylorfx.interop.capture.training import Difference, align, twin
+from taylorfx.interop.capture.training import Difference, align, is_plain, twin
 from taylorfx.network.spec import Spec
 from taylorfx.progress import LOG
 from taylorfx.tree import Params
@@ -305,23 +307,9 @@ def _network(
     """Capture the twin of a module, in inference and in training."""
     names = {id(leaf): path for path, leaf in twin.named_buffers()}
     tracked = {names[id(part.running_mean)]: part for part in twin.modules() if _cumulative(part)}
-    program = _export(twin.eval(), example, opened)
-    said = ""
-    try:
-        for part in tracked.values():
-            part.momentum = 0.1  # any constant: the average's own factor changes from batch to batch
-        align(program, _export(twin.train(), example, opened))
-    except Difference as difference:
-        said = f"{difference}"
-    except Exception as error:
-        said = f"anywhere, since it cannot be captured in training mode ({_first_line(error)})"
-        align(program, None)
-    finally:
-        twin.eval()
-        for part in tracked.values():
-            part.momentum = None
+    program, said = _trained(twin, example, opened, [*tracked.values()])
     with tracing(twin, alike=opened.alike, patient=opened.patient):
-        program = program.run_decompositions({})
+        program = functional(program)
     alone = not opened.examples
     params, spec = Reader(program, alone=alone, cumulative=frozenset(tracked), wanted=outputs).read(module)
     spec = proven(params, spec, twin, *example)
@@ -332,6 +320,56 @@ def _network(
             stacklevel=4,
         )
     return params, spec
+
+
+def _trained(
+    twin: nn.Module, example: Example, opened: Opened, tracked: Sequence[_Norm]
+) -> tuple[ExportedProgram, str]:
+    """The graph of inference, into which is written what training does; and what cannot be, if anything.
+
+    Where no size is among the arguments of the graph, training is captured at plain numbers, which takes a small part
+    of the time: numbers other than the example's, so that none of them equals what inference has by chance.
+    """
+    program = _export(twin.eval(), example, opened)
+    if opened.axes and is_plain(program):
+        with suppress(Exception):
+            align(program, _training(twin, _larger(example, program), Opened(examples=False), tracked))
+            return program, ""
+        program = _export(twin, example, opened)  # what was written into the graph until then is not taken back
+    try:
+        align(program, _training(twin, example, opened, tracked))
+    except Difference as difference:
+        return program, f"{difference}"
+    except Exception as error:
+        align(program, None)
+        return program, f"anywhere, since it cannot be captured in training mode ({_first_line(error)})"
+    return program, ""
+
+
+def _training(twin: nn.Module, example: Example, opened: Opened, tracked: Sequence[_Norm]) -> ExportedProgram:
+    """The graph of training; the module is in inference mode afterwards."""
+    try:
+        for part in tracked:
+            part.momentum = 0.1  # any constant: the average's own factor changes from batch to batch
+        return _export(twin.train(), example, opened)
+    finally:
+        twin.eval()
+        for part in tracked:
+            part.momentum = None
+
+
+def _larger(example: Example, program: ExportedProgram) -> Example:
+    """The example with every axis that is open in the graph 32 positions longer, its positions over and over."""
+    inputs = [x.arg.name for x in program.graph_signature.input_specs if x.kind is InputKind.USER_INPUT]
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.name in {*inputs}}
+    shapes = [x.shape for x in map(values.get, inputs) if isinstance(x, Tensor)]
+    larger: dict[int, Tensor] = {}
+    for x, shape in zip(_tensors(example), shapes, strict=True):
+        larger[id(x)] = x
+        for axis in [k for k, n in enumerate(shape) if k and isinstance(n, torch.SymInt) and n.node.expr.free_symbols]:
+            positions = torch.arange(x.shape[axis] + 32, device=x.device) % x.shape[axis]
+            larger[id(x)] = larger[id(x)].index_select(axis, positions)
+    return _each_tensor(lambda x: larger[id(x)], example)
 
 
 def _cumulative(part: nn.Module) -> TypeGuard[_Norm]:
@@ -389,8 +427,19 @@ def _export(module: nn.Module, example: Example, opened: Opened) -> ExportedProg
     shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
     for k, tensor in enumerate(_tensors(example) if opened.examples else ()):
         shapes[tensor] = {0: Dim.DYNAMIC} | {axis: Dim.AUTO for n, axis in opened.axes if n == k}
-    with tracing(module, alike=opened.alike, patient=opened.patient):
-        return torch.export.export(module, *example, dynamic_shapes=shapes, strict=False)
+    handle = module.register_forward_pre_hook(_same_number, prepend=True, with_kwargs=True)
+    try:
+        with tracing(module, alike=opened.alike, patient=opened.patient):
+            return torch.export.export(module, *example, dynamic_shapes=shapes, strict=False)
+    finally:
+        handle.remove()
+
+
+def _same_number(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+    """Tell torch.export that every tensor has as many examples, as `_refuse` demands: one symbol is theirs."""
+    counts = [x.shape[0] for x in _tensors((args, kwargs))]
+    for n in counts[1:]:
+        torch._check(n == counts[0])  # type: ignore[no-untyped-call]
 
 
 def _causes(module: nn.Module, example: Example, error: Exception) -> str:

@@ -310,7 +310,7 @@ CONVERTERS: dict[str, Converter] = {
         parametric.convolution,
     ),
     "linear": _linear,
-    "_native_batch_norm_legit_no_training": parametric.batch_norm,
+    **dict.fromkeys(("batch_norm", "_native_batch_norm_legit_no_training"), parametric.batch_norm),
     "_native_batch_norm_legit": parametric.untracked,
     "instance_norm": parametric.instance_norm,
     "layer_norm": parametric.layer_norm,

@@ -121,7 +121,8 @@ def _recurrent_leaves(c: Convert, weights: object, bias: bool, layers: int, both
 
 
 def batch_norm(c: Convert, node: fx.Node) -> None:
-    x, weight, bias, mean, var, momentum, eps = node.args[:7]
+    x, weight, bias, mean, var, *rest = node.args
+    momentum, eps = rest[-3:-1] if str(node.target) == "aten.batch_norm.default" else rest[:2]
     kind = _BATCH_NORM.get(len(measured(tensor_node(x))[0]))
     if kind is None:
         raise Unmapped

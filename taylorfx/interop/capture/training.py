@@ -28,9 +28,10 @@ from torch.fx.node import Argument
 from torch.nn.utils import parametrizations
 from torch.nn.utils.spectral_norm import SpectralNorm
 
+from taylorfx.internals import pytree
 from taylorfx.interop.capture.arguments import tensor_node
 
-__all__ = ["Difference", "align", "twin"]
+__all__ = ["Difference", "align", "is_plain", "twin"]
 
 
 class Difference(Exception):
@@ -118,6 +119,24 @@ def align(inference: ExportedProgram, training: ExportedProgram | None) -> None:
                 alone, alpha = _DROPOUTS[_name(node)]
                 _insert(inference.graph, node, tensor_node(node.args[0]), (node.args[1], alone, alpha))
                 inference.graph.erase_node(node)
+
+
+def is_plain(program: ExportedProgram) -> bool:
+    """No size is an argument of the graph, and none that is open is one at the example, as an axis that broadcasts is.
+
+    Training can then be compared at other sizes, in plain numbers.
+    """
+    for node in filter(_computes, program.graph.nodes):
+        if any(isinstance(x.meta.get("val"), (torch.SymInt, torch.SymFloat)) for x in node.all_input_nodes):
+            return False
+        shapes = [x.shape for x in pytree.tree_leaves(node.meta["val"]) if isinstance(x, Tensor)]
+        if any(
+            isinstance(n, torch.SymInt) and n.node.hint == 1 and n.node.expr.free_symbols
+            for shape in shapes
+            for n in shape
+        ):
+            return False
+    return True
 
 
 def _insert(graph: fx.Graph, node: fx.Node, x: fx.Node, arguments: tuple[Argument, ...]) -> fx.Node:
@@ -281,7 +300,8 @@ class _Pair:
         sizes = x.meta["val"].shape
         if len(shape) != len(sizes) or not isinstance(keep, float) or not divided:
             return False
-        alone = [k for k, (one, n) in enumerate(zip(shape, sizes, strict=True)) if one != 1 or n == 1]
+        pairs = enumerate(zip(shape, sizes, strict=True))
+        alone = [k for k, (one, n) in pairs if one != 1 or (isinstance(n, int) and n == 1)]
         with (graph := self.inference.graph).inserting_after(x):
             ours = graph.call_function(torch.ops.taylorfx.dropout.default, (x, 1 - keep, alone, False))
         ours.meta = dict(x.meta)
