@@ -60,6 +60,11 @@ class Taps:
 
     def _through(self, read: Read, x: Tensor) -> Tensor:
         """The tensor, tapped; noted is what is known of it in the forward pass."""
+        if read.counted:
+            self._count(read, x)
+        return self._tapped(read, x) if read.tapped else x
+
+    def _count(self, read: Read, x: Tensor) -> None:
         place, gate = read.place, self.gates[read.key]
         examples = 1 if place.example is None else len(gate)
         share = 1 if read.only is None else self.shares[read.only]
@@ -67,6 +72,9 @@ class Taps:
         if self.plan.moments:
             rows = x.detach()[None] if place.example is None else examples_first(x.detach(), len(gate), *place.example)
             self.seen[read.key] = activation_sums(rows, place.axis + 1)
+
+    def _tapped(self, read: Read, x: Tensor) -> Tensor:
+        place, gate = read.place, self.gates[read.key]
         if read.twin in self.tapped:
             return self.tapped[read.twin]
         kept, recipe = x if read.source is None else self.kept[read.source], read.recipe
