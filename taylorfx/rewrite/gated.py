@@ -13,7 +13,7 @@ from torch import Tensor
 
 from taylorfx.internals import Function, vectorized
 from taylorfx.layers import Layer, Leaves
-from taylorfx.layers.roles import Pointwise, Product
+from taylorfx.layers.roles import Memory, Pointwise, Product
 from taylorfx.network.spec import Node
 from taylorfx.rewrite.draft import Draft, StandIn
 
@@ -22,15 +22,20 @@ __all__ = ["Gated", "gated_products"]
 
 @dataclass(frozen=True)
 class Gated(StandIn):
-    """The product of an activation of the first input and the second input."""
+    """The product of an activation of the first input and the second input.
+
+    Attributes:
+        over: the gradient by the product may be written over.
+    """
 
     activation: Layer
+    over: bool = False
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         gate, x = inputs
         if gate.shape != x.shape or gate.dtype != x.dtype:
             return self.layer.apply({}, self.activation.apply({}, gate), x)
-        value: Tensor = _Gated.apply(gate, x, self.activation)
+        value: Tensor = _Gated.apply(gate, x, self.activation, self.over)
         return value
 
 
@@ -48,7 +53,8 @@ def gated_products(draft: Draft) -> Draft:
             activation = draft.spec[node.inputs[slot]]
             gone.add(activation.name)
             inputs = (*activation.inputs, node.inputs[1 - slot])
-            node = replace(node, layer=Gated(node.layer, activation.layer), inputs=inputs)
+            layer = Gated(node.layer, activation.layer, _alone(node, draft))
+            node = replace(node, layer=layer, inputs=inputs)
         nodes.append(node)
     return draft.rewritten(node for node in nodes if node.name not in gone)
 
@@ -64,16 +70,23 @@ def _activated(node: Node, draft: Draft) -> int | None:
     return None
 
 
+def _alone(node: Node, draft: Draft) -> bool:
+    """The gradient by a node's value is a new tensor that nothing else uses."""
+    consumers = draft.spec.consumers[node.name]
+    memory = consumers[0].layer.role(Memory) if draft.spec.uses[node.name] == len(consumers) == 1 else None
+    return memory is not None and memory.new_gradient
+
+
 class _Gated(Function):
     """``activation(g) * x``, of which ``g`` and ``x`` are kept."""
 
     @staticmethod
-    def forward(gate: Tensor, x: Tensor, activation: Layer) -> Tensor:
+    def forward(gate: Tensor, x: Tensor, activation: Layer, over: bool) -> Tensor:
         return activation.apply({}, gate) * x
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        gate, x, ctx.activation = inputs
+        gate, x, ctx.activation, ctx.over = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(gate, x)
 
@@ -81,7 +94,9 @@ class _Gated(Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         (gate, x), (grad,), activation = ctx.saved_tensors, grads, ctx.activation
         if grad is None:
-            return None, None, None
-        pointwise = activation.role(Pointwise)
-        by_gate = pointwise.slope(gate, grad * x, not vectorized(grad))
-        return by_gate, activation.apply({}, gate) * grad, None
+            return None, None, None, None
+        pointwise, alone = activation.role(Pointwise), not vectorized(grad)
+        by_x = activation.apply({}, gate)
+        by_x = by_x.mul_(grad) if alone and by_x is not gate else by_x * grad
+        product = grad.mul_(x) if alone and ctx.over else grad * x
+        return pointwise.slope(gate, product, alone), by_x, None, None
