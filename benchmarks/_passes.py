@@ -21,10 +21,11 @@ Size = tuple[int, int]
 MODELS: dict[str, list[Size]] = {
     "resnet50": [(8, 160), (32, 160)], "mobilenet_v2": [(8, 160), (32, 160)], "densenet121": [(8, 160), (32, 160)],
     "vgg16_bn": [(4, 128), (16, 128)], "convnext_tiny": [(8, 160), (32, 160)], "bert": [(4, 128), (16, 128)],
-    "vit_b_16": [(4, 224), (16, 224)],
+    "vit_b_16": [(4, 224), (16, 224)], "llama": [(1, 2048), (1, 4096)], "llama_bfloat16": [(1, 2048)],
 }  # fmt: skip
 QUICK: dict[str, list[Size]] = {"resnet18": [(4, 96)], "mobilenet_v2": [(4, 96)], "convnext_tiny": [(2, 96)]}
-TOKENS = ("bert", "vit_b_16")  # where no image goes through convolutions
+LONG = ("llama", "llama_bfloat16")  # 4 layers, 8 heads of 64, a loss for every token
+TOKENS = ("bert", "vit_b_16", *LONG)  # where no image goes through convolutions
 
 KINDS = {
     "full": "the forward and backward pass of the module, with the gradients of its weights",
@@ -74,8 +75,21 @@ def model(name: str, size: Size) -> tuple[nn.Module, Tensor, Tensor]:
         config = BertConfig(num_labels=10)
         tokens = torch.randint(999, (count, length))
         return Logits(BertForSequenceClassification(config)).eval(), tokens, torch.arange(count) % 10
+    if name in LONG:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "num_attention_heads": 8}
+        config = LlamaConfig(vocab_size=1000, max_position_embeddings=8192, use_cache=False, **sizes)
+        tokens = torch.randint(999, (count, length + 1))
+        dtype = torch.bfloat16 if name.endswith("bfloat16") else torch.float32
+        return Logits(LlamaForCausalLM(config)).eval().to(dtype), tokens[:, :-1], tokens[:, 1:]
     module = models.get_model(name, weights=None).eval()
     return module, torch.randn(count, 3, length, length), torch.arange(count) % 10
+
+
+def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    """The mean over examples, or over all their tokens."""
+    return cross_entropy(outputs.flatten(0, -2), targets.flatten())
 
 
 def hooks(module: nn.Module, full: Callable[[], object]) -> Callable[[], object]:
@@ -126,14 +140,14 @@ def passes(name: str, size: Size, kinds: tuple[str, ...]) -> dict[str, Callable[
     module, x, y = model(name, size)
 
     def full(keep: bool = False) -> None:
-        cross_entropy(module(x), y).backward()
+        loss(module(x), y).backward()
         if not keep:
             module.zero_grad(set_to_none=True)
 
     found: dict[str, Callable[[], object]] = {"full": full}
     if name not in TOKENS:
         found["hooks"] = hooks(module, full)
-    if "peer" in kinds:
+    if "peer" in kinds and name not in LONG:
         try:
             found["peer"] = peer(module, x, full)
         except Exception as error:  # the table shows what fails, and goes on
@@ -145,22 +159,24 @@ def passes(name: str, size: Size, kinds: tuple[str, ...]) -> dict[str, Callable[
 
 def ours(name: str, module: nn.Module, x: Tensor, y: Tensor, kinds: tuple[str, ...]) -> dict[str, Callable[[], object]]:
     """Our own passes. The lean copy is made beforehand, as `taylorfx.measure` does once for all batches of a call."""
-    params, spec = tfx.from_torch(module, (x,))
+    params, spec = tfx.from_torch(module, (x[:, :64] if name == "llama" else x,))  # which holds at any length
     coupling = tfx.couple(params, spec)
     copies = {last: lean(params, coupling, channels_last=last) for last in (False, True)}
     again = tfx.couple(*copies[True])  # which has the same reads
 
     def plain() -> object:
-        return tfx.derivatives(params, spec, x, y, coupling, fold=False, channels_last=False)
+        return tfx.derivatives(params, spec, x, y, coupling, loss=loss, fold=False, channels_last=False)
 
     def scored(last: bool, size: int | None = None) -> Callable[[], object]:
-        options = {"fold": False, "channels_last": last, "micro_batch": size}
+        options = {"loss": loss, "fold": False, "channels_last": last, "micro_batch": size}
         return lambda: tfx.derivatives(*copies[last], x, y, again, **options)
 
     found = {"plain": plain, "same": scored(False), "measure": scored(True), "micro": scored(True, 1)}
     found["copy"] = lambda: lean(params, coupling, channels_last=True)
     if name in TOKENS:
         del found["same"]
+    if name in LONG:
+        del found["plain"]  # which has a number for every pair of tokens and head
     if "limit" in kinds:
         with Products() as products:
             found["measure"]()

@@ -1,6 +1,6 @@
 """Scoring one batch against one full forward and backward pass of the same model and batch.
 
-    python benchmarks/scoring.py                   # seven models, two batches each, an hour
+    python benchmarks/scoring.py                   # nine models, two batches each, an hour
     python benchmarks/scoring.py --quick           # three small ones, some minutes
     python benchmarks/scoring.py resnet50 --runs 9
     python benchmarks/scoring.py --out scoring.json --write   # continues, and writes the tables of README.md
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _passes import KINDS, MODELS, QUICK, TOKENS, Size, passes
+from _passes import KINDS, LONG, MODELS, QUICK, TOKENS, Size, passes
 from cutting import peak
 
 import taylorfx as tfx
@@ -37,7 +37,8 @@ SHOWN = TIMED[1:]
 HELD = [kind for kind in KINDS if kind not in ("limit", "copy")]
 TARGETS = {
     "resnet50": (0.68, 0.50), "mobilenet_v2": (0.55, 0.45), "densenet121": (0.75, 0.65), "vgg16_bn": (0.58, 0.50),
-    "convnext_tiny": (0.65, 0.60), "bert": (0.62, 0.62), "vit_b_16": (0.62, 0.62),
+    "convnext_tiny": (0.65, 0.60), "bert": (0.62, 0.62), "vit_b_16": (0.62, 0.62), "llama": (0.75, 0.75),
+    "llama_bfloat16": (0.75, 0.75),
 }  # fmt: skip
 """What ``same`` and ``measure`` are to cost at most, as shares of the full pass."""
 
@@ -202,8 +203,10 @@ def main() -> None:
             if not options.no_time and "seconds" not in row:
                 row["seconds"] = child(("timed", name, size, runs), options)  # none where it fails; the others go on
                 keep()
-            if not options.no_memory and "megabytes" not in row and size == sizes[name][0]:
-                kinds = [kind for kind in HELD if name not in TOKENS or kind not in ("hooks", "same")]
+            if not options.no_memory and "megabytes" not in row and (size == sizes[name][0] or name in LONG):
+                left_out = {"hooks", "same"} if name in TOKENS else set[str]()
+                left_out |= {"plain", "peer", "micro"} if name in LONG else set()
+                kinds = [kind for kind in HELD if kind not in left_out]
                 row["megabytes"] = {kind: child(("peak", name, size, kind), options) for kind in kinds}
                 keep()
     if "growth" in names and not options.no_time and "growth" not in rows:

@@ -10,6 +10,8 @@ Tested with torch 2.13. For each, what is public does not do:
 - ``_optimizer_*_hooks``, ``_opt_called``: an optimizer that takes the place of another one keeps its hooks, and
   schedulers see that it has stepped.
 - ``backed_size_oblivious``: an option of ``torch.export`` that asks less of sizes.
+- ``_scaled_dot_product_flash_attention_for_cpu``: the kernel behind ``scaled_dot_product_attention``. It takes a mask
+  and causality at once, and a mask for its derivative that is made when that is computed.
 - ``torch.utils._pytree``: the trees of arguments and results that ``torch.export`` itself makes.
 
 More are kept where they are used, in `taylorfx.interop.capture`, which is imported when a module is captured:
@@ -21,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -33,8 +35,8 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 __all__ = [
-    "Function", "OpOverload", "alike_sizes", "differentiated", "file_names", "follow", "pytree", "schemas",
-    "vectorized", "wrapped",
+    "Attended", "Function", "OpOverload", "alike_sizes", "attended", "attended_backward", "attends", "differentiated",
+    "file_names", "follow", "pytree", "schemas", "vectorized", "wrapped",
 ]  # fmt: skip
 
 
@@ -91,6 +93,52 @@ class Function(_Function):
         """The result of ``forward``."""
         with enable_single_level_autograd_function():
             return super().apply(*args)
+
+
+class Attended(NamedTuple):
+    """What fused attention gives: its value, and the logarithms of the sums by which weights are normalized."""
+
+    value: Tensor
+    logsumexp: Tensor
+
+
+def attends(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """`attended` takes these: ``(N, h, T, k)``, ``(N, h, S, k)`` and ``(N, h, S, k)`` on the CPU, of one dtype.
+
+    Other than the public operator it does not look at ``torch.autocast``, and ``torch.func.vmap`` does not know it.
+    """
+    tensors = (q, k, v)
+    alike = len({(x.dtype, x.ndim, x.shape[:2], x.shape[-1]) for x in tensors}) == 1 and q.ndim == 4
+    return (
+        alike
+        and q.is_floating_point()
+        and all(x.device.type == "cpu" and x.numel() > 0 and x.stride(-1) == 1 for x in tensors)
+        and not torch.is_autocast_enabled("cpu")
+        and not any(map(vectorized, tensors))
+    )
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool, scale: float) -> Attended:
+    """Attention by torch's kernel for the CPU; the mask is added to the scores and broadcasts against them."""
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return Attended(*kernel(q, k, v, 0.0, causal, attn_mask=mask, scale=scale))
+
+
+def attended_backward(
+    gradient: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    result: Attended,
+    mask: Tensor | None,
+    *,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients by queries, keys and values of `attended`, given that by its value."""
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    by_q, by_k, by_v = kernel(gradient, q, k, v, *result, 0.0, causal, attn_mask=mask, scale=scale)
+    return by_q, by_k, by_v
 
 
 class Schema(Protocol):

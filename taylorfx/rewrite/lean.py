@@ -18,6 +18,7 @@ from taylorfx.network.spec import Spec
 from taylorfx.rewrite.draft import Draft, Pass
 from taylorfx.rewrite.folding import fold
 from taylorfx.rewrite.fused import fused_attention
+from taylorfx.rewrite.gated import gated_products
 from taylorfx.rewrite.in_place import written_over
 from taylorfx.rewrite.parts import slices_as_parts
 from taylorfx.rewrite.scales import norms_as_scales
@@ -72,6 +73,7 @@ PASSES: tuple[Pass, ...] = (
     unused_positions,
     folded,
     norms_as_scales,
+    gated_products,
     written_over,
     slices_as_parts,
     fused_attention,

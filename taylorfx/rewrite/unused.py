@@ -31,6 +31,10 @@ class Only(L.Slice):
     def roles(self) -> tuple[Role, ...]:
         return ()  # no pass makes something else of it: taps count positions by it
 
+    def kept(self, shape: L.Shape) -> L.Shape:
+        """The shape of what is left of a tensor of this shape."""
+        return (*shape[: self.dim], self.stop - self.start, *shape[self.dim + 1 :])
+
 
 @dataclass(frozen=True)
 class Sliced(L.Identity):

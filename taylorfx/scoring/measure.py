@@ -266,7 +266,7 @@ class _Scorer:
             whole = measurement.moments or bool(measurement.around)  # they may differ by position
             networks = [lean(params, coupling, channels_last=channels_last, whole=whole), *networks]
         objective, places = measurement.objective, coupling.writes if measurement.at_writes else coupling.reads
-        sums, plan = Sums.at(places, len(coupling), params), _planned(networks[0], places, measurement)
+        sums, plan = Sums.at(places, len(coupling), params), _planned(networks[0], places, measurement, coupling)
         images = _images(networks[0][1]) if channels_last else frozenset[str]()
         return _Scorer(networks, plan, coupling, measurement, objective, Pace(objective), sums, images)
 
@@ -274,7 +274,7 @@ class _Scorer:
         try:
             return self._of_batch(*self._for(inputs), inputs, targets)
         except ShapeError:
-            plan = _planned(self.networks[-1], self.sums.places, self.measurement)
+            plan = _planned(self.networks[-1], self.sums.places, self.measurement, self.coupling)
             return self._of_batch(*self.networks[-1], plan, inputs, targets)
 
     def _for(self, inputs: Inputs) -> tuple[Params, Spec, TapPlan]:
@@ -283,7 +283,7 @@ class _Scorer:
         here = fitted(spec, inputs)
         if here is spec:
             return params, spec, self.plan
-        return params, here, _planned((params, here), self.sums.places, self.measurement)
+        return params, here, _planned((params, here), self.sums.places, self.measurement, self.coupling)
 
     def _of_batch(self, params: Params, spec: Spec, plan: TapPlan, inputs: Inputs, targets: Targets) -> Derivatives:
         """Those of one network, some examples at a time."""
@@ -377,8 +377,10 @@ def _each_alone(run: Callable[..., Pass], spec: Spec, inputs: Inputs, targets: T
     return Pass(each.squeeze(1), summed.squeeze(1), mean.squeeze(1), tally.sum(0))
 
 
-def _planned(network: tuple[Params, Spec], places: Sequence[Place], measurement: Measurement) -> TapPlan:
-    return TapPlan.of(*network, places, measurement.around, moments=measurement.moments)
+def _planned(
+    network: tuple[Params, Spec], places: Sequence[Place], measurement: Measurement, coupling: Coupling
+) -> TapPlan:
+    return TapPlan.of(*network, places, measurement.around, moments=measurement.moments, bounds=coupling.bounds)
 
 
 def _images(spec: Spec) -> frozenset[str]:

@@ -19,10 +19,12 @@ from typing import NamedTuple
 from torch import Tensor
 
 from taylorfx.coupling.units import Place
-from taylorfx.layers.roles import Memory, Pointwise, Recomputed, Viewing
+from taylorfx.layers.roles import Memory, Pointwise, Product, Recomputed, Viewing
+from taylorfx.network.labels import Bound, is_example
 from taylorfx.network.spec import Node, Spec
 from taylorfx.rewrite.draft import StandIn
 from taylorfx.rewrite.fused import Fused
+from taylorfx.rewrite.gated import Gated
 from taylorfx.rewrite.in_place import Over
 from taylorfx.rewrite.unused import Only, Sliced
 from taylorfx.scoring.gates import Gates
@@ -86,6 +88,8 @@ class Read:
         center: what the activation is measured from, if not from zero.
         twin: reads of one number tap the same value the same way (queries, keys and values): one tap serves all.
         only: the node, if any, that leaves out positions of the network itself before this read.
+        tapped, counted: what happens here. A tap of a product may lie at one of its factors, see `_at_factors`; what is
+            read is counted where it is read.
     """
 
     place: Place
@@ -94,6 +98,8 @@ class Read:
     center: Tensor | None = None
     twin: int | None = None
     only: str | None = None
+    tapped: bool = True
+    counted: bool = True
 
     @property
     def key(self) -> str:
@@ -132,17 +138,24 @@ class TapPlan:
 
     @staticmethod
     def of(
-        params: Params, spec: Spec, places: Sequence[Place], around: Gates | None = None, *, moments: bool = False
+        params: Params,
+        spec: Spec,
+        places: Sequence[Place],
+        around: Gates | None = None,
+        *,
+        moments: bool = False,
+        bounds: Mapping[str, Bound] | None = None,
     ) -> TapPlan:
         """Plan the taps at these places.
 
         Args:
             around: what activations are measured from, by place.
             moments: also sum what is read.
+            bounds: the shapes of the network's nodes; without them taps stay where the network reads.
         """
         stops = _Stops()
-        reads = _reads(spec, places, _origins(spec, flatten(params)), around or {})
-        for where, read in _with_twins(spec, reads):
+        reads = _with_twins(spec, _reads(spec, places, _origins(spec, flatten(params)), around or {}))
+        for where, read in _at_factors(spec, reads, bounds or {}):
             stops[where].reads.append(read)
         for node in spec.nodes:
             if isinstance(node.layer, Only):
@@ -238,12 +251,69 @@ def _with_twins(spec: Spec, reads: Iterator[tuple[Where, Read]]) -> list[tuple[W
     return [(where, replace(read, twin=numbers.get(key))) for (where, read), key in zip(listed, keys, strict=True)]
 
 
+def _at_factors(
+    spec: Spec, reads: Sequence[tuple[Where, Read]], bounds: Mapping[str, Bound]
+) -> list[tuple[Where, Read]]:
+    """The reads in the order of a pass, where taps of products lie at a factor that is kept anyway.
+
+    ``y = a b`` has ``y dL/dy = a b dL/dy = a dL/da``. For the derivative by ``b`` torch keeps ``a``, but not ``y``.
+    """
+    by_value: dict[str, list[int]] = {}
+    for k, ((name, slot), _) in enumerate(reads):
+        if slot >= 0:
+            by_value.setdefault(spec[name].inputs[slot], []).append(k)
+    factors = _Factors(spec, bounds, spec.downstream(name for (name, _), _ in reads))
+    moved, listed = list[tuple[Where, Read]](), list(reads)
+    for value, here in by_value.items():
+        first, stops = reads[here[0]][1], {reads[k][0] for k in here}
+        alone = spec.uses[value] == len(here) == len(stops) and len({reads[k][1].twin for k in here}) == 1
+        kept = alone and first.source is None and first.center is None and (len(here) == 1 or first.twin is not None)
+        where = factors.kept(value) if kept else None
+        if where is not None:
+            moved.append((where, replace(first, twin=None, counted=False)))
+            for k in here:
+                listed[k] = reads[k][0], replace(reads[k][1], twin=None, tapped=False)
+    order = {node.name: k for k, node in enumerate(spec.nodes)}
+    return sorted([*moved, *listed], key=lambda pair: order[pair[0][0]])
+
+
+class _Factors(NamedTuple):
+    """Where the factors of products pass."""
+
+    spec: Spec
+    bounds: Mapping[str, Bound]
+    differentiated: set[str]
+
+    def kept(self, value: str) -> Where | None:
+        """The stop of a factor that has the axes of this value and is kept for the derivative, if there is one."""
+        node = self.spec[value]
+        product = node.layer.role(Product) is not None
+        for slot in (1,) if isinstance(node.layer, Gated) else range(len(node.inputs)) if product else ():
+            factor = node.inputs[slot]
+            if factor in self.differentiated and self._alike(factor, value):
+                if not self.differentiated.isdisjoint((*node.inputs[:slot], *node.inputs[slot + 1 :])):
+                    return value, slot
+                further = self.kept(factor) if self.spec.uses[factor] == 1 else None
+                if further is not None:
+                    return further
+        return None
+
+    def _alike(self, one: str, other: str) -> bool:
+        """Two values have the same axes, and the examples along the same one."""
+        if one not in self.bounds or other not in self.bounds:
+            return False
+        pair = self.bounds[one], self.bounds[other]
+        return pair[0].shape == pair[1].shape and all(
+            is_example(a) == is_example(b) for a, b in zip(pair[0].output, pair[1].output, strict=True)
+        )
+
+
 def _keep(stops: _Stops) -> None:
     """Say where tensors and taps are kept for later stops, and where they are let go: at the last that needs them."""
     sources: dict[Where, Where] = {}
     twins: dict[int, Where] = {}
     for where, stop in stops.items():
-        for read in stop.reads:
+        for read in (read for read in stop.reads if read.tapped):
             if read.source is not None and read.twin not in twins:
                 sources[read.source] = where
             if read.twin is not None:

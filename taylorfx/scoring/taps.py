@@ -60,6 +60,11 @@ class Taps:
 
     def _through(self, read: Read, x: Tensor) -> Tensor:
         """The tensor, tapped; noted is what is known of it in the forward pass."""
+        if read.counted:
+            self._count(read, x)
+        return self._tapped(read, x) if read.tapped else x
+
+    def _count(self, read: Read, x: Tensor) -> None:
         place, gate = read.place, self.gates[read.key]
         examples = 1 if place.example is None else len(gate)
         share = 1 if read.only is None else self.shares[read.only]
@@ -67,6 +72,9 @@ class Taps:
         if self.plan.moments:
             rows = x.detach()[None] if place.example is None else examples_first(x.detach(), len(gate), *place.example)
             self.seen[read.key] = activation_sums(rows, place.axis + 1)
+
+    def _tapped(self, read: Read, x: Tensor) -> Tensor:
+        place, gate = read.place, self.gates[read.key]
         if read.twin in self.tapped:
             return self.tapped[read.twin]
         kept, recipe = x if read.source is None else self.kept[read.source], read.recipe
@@ -147,17 +155,31 @@ def contract(x: Tensor, y: Tensor, axis: int, recipe: Recipe = KEPT) -> Tensor:
     >>> contract(a, y, axis=1)
     tensor([[ 3., 70.]])
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    rest = [k for k in range(1, x.ndim) if k != axis]
     some = max(1, CACHED * len(x) // max(1, x.numel())) if x.device.type == "cpu" else len(x)
     parts = []
     for a, b in zip(torch.split(x, some), torch.split(y, some), strict=True):
-        value = recipe(a).to(wide)
-        product = value.mul_(b) if recipe.new else value * b
-        parts.append(product.sum(rest) if rest else product)
+        parts.append(_dotted(recipe(a), b, axis, new=recipe.new))
         if recipe.slope is not None:
             recipe.slope(a, b, True)
     return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _dotted(x: Tensor, y: Tensor, axis: int, *, new: bool) -> Tensor:
+    """The sums of products, in single precision or better. What is too large for the cache, as a long sequence is, is
+    summed some positions at a time; ``x`` may be written over if it is ``new``."""
+    wide, rest = torch.promote_types(x.dtype, torch.float32), [k for k in range(1, x.ndim) if k != axis]
+    if not rest:
+        return x.to(wide) * y
+    longest = max(rest, key=lambda k: x.shape[k])
+    large = x.device.type == "cpu" and x.numel() > CACHED and not vectorized(x)
+    some = max(1, x.shape[longest] * (CACHED // 4) // x.numel()) if large else max(1, x.shape[longest])
+    total: Tensor | None = None
+    for a, b in zip(torch.split(x, some, longest), torch.split(y, some, longest), strict=True):
+        value = a.to(wide)
+        part = (value.mul_(b) if new or value is not a else value * b).sum(rest)
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    return total
 
 
 CACHED = 2**20

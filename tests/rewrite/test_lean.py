@@ -256,7 +256,7 @@ LEAN: dict[str, tuple[Spec, list[str]]] = {
     "attention": (attention(), ["ScaledDotProduct"]),
     "causal attention": (attention(causal=True), ["ScaledDotProduct"]),
     "masked attention": (attention(masked=(MASK,)), ["ScaledDotProduct"]),
-    "masked and causal attention": (attention(causal=True, masked=(MASK,)), []),
+    "masked and causal attention": (attention(causal=True, masked=(MASK,)), ["ScaledDotProduct"]),
     "attention masked by itself": (
         attention(masked=(Node("low", L.Linear(4, 3), ("embed",)), Node("mask", L.View((1, 1, 3, 3)), ("low",)))),
         [],
