@@ -9,6 +9,7 @@ names of scopes follow from the module's own names and from what its layers do a
     layers.3.self_attn: value dims      an axis of one of the factors, and of the product
     layers.3.self_attn: head dims       both: one layer writes queries, keys and values
     layers.3.mlp: hidden                all matrices of the module shrink with it
+    layers.3.mlp: experts               linear maps of which a router chooses some at every position
     layer1.0: groups                    the groups of a convolution; also the channels into and out of each group
     layer1.0.conv1                      what one layer alone writes
     layer2.0: channels                  what several layers write
@@ -28,7 +29,7 @@ import numpy as np
 from taylorfx.coupling.axes import Axes
 from taylorfx.coupling.labeling import Labeling
 from taylorfx.layers.axes import Product, Signature, expand, letters
-from taylorfx.layers.roles import Mixing, Sum
+from taylorfx.layers.roles import Mixing, Routing, Sum
 from taylorfx.network.labels import Labeled, Labels, is_example
 from taylorfx.network.spec import Node, Spec
 
@@ -41,6 +42,7 @@ GROUPED = "key/value heads"
 QUERIES = "query heads per key/value head"
 VALUES = "value dims"
 BOTH = "head dims"
+EXPERTS = "experts"
 GROUPS = "groups"
 INTO_GROUP = "channels into each group"
 OUT_OF_GROUP = "channels out of each group"
@@ -48,7 +50,7 @@ HIDDEN = "hidden"
 CHANNELS = "channels"
 
 GROUPED_ROLES = (GROUPS, INTO_GROUP, OUT_OF_GROUP)
-WEAK, STRONG = (*GROUPED_ROLES, VALUES), (QUERIES, HEADS, GROUPED, INNER, BOTH)
+WEAK, STRONG = (*GROUPED_ROLES, VALUES), (QUERIES, HEADS, GROUPED, INNER, BOTH, EXPERTS)
 """Roles, each stronger than those before it. A stream may have a weak one; it is none where it has a strong one."""
 
 CONSTANTS = "constants."
@@ -186,6 +188,8 @@ def facts_of(labeling: Labeling, axes: Axes, of_class: Labels) -> Facts:
     for node in spec.nodes:
         if node.layer.multiplies and node.name in varies:
             _product(labeling, node, varies, along, facts)
+        if routing := node.layer.role(Routing):
+            facts.play(along(labeling.bounds[node.name].letters.get(routing.letter, ())), EXPERTS)
     strong = {scope for scope, role in facts.roles.items() if role in STRONG}
     facts.streams |= _streams(labeling, varies, along, facts) - strong
     return facts

@@ -13,6 +13,7 @@ A pass asks ``layer.role(Mixing)`` and never for a class, so a layer from outsid
 | `Viewing`, `Slicing` | the same numbers along other axes; some positions of an axis | all rewrites |
 | `Sum`, `Product`, `Constant` | ``x + y``; ``x * y``; one of its parameters | folding, the lean copy |
 | `Attending` | scaled dot-product attention | the lean copy |
+| `Routing` | for some positions along a letter, which are chosen by a router | names of scopes |
 | `Memory` | (what torch allocates and keeps for it) | taps, the lean copy |
 
 A role is stated by the method `Layer.roles` of one class. A subclass that overrides anything that this class defines
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Attending", "ChannelAffine", "Constant", "Memory", "Mixing", "Normalizing", "Pointwise", "Product", "Recomputed",
-    "Role", "RunningStatistics", "Slicing", "Sum", "Viewing",
+    "Role", "Routing", "RunningStatistics", "Slicing", "Sum", "Viewing",
 ]  # fmt: skip
 
 Leaves = Mapping[str, Tensor]
@@ -351,6 +352,18 @@ class Attending(Role):
     scale: float
     causal: bool = False
     grouped: bool = False
+
+
+@dataclass(frozen=True)
+class Routing(Role):
+    """The positions along a letter of the first input are experts, of which a router chooses some.
+
+    >>> from taylorfx import layers as L
+    >>> L.ExpertLinear(8, 4, 6).role(Routing)
+    Routing(letter='e')
+    """
+
+    letter: str
 
 
 @dataclass(frozen=True)

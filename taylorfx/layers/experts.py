@@ -1,0 +1,162 @@
+"""Mixtures of experts: at every position a router chooses a few of many linear maps (Shazeer et al. 2017, 1701.06538).
+
+Here are three experts, of which two are chosen at each of two positions:
+
+    logits       2.0  0.5  1.0      the router's, one row per position
+                 0.1  0.7  0.3
+    ones         1    1    1        which experts may be chosen
+                 1    1    1
+    experts      0  2               `TopKExperts`: the numbers of the chosen ones
+                 1  2
+    weights      0.63  0.23         `TopKWeights`: the largest numbers of the softmax over all three
+                 0.45  0.30
+
+An expert leaves with its row of the router and with its matrices. Its gate does not multiply a logit: a logit of zero
+is not small. It multiplies the *ones*, which multiply the exponentials of the softmax, so that a gate ``m`` adds
+``log m`` to the logit. At one this is the network; at zero the logit is minus infinity, and the router chooses among
+the others, just as the router without this expert. The derivative at one is that of the loss by the logit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from taylorfx.internals import vectorized
+from taylorfx.layers.base import Layer, Leaves, Shape, names, uniform
+from taylorfx.layers.roles import Role, Routing
+
+__all__ = ["ExpertLinear", "Ones", "TopKExperts", "TopKWeights"]
+
+
+@dataclass(frozen=True)
+class Ones(Layer):
+    """As many ones as the input has numbers: before a router, which experts may be chosen.
+
+    Whatever consumes them carries the gates of their positions.
+    """
+
+    def signature(self, *shapes: Shape) -> str:
+        letters = " ".join(names(len(shapes[0])))
+        return f"{letters} -> {letters}"
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        return torch.ones_like(inputs[0])
+
+
+@dataclass(frozen=True)
+class TopKWeights(Layer):
+    """The ``top_k`` largest numbers of a softmax over the last axis: of ones and logits ``(..., e)``, ``(..., top_k)``.
+
+    The ones (their magnitudes, if they are others) multiply the exponentials. Where fewer than ``top_k`` experts are left, the rest of the weights are zero.
+
+    >>> logits = torch.tensor([[2.0, 0.5, 1.0], [0.1, 0.7, 0.3]])
+    >>> TopKWeights(2).apply({}, torch.ones(2, 3), logits)
+    tensor([[0.6285, 0.2312],
+            [0.4481, 0.3004]])
+    >>> TopKWeights(2).apply({}, torch.tensor([[0.0, 1.0, 1.0]]), logits[:1])  # without the first expert
+    tensor([[0.6225, 0.3775]])
+    """
+
+    top_k: int
+
+    def signature(self, *shapes: Shape) -> str:
+        return "... e, ... e -> ... K"
+
+    def letters(self, *shapes: Shape) -> dict[str, int]:
+        return {"K": self.top_k}
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        return _chosen(*inputs, top_k=self.top_k)[0]
+
+    def roles(self) -> tuple[Role, ...]:
+        return (Routing("e"),)
+
+
+@dataclass(frozen=True)
+class TopKExperts(Layer):
+    """The numbers of the experts that have the weights of `TopKWeights`, of the same inputs.
+
+    Where fewer than ``top_k`` experts are left, the rest of the numbers are those of any expert.
+    """
+
+    top_k: int
+
+    def signature(self, *shapes: Shape) -> str:
+        return "... e, ... e -> ... K"
+
+    def letters(self, *shapes: Shape) -> dict[str, int]:
+        return {"K": self.top_k}
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        return _chosen(*inputs, top_k=self.top_k)[1]
+
+    def roles(self) -> tuple[Role, ...]:
+        return (Routing("e"),)
+
+
+def _chosen(ones: Tensor, logits: Tensor, *, top_k: int) -> tuple[Tensor, Tensor]:
+    """The largest weights and their experts.
+
+    The softmax subtracts the largest logit of those that may be chosen: an expert that may not be could have one
+    beside which all others vanish.
+    """
+    largest = logits.detach().masked_fill(ones.detach() == 0, -math.inf).amax(-1, keepdim=True)
+    parts = ones.abs() * (logits - largest).clamp(max=0).exp()
+    total = parts.sum(-1, keepdim=True)
+    weights, experts = (parts / total.where(total > 0, 1)).topk(min(top_k, logits.shape[-1]), -1)
+    missing = (0, top_k - weights.shape[-1])
+    return F.pad(weights, missing), F.pad(experts, missing)
+
+
+@dataclass(frozen=True)
+class ExpertLinear(Layer):
+    """A linear map for every expert, without bias; each position goes through those that are chosen there.
+
+    The inputs, in this order::
+
+        ones      (..., num_experts)
+        experts   (..., top_k), as `TopKExperts` gives them
+        x         (..., top_k, in_features): what is given to each of the chosen experts
+
+    The output is ``(..., top_k, out_features)``. The values of ``ones`` are not used: they say which axis of the router
+    the experts are. An expert that is chosen nowhere computes nothing.
+    """
+
+    num_experts: int
+    in_features: int
+    out_features: int
+
+    multiplies: ClassVar[tuple[str, ...]] = ("... K o i",)
+
+    def signature(self, *shapes: Shape) -> str:
+        return "... e, ... K, ... K i, weight: e o i -> ... K o"
+
+    def fields(self, *shapes: Shape) -> Mapping[str, str]:
+        return {"num_experts": "e", "in_features": "i", "out_features": "o"}
+
+    def init(self, generator: torch.Generator) -> dict[str, Tensor]:
+        bound = 1 / math.sqrt(self.in_features)
+        return {name: uniform(shape, bound, generator) for name, shape in self.shapes().items()}
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        _, experts, x = inputs
+        weight = params["weight"]
+        if any(map(vectorized, inputs)) or torch.compiler.is_compiling() or weight.is_meta:
+            # How many positions an expert has is not known: a matrix for every position.
+            return torch.einsum("...oi,...i->...o", weight[experts], x)
+        numbers = experts.flatten()
+        order = numbers.argsort()
+        counts = numbers.bincount(minlength=self.num_experts).tolist()
+        parts = x.flatten(0, -2)[order].split(counts)
+        sorted_rows = torch.cat([F.linear(part, one) for part, one in zip(parts, weight, strict=True)])
+        return sorted_rows[order.argsort()].unflatten(0, experts.shape)
+
+    def roles(self) -> tuple[Role, ...]:
+        return (Routing("e"),)
