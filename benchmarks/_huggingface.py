@@ -64,9 +64,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
 
 def made(name: str) -> Any:
     """A random model of a family."""
+    return random_model(*FAMILIES[name][:2])
+
+
+def random_model(kind: str, config: dict[str, Any]) -> Any:
+    """A random model of a class."""
     import transformers
 
-    kind, config, _ = FAMILIES[name]
     torch.manual_seed(0)
     cls = getattr(transformers, kind)
     model = cls(cls.config_class(**config)).eval()

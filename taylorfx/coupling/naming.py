@@ -29,7 +29,7 @@ import numpy as np
 from taylorfx.coupling.axes import Axes
 from taylorfx.coupling.labeling import Labeling
 from taylorfx.layers.axes import Product, Signature, expand, letters
-from taylorfx.layers.roles import Mixing, Routing, Sum
+from taylorfx.layers.roles import Experts, Mixing, Sum
 from taylorfx.network.labels import Labeled, Labels, is_example
 from taylorfx.network.spec import Node, Spec
 
@@ -67,6 +67,7 @@ class Facts:
         written: the parameters of these layers.
         roles: its role in products of activations and in groups, and the nodes where it has the role.
         streams: those that are sums of what several layers write, one after the other.
+        stacked: the parameters that have a matrix for every expert.
     """
 
     paths: dict[int, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))
@@ -74,6 +75,7 @@ class Facts:
     written: dict[int, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))
     roles: dict[int, str] = field(default_factory=dict)
     streams: set[int] = field(default_factory=set)
+    stacked: set[str] = field(default_factory=set)
 
     def write(self, scopes: Iterable[int], path: str, node: Node, *weights: Node) -> None:
         """A node writes these scopes, perhaps with weights that other nodes compute."""
@@ -120,7 +122,7 @@ def _name(facts: Facts, scope: int, shapes: Mapping[str, tuple[int, ...]], sever
     block = _common(map(_module, paths))
     if role:
         return block, role
-    flat = all(len(shapes[path]) <= 2 for path in paths)
+    flat = all(len(shapes[path]) - (path in facts.stacked) <= 2 for path in paths)
     if writers and flat and block and _whole(block, paths, shapes):
         return block, HIDDEN
     if len(writers) > 1 and (shared := _common(writers)):
@@ -188,8 +190,9 @@ def facts_of(labeling: Labeling, axes: Axes, of_class: Labels) -> Facts:
     for node in spec.nodes:
         if node.layer.multiplies and node.name in varies:
             _product(labeling, node, varies, along, facts)
-        if routing := node.layer.role(Routing):
-            facts.play(along(labeling.bounds[node.name].letters.get(routing.letter, ())), EXPERTS)
+        if experts := node.layer.role(Experts):
+            facts.play(along(labeling.bounds[node.name].letters[experts.letter]), EXPERTS)
+            facts.stacked.update(node.paths.values())
     strong = {scope for scope, role in facts.roles.items() if role in STRONG}
     facts.streams |= _streams(labeling, varies, along, facts) - strong
     return facts

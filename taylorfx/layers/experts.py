@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from taylorfx.internals import vectorized
 from taylorfx.layers.base import Layer, Leaves, Shape, names, uniform
-from taylorfx.layers.roles import Role, Routing
+from taylorfx.layers.roles import Experts, Role
 
 __all__ = ["ExpertLinear", "Ones", "TopKExperts", "TopKWeights"]
 
@@ -54,7 +54,8 @@ class Ones(Layer):
 class TopKWeights(Layer):
     """The ``top_k`` largest numbers of a softmax over the last axis: of ones and logits ``(..., e)``, ``(..., top_k)``.
 
-    The ones (their magnitudes, if they are others) multiply the exponentials. Where fewer than ``top_k`` experts are left, the rest of the weights are zero.
+    The ones multiply the exponentials; of other numbers, the magnitudes do. Where fewer than ``top_k`` experts are
+    left, the rest of the weights are zero.
 
     >>> logits = torch.tensor([[2.0, 0.5, 1.0], [0.1, 0.7, 0.3]])
     >>> TopKWeights(2).apply({}, torch.ones(2, 3), logits)
@@ -75,9 +76,6 @@ class TopKWeights(Layer):
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         return _chosen(*inputs, top_k=self.top_k)[0]
 
-    def roles(self) -> tuple[Role, ...]:
-        return (Routing("e"),)
-
 
 @dataclass(frozen=True)
 class TopKExperts(Layer):
@@ -97,18 +95,17 @@ class TopKExperts(Layer):
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         return _chosen(*inputs, top_k=self.top_k)[1]
 
-    def roles(self) -> tuple[Role, ...]:
-        return (Routing("e"),)
-
 
 def _chosen(ones: Tensor, logits: Tensor, *, top_k: int) -> tuple[Tensor, Tensor]:
     """The largest weights and their experts.
 
     The softmax subtracts the largest logit of those that may be chosen: an expert that may not be could have one
-    beside which all others vanish.
+    beside which all others vanish. Its own exponential is kept finite, since it is multiplied by zero.
     """
+    most = math.log(torch.finfo(logits.dtype).max) - 1
     largest = logits.detach().masked_fill(ones.detach() == 0, -math.inf).amax(-1, keepdim=True)
-    parts = ones.abs() * (logits - largest).clamp(max=0).exp()
+    magnitudes = ones.where(ones >= 0, -ones)  # whose derivative at zero is that from above
+    parts = magnitudes * (logits - largest).clamp(max=most).exp()
     total = parts.sum(-1, keepdim=True)
     weights, experts = (parts / total.where(total > 0, 1)).topk(min(top_k, logits.shape[-1]), -1)
     missing = (0, top_k - weights.shape[-1])
@@ -148,15 +145,15 @@ class ExpertLinear(Layer):
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         _, experts, x = inputs
         weight = params["weight"]
-        if any(map(vectorized, inputs)) or torch.compiler.is_compiling() or weight.is_meta:
+        if torch.compiler.is_compiling() or weight.is_meta or any(map(vectorized, inputs)):
             # How many positions an expert has is not known: a matrix for every position.
-            return torch.einsum("...oi,...i->...o", weight[experts], x)
+            return (weight[experts] @ x.unsqueeze(-1)).squeeze(-1)
         numbers = experts.flatten()
         order = numbers.argsort()
         counts = numbers.bincount(minlength=self.num_experts).tolist()
-        parts = x.flatten(0, -2)[order].split(counts)
-        sorted_rows = torch.cat([F.linear(part, one) for part, one in zip(parts, weight, strict=True)])
-        return sorted_rows[order.argsort()].unflatten(0, experts.shape)
+        parts = torch.split(x.flatten(0, -2)[order], counts)
+        y = torch.cat([F.linear(part, one) for part, one in zip(parts, weight, strict=True)])  # by expert
+        return torch.unflatten(y[order.argsort()], 0, experts.shape)
 
     def roles(self) -> tuple[Role, ...]:
-        return (Routing("e"),)
+        return (Experts("e", numbers=1),)

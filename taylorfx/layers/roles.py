@@ -13,7 +13,7 @@ A pass asks ``layer.role(Mixing)`` and never for a class, so a layer from outsid
 | `Viewing`, `Slicing` | the same numbers along other axes; some positions of an axis | all rewrites |
 | `Sum`, `Product`, `Constant` | ``x + y``; ``x * y``; one of its parameters | folding, the lean copy |
 | `Attending` | scaled dot-product attention | the lean copy |
-| `Routing` | for some positions along a letter, which are chosen by a router | names of scopes |
+| `Experts` | every row by the expert that was chosen for it | names of scopes, the criterion `reap` |
 | `Memory` | (what torch allocates and keeps for it) | taps, the lean copy |
 
 A role is stated by the method `Layer.roles` of one class. A subclass that overrides anything that this class defines
@@ -38,8 +38,9 @@ if TYPE_CHECKING:
     from taylorfx.layers.base import Layer
 
 __all__ = [
-    "Attending", "ChannelAffine", "Constant", "Memory", "Mixing", "Normalizing", "Pointwise", "Product", "Recomputed",
-    "Role", "Routing", "RunningStatistics", "Slicing", "Sum", "Viewing",
+    "Attending", "ChannelAffine", "Constant", "Experts", "Memory", "Mixing", "Normalizing", "Pointwise", "Product",
+    "Recomputed",
+    "Role", "RunningStatistics", "Slicing", "Sum", "Viewing",
 ]  # fmt: skip
 
 Leaves = Mapping[str, Tensor]
@@ -355,15 +356,21 @@ class Attending(Role):
 
 
 @dataclass(frozen=True)
-class Routing(Role):
-    """The positions along a letter of the first input are experts, of which a router chooses some.
+class Experts(Role):
+    """Each row of the output is made by one of several experts alone, whose numbers are among the inputs.
+
+    Attributes:
+        letter: along which the experts lie in the signature.
+        numbers: the input that has the number of an expert for each row: it has the output's shape without the last
+            axis, and its own last axis runs over the experts that are chosen at one position.
 
     >>> from taylorfx import layers as L
-    >>> L.ExpertLinear(8, 4, 6).role(Routing)
-    Routing(letter='e')
+    >>> L.ExpertLinear(8, 4, 6).role(Experts)
+    Experts(letter='e', numbers=1)
     """
 
     letter: str
+    numbers: int
 
 
 @dataclass(frozen=True)
