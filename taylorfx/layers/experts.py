@@ -60,7 +60,7 @@ class TopKWeights(Layer):
     >>> logits = torch.tensor([[2.0, 0.5, 1.0], [0.1, 0.7, 0.3]])
     >>> TopKWeights(2).apply({}, torch.ones(2, 3), logits)
     tensor([[0.6285, 0.2312],
-            [0.4481, 0.3004]])
+            [0.4506, 0.3021]])
     >>> TopKWeights(2).apply({}, torch.tensor([[0.0, 1.0, 1.0]]), logits[:1])  # without the first expert
     tensor([[0.6225, 0.3775]])
     """
