@@ -137,6 +137,16 @@ def test_reap_is_its_formula_on_the_modules_own_experts(network):
                 assert_close(scores[unit].float(), expected, rtol=1e-3, atol=1e-6)
 
 
+def test_in_half_precision_the_length_stays_open_though_routers_choose_others():
+    model = model_of("MixtralForCausalLM", num_hidden_layers=1).bfloat16()
+    _, params, spec = huggingface.from_pretrained(model, outputs="logits")
+    inputs = text(4, 11)
+    with torch.no_grad():
+        expected, received = model(**inputs).logits, logits(params, spec, inputs)
+    assert received.dtype == torch.bfloat16
+    assert torch.isclose(expected, received, 0.03, 0.03).all(-1).float().mean() > 0.7
+
+
 def test_as_many_experts_stay_as_a_router_chooses(network, tmp_path):
     _, (model, params, spec), coupling = network
     inputs = text(3, 8)
