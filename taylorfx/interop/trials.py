@@ -109,7 +109,7 @@ def floors(coupling: Coupling) -> dict[int, int]:
     for node in coupling.spec:
         experts = node.layer.role(Experts)
         if experts is not None:
-            chosen = coupling.bounds[node.name].inputs[experts.numbers][-1]
+            chosen = coupling.bounds[node.name].shape[-2]
             units = coupling.axes[coupling.letters[node.name][experts.letter]]
             for scope in np.unique(coupling.scope[units[units >= 0]]).tolist():
                 least[scope] = max(chosen, least.get(scope, 1))

@@ -6,15 +6,18 @@ Here are three experts, of which two are chosen at each of two positions:
                  0.1  0.7  0.3
     ones         1    1    1        which experts may be chosen
                  1    1    1
-    experts      0  2               `TopKExperts`: the numbers of the chosen ones
+    chosen       0  2
                  1  2
-    weights      0.63  0.23         `TopKWeights`: the largest numbers of the softmax over all three
+    weights      0.63  0.23         of `TopKWeights`: the largest numbers of the softmax over all three
                  0.45  0.30
 
 An expert leaves with its row of the router and with its matrices. Its gate does not multiply a logit: a logit of zero
 is not small. It multiplies the *ones*, which multiply the exponentials of the softmax, so that a gate ``m`` adds
 ``log m`` to the logit. At one this is the network; at zero the logit is minus infinity, and the router chooses among
 the others, just as the router without this expert. The derivative at one is that of the loss by the logit.
+
+Which experts are chosen is no value of the network: numbers of experts would be others when some leave. Each layer
+finds them from the ones and the logits.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from taylorfx.internals import vectorized
 from taylorfx.layers.base import Layer, Leaves, Shape, names, uniform
 from taylorfx.layers.roles import Experts, Role
 
-__all__ = ["ExpertLinear", "Ones", "TopKExperts", "TopKWeights"]
+__all__ = ["ExpertLinear", "Ones", "TopKWeights"]
 
 
 @dataclass(frozen=True)
@@ -74,30 +77,12 @@ class TopKWeights(Layer):
         return {"K": self.top_k}
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
-        return _chosen(*inputs, top_k=self.top_k)[0]
-
-
-@dataclass(frozen=True)
-class TopKExperts(Layer):
-    """The numbers of the experts that have the weights of `TopKWeights`, of the same inputs.
-
-    Where fewer than ``top_k`` experts are left, the rest of the numbers are those of any expert.
-    """
-
-    top_k: int
-
-    def signature(self, *shapes: Shape) -> str:
-        return "... e, ... e -> ... K"
-
-    def letters(self, *shapes: Shape) -> dict[str, int]:
-        return {"K": self.top_k}
-
-    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
-        return _chosen(*inputs, top_k=self.top_k)[1]
+        weights, _ = _chosen(*inputs, top_k=self.top_k)
+        return F.pad(weights, (0, self.top_k - weights.shape[-1]))
 
 
 def _chosen(ones: Tensor, logits: Tensor, *, top_k: int) -> tuple[Tensor, Tensor]:
-    """The largest weights and their experts.
+    """The largest weights and the numbers of their experts, ``top_k`` of them if there are as many.
 
     The softmax subtracts the largest logit of those that may be chosen: an expert that may not be could have one
     beside which all others vanish. Its own exponential is kept finite, since it is multiplied by zero.
@@ -108,52 +93,61 @@ def _chosen(ones: Tensor, logits: Tensor, *, top_k: int) -> tuple[Tensor, Tensor
     parts = magnitudes * (logits - largest).clamp(max=most).exp()
     total = parts.sum(-1, keepdim=True)
     weights, experts = (parts / total.where(total > 0, 1)).topk(min(top_k, logits.shape[-1]), -1)
-    missing = (0, top_k - weights.shape[-1])
-    return F.pad(weights, missing), F.pad(experts, missing)
+    return weights, experts
 
 
 @dataclass(frozen=True)
 class ExpertLinear(Layer):
-    """A linear map for every expert, without bias; each position goes through those that are chosen there.
+    """A linear map for every expert, without bias; each position goes through the ``top_k`` that are chosen there.
 
     The inputs, in this order::
 
-        ones      (..., num_experts)
-        experts   (..., top_k), as `TopKExperts` gives them
+        ones      (..., num_experts), as for `TopKWeights`
+        logits    (..., num_experts)
         x         (..., top_k, in_features): what is given to each of the chosen experts
 
-    The output is ``(..., top_k, out_features)``. The values of ``ones`` are not used: they say which axis of the router
-    the experts are. An expert that is chosen nowhere computes nothing.
+    The output is ``(..., top_k, out_features)``, in the order of `TopKWeights`. An expert that is chosen nowhere
+    computes nothing. Where fewer than ``top_k`` experts are left, the rest of the rows are zero.
     """
 
     num_experts: int
     in_features: int
     out_features: int
+    top_k: int
 
     multiplies: ClassVar[tuple[str, ...]] = ("... K o i",)
 
     def signature(self, *shapes: Shape) -> str:
-        return "... e, ... K, ... K i, weight: e o i -> ... K o"
+        return "... e, ... e, ... K i, weight: e o i -> ... K o"
 
     def fields(self, *shapes: Shape) -> Mapping[str, str]:
-        return {"num_experts": "e", "in_features": "i", "out_features": "o"}
+        return {"num_experts": "e", "in_features": "i", "out_features": "o", "top_k": "K"}
 
     def init(self, generator: torch.Generator) -> dict[str, Tensor]:
         bound = 1 / math.sqrt(self.in_features)
         return {name: uniform(shape, bound, generator) for name, shape in self.shapes().items()}
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
-        _, experts, x = inputs
-        weight = params["weight"]
+        numbers = self._numbers(*inputs)
+        y = self._by(numbers.clamp(min=0), params["weight"], *inputs)
+        return y.masked_fill((numbers < 0).unsqueeze(-1), 0)
+
+    def _by(self, numbers: Tensor, weight: Tensor, *inputs: Tensor) -> Tensor:
+        """Every row by the expert with its number."""
+        x = inputs[2]
         if torch.compiler.is_compiling() or weight.is_meta or any(map(vectorized, inputs)):
             # How many positions an expert has is not known: a matrix for every position.
-            return (weight[experts] @ x.unsqueeze(-1)).squeeze(-1)
-        numbers = experts.flatten()
-        order = numbers.argsort()
-        counts = numbers.bincount(minlength=self.num_experts).tolist()
+            return (weight[numbers] @ x.unsqueeze(-1)).squeeze(-1)
+        order = numbers.flatten().argsort()
+        counts = numbers.flatten().bincount(minlength=self.num_experts).tolist()
         parts = torch.split(x.flatten(0, -2)[order], counts)
         y = torch.cat([F.linear(part, one) for part, one in zip(parts, weight, strict=True)])  # by expert
-        return torch.unflatten(y[order.argsort()], 0, experts.shape)
+        return torch.unflatten(y[order.argsort()], 0, numbers.shape)
 
     def roles(self) -> tuple[Role, ...]:
-        return (Experts("e", numbers=1),)
+        return (Experts("e", self._numbers),)
+
+    def _numbers(self, *inputs: Tensor) -> Tensor:
+        """The number of the expert of each row, ``(..., top_k)``; -1 for none, whose weight is zero."""
+        weights, experts = _chosen(*inputs[:2], top_k=self.top_k)
+        return F.pad(experts.masked_fill(weights == 0, -1), (0, self.top_k - experts.shape[-1]), value=-1)

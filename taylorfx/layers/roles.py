@@ -357,20 +357,23 @@ class Attending(Role):
 
 @dataclass(frozen=True)
 class Experts(Role):
-    """Each row of the output is made by one of several experts alone, whose numbers are among the inputs.
+    """Each row of the output is made by one of several experts alone, which a router has chosen.
 
     Attributes:
         letter: along which the experts lie in the signature.
-        numbers: the input that has the number of an expert for each row: it has the output's shape without the last
-            axis, and its own last axis runs over the experts that are chosen at one position.
+        numbers: of the layer's inputs, the number of the expert of each row, in the output's shape without its last
+            axis; -1 for a row of zeros that none makes. The rows of one position lie along the second to last axis of
+            the output.
 
+    >>> import torch
     >>> from taylorfx import layers as L
-    >>> L.ExpertLinear(8, 4, 6).role(Experts)
-    Experts(letter='e', numbers=1)
+    >>> experts = L.ExpertLinear(num_experts=3, in_features=4, out_features=5, top_k=2).role(Experts)
+    >>> experts.numbers(torch.ones(1, 3), torch.tensor([[2.0, 0.5, 1.0]]), torch.zeros(1, 2, 4))
+    tensor([[0, 2]])
     """
 
     letter: str
-    numbers: int
+    numbers: Callable[..., Tensor]
 
 
 @dataclass(frozen=True)

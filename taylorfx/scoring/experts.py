@@ -42,22 +42,24 @@ def reap(params: Params, spec: Spec, batches: Batches, coupling: Coupling, *, lo
         )
     sums = torch.zeros(2, len(coupling) + 1, dtype=torch.float64)  # of norms, and how many these are
     seen: dict[tuple[str, int], Tensor] = {}
-    wanted = {place for mixture in mixtures for place in ((mixture.experts, mixture.numbers), (mixture.product, -1))}
+    wanted = {name for mixture in mixtures for name in (mixture.experts, mixture.product)}
 
     def keep(name: str, slot: int, x: Tensor) -> Tensor:
-        if (name, slot) in wanted:
+        if name in wanted:
             seen[name, slot] = x
         return x
 
-    rows = [coupling.axes[coupling.letters[mixture.experts][mixture.letter]] for mixture in mixtures]
+    rows = [coupling.axes[coupling.letters[mixture.experts][mixture.role.letter]] for mixture in mixtures]
     with torch.no_grad():
         for inputs, _ in each_batch(batches):
             evaluate(params, spec, (inputs,), tap=keep)
             for mixture, units in zip(mixtures, rows, strict=True):
-                numbers, added = seen[mixture.experts, mixture.numbers], seen[mixture.product, -1]
-                norms = added.reshape(*numbers.shape, -1).to("cpu", torch.float64).norm(dim=-1).flatten()
+                given = [seen[mixture.experts, slot] for slot in range(len(spec[mixture.experts].inputs))]
+                numbers, added = mixture.role.numbers(*given), seen[mixture.product, -1]
+                numbers, added = (x.cpu() for x in (numbers, added.reshape(*numbers.shape, -1)))
+                norms = added.double().norm(dim=-1)[numbers >= 0]
                 both = torch.stack([norms, torch.ones_like(norms)])
-                for row in torch.as_tensor(units)[:, numbers.flatten().cpu()]:
+                for row in torch.as_tensor(units)[:, numbers[numbers >= 0]]:
                     sums.index_add_(1, row % sums.shape[1], both)  # what is no unit comes last
     scores = sums[0, :-1] / sums[1, :-1].clamp(min=1)
     others = torch.ones(len(coupling), dtype=torch.bool)
@@ -71,25 +73,22 @@ class _Mixture(NamedTuple):
 
     Attributes:
         experts: the node of the experts' last layer.
-        letter: along which the experts lie in it.
-        numbers: its input that has their numbers.
+        role: the role of that layer.
         product: the node that multiplies its output, in which every row stands at its place.
     """
 
     experts: str
-    letter: str
-    numbers: int
+    role: Experts
     product: str
 
 
 def _mixtures(spec: Spec) -> Iterator[_Mixture]:
-    """The last layers of experts: those of which no other ones of the same router consume what they give."""
+    """The last layers of experts: those whose output is not consumed by others with the same router."""
     roles = {node.name: role for node in spec if (role := node.layer.role(Experts))}
-    routers = {name: spec[name].inputs[role.numbers] for name, role in roles.items()}
     for name, role in roles.items():
         after = spec.downstream([name]) - {name}
-        if not any(other in after and routers[other] == routers[name] for other in roles):
-            yield _Mixture(name, role.letter, role.numbers, _product(spec, spec[name]))
+        if not any(other in after and spec[other].inputs[0] == spec[name].inputs[0] for other in roles):
+            yield _Mixture(name, role, _product(spec, spec[name]))
 
 
 def _product(spec: Spec, node: Node) -> str:

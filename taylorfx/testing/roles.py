@@ -190,11 +190,12 @@ def _viewing(layer: Layer, role: Viewing, leaves: Leaves, inputs: Sequence[Tenso
 
 
 def _experts(layer: Layer, role: Experts, leaves: Leaves, inputs: Sequence[Tensor]) -> None:
-    y, numbers = layer.apply(leaves, *inputs), inputs[role.numbers]
+    y, numbers = layer.apply(leaves, *inputs), role.numbers(*inputs)
     text = layer.signature(*(x.shape for x in inputs))
     patterns = axes.parse(text or "").parameters
     _true(layer, role, "a number of an expert for each row", numbers.shape == y.shape[:-1])
-    for k in sorted({*numbers.flatten().tolist()}):
+    _equal(layer, role, "rows of none", y[numbers < 0], torch.zeros_like(y[numbers < 0]))
+    for k in sorted({*numbers[numbers >= 0].tolist()}):
         alone: dict[str, Tensor] = {}
         for leaf, x in leaves.items():
             axis = patterns[leaf].singles.index(role.letter)

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 import taylorfx as tfx
 from taylorfx import layers as L
+from taylorfx.layers.roles import Experts
 from taylorfx.testing.strategies import random_params
 
 TOKENS, WIDTH, HIDDEN = 4, 5, 3
@@ -24,14 +25,13 @@ def mixture(experts, top_k):
         tfx.Node("router", L.Linear(WIDTH, experts), ("stream",)),
         tfx.Node("ones", L.Ones(), ("router",)),
         tfx.Node("weights", L.TopKWeights(top_k), ("ones", "router")),
-        tfx.Node("chosen", L.TopKExperts(top_k), ("ones", "router")),
         tfx.Node("thin", L.View(spread), ("stream",)),
         tfx.Node("rows", L.Expand((-1, -1, top_k, -1)), ("thin",)),
-        tfx.Node("gate", L.ExpertLinear(experts, WIDTH, HIDDEN), ("ones", "chosen", "rows")),
-        tfx.Node("up", L.ExpertLinear(experts, WIDTH, HIDDEN), ("ones", "chosen", "rows")),
+        tfx.Node("gate", L.ExpertLinear(experts, WIDTH, HIDDEN, top_k), ("ones", "router", "rows")),
+        tfx.Node("up", L.ExpertLinear(experts, WIDTH, HIDDEN, top_k), ("ones", "router", "rows")),
         tfx.Node("silu", L.SiLU(), ("gate",)),
         tfx.Node("hidden", L.Multiply(), ("silu", "up")),
-        tfx.Node("down", L.ExpertLinear(experts, HIDDEN, WIDTH), ("ones", "chosen", "hidden")),
+        tfx.Node("down", L.ExpertLinear(experts, HIDDEN, WIDTH, top_k), ("ones", "router", "hidden")),
         tfx.Node("column", L.View((1, TOKENS, top_k, 1)), ("weights",)),
         tfx.Node("weighted", L.Multiply(), ("down", "column")),
         tfx.Node("sum", L.Reduce("sum", (2,)), ("weighted",)),
@@ -114,20 +114,22 @@ def test_derivatives_at_a_gate_of_zero_are_finite_and_those_of_differences():
 def test_an_expert_that_may_not_be_chosen_does_not_hide_the_others():
     ones, logits = torch.tensor([[0.0, 1.0, 1.0]]), torch.tensor([[500.0, 1.0, 2.0]])
     assert_close(L.TopKWeights(2).apply({}, ones, logits), logits[:, 1:].softmax(-1).flip(-1))
-    assert L.TopKExperts(2).apply({}, ones, logits).tolist() == [[2, 1]]
+    experts = L.ExpertLinear(3, 1, 1, 2).role(Experts)
+    assert experts.numbers(ones, logits, torch.zeros(1, 2, 1)).tolist() == [[2, 1]]
     assert L.TopKWeights(2).apply({}, torch.zeros(1, 3), logits).tolist() == [[0, 0]]  # nothing may be chosen
 
 
 @pytest.mark.parametrize("lead", [(), (2,), (2, 3)])
 def test_rows_go_through_their_experts_however_these_are_found(lead):
-    layer, generator = L.ExpertLinear(4, 3, 5), torch.Generator().manual_seed(0)
+    layer, generator = L.ExpertLinear(4, 3, 5, 2), torch.Generator().manual_seed(0)
     params = layer.init(generator)
-    numbers = torch.randint(3, (*lead, 2), generator=generator)  # the last one is chosen nowhere
-    x, ones = torch.randn(*lead, 2, 3, generator=generator), torch.ones(*lead, 4)
-    expected = torch.einsum("...oi,...i->...o", params["weight"][numbers], x)
-    assert_close(layer.apply(params, ones, numbers, x), expected)
-    assert_close(torch.func.vmap(lambda x: layer.apply(params, ones, numbers, x))(x[None])[0], expected)
-    compiled = torch.compile(lambda x: layer.apply(params, ones, numbers, x), backend="eager", fullgraph=True)
+    logits, x = torch.randn(*lead, 4, generator=generator), torch.randn(*lead, 2, 3, generator=generator)
+    logits[..., 3] = -9  # chosen nowhere
+    ones = torch.ones_like(logits)
+    expected = torch.einsum("...oi,...i->...o", params["weight"][logits.topk(2)[1]], x)
+    assert_close(layer.apply(params, ones, logits, x), expected)
+    assert_close(torch.func.vmap(lambda x: layer.apply(params, ones, logits, x))(x[None])[0], expected)
+    compiled = torch.compile(lambda x: layer.apply(params, ones, logits, x), backend="eager", fullgraph=True)
     assert_close(compiled(x), expected)
 
 

@@ -8,8 +8,9 @@ Of transformers' ``experts_implementation="batched_mm"``, and of modules that ar
     matrices = index(weight, [ids])                 (tokens * k, out, in): a matrix for every token
     y = bmm(matrices, x.unsqueeze(-1))              (tokens * k, out, 1)
 
-The first two lines become `TopKWeights` and `TopKExperts`, the last two `ExpertLinear`, which never makes a matrix for
-every token. The axis of the experts may then shrink. What looks otherwise is captured operator by operator.
+The first two lines become `TopKWeights`, the last two `ExpertLinear`, which never makes a matrix for every token and
+finds the chosen ones by itself. The axis of the experts may then shrink. What looks otherwise is captured operator by
+operator; where it uses the numbers of experts in another way, the axis is rigid.
 """
 
 from __future__ import annotations
@@ -49,9 +50,10 @@ def top_k(c: Convert, node: fx.Node) -> None:
         options = (("dtype", (DTYPE, str(dtype).removeprefix("torch."))),)
         name = c.add(node, L.Elementwise("_to_copy.default", ((SLOT, 0),), options), (name,), tag="_logits")
     ones = c.add(node, L.Ones(), (name,), tag="_ones")
+    c.routers[node.name] = ones, name
     for user in node.users:
-        kind = L.TopKExperts if user.args[1] else L.TopKWeights
-        c.add(user, kind(k), (ones, name))
+        if user.args[1] == 0:  # the numbers of experts stay as they were captured: then their axis is rigid
+            c.add(user, L.TopKWeights(k), (ones, name))
 
 
 def _routed(node: fx.Node) -> fx.Node:
@@ -122,9 +124,8 @@ def product(c: Convert, node: fx.Node) -> None:
     count, features, inputs = c.tensors[path].shape
     rows, axis = measured(chosen.experts)  # (tokens, k)
     x = c.add(node, L.View((*rows, inputs), measured(column)[1], axis), (c.tensor(column),), tag="_rows")
-    ones = c.names[chosen.router.name]
-    layer = L.ExpertLinear(count, inputs, features)
-    y = c.add(node, layer, (ones, c.tensor(chosen.experts), x), leaves={"weight": path}, tag="_experts")
+    layer = L.ExpertLinear(count, inputs, features, rows[-1])
+    y = c.add(node, layer, (*c.routers[chosen.router.name], x), leaves={"weight": path}, tag="_experts")
     c.add(node, L.View(measured(node)[0], axis, measured(node)[1]), (y,))
 
 

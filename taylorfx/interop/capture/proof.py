@@ -134,7 +134,7 @@ def _close(one: Tensor, other: Tensor, *, routed: bool = False) -> bool:
     if routed and one.dtype.itemsize < 4:
         share = 4 * torch.finfo(one.dtype).eps
         equal = torch.isclose(one, other, share, share * scale, equal_nan=True)
-        return float(torch.atleast_1d(equal).all(-1).float().mean()) >= _ROUNDED
+        return float(equal.reshape(-1, *one.shape[-1:]).all(-1).float().mean()) >= _ROUNDED
     return torch.allclose(one, other, 1e-3, 1e-3 * scale, equal_nan=True)
 
 
