@@ -8,6 +8,11 @@ Of transformers' ``experts_implementation="batched_mm"``, and of modules that ar
     matrices = index(weight, [ids])                 (tokens * k, out, in): a matrix for every token
     y = bmm(matrices, x.unsqueeze(-1))              (tokens * k, out, 1)
 
+or, with weights that add up to one,
+
+    logits, chosen = topk(logits, k)
+    weights = softmax(logits)                       (tokens, k)
+
 The first two lines become `TopKWeights`, the last two `ExpertLinear`, which never makes a matrix for every token and
 finds the chosen ones by itself. The axis of the experts may then shrink. What looks otherwise is captured operator by
 operator; where it uses the numbers of experts in another way, the axis is rigid.
@@ -24,7 +29,9 @@ from taylorfx.interop.capture.arguments import Unmapped, argument, measured, ten
 from taylorfx.interop.capture.convert import Convert, Converter
 from taylorfx.layers.operators import DTYPE, SLOT
 
-__all__ = ["either", "matrices", "product", "top_k"]
+__all__ = ["either", "matrices", "normalized", "product", "top_k"]
+
+SOFTMAX = ("softmax", "_softmax")
 
 SAME = ("view", "reshape", "_unsafe_view", "flatten", "clone", "contiguous", "alias", "detach")
 """Operators after which the numbers of experts are the same, in the same order."""
@@ -43,7 +50,10 @@ def either(one: Converter, other: Converter) -> Converter:
 
 
 def top_k(c: Convert, node: fx.Node) -> None:
-    """The largest numbers of a softmax, and where they are."""
+    """The largest numbers of a softmax, and where they are.
+
+    The largest logits become their exponentials, where all that consumes them is a softmax, see `normalized`.
+    """
     logits, k = _routed(node), whole(node.args[1])
     name, dtype = c.tensor(logits), tensor_node(node.args[0]).meta["val"].dtype
     if logits.meta["val"].dtype != dtype:
@@ -56,18 +66,36 @@ def top_k(c: Convert, node: fx.Node) -> None:
             c.add(user, L.TopKWeights(k), (ones, name))
 
 
-def _routed(node: fx.Node) -> fx.Node:
-    """The logits of a softmax of which an operator takes the largest numbers."""
-    probabilities = tensor_node(node.args[0])
-    last = len(measured(probabilities)[0]) - 1
-    dims = [argument(node, 2, "dim", -1), argument(probabilities, 1, "dim")]
-    largest = argument(node, 3, "largest", True)
-    if _kind(probabilities) not in ("softmax", "_softmax") or not largest or any(d not in (-1, last) for d in dims):
+def normalized(c: Convert, node: fx.Node) -> None:
+    """A softmax of the largest logits: their weights, divided by the sum."""
+    largest = tensor_node(node.args[0])
+    router = tensor_node(largest.args[0]) if largest.args else largest
+    if router.name not in c.routers or _kind(tensor_node(router.args[0])) in SOFTMAX:
         raise Unmapped
-    logits = tensor_node(probabilities.args[0])
+    weights, last = c.tensor(largest), len(measured(node)[0]) - 1
+    total = c.add(node, L.Reduce("sum", (last,), keepdim=True), (weights,), tag="_sum")
+    c.add(node, L.Elementwise("div.Tensor", ((SLOT, 0), (SLOT, 1))), (weights, total))
+
+
+def _routed(node: fx.Node) -> fx.Node:
+    """The logits from which an operator takes the largest, after a softmax or before one."""
+    scores = tensor_node(node.args[0])
+    last = len(measured(scores)[0]) - 1
+    if argument(node, 2, "dim", -1) not in (-1, last) or not argument(node, 3, "largest", True):
+        raise Unmapped
+    logits = tensor_node(scores.args[0]) if _softmax(scores, last) else scores
+    after = [user for value in node.users if value.args[1] == 0 for user in value.users]
+    same = all(_softmax(x, last) and x.meta["val"].dtype == scores.meta["val"].dtype for x in after)
+    if logits is scores and not (after and same):
+        raise Unmapped
     if measured(logits)[1] == last:
         raise Unmapped
     return logits
+
+
+def _softmax(node: fx.Node, last: int) -> bool:
+    """A softmax over the last axis."""
+    return _kind(node) in SOFTMAX and argument(node, 1, "dim") in (-1, last)
 
 
 class _Chosen(NamedTuple):

@@ -344,7 +344,7 @@ CONVERTERS: dict[str, Converter] = {
          "_upsample_lanczos2d_aa", "max_unpool2d", "max_unpool3d"),
         _maps,
     ),
-    **dict.fromkeys(("softmax", "_softmax"), _softmax),
+    **dict.fromkeys(("softmax", "_softmax"), experts.either(experts.normalized, _softmax)),
     **dict.fromkeys(
         ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze"), movement.view
     ),
