@@ -55,6 +55,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
     "Mixtral": ("MixtralForCausalLM", {**DECODER, "num_local_experts": 4, "num_experts_per_tok": 2}, "logits"),
     "Qwen3-MoE": ("Qwen3MoeForCausalLM", {
         **DECODER, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}, "logits"),
+    "Qwen2-MoE": ("Qwen2MoeForCausalLM", {
+        **DECODER, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 24}, "logits"),
+    "OLMoE": ("OlmoeForCausalLM", {**DECODER, "num_experts": 4, "num_experts_per_tok": 2}, "logits"),
+    "Granite-MoE": ("GraniteMoeForCausalLM", {
+        **DECODER, "num_local_experts": 4, "num_experts_per_tok": 2}, "logits"),
     "ALBERT": ("AlbertForSequenceClassification", {**TEXT, "embedding_size": 16}, "logits"),
     "Mamba": ("MambaForCausalLM", {
         "hidden_size": 32, "num_hidden_layers": LAYERS, "state_size": 4, "vocab_size": 60, **SPECIAL}, "logits"),
