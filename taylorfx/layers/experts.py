@@ -128,20 +128,16 @@ class ExpertLinear(Layer):
         return {name: uniform(shape, bound, generator) for name, shape in self.shapes().items()}
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
-        numbers = self._numbers(*inputs)
-        y = self._by(numbers.clamp(min=0), params["weight"], *inputs)
-        return y.masked_fill((numbers < 0).unsqueeze(-1), 0)
-
-    def _by(self, numbers: Tensor, weight: Tensor, *inputs: Tensor) -> Tensor:
-        """Every row by the expert with its number."""
-        x = inputs[2]
+        x, weight, numbers = inputs[2], params["weight"], self._numbers(*inputs)
         if torch.compiler.is_compiling() or weight.is_meta or any(map(vectorized, inputs)):
             # How many positions an expert has is not known: a matrix for every position.
-            return (weight[numbers] @ x.unsqueeze(-1)).squeeze(-1)
+            y = (weight[numbers.clamp(min=0)] @ x.unsqueeze(-1)).squeeze(-1)
+            return y.masked_fill((numbers < 0).unsqueeze(-1), 0)
         order = numbers.flatten().argsort()
-        counts = numbers.flatten().bincount(minlength=self.num_experts).tolist()
-        parts = torch.split(x.flatten(0, -2)[order], counts)
-        y = torch.cat([F.linear(part, one) for part, one in zip(parts, weight, strict=True)])  # by expert
+        counts = (numbers.flatten() + 1).bincount(minlength=self.num_experts + 1).tolist()
+        none, *parts = torch.split(x.flatten(0, -2)[order], counts)
+        rows = [F.linear(part, one) for part, one in zip(parts, weight, strict=True)]
+        y = torch.cat([none.new_zeros(len(none), self.out_features), *rows])
         return torch.unflatten(y[order.argsort()], 0, numbers.shape)
 
     def roles(self) -> tuple[Role, ...]:
