@@ -81,7 +81,8 @@ def _routed(node: fx.Node) -> fx.Node:
     """The logits from which an operator takes the largest, after a softmax or before one."""
     scores = tensor_node(node.args[0])
     last = len(measured(scores)[0]) - 1
-    if argument(node, 2, "dim", -1) not in (-1, last) or not argument(node, 3, "largest", True):
+    largest, ordered = argument(node, 3, "largest", True), argument(node, 4, "sorted", True)
+    if argument(node, 2, "dim", -1) not in (-1, last) or not largest or not ordered:
         raise Unmapped
     logits = tensor_node(scores.args[0]) if _softmax(scores, last) else scores
     after = [user for value in node.users if value.args[1] == 0 for user in value.users]
@@ -112,7 +113,7 @@ class _Chosen(NamedTuple):
     router: fx.Node
 
 
-def _chosen(node: fx.Node) -> _Chosen:
+def _chosen(c: Convert, node: fx.Node) -> _Chosen:
     """Matrices that are looked up by the numbers that a router gives."""
     weight, entries = tensor_node(node.args[0]), node.args[1]
     if _kind(node) != "index" or not isinstance(entries, (list, tuple)) or len(entries) != 1:
@@ -121,15 +122,15 @@ def _chosen(node: fx.Node) -> _Chosen:
     while _kind(experts) in SAME:
         experts = tensor_node(experts.args[0])
     router = tensor_node(experts.args[0]) if experts.args else experts
-    if _kind(router) != "topk" or experts.args[1] != 1 or len(measured(ids)[0]) != 1 or len(measured(weight)[0]) != 3:
+    numbers = router.name in c.routers and experts.args[1] == 1
+    if not numbers or len(measured(ids)[0]) != 1 or len(measured(weight)[0]) != 3:
         raise Unmapped
-    _routed(router)
     return _Chosen(weight, experts, router)
 
 
 def matrices(c: Convert, node: fx.Node) -> None:
     """The chosen matrices of a parameter: nothing by themselves, where all that consumes them is a product."""
-    c.path(_chosen(node).weight)
+    c.path(_chosen(c, node).weight)
     for user in node.users:
         _vectors(user, node)
 
@@ -147,7 +148,7 @@ def _vectors(node: fx.Node, matrices: fx.Node) -> fx.Node:
 def product(c: Convert, node: fx.Node) -> None:
     """The product of every position's vector with the matrix of its expert."""
     looked_up = tensor_node(node.args[0])
-    chosen, column = _chosen(looked_up), _vectors(node, looked_up)
+    chosen, column = _chosen(c, looked_up), _vectors(node, looked_up)
     path = c.path(chosen.weight)
     count, features, inputs = c.tensors[path].shape
     rows, axis = measured(chosen.experts)  # (tokens, k)
