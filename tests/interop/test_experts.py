@@ -19,11 +19,12 @@ if importlib.util.find_spec("torchvision"):
 
 from _huggingface import DECODER, random_model
 
-SIZES = DECODER | {"num_hidden_layers": 2, "intermediate_size": 16, "num_experts_per_tok": 2}
+SIZES = DECODER | {"intermediate_size": 16, "num_experts_per_tok": 2}
 MODELS = {
     "MixtralForCausalLM": {"num_local_experts": 4},
-    "Qwen3MoeForCausalLM": {"num_experts": 5, "moe_intermediate_size": 16, "norm_topk_prob": False},
-}
+    "Qwen3MoeForCausalLM": {
+        "num_hidden_layers": 2, "num_experts": 5, "moe_intermediate_size": 16, "norm_topk_prob": False},
+}  # fmt: skip
 
 
 def model_of(kind, **changes):
@@ -61,7 +62,7 @@ def test_experts_are_captured_whichever_way_they_run(network):
         inputs = text(count, length)
         with torch.no_grad():
             assert_close(logits(params, spec, inputs), model(**inputs).logits, rtol=1e-4, atol=1e-5)
-    for layer in range(2):
+    for layer in range(model.config.num_hidden_layers):
         scopes = {f"model.layers.{layer}.mlp: experts", f"model.layers.{layer}.mlp.experts: hidden"}
         assert scopes <= {*coupling.scopes} - {*coupling.frozen}
     assert not coupling.mixing, "examples are scored side by side"
@@ -69,7 +70,7 @@ def test_experts_are_captured_whichever_way_they_run(network):
 
 def test_a_gate_of_zero_is_the_model_without_the_expert(network):
     kind, (model, params, spec), coupling = network
-    stay = {0: [0, 3], 1: [1, 2, 3]}
+    stay = {0: [0, 3], 1: [1, 2, 3]} if len(model.model.layers) > 1 else {0: [0, 3]}
     keep = np.ones(len(coupling), bool)
     for layer, experts in stay.items():
         keep[numbers_of(coupling, layer)] = np.isin(np.arange(model.config.num_local_experts), experts)
@@ -138,7 +139,7 @@ def test_reap_is_its_formula_on_the_modules_own_experts(network):
 
 
 def test_in_half_precision_the_length_stays_open_though_routers_choose_others():
-    model = model_of("MixtralForCausalLM", num_hidden_layers=1).bfloat16()
+    model = model_of("MixtralForCausalLM").bfloat16()
     _, params, spec = huggingface.from_pretrained(model, outputs="logits")
     inputs = text(4, 11)
     with torch.no_grad():
@@ -153,20 +154,20 @@ def test_as_many_experts_stay_as_a_router_chooses(network, tmp_path):
     rules = huggingface.holdable(model, params, spec, inputs)
     names = [name for name in coupling.scopes if name.endswith(": experts")]
     assert rules.floor == dict.fromkeys(names, 2)
-    assert tuple(names) in rules.uniform
+    assert len(names) == 1 or tuple(names) in rules.uniform
     others = [name for name in coupling.scopes if name not in names]
     rules = tfx.Constraints(protect=others).also(rules, coupling)
     batch, options = (inputs, inputs["input_ids"]), {"criterion": tfx.criteria.reap, "constraints": rules, "steps": 1}
-    count = len(numbers_of(coupling, 0))
+    spare = len(names) * (len(numbers_of(coupling, 0)) - 2)
     with pytest.raises(tfx.BudgetError):
-        tfx.prune(params, spec, batch, budget=tfx.Remove(2 * count - 3), **options)
-    small = tfx.prune(params, spec, batch, budget=tfx.Remove(2 * count - 4), **options)
+        tfx.prune(params, spec, batch, budget=tfx.Remove(spare + 1), **options)
+    small = tfx.prune(params, spec, batch, budget=tfx.Remove(spare), **options)
     huggingface.save_pretrained(tmp_path / "small", *small, like=model, example_inputs=inputs)
     again = type(model).from_pretrained(tmp_path / "small")
     assert again.config.num_local_experts == again.config.num_experts_per_tok == 2
     assert_close(again(**inputs).logits, logits(*small, inputs), rtol=1e-4, atol=1e-5)
     keep = np.ones(len(coupling), bool)
-    for layer in range(2):
+    for layer in range(len(names)):
         keep[numbers_of(coupling, layer)[1:]] = False
     assert any("fewer than 2" in problem for problem in rules.broken(coupling, keep))
     plan = tfx.Plan(coupling, keep)
