@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from taylorfx.coupling.couple import own
 from taylorfx.coupling.units import Coupling
 from taylorfx.layers.roles import Experts, Product, Viewing
+from taylorfx.network.labels import Labels
 from taylorfx.network.run import evaluate
 from taylorfx.network.spec import Node, Spec
 from taylorfx.scoring.batches import Batches, each_batch
@@ -31,41 +33,38 @@ def reap(params: Params, spec: Spec, batches: Batches, coupling: Coupling, *, lo
     them.
 
     Raises:
-        ValueError: if there are no experts, or if their outputs are not multiplied by anything.
+        ValueError: if no experts may leave, or if their outputs are not multiplied by anything.
     """
     own(params, spec, coupling)
-    mixtures = [*_mixtures(spec)]
-    if not mixtures:
+    mixtures = [*_mixtures(coupling)]
+    experts = np.unique(np.concatenate([np.zeros(1, np.int64) - 1, *(mixture.units.ravel() for mixture in mixtures)]))
+    if len(experts) == 1:
         raise ValueError(
-            "REAP scores experts, whose outputs are multiplied by a router's weights; received a network without any. "
-            "Take another criterion."
+            "REAP scores experts that may leave, whose outputs a router's weights multiply; received a network without "
+            "any. Take another criterion."
         )
     sums = torch.zeros(2, len(coupling) + 1, dtype=torch.float64)  # of norms, and how many these are
-    seen: dict[tuple[str, int], Tensor] = {}
-    wanted = {name for mixture in mixtures for name in (mixture.experts, mixture.product)}
+    wanted, seen = {name for mixture in mixtures for name in (mixture.experts.name, mixture.product)}, Seen()
 
     def keep(name: str, slot: int, x: Tensor) -> Tensor:
         if name in wanted:
             seen[name, slot] = x
         return x
 
-    rows = [coupling.axes[coupling.letters[mixture.experts][mixture.role.letter]] for mixture in mixtures]
     with torch.no_grad():
         for inputs, _ in each_batch(batches):
             evaluate(params, spec, (inputs,), tap=keep)
-            for mixture, units in zip(mixtures, rows, strict=True):
-                given = [seen[mixture.experts, slot] for slot in range(len(spec[mixture.experts].inputs))]
-                numbers, added = mixture.role.numbers(*given), seen[mixture.product, -1]
-                numbers, added = (x.cpu() for x in (numbers, added.reshape(*numbers.shape, -1)))
-                norms = added.double().norm(dim=-1)[numbers >= 0]
-                both = torch.stack([norms, torch.ones_like(norms)])
-                for row in torch.as_tensor(units)[:, numbers[numbers >= 0]]:
-                    sums.index_add_(1, row % sums.shape[1], both)  # what is no unit comes last
+            for mixture in mixtures:
+                units, norms = mixture.rows(seen)
+                for row in units % len(sums[0]):  # what is no unit comes last
+                    sums.index_add_(1, row, torch.stack([norms, torch.ones_like(norms)]))
     scores = sums[0, :-1] / sums[1, :-1].clamp(min=1)
-    others = torch.ones(len(coupling), dtype=torch.bool)
-    for units in rows:
-        others[torch.as_tensor(units[units >= 0])] = False
+    others = torch.ones(len(coupling), dtype=torch.bool).index_fill(0, torch.as_tensor(experts[1:]), 0)
     return scores.masked_fill(others, float(scores.max()))
+
+
+Seen = dict[tuple[str, int], Tensor]
+"""What layers consume and give, by node and slot."""
 
 
 class _Mixture(NamedTuple):
@@ -74,21 +73,30 @@ class _Mixture(NamedTuple):
     Attributes:
         experts: the node of the experts' last layer.
         role: the role of that layer.
+        units: ``(factors, experts)``, the units of the experts; -1 for none.
         product: the node that multiplies its output, in which every row stands at its place.
     """
 
-    experts: str
+    experts: Node
     role: Experts
+    units: Labels
     product: str
 
+    def rows(self, seen: Seen) -> tuple[Tensor, Tensor]:
+        """Of every row that an expert makes, the units ``(factors, rows)`` and the norm of what it adds ``(rows,)``."""
+        numbers = self.role.numbers(*(seen[self.experts.name, slot] for slot in range(len(self.experts.inputs)))).cpu()
+        added = seen[self.product, -1].reshape(*numbers.shape, -1).cpu().double()
+        return torch.as_tensor(self.units)[:, numbers[numbers >= 0]], added.norm(dim=-1)[numbers >= 0]
 
-def _mixtures(spec: Spec) -> Iterator[_Mixture]:
+
+def _mixtures(coupling: Coupling) -> Iterator[_Mixture]:
     """The last layers of experts: those whose output is not consumed by others with the same router."""
+    spec = coupling.spec
     roles = {node.name: role for node in spec if (role := node.layer.role(Experts))}
     for name, role in roles.items():
-        after = spec.downstream([name]) - {name}
-        if not any(other in after and spec[other].inputs[0] == spec[name].inputs[0] for other in roles):
-            yield _Mixture(name, role, _product(spec, spec[name]))
+        node, after = spec[name], spec.downstream([name]) - {name}
+        if not any(other in after and spec[other].inputs[0] == node.inputs[0] for other in roles):
+            yield _Mixture(node, role, coupling.axes[coupling.letters[name][role.letter]], _product(spec, node))
 
 
 def _product(spec: Spec, node: Node) -> str:
