@@ -18,6 +18,7 @@ if importlib.util.find_spec("torchvision"):
     library()
 
 from _huggingface import DECODER, random_model
+from modules import captured
 
 SIZES = DECODER | {"intermediate_size": 16, "num_experts_per_tok": 2}
 MODELS = {
@@ -173,3 +174,23 @@ def test_as_many_experts_stay_as_a_router_chooses(network, tmp_path):
     plan = tfx.Plan(coupling, keep)
     with pytest.raises(huggingface.ConfigError, match="selected index k out of range"):
         huggingface.save_pretrained(tmp_path / "x", tfx.cut(params, plan), plan.spec, like=model, example_inputs=inputs)
+
+
+@pytest.mark.parametrize("name", ["mixture of experts", "mixture of experts, softmax of the chosen"])
+def test_a_class_of_the_users_own_gets_fewer_experts_but_as_many_as_it_chooses(name):
+    module, x, params, spec = captured(name)
+    coupling = tfx.couple(params, spec)
+    rules = tfx.interop.holdable(module, params, spec, x)
+    assert rules.floor == {"experts": 2}
+    stay = coupling.scope != coupling.scopes.index("experts")
+    plan = tfx.Plan(coupling, stay | (coupling.index > 1))
+    assert not rules.broken(coupling, plan.keep)
+    small = tfx.cut(params, plan)
+    again = tfx.to_torch(small, plan.spec, like=module, example_inputs=x)
+    assert again.up.shape[0] == again.router.out_features == 2
+    assert_close(again(x), tfx.apply(small, plan.spec, x))
+
+
+def test_numbers_of_experts_that_mean_something_else_hold_them():
+    _, _, params, spec = captured("rows of a table, chosen")
+    assert "router" in tfx.couple(params, spec).frozen
