@@ -55,6 +55,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
     "Mixtral": ("MixtralForCausalLM", {**DECODER, "num_local_experts": 4, "num_experts_per_tok": 2}, "logits"),
     "Qwen3-MoE": ("Qwen3MoeForCausalLM", {
         **DECODER, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}, "logits"),
+    "Qwen2-MoE": ("Qwen2MoeForCausalLM", {
+        **DECODER, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 24}, "logits"),
+    "OLMoE": ("OlmoeForCausalLM", {**DECODER, "num_experts": 4, "num_experts_per_tok": 2}, "logits"),
+    "Granite-MoE": ("GraniteMoeForCausalLM", {
+        **DECODER, "num_local_experts": 4, "num_experts_per_tok": 2}, "logits"),
     "ALBERT": ("AlbertForSequenceClassification", {**TEXT, "embedding_size": 16}, "logits"),
     "Mamba": ("MambaForCausalLM", {
         "hidden_size": 32, "num_hidden_layers": LAYERS, "state_size": 4, "vocab_size": 60, **SPECIAL}, "logits"),
@@ -64,9 +70,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
 
 def made(name: str) -> Any:
     """A random model of a family."""
+    return random_model(*FAMILIES[name][:2])
+
+
+def random_model(kind: str, config: dict[str, Any]) -> Any:
+    """A random model of a class."""
     import transformers
 
-    kind, config, _ = FAMILIES[name]
     torch.manual_seed(0)
     cls = getattr(transformers, kind)
     model = cls(cls.config_class(**config)).eval()

@@ -9,6 +9,7 @@ names of scopes follow from the module's own names and from what its layers do a
     layers.3.self_attn: value dims      an axis of one of the factors, and of the product
     layers.3.self_attn: head dims       both: one layer writes queries, keys and values
     layers.3.mlp: hidden                all matrices of the module shrink with it
+    layers.3.mlp: experts               linear maps of which a router chooses some at every position
     layer1.0: groups                    the groups of a convolution; also the channels into and out of each group
     layer1.0.conv1                      what one layer alone writes
     layer2.0: channels                  what several layers write
@@ -28,7 +29,7 @@ import numpy as np
 from taylorfx.coupling.axes import Axes
 from taylorfx.coupling.labeling import Labeling
 from taylorfx.layers.axes import Product, Signature, expand, letters
-from taylorfx.layers.roles import Mixing, Sum
+from taylorfx.layers.roles import Experts, Mixing, Sum
 from taylorfx.network.labels import Labeled, Labels, is_example
 from taylorfx.network.spec import Node, Spec
 
@@ -41,6 +42,7 @@ GROUPED = "key/value heads"
 QUERIES = "query heads per key/value head"
 VALUES = "value dims"
 BOTH = "head dims"
+EXPERTS = "experts"
 GROUPS = "groups"
 INTO_GROUP = "channels into each group"
 OUT_OF_GROUP = "channels out of each group"
@@ -48,7 +50,7 @@ HIDDEN = "hidden"
 CHANNELS = "channels"
 
 GROUPED_ROLES = (GROUPS, INTO_GROUP, OUT_OF_GROUP)
-WEAK, STRONG = (*GROUPED_ROLES, VALUES), (QUERIES, HEADS, GROUPED, INNER, BOTH)
+WEAK, STRONG = (*GROUPED_ROLES, VALUES), (QUERIES, HEADS, GROUPED, INNER, BOTH, EXPERTS)
 """Roles, each stronger than those before it. A stream may have a weak one; it is none where it has a strong one."""
 
 CONSTANTS = "constants."
@@ -65,6 +67,7 @@ class Facts:
         written: the parameters of these layers.
         roles: its role in products of activations and in groups, and the nodes where it has the role.
         streams: those that are sums of what several layers write, one after the other.
+        stacked: the parameters that have a matrix for every expert.
     """
 
     paths: dict[int, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))
@@ -72,6 +75,7 @@ class Facts:
     written: dict[int, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))
     roles: dict[int, str] = field(default_factory=dict)
     streams: set[int] = field(default_factory=set)
+    stacked: set[str] = field(default_factory=set)
 
     def write(self, scopes: Iterable[int], path: str, node: Node, *weights: Node) -> None:
         """A node writes these scopes, perhaps with weights that other nodes compute."""
@@ -118,7 +122,7 @@ def _name(facts: Facts, scope: int, shapes: Mapping[str, tuple[int, ...]], sever
     block = _common(map(_module, paths))
     if role:
         return block, role
-    flat = all(len(shapes[path]) <= 2 for path in paths)
+    flat = all(len(shapes[path]) - (path in facts.stacked) <= 2 for path in paths)
     if writers and flat and block and _whole(block, paths, shapes):
         return block, HIDDEN
     if len(writers) > 1 and (shared := _common(writers)):
@@ -186,6 +190,9 @@ def facts_of(labeling: Labeling, axes: Axes, of_class: Labels) -> Facts:
     for node in spec.nodes:
         if node.layer.multiplies and node.name in varies:
             _product(labeling, node, varies, along, facts)
+        if experts := node.layer.role(Experts):
+            facts.play(along(labeling.bounds[node.name].letters[experts.letter]), EXPERTS)
+            facts.stacked.update(node.paths.values())
     strong = {scope for scope, role in facts.roles.items() if role in STRONG}
     facts.streams |= _streams(labeling, varies, along, facts) - strong
     return facts

@@ -15,13 +15,14 @@ from taylorfx.cutting.cut import cut
 from taylorfx.cutting.plan import Plan, PlanError
 from taylorfx.interop.calls import example_of, interface_of
 from taylorfx.interop.like import LikeError, Original, UserModule, resized
+from taylorfx.layers.roles import Experts
 from taylorfx.network.run import Inputs, bind_inputs
 from taylorfx.network.spec import Spec
 from taylorfx.selection.constraints import Constraints
 from taylorfx.selection.order import like_structures
 from taylorfx.tree import Params
 
-__all__ = ["constraints_of", "holdable", "of_batch"]
+__all__ = ["constraints_of", "floors", "holdable", "of_batch"]
 
 T = TypeVar("T")
 
@@ -73,8 +74,8 @@ def holdable(
         example_inputs, example_kwargs, unchanged: as for `to_torch`.
 
     Returns:
-        Constraints on the scopes of this network: ``protect``, ``uniform`` and ``multiple``. Without any, the class can
-        lose whatever the network can.
+        Constraints on the scopes of this network: ``protect``, ``uniform``, ``multiple`` and ``floor``. Without any,
+        the class can lose whatever the network can.
 
     Raises:
         LikeError: if not even the whole network is the module's.
@@ -97,8 +98,22 @@ def constraints_of(
         protect=[name for k, name in enumerate(names) if k not in lost and coupling.sizes[k] > 1],
         uniform=[tuple(names[k] for k in group) for rule in rules for group in rule.groups if len(group) > 1],
         multiple={names[k]: x.multiple for x in rules if x.multiple > 1 for group in x.groups for k in group} or 1,
+        floor={names[k]: n for k, n in floors(coupling).items()} or 1,
         chunks={names[k]: x.chunks for x in rules if x.chunks > 1 for group in x.groups for k in group} or 1,
     )
+
+
+def floors(coupling: Coupling) -> dict[int, int]:
+    """By scope of experts, how many a router chooses at every position: with fewer, a class fails."""
+    least: dict[int, int] = {}
+    for node in coupling.spec:
+        experts = node.layer.role(Experts)
+        if experts is not None:
+            chosen = coupling.bounds[node.name].shape[-2]
+            units = coupling.axes[coupling.letters[node.name][experts.letter]]
+            for scope in np.unique(coupling.scope[units[units >= 0]]).tolist():
+                least[scope] = max(chosen, least.get(scope, 1))
+    return least
 
 
 def of_batch(module: UserModule, params: Params, spec: Spec, inputs: Inputs) -> Original:
@@ -126,6 +141,7 @@ class _Trials:
         self.params = params
         self.coupling = coupling
         self.unchanged = unchanged
+        self.floors = floors(coupling)
         self._known: dict[tuple[tuple[int, int, int], ...], bool] = {}
 
     def check(self, amounts: Mapping[int, int], chunks: Mapping[int, int], *, last: bool = False) -> None:
@@ -155,7 +171,8 @@ class _Trials:
         for place, rule, group in places:
             size, step = min(int(self.coupling.sizes[scope]) for scope in group), rule.multiple * rule.chunks
             count = max(0, int(share * size) // step) + 1 + place % 2
-            amounts |= dict.fromkeys(group, min(count, (size - 1) // step) * step)
+            most = size - max(self.floors.get(scope, 1) for scope in group)
+            amounts |= dict.fromkeys(group, min(count, most // step) * step)
         chunks = {scope: rule.chunks for _, rule, group in places for scope in group}
         key = tuple(sorted((scope, count, chunks[scope]) for scope, count in amounts.items()))
         if key not in self._known:

@@ -9,6 +9,8 @@ from taylorfx.layers.conv import *
 from taylorfx.layers.conv import __all__ as _conv
 from taylorfx.layers.dense import *
 from taylorfx.layers.dense import __all__ as _dense
+from taylorfx.layers.experts import *
+from taylorfx.layers.experts import __all__ as _experts
 from taylorfx.layers.norm import *
 from taylorfx.layers.norm import __all__ as _norm
 from taylorfx.layers.pool import *
@@ -21,4 +23,4 @@ from taylorfx.layers.tensor import *
 from taylorfx.layers.tensor import __all__ as _tensor
 
 __all__ = ["LAYERS", "Layer", "Leaves", "Shape", "ShapeError", "kind"]
-__all__ += _activation + _attention + _conv + _dense + _norm + _pool + _recurrent + _shape + _tensor
+__all__ += _activation + _attention + _conv + _dense + _experts + _norm + _pool + _recurrent + _shape + _tensor

@@ -13,6 +13,7 @@ A pass asks ``layer.role(Mixing)`` and never for a class, so a layer from outsid
 | `Viewing`, `Slicing` | the same numbers along other axes; some positions of an axis | all rewrites |
 | `Sum`, `Product`, `Constant` | ``x + y``; ``x * y``; one of its parameters | folding, the lean copy |
 | `Attending` | scaled dot-product attention | the lean copy |
+| `Experts` | every row by the expert that was chosen for it | names of scopes, the criterion `reap` |
 | `Memory` | (what torch allocates and keeps for it) | taps, the lean copy |
 
 A role is stated by the method `Layer.roles` of one class. A subclass that overrides anything that this class defines
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
     from taylorfx.layers.base import Layer
 
 __all__ = [
-    "Attending", "ChannelAffine", "Constant", "Memory", "Mixing", "Normalizing", "Pointwise", "Product", "Recomputed",
+    "Attending", "ChannelAffine", "Constant", "Experts", "Memory", "Mixing", "Normalizing", "Pointwise", "Product",
+    "Recomputed",
     "Role", "RunningStatistics", "Slicing", "Sum", "Viewing",
 ]  # fmt: skip
 
@@ -351,6 +353,27 @@ class Attending(Role):
     scale: float
     causal: bool = False
     grouped: bool = False
+
+
+@dataclass(frozen=True)
+class Experts(Role):
+    """Each row of the output is made by one of several experts alone, which a router has chosen.
+
+    Attributes:
+        letter: along which the experts lie in the signature.
+        numbers: of the layer's inputs, the number of the expert of each row, in the output's shape without its last
+            axis; -1 for a row of zeros that none makes. The rows of one position lie along the second to last axis of
+            the output.
+
+    >>> import torch
+    >>> from taylorfx import layers as L
+    >>> experts = L.ExpertLinear(num_experts=3, in_features=4, out_features=5, top_k=2).role(Experts)
+    >>> experts.numbers(torch.ones(1, 3), torch.tensor([[2.0, 0.5, 1.0]]), torch.zeros(1, 2, 4))
+    tensor([[0, 2]])
+    """
+
+    letter: str
+    numbers: Callable[..., Tensor]
 
 
 @dataclass(frozen=True)

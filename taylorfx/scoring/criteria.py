@@ -30,12 +30,13 @@ from taylorfx.coupling.units import Coupling
 from taylorfx.layers.roles import Normalizing
 from taylorfx.network.parameters import check
 from taylorfx.scoring.criterion import Criterion
+from taylorfx.scoring.experts import reap
 from taylorfx.scoring.statistics import Moments, Statistics
 from taylorfx.tree import Params, flatten
 
 __all__ = [
     "Criterion", "Normalizer", "activation_mean", "activation_std", "apoz", "batchnorm_scale", "compat",
-    "fisher", "per_layer_l2", "per_layer_max", "per_layer_mean", "random",
+    "fisher", "per_layer_l2", "per_layer_max", "per_layer_mean", "random", "reap",
     "second_order", "signed", "taylor", "taylor_squared", "unnormalized", "weight_l1", "weight_l2",
 ]  # fmt: skip
 

@@ -262,7 +262,7 @@ class Constraints:
         )
 
     def also(self, other: Constraints, coupling: Coupling) -> Constraints:
-        """These, and what the other ones protect, keep equal and keep in multiples.
+        """These, and what the other ones protect, keep equal, keep in multiples and keep at least.
 
         >>> import torch
         >>> from taylorfx import Input, couple, init, serial
@@ -280,6 +280,7 @@ class Constraints:
         return replace(
             self,
             protect=(*self.protect, *other.protect),
+            floor=dict(zip(names, map(max, one.floors, two.floors), strict=True)),
             uniform=tuple(tuple(names[k] for k in group) for group in joined),
             multiple=dict(zip(names, multiples, strict=True)),
             chunks=dict(zip(names, map(math.lcm, one.chunks, two.chunks), strict=True)),

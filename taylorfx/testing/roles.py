@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from taylorfx.layers import Layer
+from taylorfx.layers import Layer, axes
 from taylorfx.layers.roles import (
     Attending,
     ChannelAffine,
     Constant,
+    Experts,
     Memory,
     Mixing,
     Normalizing,
@@ -188,6 +189,21 @@ def _viewing(layer: Layer, role: Viewing, leaves: Leaves, inputs: Sequence[Tenso
         _equal(layer, role, "the axes in this order", y, x.permute(role.dims))
 
 
+def _experts(layer: Layer, role: Experts, leaves: Leaves, inputs: Sequence[Tensor]) -> None:
+    y, numbers = layer.apply(leaves, *inputs), role.numbers(*inputs)
+    text = layer.signature(*(x.shape for x in inputs))
+    patterns = axes.parse(text or "").parameters
+    _true(layer, role, "a number of an expert for each row", numbers.shape == y.shape[:-1])
+    _equal(layer, role, "rows of none", y[numbers < 0], torch.zeros_like(y[numbers < 0]))
+    for k in sorted({*numbers[numbers >= 0].tolist()}):
+        alone: dict[str, Tensor] = {}
+        for leaf, x in leaves.items():
+            axis = patterns[leaf].singles.index(role.letter)
+            alone[leaf] = torch.zeros_like(x).index_copy(axis, torch.tensor([k]), x.narrow(axis, k, 1))
+        mine = numbers == k
+        _equal(layer, role, "rows by one expert alone", layer.apply(alone, *inputs)[mine], y[mine])
+
+
 def _slicing(layer: Layer, role: Slicing, leaves: Leaves, inputs: Sequence[Tensor]) -> None:
     (x,) = inputs
     stated = x.narrow(role.dim, role.start, role.stop - role.start)
@@ -222,6 +238,7 @@ CHECKS: Mapping[type[Role], Callable[[Layer, Any, Leaves, Sequence[Tensor]], Non
     Attending: _attending,
     ChannelAffine: _channel_affine,
     Constant: _constant,
+    Experts: _experts,
     Memory: _memory,
     Mixing: _mixing,
     Normalizing: _normalizing,

@@ -240,7 +240,7 @@ def alone(
     for part in parts:
         if here is not coupling.spec:
             names = [node.name for node in part.spec if node.name not in part.spec.input_layers]
-            part = replace(part, spec=here.part(names, part.spec.outputs))
+            part = replace(part, spec=here.part(names, part.spec.outputs, part.spec.keys))
         inputs_of_part = {name: values[name] for name in part.inputs}
         for start in range(0, len(part.units), chunk):
             yield (
@@ -267,7 +267,7 @@ def _part(params: Params, coupling: Coupling, read: Labels, units: tuple[int, ..
     spec = coupling.spec
     reads = tuple(place for place, here in zip(coupling.reads, read, strict=True) if here)
     names = spec.downstream(place.node for place in reads)
-    part = spec.part(names, spec.outputs)
+    part = spec.part(names, spec.outputs, spec.keys)
     inputs = tuple(name for name in part.input_layers if name not in names)
     return Part(units, restrict(params, part.shapes), part, replace(coupling, reads=reads), inputs)
 

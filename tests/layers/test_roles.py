@@ -209,6 +209,7 @@ STATED = {
     L.Buffer((4,)): {R.Constant},
     L.Buffer((4,), expand=True): set(),
     L.ScaledDotProduct(0.5): {R.Attending},
+    L.ExpertLinear(4, 3, 5, 2): {R.Experts},
     L.Softmax(): set(),
 }
 KINDS_OF_ROLES = {getattr(R, name) for name in R.__all__} - {R.Role}

@@ -98,6 +98,9 @@ RULES: list[tuple[tfx.Layer, tuple]] = [
     (L.Attention(4, 2, num_kv_heads=2, v_head_dim=3, causal=True), ((3, 8), (3, 4), (3, 6))),
     (L.Attention(2, 2), ((2, 4), (3, 4), (3, 4), MASK)),
     (L.Attention(2, 2), ((2, 4), (3, 4), (3, 4), MASK[:, None, None].expand(3, 2, 2, 3))),
+    (L.Ones(), ((3, 4),)),
+    (L.TopKWeights(2), ((3, 4), (3, 4))),
+    (L.ExpertLinear(4, 3, 5, 2), ((3, 4), (3, 4), (3, 2, 3))),
 ]  # fmt: skip
 
 

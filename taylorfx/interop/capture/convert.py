@@ -78,6 +78,8 @@ class Convert:
         self.reference: str | None = None
         self.first: str | None = None
         """The first input, on whose device tensors are made."""
+        self.routers: dict[str, tuple[str, str]] = {}
+        """By ``topk`` that chooses experts, the nodes that give their gates and their logits."""
         self.counting: set[str] = set()
         """The graph's values that number the examples."""
 

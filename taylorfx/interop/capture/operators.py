@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from taylorfx import layers as L
-from taylorfx.interop.capture import movement, parametric
+from taylorfx.interop.capture import experts, movement, parametric
 from taylorfx.interop.capture.arguments import (
     Unmapped,
     argument,
@@ -344,7 +344,7 @@ CONVERTERS: dict[str, Converter] = {
          "_upsample_lanczos2d_aa", "max_unpool2d", "max_unpool3d"),
         _maps,
     ),
-    **dict.fromkeys(("softmax", "_softmax"), _softmax),
+    **dict.fromkeys(("softmax", "_softmax"), experts.either(experts.normalized, _softmax)),
     **dict.fromkeys(
         ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze"), movement.view
     ),
@@ -363,7 +363,8 @@ CONVERTERS: dict[str, Converter] = {
     "add": _pair(L.Add),
     "mul": _pair(L.Multiply),
     **dict.fromkeys(("mean", "sum", "amax", "amin"), _reduce),
-    **dict.fromkeys(("matmul", "bmm", "mm", "mv", "dot", "vdot"), _matmul),
+    **dict.fromkeys(("matmul", "mm", "mv", "dot", "vdot"), _matmul),
+    "bmm": experts.either(experts.product, _matmul),
     "tensordot": _tensordot,
     "_weight_norm": parametric.weight_norm,
     "spectral_norm": _spectral_norm,
@@ -373,7 +374,8 @@ CONVERTERS: dict[str, Converter] = {
     "einsum": _einsum,
     "scaled_dot_product_attention": _attention,
     **dict.fromkeys(("constant_pad_nd", "pad"), movement.pad),
-    "index": movement.index,
+    "index": experts.either(experts.matrices, movement.index),
+    "topk": experts.top_k,
     "glu": _glu,
     "slice_scatter": movement.slice_scatter,
     "pixel_unshuffle": _simple(L.PixelUnshuffle, ("downscale_factor", 1)),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from taylorfx.internals import pytree
 from taylorfx.interop.calls import bind, interface_of
 from taylorfx.layers import ShapeError
+from taylorfx.layers.roles import Experts
 from taylorfx.layers.sizes import Formula, axes_of, value
 from taylorfx.network.run import apply
 from taylorfx.network.spec import Spec
@@ -110,16 +112,29 @@ class _Trial(NamedTuple):
         except Exception:  # whatever the module's own code raises
             return None
         # The network may give out less, and in another order.
-        return all(any(_close(one, other) for one in expected) for other in received)
+        close = partial(_close, routed=any(node.layer.role(Experts) for node in spec))
+        return all(any(close(one, other) for one in expected) for other in received)
 
 
-def _close(one: Tensor, other: Tensor) -> bool:
-    """Equal up to rounding, measured by the largest of the numbers."""
+_ROUNDED = 0.75
+"""Which share of the positions of a mixture of experts in half precision has to be equal up to rounding."""
+
+
+def _close(one: Tensor, other: Tensor, *, routed: bool = False) -> bool:
+    """Equal up to rounding, measured by the largest of the numbers.
+
+    Args:
+        routed: a router chooses experts. In half precision, rounding changes which ones, at some positions.
+    """
     if one.shape != other.shape:
         return False
     if not one.is_floating_point():
         return torch.equal(one, other)
     scale = float(one.nan_to_num().abs().max()) if one.numel() else 0.0
+    if routed and one.dtype.itemsize < 4:
+        share = 4 * torch.finfo(one.dtype).eps
+        equal = torch.isclose(one, other, share, share * scale, equal_nan=True)
+        return float(equal.reshape(-1, *one.shape[-1:]).all(-1).float().mean()) >= _ROUNDED
     return torch.allclose(one, other, 1e-3, 1e-3 * scale, equal_nan=True)
 
 

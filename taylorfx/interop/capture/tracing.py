@@ -49,7 +49,7 @@ def tracing(module: nn.Module, *, alike: bool, patient: bool) -> Iterator[None]:
         OverflowError: for a size that is too long.
     """
     short, ones = nullcontext() if patient else _Short(), alike_sizes() if alike else nullcontext()
-    with torch.no_grad(), quiet(), short, _open_length(module), ones, _user_lines():
+    with torch.no_grad(), quiet(), short, _open_length(module), _batched_experts(module), ones, _user_lines():
         yield
 
 
@@ -97,6 +97,24 @@ def _open_length(module: nn.Module) -> Iterator[None]:
     finally:
         for space in changed:
             del space["len"]
+
+
+@contextmanager
+def _batched_experts(module: nn.Module) -> Iterator[None]:
+    """Let experts of ``transformers`` look their matrices up, whichever way of theirs is set.
+
+    The others depend on how many tokens each expert has, or have no derivatives under ``torch.func``.
+    """
+    name = "_experts_implementation"
+    configs = {id(config): config for part in module.modules() if (config := vars(part).get("config")) is not None}
+    held = [(config, way) for config in configs.values() if (way := getattr(config, name, None)) is not None]
+    for config, _ in held:
+        setattr(config, name, "batched_mm")
+    try:
+        yield
+    finally:
+        for config, way in held:
+            setattr(config, name, way)
 
 
 def _length(x: Sized) -> Any:

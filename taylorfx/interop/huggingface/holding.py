@@ -16,7 +16,7 @@ from taylorfx.cutting.cut import cut
 from taylorfx.cutting.plan import Plan, PlanError
 from taylorfx.interop.huggingface.fields import ConfigError
 from taylorfx.interop.huggingface.making import Source
-from taylorfx.interop.trials import Rule
+from taylorfx.interop.trials import Rule, floors
 from taylorfx.network.spec import Spec
 from taylorfx.selection.constraints import Constraints
 from taylorfx.tree import Params
@@ -39,7 +39,8 @@ def holdable(
         params, spec = tfx.prune(params, spec, batch, budget=tfx.Flops(0.7), constraints=constraints)
 
     A config has one number for the width of all MLPs, another for the heads of all layers: their scopes keep equal
-    numbers of units (``uniform``), each its own best. What no field sets is protected, as one dimension of one head.
+    numbers of units (``uniform``), each its own best. What no field sets is protected, as one dimension of one head. Of
+    experts as many stay as a router chooses (``floor``).
     Which fields set which axes is found out by building the class from changed configs, without memory.
 
     Args:
@@ -58,6 +59,7 @@ def holdable(
         protect=[name for k, name in enumerate(names) if k not in lost and coupling.sizes[k] > 1],
         uniform=[tuple(names[k] for k in group) for rule in rules for group in rule.groups if len(group) > 1],
         multiple={names[k]: x.multiple for x in rules if x.multiple > 1 for group in x.groups for k in group} or 1,
+        floor={names[k]: n for k, n in trials.floors.items()} or 1,
     )
 
 
@@ -71,6 +73,7 @@ class _Trials:
     def __init__(self, source: Source, params: Params, spec: Spec) -> None:
         self.source, self.params = source, params
         self.coupling = couple(params, spec)
+        self.floors = floors(self.coupling)
 
     def holds(
         self, rules: Sequence[Rule], share: float = 0.0, *, only: int | None = None, proven: bool = False
@@ -111,7 +114,8 @@ class _Trials:
         for rule, share in zip(rules, shares, strict=True):
             for group in rule.groups:
                 size = int(self.coupling.sizes[group[0]])
-                count = min(int(share * size) // rule.multiple + 1, (size - 1) // rule.multiple) * rule.multiple
+                most = size - max(self.floors.get(scope, 1) for scope in group)
+                count = min(int(share * size) // rule.multiple + 1, most // rule.multiple) * rule.multiple
                 for scope in group:
                     units = np.flatnonzero(self.coupling.scope == scope)
                     units = units[np.argsort(self.coupling.index[units])]

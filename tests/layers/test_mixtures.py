@@ -1,0 +1,172 @@
+"""Mixtures of experts: an expert whose gate is zero is one that the router does not know, and so is one that is cut."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+import taylorfx as tfx
+from taylorfx import layers as L
+from taylorfx.layers.roles import Experts
+from taylorfx.testing.strategies import random_params
+
+TOKENS, WIDTH, HIDDEN = 4, 5, 3
+
+
+def mixture(experts, top_k):
+    """A network of one mixture of gated experts between two linear layers; the largest weights are not normalized."""
+    spread = (1, TOKENS, 1, WIDTH)
+    nodes = [
+        tfx.Node("x", L.Input((TOKENS, 6))),
+        tfx.Node("stream", L.Linear(6, WIDTH), ("x",)),
+        tfx.Node("router", L.Linear(WIDTH, experts), ("stream",)),
+        tfx.Node("ones", L.Ones(), ("router",)),
+        tfx.Node("weights", L.TopKWeights(top_k), ("ones", "router")),
+        tfx.Node("thin", L.View(spread), ("stream",)),
+        tfx.Node("rows", L.Expand((-1, -1, top_k, -1)), ("thin",)),
+        tfx.Node("gate", L.ExpertLinear(experts, WIDTH, HIDDEN, top_k), ("ones", "router", "rows")),
+        tfx.Node("up", L.ExpertLinear(experts, WIDTH, HIDDEN, top_k), ("ones", "router", "rows")),
+        tfx.Node("silu", L.SiLU(), ("gate",)),
+        tfx.Node("hidden", L.Multiply(), ("silu", "up")),
+        tfx.Node("down", L.ExpertLinear(experts, HIDDEN, WIDTH, top_k), ("ones", "router", "hidden")),
+        tfx.Node("column", L.View((1, TOKENS, top_k, 1)), ("weights",)),
+        tfx.Node("weighted", L.Multiply(), ("down", "column")),
+        tfx.Node("sum", L.Reduce("sum", (2,)), ("weighted",)),
+        tfx.Node("add", L.Add(), ("stream", "sum")),
+        tfx.Node("head", L.Linear(WIDTH, 2), ("add",)),
+        tfx.Node("mean", L.Reduce("mean", (1,)), ("head",)),
+    ]
+    return tfx.Spec(tuple(nodes), ("mean",))
+
+
+def by_hand(params, x, top_k, without=(), weigh=lambda weight, y: weight * y):
+    """The mixture with loops over tokens and experts, the logits of some at minus infinity."""
+    stream = F.linear(x, params["stream"]["weight"], params["stream"]["bias"])
+    logits = F.linear(stream, params["router"]["weight"], params["router"]["bias"])
+    logits[..., [*without]] = -torch.inf
+    total = stream.clone()
+    for place in np.ndindex(x.shape[:2]):
+        probabilities = logits[place].softmax(0)
+        for e in probabilities.argsort(descending=True)[:top_k].tolist():
+            gate, up, down = (params[name]["weight"][e] for name in ("gate", "up", "down"))
+            total[place] += weigh(probabilities[e], down @ (F.silu(gate @ stream[place]) * (up @ stream[place])))
+    return F.linear(total, params["head"]["weight"], params["head"]["bias"]).mean(1)
+
+
+def case(experts, top_k, seed):
+    generator = torch.Generator().manual_seed(seed)
+    spec = mixture(experts, top_k)
+    params = random_params(spec, generator)
+    x = torch.randn(3, TOKENS, 6, generator=generator, dtype=torch.float64)
+    return params, spec, x, tfx.couple(params, spec)
+
+
+@given(st.data(), st.integers(2, 6), st.integers(1, 3), st.integers(0, 2**16))
+def test_what_is_cut_is_what_is_gated_and_what_a_router_without_these_experts_does(data, experts, top_k, seed):
+    top_k = min(top_k, experts)
+    params, spec, x, coupling = case(experts, top_k, seed)
+    assert coupling.exact.all()
+    keep = np.array(data.draw(st.lists(st.booleans(), min_size=len(coupling), max_size=len(coupling))))
+    for scope in range(len(coupling.scopes)):
+        keep[np.flatnonzero(coupling.scope == scope)[:1]] = True
+    plan = tfx.Plan(coupling, keep)
+    gated = tfx.apply(params, spec, x, gates=plan.gates)
+    assert_close(tfx.apply(tfx.cut(params, plan), plan.spec, x), gated, rtol=1e-11, atol=1e-11)
+    alone = keep | (coupling.scope != coupling.scopes.index("router"))
+    left = int((keep & ~(coupling.scope != coupling.scopes.index("router"))).sum())
+    without = np.flatnonzero(~alone[coupling.scope == coupling.scopes.index("router")])
+    expected = by_hand(params, x, min(top_k, left), without)
+    assert_close(tfx.apply(params, spec, x, gates=tfx.Plan(coupling, alone).gates), expected, rtol=1e-11, atol=1e-11)
+
+
+def test_the_derivative_by_an_experts_gate_is_that_by_its_logit():
+    params, spec, x, coupling = case(5, 2, 0)
+    targets = torch.tensor([0, 1, 0])
+    stats = tfx.measure(params, spec, (x, targets), coupling)
+    bias = params["router"]["bias"].clone().requires_grad_()  # every token's logit moves with it
+    moved = {**params, "router": {**params["router"], "bias": bias}}
+    F.cross_entropy(by_hand(moved, x, 2), targets, reduction="sum").backward()
+    units = coupling.unit_ids("router.bias", 0)[0]
+    assert_close(stats.sum[units], bias.grad)
+
+
+def test_derivatives_at_a_gate_of_zero_are_finite_and_those_of_differences():
+    params, spec, x, coupling = case(4, 2, 1)
+    targets, values = torch.tensor([0, 1, 0]), torch.ones(len(coupling), dtype=torch.float64)
+    (unit,) = coupling.unit_ids("router.bias", 0)[0][:1]
+    values[unit] = 0
+    gradient = tfx.truth.gradient(params, spec, x, targets, coupling, values)
+    assert gradient.isfinite().all()
+
+    def loss(gate):
+        at = values.clone()
+        at[unit] = gate
+        output = tfx.apply(params, spec, x, gates=tfx.gates(coupling, at))
+        return F.cross_entropy(output, targets, reduction="sum")
+
+    # Below its rank the expert is not among the chosen ones, but it takes part in the softmax.
+    assert_close(gradient[unit], (loss(1e-6) - loss(0.0)) / 1e-6, rtol=1e-4, atol=1e-6)
+
+
+def test_an_expert_that_may_not_be_chosen_does_not_hide_the_others():
+    ones, logits = torch.tensor([[0.0, 1.0, 1.0]]), torch.tensor([[500.0, 1.0, 2.0]])
+    assert_close(L.TopKWeights(2).apply({}, ones, logits), logits[:, 1:].softmax(-1).flip(-1))
+    experts = L.ExpertLinear(3, 1, 1, 2).role(Experts)
+    assert experts.numbers(ones, logits, torch.zeros(1, 2, 1)).tolist() == [[2, 1]]
+    assert L.TopKWeights(2).apply({}, torch.zeros(1, 3), logits).tolist() == [[0, 0]]  # nothing may be chosen
+
+
+@pytest.mark.parametrize("lead", [(), (2,), (2, 3)])
+def test_rows_go_through_their_experts_however_these_are_found(lead):
+    layer, generator = L.ExpertLinear(4, 3, 5, 2), torch.Generator().manual_seed(0)
+    params = layer.init(generator)
+    logits, x = torch.randn(*lead, 4, generator=generator), torch.randn(*lead, 2, 3, generator=generator)
+    logits[..., 3] = -9  # chosen nowhere
+    ones = torch.ones_like(logits)
+    expected = torch.einsum("...oi,...i->...o", params["weight"][logits.topk(2)[1]], x)
+    assert_close(layer.apply(params, ones, logits, x), expected)
+    assert_close(torch.func.vmap(lambda x: layer.apply(params, ones, logits, x))(x[None])[0], expected)
+    compiled = torch.compile(lambda x: layer.apply(params, ones, logits, x), backend="eager", fullgraph=True)
+    assert_close(compiled(x), expected)
+
+
+def test_experts_cost_the_router_and_their_parameters():
+    params, _, _, coupling = case(4, 2, 0)
+    (unit,) = coupling.unit_ids("router.bias", 0)[0][:1]
+    plan = tfx.Plan(coupling, np.arange(len(coupling)) != unit)
+    after = tfx.couple(tfx.cut(params, plan), plan.spec)
+    saved = [cost(coupling).total - cost(after).total for cost in (tfx.cost.flops, tfx.cost.parameters)]
+    assert saved == [2 * TOKENS * WIDTH, WIDTH + 1 + 3 * WIDTH * HIDDEN]
+
+
+def test_reap_is_the_weighted_norm_of_what_an_expert_adds():
+    params, spec, x, coupling = case(5, 2, 3)
+    sums = torch.zeros(2, 5, dtype=torch.float64)
+    stream = F.linear(x, params["stream"]["weight"], params["stream"]["bias"])
+    probabilities = F.linear(stream, params["router"]["weight"], params["router"]["bias"]).softmax(-1)
+    for e in range(5):
+        gate, up, down = (params[name]["weight"][e] for name in ("gate", "up", "down"))
+        norms = F.linear(F.silu(stream @ gate.T) * (stream @ up.T), down).norm(dim=-1)
+        routed = probabilities.topk(2)[1].eq(e).any(-1)
+        sums[:, e] = torch.stack([(probabilities[..., e] * norms)[routed].sum(), routed.sum()])
+    targets = torch.zeros(3, dtype=torch.long)
+    batches = [(x[:1], targets[:1]), (x[1:], targets[1:])]
+    scores = tfx.criteria.reap(params, spec, batches, coupling)
+    units = coupling.unit_ids("router.bias", 0)[0]
+    assert_close(scores[units], sums[0] / sums[1].clamp(min=1))
+    others = [name for name in coupling.scopes if name != "router"]
+    _, smaller = tfx.prune(
+        params, spec, batches, budget=tfx.Remove(2), criterion=tfx.criteria.reap, protect=others, steps=1
+    )
+    assert smaller["gate"].layer.num_experts == 3
+
+
+def test_reap_without_experts_is_refused():
+    spec = tfx.serial(L.Input((3,)), L.Linear(3, 4), L.Linear(4, 2))
+    params = random_params(spec, torch.Generator())
+    batch = torch.randn(2, 3, dtype=torch.float64), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="received a network without any"):
+        tfx.criteria.reap(params, spec, batch, tfx.couple(params, spec))
