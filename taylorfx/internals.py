@@ -10,6 +10,7 @@ Tested with torch 2.13. For each, what is public does not do:
 - ``_optimizer_*_hooks``, ``_opt_called``: an optimizer that takes the place of another one keeps its hooks, and
   schedulers see that it has stepped.
 - ``backed_size_oblivious``: an option of ``torch.export`` that asks less of sizes.
+- ``torch._check``: tells ``torch.export`` that two sizes are equal.
 - ``_scaled_dot_product_flash_attention_for_cpu``: the kernel behind ``scaled_dot_product_attention``. It takes a mask
   and causality at once, and a mask for its derivative that is made when that is computed.
 - ``torch.utils._pytree``: the trees of arguments and results that ``torch.export`` itself makes.
@@ -36,7 +37,7 @@ from torch.utils import _pytree as pytree
 
 __all__ = [
     "Attended", "Function", "OpOverload", "alike_sizes", "attended", "attended_backward", "attends", "differentiated",
-    "file_names", "follow", "pytree", "schemas", "vectorized", "wrapped",
+    "equal_sizes", "file_names", "follow", "pytree", "schemas", "vectorized", "wrapped",
 ]  # fmt: skip
 
 
@@ -165,6 +166,12 @@ def follow(after: Optimizer, before: Optimizer) -> None:
             vars(after)[name].update(hooks)
     if hasattr(before, "_opt_called"):
         vars(after)["_opt_called"] = before._opt_called
+
+
+def equal_sizes(one: int | torch.SymInt, other: int | torch.SymInt) -> None:
+    """Have ``torch.export`` take two sizes for one."""
+    check: Any = torch._check
+    check(one == other)
 
 
 def alike_sizes() -> AbstractContextManager[None]:

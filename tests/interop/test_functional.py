@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from torch.testing import assert_close
 
 from taylorfx import apply, from_torch
-from taylorfx.interop.capture import export
+from taylorfx.interop.capture import programs
 
 
 def on_a_copy(m, x):
@@ -79,7 +79,7 @@ WRITES = {
 def counted():
     """Counts exports and second traces."""
     with (
-        mock.patch.object(export, "_export", wraps=export._export) as exports,
+        mock.patch.object(programs, "exported", wraps=programs.exported) as exports,
         mock.patch.object(
             ExportedProgram, "run_decompositions", autospec=True, side_effect=ExportedProgram.run_decompositions
         ) as traces,

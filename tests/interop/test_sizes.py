@@ -290,3 +290,38 @@ def test_a_file_with_a_formula_that_is_wrong_is_refused(old, new, message):
     with pytest.raises(ValueError, match="does not describe a network") as error:
         tfx.from_json(text.replace(old, new))
     assert message in str(error.value)
+
+
+class Overwriting(nn.Module):
+    """Writes on what inference's dropout gives: that is what it was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.dropout = nn.Linear(4, 4), nn.Dropout(0.5)
+
+    def forward(self, x):
+        y = self.linear(x)
+        z = self.dropout(y)
+        z.add_(1)
+        return y + z
+
+
+def test_a_network_that_differs_at_the_example_is_refused():
+    with pytest.raises(CaptureError, match="that of Overwriting gives something else"):
+        from_torch(Overwriting().eval(), torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
+def test_a_length_is_open_beside_spectral_norms(norm):
+    module = nn.Sequential(norm(nn.Conv1d(3, 4, 3)), nn.ReLU(), norm(nn.ConvTranspose1d(4, 5, 3))).eval()
+    params, spec = from_torch(module, torch.randn(2, 3, 9))
+    x = torch.randn(2, 3, 17)
+    assert_close(tfx.apply(params, spec, x), module(x))
+
+
+def test_a_length_is_open_in_half_precision():
+    """Rounding is not taken for a difference."""
+    layers = (nn.TransformerEncoderLayer(32, 4, 64, batch_first=True) for _ in range(4))
+    module = nn.Sequential(*layers).bfloat16().eval()
+    _, spec = from_torch(module, torch.randn(2, 9, 32, dtype=torch.bfloat16))
+    assert spec.input_layers["input"].ranges[0][1] is None

@@ -10,35 +10,38 @@ A module that is made for a fixed number of examples is captured for one at a ti
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeGuard, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram, ShapesCollection
-from torch.export.graph_signature import InputKind
 
 from taylorfx.internals import file_names, pytree
 from taylorfx.interop.calls import bind, dotted, interface_of, off_path
 from taylorfx.interop.capture.functional import functional
 from taylorfx.interop.capture.optional import Call, merge
+from taylorfx.interop.capture.programs import (
+    Axis,
+    Example,
+    Opened,
+    cumulative,
+    each_tensor,
+    exported,
+    first_line,
+    tensors,
+    trained,
+)
 from taylorfx.interop.capture.proof import proven
 from taylorfx.interop.capture.reader import CaptureError, OutputsError, Reader, Wanted
 from taylorfx.interop.capture.tracing import quiet, tracing
-from taylorfx.interop.capture.training import Difference, align, is_plain, twin
+from taylorfx.interop.capture.training import twin
 from taylorfx.network.spec import Spec
 from taylorfx.progress import LOG
 from taylorfx.tree import Params
 
 __all__ = ["from_torch"]
-
-T = TypeVar("T")
-
-Example = tuple[tuple[object, ...], dict[str, object]]
-"""The arguments of a call, by position and by name."""
 
 
 def from_torch(
@@ -151,7 +154,7 @@ def _opened(
 ) -> tuple[Params, Spec]:
     """Capture with as many sizes left open as possible; where ``sizes`` is false, only the number of examples."""
     # An example of one would be taken for a constant: two of it say the same.
-    several = _each_tensor(lambda x: x.repeat(2, *[1] * (x.ndim - 1)) if len(x) == 1 else x, example)
+    several = each_tensor(lambda x: x.repeat(2, *[1] * (x.ndim - 1)) if len(x) == 1 else x, example)
     patient = isinstance(sizes, Sequence) and len(sizes) > 0
     every = _axes(several)
     causes: dict[Axis, str] = {}
@@ -162,7 +165,7 @@ def _opened(
         except OutputsError:
             raise
         except Exception as error:  # the next try raises it again, unless the open sizes were its cause
-            causes = dict.fromkeys(every, f"{_first_line(error):.200}")
+            causes = dict.fromkeys(every, f"{first_line(error):.200}")
             if isinstance(error, OverflowError):  # some of the axes would take as long
                 break
             fewer = _fewer(twin, several, causes)
@@ -175,7 +178,7 @@ def _opened(
         raise
     except Exception as error:  # torch.export raises whatever the module's own code raises
         try:
-            one = _each_tensor(lambda x: x[:1], example)
+            one = each_tensor(lambda x: x[:1], example)
             network = _network(twin, one, Opened(examples=False), module, outputs)
         except OutputsError:
             raise
@@ -183,7 +186,7 @@ def _opened(
             raise CaptureError(_causes(twin, several, error)) from error
         warnings.warn(
             f"{type(module).__name__} is captured for one example at a time, since its number of examples is fixed: "
-            f"{_first_line(error)}",
+            f"{first_line(error)}",
             stacklevel=3,
         )
         if _separates(twin, several):
@@ -197,10 +200,10 @@ def _fewer(twin: nn.Module, example: Example, causes: dict[Axis, str]) -> Iterat
     alone: list[Axis] = []
     for axis in causes if len(causes) > 1 else ():
         try:
-            _export(twin.eval(), example, Opened(frozenset({axis})))
+            exported(twin.eval(), example, Opened(frozenset({axis})))
             alone.append(axis)
         except Exception as error:  # whatever the module's own code raises
-            causes[axis] = f"{_first_line(error):.200}"
+            causes[axis] = f"{first_line(error):.200}"
     yield from dict.fromkeys([frozenset(alone), *(frozenset({axis}) for axis in alone)])
 
 
@@ -220,7 +223,7 @@ def _held(network: tuple[Params, Spec], causes: Mapping[Axis, str]) -> tuple[Par
 
 def _axes(example: Example) -> list[Axis]:
     """The axes of all tensors, but for those of the examples."""
-    return [(k, axis) for k, x in enumerate(_tensors(example)) for axis in range(1, x.ndim)]
+    return [(k, axis) for k, x in enumerate(tensors(example)) for axis in range(1, x.ndim)]
 
 
 def _separates(twin: nn.Module, several: Example) -> bool:
@@ -228,13 +231,13 @@ def _separates(twin: nn.Module, several: Example) -> bool:
 
     def run(example: Example) -> list[Tensor]:
         args, kwargs = example
-        return _tensors(twin(*args, **kwargs))
+        return tensors(twin(*args, **kwargs))
 
-    count = len(_tensors(several)[0])
+    count = len(tensors(several)[0])
     try:
         with torch.no_grad(), quiet():
             whole = run(several)
-            parts = [run(_each_tensor(partial(_only, k), several)) for k in range(count)]
+            parts = [run(each_tensor(partial(_only, k), several)) for k in range(count)]
             joined = [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
         return all(torch.allclose(a, b, 1e-4, 1e-5) for a, b in zip(whole, joined, strict=True))
     except Exception:  # whatever the module's own code raises for fewer examples
@@ -244,35 +247,6 @@ def _separates(twin: nn.Module, several: Example) -> bool:
 def _only(k: int, x: Tensor) -> Tensor:
     """The k-th example, as a batch of one."""
     return x[k : k + 1]
-
-
-class _Norm(Protocol):
-    """A norm with running statistics."""
-
-    running_mean: Tensor
-    momentum: float | None
-
-
-Axis = tuple[int, int]
-"""An axis of the k-th tensor of an example."""
-
-
-@dataclass(frozen=True)
-class Opened:
-    """What a capture leaves open, as far as the module does.
-
-    Attributes:
-        axes: these sizes.
-        examples: the number of examples.
-        alike: a size of one is like any other, so that torch.export asks and fixes little; that may leave sizes
-            unknown. Otherwise all are taken for two or more.
-        patient: follow sizes however long their formulas are.
-    """
-
-    axes: frozenset[Axis] = frozenset()
-    examples: bool = True
-    alike: bool = False
-    patient: bool = False
 
 
 def _arguments(inputs: object, kwargs: Mapping[str, object] | None) -> Example:
@@ -290,7 +264,7 @@ def _arguments(inputs: object, kwargs: Mapping[str, object] | None) -> Example:
             "Example inputs are a tensor, a tuple of the positional arguments or a dict of arguments by name; "
             f"received {type(inputs).__name__}."
         )
-    return _each_tensor(lambda x: x.contiguous() if x.layout is torch.strided else x, (positional, named))
+    return each_tensor(lambda x: x.contiguous() if x.layout is torch.strided else x, (positional, named))
 
 
 def _leave_cache(module: nn.Module, kwargs: Mapping[str, object]) -> None:
@@ -306,8 +280,8 @@ def _network(
 ) -> tuple[Params, Spec]:
     """Capture the twin of a module, in inference and in training."""
     names = {id(leaf): path for path, leaf in twin.named_buffers()}
-    tracked = {names[id(part.running_mean)]: part for part in twin.modules() if _cumulative(part)}
-    program, said = _trained(twin, example, opened, [*tracked.values()])
+    tracked = {names[id(part.running_mean)]: part for part in twin.modules() if cumulative(part)}
+    program, said = trained(twin, example, opened, [*tracked.values()])
     with tracing(twin, alike=opened.alike, patient=opened.patient):
         program = functional(program)
     alone = not opened.examples
@@ -320,70 +294,6 @@ def _network(
             stacklevel=4,
         )
     return params, spec
-
-
-def _trained(
-    twin: nn.Module, example: Example, opened: Opened, tracked: Sequence[_Norm]
-) -> tuple[ExportedProgram, str]:
-    """The graph of inference, into which is written what training does; and what cannot be, if anything.
-
-    Where no size is among the arguments of the graph, training is captured at plain numbers, which takes a small part
-    of the time: numbers other than the example's, so that none of them equals what inference has by chance.
-    """
-    program = _export(twin.eval(), example, opened)
-    if opened.axes and is_plain(program):
-        with suppress(Exception):
-            align(program, _training(twin, _larger(example, program), Opened(examples=False), tracked))
-            return program, ""
-        program = _export(twin, example, opened)  # what was written into the graph until then is not taken back
-    try:
-        align(program, _training(twin, example, opened, tracked))
-    except Difference as difference:
-        return program, f"{difference}"
-    except Exception as error:
-        align(program, None)
-        return program, f"anywhere, since it cannot be captured in training mode ({_first_line(error)})"
-    return program, ""
-
-
-def _training(twin: nn.Module, example: Example, opened: Opened, tracked: Sequence[_Norm]) -> ExportedProgram:
-    """The graph of training; the module is in inference mode afterwards."""
-    try:
-        for part in tracked:
-            part.momentum = 0.1  # any constant: the average's own factor changes from batch to batch
-        return _export(twin.train(), example, opened)
-    finally:
-        twin.eval()
-        for part in tracked:
-            part.momentum = None
-
-
-def _larger(example: Example, program: ExportedProgram) -> Example:
-    """The example with every axis that is open in the graph 32 positions longer, its positions over and over."""
-    inputs = [x.arg.name for x in program.graph_signature.input_specs if x.kind is InputKind.USER_INPUT]
-    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.name in {*inputs}}
-    shapes = [x.shape for x in map(values.get, inputs) if isinstance(x, Tensor)]
-    larger: dict[int, Tensor] = {}
-    for x, shape in zip(_tensors(example), shapes, strict=True):
-        larger[id(x)] = x
-        for axis in [k for k, n in enumerate(shape) if k and isinstance(n, torch.SymInt) and n.node.expr.free_symbols]:
-            positions = torch.arange(x.shape[axis] + 32, device=x.device) % x.shape[axis]
-            larger[id(x)] = larger[id(x)].index_select(axis, positions)
-    return _each_tensor(lambda x: larger[id(x)], example)
-
-
-def _cumulative(part: nn.Module) -> TypeGuard[_Norm]:
-    """A norm whose running statistics are averages over all batches."""
-    return getattr(part, "running_mean", None) is not None and getattr(part, "momentum", 0.1) is None
-
-
-def _each_tensor(function: Callable[[Tensor], Tensor], tree: T) -> T:
-    changed: T = pytree.tree_map(lambda x: function(x) if isinstance(x, Tensor) else x, tree)
-    return changed
-
-
-def _tensors(tree: object) -> list[Tensor]:
-    return [x for x in pytree.tree_leaves(tree) if isinstance(x, Tensor)]
 
 
 def _refuse(module: nn.Module, example: Example) -> None:
@@ -422,28 +332,10 @@ def _refuse(module: nn.Module, example: Example) -> None:
         raise CaptureError(f"from_torch cannot take {type(module).__name__}:\n  " + "\n  ".join(errors))
 
 
-def _export(module: nn.Module, example: Example, opened: Opened) -> ExportedProgram:
-    """The module as a graph."""
-    shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
-    for k, tensor in enumerate(_tensors(example) if opened.examples else ()):
-        shapes[tensor] = {0: Dim.DYNAMIC} | {axis: Dim.AUTO for n, axis in opened.axes if n == k}
-    handle = module.register_forward_pre_hook(_same_number, prepend=True, with_kwargs=True)
-    try:
-        with tracing(module, alike=opened.alike, patient=opened.patient):
-            return torch.export.export(module, *example, dynamic_shapes=shapes, strict=False)
-    finally:
-        handle.remove()
-
-
-def _same_number(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-    """Tell torch.export that every tensor has as many examples, as `_refuse` demands: one symbol is theirs."""
-    counts = [x.shape[0] for x in _tensors((args, kwargs))]
-    for n in counts[1:]:
-        torch._check(n == counts[0])  # type: ignore[no-untyped-call]
-
-
 def _causes(module: nn.Module, example: Example, error: Exception) -> str:
     """Why a module cannot be captured: every cause with its line, as far as torch finds them."""
+    if isinstance(error, CaptureError):
+        return f"{error}"
     lines: list[str] = []
     try:
         with torch.no_grad(), quiet():
@@ -464,7 +356,3 @@ def _causes(module: nn.Module, example: Example, error: Exception) -> str:
         return f"torch.export cannot capture {type(module).__name__}: " + "\n  ".join(said[:12]) + more
     listed = "\n  ".join(dict.fromkeys(lines))
     return f"torch.export cannot capture {type(module).__name__}; all that it found:\n  {listed}"
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

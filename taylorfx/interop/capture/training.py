@@ -45,9 +45,14 @@ _OPERATORS.define(
     "spectral_norm(Tensor weight, Tensor u, Tensor v, int dim, int steps, float eps, bool left) -> Tensor"
 )
 _OPERATORS.impl("dropout", lambda x, p, alone, alpha: x.clone(), "CompositeExplicitAutograd")
-_OPERATORS.impl(
-    "spectral_norm", lambda weight, u, v, dim, steps, eps, left: weight.clone(), "CompositeExplicitAutograd"
-)
+
+
+def _normalized(weight: Tensor, u: Tensor, v: Tensor, dim: int, steps: int, eps: float, left: bool) -> Tensor:
+    """The weight by its norm in inference, as its vectors say it."""
+    return weight / (u @ (weight.movedim(dim, 0).flatten(1) @ v))
+
+
+_OPERATORS.impl("spectral_norm", _normalized, "CompositeExplicitAutograd")
 
 _DROPOUTS: Mapping[str, tuple[tuple[int, ...] | None, bool]] = {
     "dropout": (None, False),
