@@ -6,8 +6,11 @@ import importlib
 import importlib.util
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -248,3 +251,64 @@ def test_two_processes_prune_as_one() -> None:
     assert plan == other
     before, after = map(float, re.findall(r"0\.\d{4}", two))
     assert after > before - 0.1
+
+
+def finetune(folder: Path, kill: str | None = None, later: float = 0.0) -> str:
+    """What the training loop prints; it is killed, that many seconds after a line that starts like this."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "examples" / "finetune.py"), "--smoke", "--folder", str(folder)]
+    printed: list[str] = []
+    with (folder / "errors.txt").open("w+") as errors, subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True, encoding="utf-8"
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        for line in process.stdout:
+            printed.append(line)
+            if kill is not None and line.startswith(kill):
+                time.sleep(later)
+                process.kill()
+                break
+        code = process.wait(timeout=300)
+        errors.seek(0)
+        assert code == (0 if kill is None else -signal.SIGKILL), errors.read()
+    return "".join(printed)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="processes are killed otherwise")
+def test_a_training_loop_that_is_killed_and_started_again_computes_the_same_bits(tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    printed = finetune(whole)
+    told = re.findall(r"^(pruned to \d+%|epoch \d)", printed, re.MULTILINE)
+    assert told == ["epoch 1", "pruned to 80%", "epoch 2", "pruned to 60%", "epoch 3", "epoch 4"], printed
+
+    finetune(killed, "epoch 1")  # right after a checkpoint, before a cut
+    assert not (killed / "pruned-0.8.safetensors").exists()
+    finetune(killed, "pruned to 60%")  # after a cut, before the first checkpoint of what it left
+    assert torch.load(killed / "checkpoint.pt")["epoch"] == 2
+    finetune(killed, "epoch 3", later=0.05)  # within an epoch of some 0.1 seconds
+    rest = finetune(killed)
+    assert printed.endswith(rest.replace(str(killed), str(whole))), rest
+
+    assert missing("onnxscript") or (killed / "network.onnx").exists()
+    one, other = (dict(leaves(torch.load(folder / "checkpoint.pt"))) for folder in (whole, killed))
+    assert one.keys() == other.keys()
+    assert {"epoch", "random.loader", "average.n_averaged", "model.head.weight"} <= one.keys()
+    assert [name for name, value in one.items() if not same(value, other[name])] == []
+
+
+def leaves(tree: object, name: str = "") -> Iterator[tuple[str, object]]:
+    """Everything in dicts and lists, by path."""
+    if not isinstance(tree, (Mapping, list)):
+        yield name.removeprefix("."), tree
+        return
+    for key, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
+        yield from leaves(value, f"{name}.{key}")
+
+
+def same(one: object, other: object) -> bool:
+    """Whether two values are equal; of tensors every bit."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    return one == other
