@@ -13,9 +13,8 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind
 
 from taylorfx.internals import equal_sizes, pytree
-from taylorfx.interop.capture.functional import is_plain
 from taylorfx.interop.capture.tracing import tracing
-from taylorfx.interop.capture.training import Difference, align
+from taylorfx.interop.capture.training import Difference, align, is_plain
 
 __all__ = ["Axis", "Example", "Opened", "cumulative", "each_tensor", "exported", "first_line", "tensors", "trained"]
 
