@@ -152,11 +152,8 @@ def differs(results: Leaves, expected: Truth, call: Call, spec: Spec) -> str:
     """How the results differ from what is expected; empty if they do not, or if nothing is."""
     if not expected.outputs:
         return ""
-    outputs = {place: x for place, x in results.items() if not place.startswith("buffer ")}
-    if spec.keys:  # another output (a cache, where the network was captured without one) is left alone
-        outputs = {key: x for key, x in outputs.items() if key in expected.outputs}
-    else:
-        outputs = {str(k): x for k, x in enumerate(outputs.values())}
+    # Another output (a cache, where the network was captured without one) is left alone.
+    outputs = {key: x for key, x in _outputs(results, spec).items() if key in expected.outputs or not spec.keys}
     outputs = {key: x[call.since :] if call.since else x for key, x in outputs.items()}
     buffers = {path: results[path] for path in expected.buffers if path in results}
     received, wanted = {**outputs, **buffers}, {**expected.outputs, **expected.buffers}
@@ -225,10 +222,18 @@ def calls_of(whole: nn.Module, spec: Spec, base: Call) -> Iterator[Call]:
 
 def truth_of(results: Leaves, spec: Spec) -> Truth:
     """What a module returned, as what is expected of others."""
-    leaves = [(place, x) for place, x in results.items() if not place.startswith("buffer ")]
+    outputs = _outputs(results, spec)
+    return Truth({key: x for key, x in outputs.items() if key in spec.keys or not spec.keys}, {}, {})
+
+
+def _outputs(results: Leaves, spec: Spec) -> dict[str, Tensor]:
+    """What a module returned, as the network names it: by its keys, or by the numbers of those that it gives out."""
+    leaves = {place: x for place, x in results.items() if not place.startswith("buffer ")}
     if spec.keys:
-        return Truth({place: x for place, x in leaves if place in spec.keys}, {}, {})
-    return Truth({str(k): x for k, (_, x) in enumerate(leaves)}, {}, {})
+        return leaves
+    numbers = spec.interface.results if spec.interface else ()
+    taken = [x for k, x in enumerate(leaves.values()) if k in numbers or not numbers]
+    return {str(k): x for k, x in enumerate(taken)}
 
 
 def _runs(whole: nn.Module, call: Call) -> dict[str, Tensor]:

@@ -50,12 +50,14 @@ class Interface:
         ties: ``(second name, first name)`` for every two names of the same tensor, or of the same submodule.
         frozen: the paths of the parameters that are not trained.
         transient: the paths of the buffers that a ``state_dict`` leaves out.
+        results: which of the tensors that the module gives out without names the network gives out; empty for all.
     """
 
     arguments: tuple[Argument, ...] = ()
     ties: tuple[tuple[str, str], ...] = ()
     frozen: tuple[str, ...] = ()
     transient: tuple[str, ...] = ()
+    results: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, names: Iterable[str]) -> Interface:
@@ -103,6 +105,7 @@ class Interface:
             ties=tuple(_tie(entry) for entry in _list(data, "ties")),
             frozen=tuple(_name(entry, "frozen") for entry in _list(data, "frozen")),
             transient=tuple(_name(entry, "transient") for entry in _list(data, "transient")),
+            results=tuple(_number(entry) for entry in _list(data, "results")),
         )
         try:
             interface.signature("self")
@@ -156,6 +159,12 @@ def _name(entry: object, field: str) -> str:
     if isinstance(entry, str):
         return entry
     raise ValueError(f"interface.{field} has names; received {entry!r}")
+
+
+def _number(entry: object) -> int:
+    if isinstance(entry, int) and not isinstance(entry, bool) and entry >= 0:
+        return entry
+    raise ValueError(f"interface.results has numbers of outputs; received {entry!r}")
 
 
 def _check_fields(cls: type[Argument] | type[Interface], data: Mapping[str, object], where: str) -> None:

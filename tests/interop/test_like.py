@@ -17,6 +17,8 @@ from taylorfx import from_torch, to_torch
 from taylorfx.interop import LikeError, holdable
 from taylorfx.interop.attributes import Resized, groups_of
 from taylorfx.interop.trials import of_batch
+from taylorfx.store import from_json, to_json
+from taylorfx.testing.strategies import random_plan
 
 X = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 TOKENS = torch.randint(40, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -402,3 +404,29 @@ def test_a_cached_or_masked_call_finds_attributes_that_the_example_does_not_read
     assert len(queries) == 2
     out = to_torch(*without(params, spec, [coupling.scopes[queries[0]]]), like=module)
     assert [layer.self_attn.num_key_value_groups for layer in out.model.layers] == [1, 2]
+
+
+class Three(nn.Module):
+    """Gives out what it computes on the way, and two tensors of one shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        h = self.first(x).relu()
+        y = self.second(h)
+        return h, y, y.softmax(1)
+
+
+@pytest.mark.parametrize("outputs", [1, 2, (1, 2)])
+def test_a_module_that_gives_out_more_is_compared_where_the_network_gives_out(outputs):
+    module, x = Three().eval(), torch.randn(2, 3)
+    params, spec = from_torch(module, x, outputs=outputs)
+    spec = from_json(to_json(spec))
+    plan = random_plan(tfx.couple(params, spec), torch.Generator().manual_seed(0), 0.5)
+    params = tfx.cut(params, plan)
+    given = to_torch(params, plan.spec, like=module)(x)
+    assert len(given[0][0]) < 8
+    expected = given[outputs] if isinstance(outputs, int) else tuple(given[k] for k in outputs)
+    assert_close(tfx.apply(params, plan.spec, x), expected)

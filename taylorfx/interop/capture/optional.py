@@ -151,6 +151,7 @@ def _interface(interfaces: Sequence[Interface], specs: Sequence[Spec], errors: l
         tuple(dict.fromkeys(tie for x in interfaces for tie in x.ties if tie[0] not in used)),
         tuple(dict.fromkeys(path for x in interfaces for path in x.frozen)),
         tuple(dict.fromkeys(path for x in interfaces for path in x.transient)),
+        interfaces[0].results,
     )
 
 

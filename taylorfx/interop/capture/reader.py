@@ -82,7 +82,10 @@ class Reader:
         inputs = {node.name: self.convert.names[node.name] for node in self.inputs}
         nodes = tuple(replace(node, layer=self.sizes.layer(node.layer, inputs)) for node in nodes)
         spec = Spec(nodes, tuple(outputs.values()), tuple(map(str, outputs)) if named else ())
-        spec = replace(spec, interface=read_interface(module, self.program, self.convert.names, spec))
+        interface = read_interface(module, self.program, self.convert.names, spec)
+        if self.wanted is not None and not named:
+            interface = replace(interface, results=tuple(int(key) for key in outputs))
+        spec = replace(spec, interface=interface)
         _warn_of_randomness(module, spec)
         wanted = set(spec.shapes)
         leaves = {path: self.convert.tensors[path] for path in self.convert.tensors if path in wanted}
