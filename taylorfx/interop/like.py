@@ -244,7 +244,8 @@ def _fill(
     for x in interface.arguments:
         if x.name in supplied or not x.default or x.kind not in ("POSITIONAL_OR_KEYWORD", "KEYWORD_ONLY"):
             continue
-        if x.default[0] != signature.parameters[x.name].default:
+        default = signature.parameters[x.name].default
+        if x.default[0] not in (default, str(default)):  # what is no plain value is kept as text
             named[x.name] = x.default[0]
 
 

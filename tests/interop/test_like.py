@@ -430,3 +430,20 @@ def test_a_module_that_gives_out_more_is_compared_where_the_network_gives_out(ou
     assert len(given[0][0]) < 8
     expected = given[outputs] if isinstance(outputs, int) else tuple(given[k] for k in outputs)
     assert_close(tfx.apply(params, plan.spec, x), expected)
+
+
+class Typed(nn.Module):
+    """Has an argument whose default is no plain value."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 8), nn.Linear(8, 5)
+
+    def forward(self, x, dtype=torch.float32):
+        return self.second(self.first(x).to(dtype).relu())
+
+
+def test_a_default_that_is_no_plain_value_stays_the_modules():
+    module, x = Typed().eval(), torch.randn(2, 3)
+    small = without(*from_torch(module, x), ["first"])
+    assert_close(to_torch(*small, like=module)(x), tfx.apply(*small, x))
