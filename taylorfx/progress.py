@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -30,9 +31,10 @@ def bar(shown: bool, what: str, total: int | None) -> Iterator[Callable[[int], N
         yield lambda count: None
         return
     try:
+        from rich.console import Console
         from rich.progress import Progress
     except ImportError as error:
         raise ImportError("A progress bar needs rich; pip install rich, or leave progress=True out.") from error
-    with Progress(transient=True) as drawn:
+    with Progress(transient=True, console=Console(file=sys.stdout)) as drawn:  # also while torch's own words are caught
         task = drawn.add_task(what, total=total or None)
         yield lambda count: drawn.advance(task, count)

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from taylorfx.interop.like import UserModule
 
-__all__ = ["iterate", "prune"]
+__all__ = ["Interrupted", "iterate", "prune"]
 
 
 class Options(ConstraintOptions, MeasurementOptions, total=False):
@@ -99,6 +99,9 @@ def prune(
     Budgets, constraints, the criterion, the choice and the repair are checked before anything is measured. The errors
     are those of `measure` and `select`; scores that are zero for all units are refused. Nothing that is received is
     changed. To see what is going to happen, or to cut momentum along, write the sentence out.
+
+    Raises:
+        Interrupted: at a ``KeyboardInterrupt`` after the first step, with what the last whole step left.
     """
     budgets, (respected, how) = each_budget(budget), _values(constraints, measurement, options)
     if steps is None and any(isinstance(one, Units) for one in budgets):
@@ -122,8 +125,38 @@ def prune(
 def _pruned(
     params: Params, spec: Spec, budgets: tuple[Budget, ...], steps: int | None, constraints: Constraints, step: _Step
 ) -> tuple[Params, Spec]:
-    *_, (small, smaller, _) = _iterated(params, spec, partial(_ways, budgets, steps), constraints, step)
-    return small, smaller
+    """All steps of `prune`."""
+    done, left = 0, (params, spec)
+    try:
+        for small, smaller, _ in _iterated(params, spec, partial(_ways, budgets, steps), constraints, step):
+            done, left = done + 1, (small, smaller)
+    except KeyboardInterrupt as stop:
+        if not done:
+            raise
+        raise Interrupted(*left, done) from stop
+    return left
+
+
+class Interrupted(KeyboardInterrupt):
+    """`prune` was interrupted; its steps until then are kept. ::
+
+        try:
+            params, spec = tfx.prune(params, spec, batches, budget=tfx.Flops(0.3))
+        except taylorfx.sentence.Interrupted as stopped:
+            params, spec = stopped.params, stopped.spec
+
+    Like ``KeyboardInterrupt``, it ends a program that does not catch it. With ``like=``, the class has not been tried
+    with this network yet; ``to_torch(..., like=...)`` does that.
+
+    Attributes:
+        params: what the last whole step left, as `iterate` hands it out.
+        spec: its network.
+        steps: how many steps were whole.
+    """
+
+    def __init__(self, params: Params, spec: Spec, steps: int) -> None:
+        super().__init__(f"prune was interrupted after {steps} of its steps; params and spec are what they left.")
+        self.params, self.spec, self.steps = params, spec, steps
 
 
 def _values(

@@ -15,11 +15,17 @@ from taylorfx.testing.laws import assert_trees_equal
 from taylorfx.testing.strategies import network
 
 NET = network(convolutional())
+LINEAR = nn.Linear(2, 3)
 PLAN = tfx.select(torch.arange(float(len(NET.coupling))), NET.coupling, budget=tfx.Flops(0.6))
 
 
 def pruned(**options):
     return tfx.prune(NET.params, NET.spec, [NET.batch] * 2, budget=tfx.Flops(0.8), **options)
+
+
+def timed(timings):
+    timings(NET.spec)
+    return timings
 
 
 LONG = {
@@ -31,6 +37,8 @@ LONG = {
     "oracle": lambda **options: {
         "sum": tfx.truth.oracle(NET.params, NET.spec, NET.batch, NET.coupling, units=[0, 1], **options).sum
     },
+    "from_torch": lambda **options: tfx.from_torch(LINEAR, torch.ones(2, 2), **options)[0],
+    "timings": lambda **options: {"nodes": torch.tensor(len(timed(Timings(repeats=1, **options)).table))},
     "reconstruct": lambda **options: tfx.reconstruct(NET.params, PLAN, NET.batch, **options)[0],
 }
 

@@ -20,7 +20,7 @@ from taylorfx.layers import axes as language
 from taylorfx.network.bind import propagate
 from taylorfx.network.labels import Labeled, Labels, Ties, is_example, shape_of
 from taylorfx.network.spec import Node, Spec
-from taylorfx.progress import LOG
+from taylorfx.progress import LOG, bar
 
 __all__ = ["Timings"]
 
@@ -59,6 +59,7 @@ class Timings:
         repeats: the median of so many runs counts, after one that does not.
         device, dtype: of the tensors.
         table: microseconds by layer and input shapes. It is filled in place.
+        progress: draw a bar over the layers of a network, by rich.
     """
 
     batch: int = 1
@@ -67,6 +68,7 @@ class Timings:
     device: torch.device | str = "cpu"
     dtype: torch.dtype = torch.float32
     table: dict[tuple[Layer, tuple[Shape, ...]], float] = field(default_factory=dict)
+    progress: bool = False
 
     def __call__(self, spec: Spec) -> float:
         """The sum over the layers of a network, each measured at its own shapes (once).
@@ -77,7 +79,12 @@ class Timings:
         spec = spec.first
         bounds = propagate(spec, Ties(labeled=False))
         nodes = [node for node in spec if not isinstance(node.layer, Input)]
-        return sum(self.look_up(n.layer, [self._shape(bounds[x].output) for x in n.inputs]) for n in nodes)
+        total = 0.0
+        with bar(self.progress, "timings", len(nodes)) as advance:
+            for node in nodes:
+                total += self.look_up(node.layer, [self._shape(bounds[x].output) for x in node.inputs])
+                advance(1)
+        return total
 
     def look_up(self, layer: Layer, shapes: Sequence[Shape]) -> float:
         """Microseconds of one layer on inputs of these shapes (of a whole batch), measured if nobody asked before."""

@@ -14,6 +14,7 @@ from hypothesis import example, given
 
 import taylorfx as tfx
 from taylorfx.network.parameters import check
+from taylorfx.sentence import Interrupted
 from taylorfx.testing.laws import assert_trees_equal
 from taylorfx.testing.strategies import network, networks
 
@@ -163,6 +164,30 @@ def test_pruning_in_steps_is_iterating():
         tfx.prune(net.params, net.spec, net.batch, budget=tfx.Remove(2), steps=2)
     with pytest.raises(ValueError, match="one or more steps"):
         tfx.prune(net.params, net.spec, net.batch, budget=0.5, steps=0)
+
+
+@pytest.mark.parametrize("whole", [0, 1, 2])
+def test_an_interrupted_prune_gives_back_the_steps_until_then(whole):
+    net = network(CONSTRUCTS["dense"])
+    steps = tfx.iterate(
+        net.params, net.spec, net.batch, budgets=tfx.schedule.exponential(tfx.Flops(0.4), 3), criterion=tfx.fisher
+    )
+    taken = [next(steps) for _ in range(3)]
+    calls = []
+
+    def impatient(stats, coupling):
+        calls.append(stats)
+        if len(calls) > whole:
+            raise KeyboardInterrupt
+        return tfx.fisher(stats, coupling)
+
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        tfx.prune(net.params, net.spec, net.batch, budget=tfx.Flops(0.4), steps=3, criterion=impatient)
+    assert isinstance(stopped.value, Interrupted) == (whole > 0)
+    if whole:
+        params, spec, _ = taken[whole - 1]
+        assert (stopped.value.spec, stopped.value.steps) == (spec, whole)
+        assert_trees_equal(stopped.value.params, params)
 
 
 def test_every_step_of_pruning_leaves_nine_tenths_and_counts_of_units_take_one(monkeypatch):

@@ -38,7 +38,7 @@ from taylorfx.interop.capture.reader import CaptureError, OutputsError, Reader, 
 from taylorfx.interop.capture.tracing import quiet, tracing
 from taylorfx.interop.capture.training import twin
 from taylorfx.network.spec import Spec
-from taylorfx.progress import LOG
+from taylorfx.progress import LOG, bar
 from taylorfx.tree import Params
 
 __all__ = ["from_torch"]
@@ -52,6 +52,7 @@ def from_torch(
     examples: Sequence[object] | None = None,
     outputs: Wanted = None,
     sizes: bool | Sequence[str] = (),
+    progress: bool = False,
 ) -> tuple[Params, Spec]:
     """Capture a module in inference mode as parameters and a spec; the module itself is left as it was.
 
@@ -71,6 +72,7 @@ def from_torch(
         sizes: axes that have to come out open, by input and number (``["tokens.1"]``; axis 0, that of the examples,
             always is), however long that takes: windowed attention that pads (Swin) takes minutes, and has otherwise
             the example's sizes. False keeps all at those, where that is wanted; the capture is faster.
+        progress: draw a bar, by rich.
 
     Returns:
         Parameters by the module's own names (the tensors are shared, not copied), and the network. The inputs of the
@@ -91,11 +93,13 @@ def from_torch(
     for example in calls:
         _refuse(module, example)
     networks = []
-    for example in calls:
-        LOG.info("from_torch: torch.export reads %s", type(module).__name__)
-        original = twin(module)
-        _leave_cache(original, example[1])
-        networks.append(_opened(original, example, module, outputs, sizes))
+    with bar(progress, "from_torch", len(calls)) as advance:
+        for example in calls:
+            LOG.info("from_torch: torch.export reads %s", type(module).__name__)
+            original = twin(module)
+            _leave_cache(original, example[1])
+            networks.append(_opened(original, example, module, outputs, sizes))
+            advance(1)
     _refuse_fixed(module, networks[0][1], sizes if isinstance(sizes, Sequence) else ())
     network = networks[0] if len(networks) == 1 else _merged(networks, calls)
     LOG.info("from_torch: %d nodes, %d parameters", len(network[1]), len(network[1].shapes))
