@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from _sizes import Elsewhere, difference, elsewhere, tensors
+from _sizes import Elsewhere, difference, elsewhere, others, tensors
 from torch import Tensor, nn
 
 import taylorfx as tfx
@@ -51,6 +51,7 @@ class Proof:
         total: the time of ``from_torch``, that of ``export`` included.
         couple: the time of ``couple``, the best of three.
         sizes: what the captured network and the cut one compute at other sizes.
+        alike: captured at another size, it has the same units, scopes and plans; none if it takes no other size.
     """
 
     parameters: int
@@ -70,6 +71,7 @@ class Proof:
     total: float
     couple: float
     sizes: list[Elsewhere] = field(repr=False)
+    alike: bool | None
 
 
 def randomized(module: nn.Module, inputs: Mapping[str, Tensor], seed: int = 0) -> nn.Module:
@@ -130,6 +132,7 @@ def prove(module: nn.Module, inputs: Mapping[str, Tensor], *, onnx: bool = False
     for scope, reason in coupling.frozen.items():
         if scope not in buffers and scope.rpartition(".")[0] not in buffers:
             frozen.setdefault(reason, []).append(scope)
+    sizes = elsewhere(module, params, spec, plan, inputs, onnx=onnx)
     return Proof(
         parameters=sum(p.numel() for p in module.parameters()),
         nodes=len(spec),
@@ -147,8 +150,23 @@ def prove(module: nn.Module, inputs: Mapping[str, Tensor], *, onnx: bool = False
         export=sum(spent),
         total=sum(whole),
         couple=min(joined),
-        sizes=elsewhere(module, params, spec, plan, inputs, onnx=onnx),
+        sizes=sizes,
+        alike=_alike(module, inputs, coupling, sizes),
     )
+
+
+def _alike(
+    module: nn.Module, inputs: Mapping[str, Tensor], coupling: tfx.Coupling, sizes: list[Elsewhere]
+) -> bool | None:
+    """Whether a capture at the last of the other sizes couples in the same way."""
+    taken = [run.size for run in sizes if run.captured is not None]
+    if not taken:
+        return None
+    few = {name: x[:2] for name, x in others(inputs)[taken[-1]].items()}
+    other = tfx.couple(*tfx.from_torch(module, (), example_kwargs=few))
+    keeps = [random_plan(one, torch.Generator().manual_seed(1), 0.5).keep for one in (coupling, other)]
+    same = (coupling.names, coupling.scopes, coupling.frozen.keys()) == (other.names, other.scopes, other.frozen.keys())
+    return same and bool((keeps[0] == keeps[1]).all())
 
 
 def _step(params: tfx.Params, coupling: tfx.Coupling, x: dict[str, Tensor]) -> float:

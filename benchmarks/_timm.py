@@ -33,6 +33,9 @@ NAMES = (
     "ese_vovnet19b_slim", "xception41", "xcit_nano_12_p16_224",
 )  # fmt: skip
 
+BLOCKS = ("halonet26t", "bat_resnext26ts")
+"""Those that part their smallest maps into blocks of a fixed size."""
+
 
 def timm_models() -> dict[str, Callable[[], Case]]:
     """By name, what makes a model and three images; those that can are made for images of any size."""
@@ -45,7 +48,8 @@ def timm_models() -> dict[str, Callable[[], Case]]:
             model = timm.create_model(name, dynamic_img_size=True)
         except TypeError:
             model = builder()
-        size = model.pretrained_cfg["input_size"][-1] if model.pretrained_cfg.get("fixed_input_size") else 96
+        whole = model.pretrained_cfg.get("fixed_input_size") or name in BLOCKS
+        size = model.pretrained_cfg["input_size"][-1] if whole else 96
         (argument, *_) = inspect.signature(model.forward).parameters
         generator = torch.Generator().manual_seed(1)
         return model, {argument: torch.randn(3, 3, size, size, generator=generator, dtype=torch.float64)}

@@ -78,6 +78,7 @@ def proven(makers, name):
     taken = [run for run in proof.sizes if not (run.fixed or run.refused)]
     assert max((error for run in taken for error in (run.captured, run.cut)), default=0) < 1e-11
     assert (not taken) == (name in FIXED | LONG)
+    assert proof.alike == (None if name in FIXED | LONG else True)
     for run in taken:
         assert run.left == "" if name not in BOUNDED else BOUNDED[name] in run.left
         assert (run.exported is None) == (name in BOUNDED)
