@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ __all__ = ["carry", "reschedule"]
 
 C = TypeVar("C", Optimizer, AveragedModel)
 S = TypeVar("S", bound=LRScheduler)
+T = TypeVar("T")
 
 ELEMENTWISE = frozenset({
     "momentum_buffer",  # SGD, RMSprop, Muon
@@ -70,7 +71,7 @@ def carry(
 
     Args:
         training: an optimizer, or a `torch.optim.swa_utils.AveragedModel`: its averages are cut, ``new`` is copied for
-            the rest.
+            the rest. Of one that wraps another (accelerate's, and so that of a ``Trainer``), the inner one goes on.
         plan: what stays of the network that ``training`` was made for.
         new: the smaller module, or its parameters as a tree or by path.
         old: the module, or the parameters, that the optimizer holds. It tells their names, and is not needed for an
@@ -104,6 +105,7 @@ def carry(
     with torch.no_grad():
         if isinstance(training, AveragedModel):
             return _averaged(training, plan, new)
+        training = _inner(training, "optimizer", Optimizer)
         if isinstance(training, Optimizer):
             return _optimizer(training, plan, new, old, frozenset(elementwise))
     raise PlanError(
@@ -116,11 +118,12 @@ def reschedule(scheduler: S, optimizer: Optimizer) -> S:
     """A copy of a scheduler of learning rates, or of several in one, that goes on with another optimizer.
 
     The optimizer is one that `carry` made: it has the learning rates of the moment. To make a scheduler anew would set
-    them back to those of the start.
+    them back to those of the start. Of a scheduler that wraps another (accelerate's), the inner one goes on.
 
     Raises:
         ValueError: if the optimizers have other numbers of groups.
     """
+    scheduler = _inner(scheduler, "scheduler", LRScheduler)
     counts = [len(one.param_groups) for one in (scheduler.optimizer, optimizer)]
     if counts[0] != counts[1]:
         raise ValueError(
@@ -129,6 +132,13 @@ def reschedule(scheduler: S, optimizer: Optimizer) -> S:
         )
     ConstantLR(optimizer, 1.0, 0)  # the optimizer counts its steps once a scheduler was made for it; rates times one
     return copy.deepcopy(scheduler, {id(scheduler.optimizer): optimizer})
+
+
+def _inner(outer: T, name: str, kind: type[object]) -> T:
+    """What a wrapper holds under this name, if it is of this kind; otherwise what was given."""
+    while isinstance(held := vars(outer).get(name), kind):
+        outer = cast("T", held)
+    return outer
 
 
 class _Parameter(NamedTuple):
