@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from _proof import randomized
 from _realistic import REALISTIC
+from _sizes import free
 from torch import Tensor, nn
 
 import taylorfx as tfx
@@ -66,8 +67,7 @@ def error(values: Any, expected: Any) -> float:
 
 def exported(module: nn.Module, inputs: dict[str, Tensor]) -> nn.Module:
     """A program of torch.export with all sizes free that torch leaves free."""
-    free = {key: [torch.export.Dim.AUTO] * x.ndim for key, x in inputs.items()}
-    return torch.export.export(module, (), inputs, dynamic_shapes=free).module()
+    return torch.export.export(module, (), inputs, dynamic_shapes=free(inputs)).module()
 
 
 def takes(program: nn.Module, inputs: dict[str, Tensor]) -> bool:

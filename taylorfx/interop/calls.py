@@ -107,6 +107,15 @@ def _dots(path: str) -> Iterator[int]:
     return (k for k, letter in enumerate(path) if letter == ".")
 
 
+def stretched(x: Tensor, axis: int, n: int) -> Tensor:
+    """A tensor of ``n`` positions along an axis: its own, over and over, so that its numbers are of the same kind.
+
+    >>> stretched(torch.tensor([[5, 6, 7]]), 1, 5)
+    tensor([[5, 6, 7, 5, 6]])
+    """
+    return x[(slice(None),) * axis + (torch.arange(n, device=x.device) % x.shape[axis],)]
+
+
 def off_path(module: nn.Module, paths: Container[str]) -> list[str]:
     """The parameters of a module that are not in a network, under none of their names."""
     named = list(module.named_parameters(remove_duplicate=False))

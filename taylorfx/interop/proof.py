@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from taylorfx.internals import pytree
-from taylorfx.interop.calls import dotted, generator_of
+from taylorfx.interop.calls import dotted, generator_of, stretched
 from taylorfx.layers import Embedding, Shape
 from taylorfx.network.run import evaluate
 from taylorfx.network.spec import Spec
@@ -296,7 +296,7 @@ def _resampled(x: Tensor, name: str, sizes: Mapping[tuple[str, int], int]) -> Te
     """The tensor cut short or repeated along its axes, so that its numbers are of the same kind."""
     for axis in range(x.ndim):
         if (n := sizes.get((name, axis))) is not None:
-            x = x[(slice(None),) * axis + (torch.arange(n, device=x.device) % x.shape[axis],)]
+            x = stretched(x, axis, n)
     return x
 
 

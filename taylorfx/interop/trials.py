@@ -22,7 +22,7 @@ from taylorfx.selection.constraints import Constraints
 from taylorfx.selection.order import like_structures
 from taylorfx.tree import Params
 
-__all__ = ["constraints_of", "floors", "holdable", "of_batch"]
+__all__ = ["constraints_of", "floors", "held", "holdable", "of_batch"]
 
 T = TypeVar("T")
 
@@ -91,7 +91,11 @@ def constraints_of(
     trials = _Trials(original, params, coupling, unchanged)
     trials.check({}, {})
     rules = [Rule(tuple((scope,) for scope in kind)) for kind in _kinds(coupling)]
-    rules = _allowed(trials, rules)
+    return held(_allowed(trials, rules), coupling)
+
+
+def held(rules: Sequence[Rule], coupling: Coupling) -> Constraints:
+    """What rules allow, as constraints: scopes without a rule are protected."""
     lost = {scope for rule in rules for group in rule.groups for scope in group}
     names = [escape(name) for name in coupling.scopes]
     return Constraints(

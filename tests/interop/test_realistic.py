@@ -3,6 +3,7 @@
 import pytest
 import torch
 from _realistic import REALISTIC
+from _sizes import in_runtime
 from realistic import SIZES, best_tuned, captured, error, exported, given, halved, pruned, takes, tensors
 
 import taylorfx as tfx
@@ -77,16 +78,12 @@ def test_pruned_by_half_on_two_sizes_it_learns_on_both(name):
 
 @pytest.mark.parametrize("name", ["U-Net that resizes", "HiFi-GAN", "causal language model"])
 @torch.no_grad()
-def test_it_goes_to_onnx_with_free_sizes(name, tmp_path):
-    runtime = pytest.importorskip("onnxruntime")
+def test_it_goes_to_onnx_with_free_sizes(name):
+    pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     small, plan = halved(name, torch.float32)
     module = tfx.to_torch(small, plan.spec)
-    first, path = given(name, 0, torch.float32), tmp_path / "m.onnx"
-    free = {key: [torch.export.Dim.AUTO] * x.ndim for key, x in first.items()}
-    torch.onnx.export(module, (), path, kwargs=first, dynamic_shapes=free, dynamo=True, verbose=False)
-    session = runtime.InferenceSession(str(path))
+    run = in_runtime(module, given(name, 0, torch.float32))
     for size in range(SIZES):
         inputs = given(name, size, torch.float32)
-        values = session.run(None, {key: x.numpy() for key, x in inputs.items()})
-        assert error(tuple(map(torch.from_numpy, values)), tuple(tensors(module(**inputs)))) < 1e-3
+        assert error(tuple(run(inputs)), tuple(tensors(module(**inputs)))) < 1e-3

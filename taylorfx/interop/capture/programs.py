@@ -13,6 +13,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind
 
 from taylorfx.internals import equal_sizes, pytree
+from taylorfx.interop.calls import stretched
 from taylorfx.interop.capture.tracing import tracing
 from taylorfx.interop.capture.training import Difference, align, is_plain
 
@@ -116,8 +117,7 @@ def _larger(example: Example, program: ExportedProgram) -> Example:
     for x, shape in zip(tensors(example), shapes, strict=True):
         larger[id(x)] = x
         for axis in [k for k, n in enumerate(shape) if k and isinstance(n, torch.SymInt) and n.node.expr.free_symbols]:
-            positions = torch.arange(x.shape[axis] + 32, device=x.device) % x.shape[axis]
-            larger[id(x)] = larger[id(x)][(slice(None),) * axis + (positions,)]
+            larger[id(x)] = stretched(larger[id(x)], axis, x.shape[axis] + 32)
     return each_tensor(lambda x: larger[id(x)], example)
 
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from taylorfx.internals import pytree
-from taylorfx.interop.calls import bind, interface_of
+from taylorfx.interop.calls import bind, interface_of, stretched
+from taylorfx.interop.capture.programs import each_tensor, tensors
 from taylorfx.interop.capture.reader import CaptureError
 from taylorfx.layers import ShapeError
 from taylorfx.layers.roles import Experts
@@ -53,7 +54,7 @@ def proven(params: Params, spec: Spec, module: nn.Module, args: Sequence[object]
         if least != most
     }
     # A tensor that is two arguments becomes two, which may then have sizes of their own.
-    example = pytree.tree_map(lambda x: x.view_as(x) if isinstance(x, Tensor) else x, (tuple(args), dict(kwargs)))
+    example = each_tensor(lambda x: x.view_as(x), (tuple(args), dict(kwargs)))
     trial = _Trial(params, module, example, bind(interface_of(spec), *example))
     state = torch.get_rng_state()
     try:
@@ -118,7 +119,7 @@ class _Trial(NamedTuple):
             expected = self._given_out(args, kwargs)
             with torch.no_grad():
                 torch.manual_seed(0)
-                received = _tensors(apply(self.params, spec, inputs))
+                received = tensors(apply(self.params, spec, inputs))
         except Exception:  # whatever the module's own code raises
             return None
         # The network may give out less, and in another order.
@@ -133,7 +134,7 @@ class _Trial(NamedTuple):
     def _given_out(self, args: tuple[object, ...], kwargs: dict[str, object], seed: int = 0) -> list[Tensor]:
         with torch.no_grad():
             torch.manual_seed(seed)
-            return _tensors(self.module(*args, **kwargs))
+            return tensors(self.module(*args, **kwargs))
 
 
 _ROUNDED = 0.75
@@ -156,10 +157,6 @@ def _close(one: Tensor, other: Tensor, *, routed: bool = False) -> bool:
         equal = torch.isclose(one, other, share, share * scale, equal_nan=True)
         return float(equal.reshape(-1, *one.shape[-1:]).all(-1).float().mean()) >= _ROUNDED
     return torch.allclose(one, other, share, share * scale, equal_nan=True)
-
-
-def _tensors(tree: object) -> list[Tensor]:
-    return [x for x in pytree.tree_leaves(tree) if isinstance(x, Tensor)]
 
 
 def _other(spec: Spec, violating: Formula | None = None) -> Sizes:
@@ -188,8 +185,7 @@ def _resized(inputs: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
     resized = dict(inputs)
     for axis, n in sizes.items():
         name, _, k = axis.rpartition(".")
-        positions = torch.arange(n, device=resized[name].device) % resized[name].shape[int(k)]
-        resized[name] = resized[name][(slice(None),) * int(k) + (positions,)]
+        resized[name] = stretched(resized[name], int(k), n)
     return resized
 
 

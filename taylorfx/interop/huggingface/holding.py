@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from glob import escape
 from itertools import combinations
 from typing import Any
 
@@ -16,7 +15,7 @@ from taylorfx.cutting.cut import cut
 from taylorfx.cutting.plan import Plan, PlanError
 from taylorfx.interop.huggingface.fields import ConfigError
 from taylorfx.interop.huggingface.making import Source
-from taylorfx.interop.trials import Rule, floors
+from taylorfx.interop.trials import Rule, floors, held
 from taylorfx.network.spec import Spec
 from taylorfx.selection.constraints import Constraints
 from taylorfx.tree import Params
@@ -52,15 +51,7 @@ def holdable(
         ConfigError: for a module without a config, and a class that cannot be built from its own.
     """
     trials = _Trials(Source(model, params, spec, example_inputs, example_kwargs, (params, spec)), params, spec)
-    rules = _jointly(trials, [*_rules(trials)])
-    coupling, names = trials.coupling, [escape(name) for name in trials.coupling.scopes]
-    lost = {scope for rule in rules for group in rule.groups for scope in group}
-    return Constraints(
-        protect=[name for k, name in enumerate(names) if k not in lost and coupling.sizes[k] > 1],
-        uniform=[tuple(names[k] for k in group) for rule in rules for group in rule.groups if len(group) > 1],
-        multiple={names[k]: x.multiple for x in rules if x.multiple > 1 for group in x.groups for k in group} or 1,
-        floor={names[k]: n for k, n in trials.floors.items()} or 1,
-    )
+    return held(_jointly(trials, [*_rules(trials)]), trials.coupling)
 
 
 TRIED = 12
