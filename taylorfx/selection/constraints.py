@@ -68,6 +68,10 @@ class Rules(NamedTuple):
         """
         return max(self.floors[scope], math.ceil((1 - self.most[scope]) * size - 1e-9))
 
+    def width(self, group: Sequence[int]) -> int:
+        """How many units of each scope of a group leave together, in all bundles but the first."""
+        return math.lcm(*[self.multiples[k] for k in group])
+
     def parts(self, coupling: Coupling) -> tuple[Labels, Rules]:
         """The number of every unit's part of its scope, ``(units,)``, and the rules of these parts.
 

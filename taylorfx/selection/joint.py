@@ -16,6 +16,7 @@ has it (budgets, floors, multiples, globs), and at the end units of one scope ch
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -27,9 +28,9 @@ from taylorfx.coupling.units import Coupling, Mask
 from taylorfx.cutting.plan import Plan
 from taylorfx.network.labels import Labels
 from taylorfx.scoring.statistics import Statistics
-from taylorfx.selection.budget import Budget, BudgetError, Budgets, SelectionError, Units, each_budget, pricing
+from taylorfx.selection.budget import Budget, BudgetError, Budgets, SelectionError, Units, pricing
 from taylorfx.selection.constraints import Constraints
-from taylorfx.selection.select import select
+from taylorfx.selection.select import Asked, first_that_fit
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -70,31 +71,31 @@ def joint(
     Raises:
         SelectionError: if the statistics have no rows or are of other units; and what `select` raises.
     """
-    budgets, respected = each_budget(budget), Constraints.of(constraints, options)
-    respected.on(coupling)
+    respected = Constraints.of(constraints, options)
+    asked = Asked.of(coupling, budget, respected)
     rows = _rows(stats, coupling)
     if rounds < 1:
         raise SelectionError(f"Joint selection takes at least one round; received {rounds}.")
-    costs = [one.cost(coupling) for one in budgets]
-    prices = pricing(budgets, costs) if per_cost else None
+    prices = pricing(asked.budgets, asked.costs) if per_cost else None
     keep = np.ones(len(coupling), bool)
-    totals = [cost(keep) for cost in costs]
+    totals = [cost(keep) for cost in asked.costs]
     mean, half = rows.mean(0, dtype=torch.float64), 0.5 * rows.square().mean(0, dtype=torch.float64)
     mean = mean.clamp(max=0) if cautious else mean
-    plan = select(
-        half - mean, coupling, budget=budgets, constraints=respected
-    )  # an error names the budget that was asked for
-    for step in range(1, rounds + 1) if len(coupling) else ():
-        cross = _cross(rows, ~keep)
+    plan = first_that_fit((half - mean).numpy(), asked)  # an error names the budget that was asked for
+
+    def worth(keep: Mask) -> Tensor:
+        """What each unit adds to the loss when it leaves, or takes back when it returns; per price if there are any."""
+        gone = torch.from_numpy(~keep)
+        cross = _cross(rows, ~keep) - torch.where(gone, 2 * half, 0.0)  # with those of the others that have left
         scores = (torch.maximum(cross, -0.5 * half) if cautious else cross) + half - mean
-        if prices:
-            scores = scores / prices(keep)
+        return scores / prices(keep) if prices else scores
+
+    for step in range(1, rounds + 1) if len(coupling) else ():
+        scores = worth(keep)
         lowest = scores.min()
         scores[torch.from_numpy(~keep)] = lowest - 1 - lowest.abs()  # what has left stays away
         try:
-            share = step / rounds
-            asked = budgets if share == 1 else [_between(b, n, share) for b, n in zip(budgets, totals, strict=True)]
-            plan = select(scores, coupling, budget=asked, constraints=respected)
+            plan = first_that_fit(asked.ranked(scores.numpy()), _between(asked, totals, step / rounds))
         except BudgetError:  # on the way, where multiples cannot be met exactly
             if step == rounds:
                 raise
@@ -102,13 +103,15 @@ def joint(
         keep = plan.keep
     if swaps and not cautious:
         free = coupling.exact if respected.exact_only else np.ones(len(coupling), bool)
-        part, _ = respected.on(coupling).parts(coupling)
+        part, _ = asked.rules.parts(coupling)
         better = _swap(rows, part, plan.keep.copy(), mean, half, free)
-        limits = [max(one.limit(n), cost(plan.keep)) for one, n, cost in zip(budgets, totals, costs, strict=True)]
-        fits = all(cost(better) <= limit for cost, limit in zip(costs, limits, strict=True))
+        limits = [
+            max(one.limit(n), cost(plan.keep)) for one, n, cost in zip(asked.budgets, totals, asked.costs, strict=True)
+        ]
+        fits = all(cost(better) <= limit for cost, limit in zip(asked.costs, limits, strict=True))
         if fits and coupling.counts(better).all():
             plan = Plan(coupling, better, plan.asked)
-    return plan
+    return Plan(coupling, asked.spent(plan.keep, asked.ranked(worth(plan.keep).numpy())), plan.asked)
 
 
 def expected_change(stats: Statistics, plan: Plan) -> Tensor:
@@ -140,12 +143,16 @@ def _cross(rows: Tensor, gone: Mask) -> Tensor:
     return ((rows @ away) @ rows / len(rows)).to(torch.float64)
 
 
-def _between(budget: Budget, total: float, share: float) -> Budget:
-    """The budget when this share of the way is done."""
-    limit = budget.limit(total)
-    if isinstance(budget, Units):
-        return Units(max(1, round(total - share * (total - limit))))
-    return replace(budget, amount=min(1.0, 1 - share * (1 - limit / total)))
+def _between(asked: Asked, totals: Sequence[float], share: float) -> Asked:
+    """The same with the budgets when this share of the way is done."""
+
+    def budget(one: Budget, total: float) -> Budget:
+        limit = one.limit(total)
+        if isinstance(one, Units):
+            return Units(max(1, round(total - share * (total - limit))))
+        return replace(one, amount=min(1.0, 1 - share * (1 - limit / total)))
+
+    return asked if share == 1 else replace(asked, budgets=tuple(map(budget, asked.budgets, totals)))
 
 
 CANDIDATES = 64

@@ -14,7 +14,8 @@ least two stay:
 
 from __future__ import annotations
 
-import math
+import heapq
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +27,7 @@ from taylorfx.network.labels import Labels
 from taylorfx.selection.budget import SelectionError
 from taylorfx.selection.constraints import Rules
 
-__all__ = ["finite", "last_of_axis", "like_structures", "quantiles", "steps"]
+__all__ = ["finite", "last_of_axis", "like_structures", "quantiles", "returned", "steps"]
 
 Values = NDArray[np.float64]
 """``(units,)``: one score per unit, higher means keep."""
@@ -207,7 +208,7 @@ def _bundles(free: Labels, sizes: Labels, rules: Rules) -> tuple[Bundles, int]:
     for group in rules.groups:
         size = int(sizes[group[0]])
         least = max(size - min([allowed[k] for k in group]), *[rules.least(k, size) for k in group], 1)
-        width = math.lcm(*[rules.multiples[k] for k in group])
+        width = rules.width(group)
         first = size % width or width  # what is left over leaves first; what stays is a multiple of the width
         leaving = size - -(-least // width) * width
         number = (leaving - first) // width + 1 if leaving >= first else 0
@@ -243,3 +244,45 @@ def _ranks(values: Values, units: Labels, bundle: Labels, count: int) -> Labels:
     ranks = np.empty(count, np.int64)
     ranks[by_first[_order(mean[by_first])]] = np.arange(count)
     return ranks
+
+
+def returned(keep: Mask, values: Values, parts: tuple[Labels, Rules], fits: Callable[[Mask], bool]) -> Mask:
+    """The units that stay when all that still fits comes back, bundle by bundle, the highest mean first.
+
+    Of every scope the best units come back first, and once a bundle of it does not fit no other one does. Units 0 and 1
+    have left, of scopes of their own, and there is room for two in all:
+
+    >>> alone = np.arange(3), Rules([[0], [1], [2]], [1] * 3, [1.0] * 3, [1] * 3, np.zeros(3, bool))
+    >>> returned(np.array([False, False, True]), np.array([4.0, 5.0, 1.0]), alone, lambda mask: mask.sum() <= 2)
+    array([False,  True,  True])
+
+    Args:
+        keep: ``(units,)``, a choice that the rules allow.
+        parts: the part of its scope of each unit, ``(units,)``, and the rules of these parts (`Rules.parts`).
+        fits: whether these units may stay.
+    """
+    (part, rules), kept = parts, keep.copy()
+    best = _order(values)[::-1]
+    away = best[~keep[best]]
+    queues = {int(k): away[part[away] == k].tolist() for k in np.unique(part[away])}
+
+    def push(k: int) -> None:
+        """Let the next bundle of a group wait: as many of each scope as leave together, or what is left over."""
+        width, group = rules.width(rules.groups[k]), [queues[scope] for scope in rules.groups[k] if scope in queues]
+        units = [unit for queue in group for unit in queue[:width]]
+        for queue in group:
+            del queue[:width]
+        if units:
+            heapq.heappush(waiting, (-float(values[units].mean()), k, units))
+
+    waiting: list[tuple[float, int, list[int]]] = []
+    for k in range(len(rules.groups)):
+        push(k)
+    while waiting:
+        _, k, units = heapq.heappop(waiting)
+        more = kept.copy()
+        more[units] = True
+        if fits(more):
+            kept = more
+            push(k)
+    return kept

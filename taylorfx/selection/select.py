@@ -2,8 +2,8 @@
 
 Units leave in the order of their scores, lowest first; among equal scores the one that was written later leaves first.
 Constraints (protected scopes, a floor and a most per layer, multiples, uniform scopes) take units out of that order or
-bundle them; then the shortest prefix that meets every budget leaves. All of it is a statement about the coupling:
-nothing is cut.
+bundle them; then the shortest prefix that meets every budget leaves, and of that comes back what still fits, best
+first. All of it is a statement about the coupling: nothing is cut.
 
 The prefix is found by bisection. A cost that never grows when a unit leaves (all but the measured ones) has one point
 from which on it fits, which bisection finds. A measured cost may go up and down: what is found then is a prefix that
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -36,8 +37,8 @@ from taylorfx.selection.budget import (
     each_budget,
     pricing,
 )
-from taylorfx.selection.constraints import Constraints
-from taylorfx.selection.order import finite, last_of_axis, like_structures, quantiles, steps
+from taylorfx.selection.constraints import Constraints, Rules
+from taylorfx.selection.order import finite, last_of_axis, like_structures, quantiles, returned, steps
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -56,7 +57,11 @@ def select(
     per_cost: bool = False,
     **options: Unpack[ConstraintOptions],
 ) -> Plan:
-    """Decide which units stay: remove the lowest scores until the budget is met.
+    """Decide which units stay: remove the lowest scores until the budget is met, and spend what is left of it.
+
+    The last unit that leaves is often a large one, after which smaller ones fit again: they come back, best first, in
+    the bundles of the constraints. In the end no bundle that has left fits. Budgets of a function of your own
+    (`Measured`, or a cost that is no `Cost`) are left with the prefix, since every bundle would have to be measured.
 
     Args:
         scores: ``(units,)``, higher means keep.
@@ -74,28 +79,74 @@ def select(
         SelectionError: for scores that are not finite, globs that match nothing, keywords that no constraint has, or
             keywords beside ``constraints``.
     """
-    budgets, respected = each_budget(budget), Constraints.of(constraints, options)
-    rules = respected.on(coupling)
-    alike = respected.isomorphic and not respected.per_layer
-    classes = coupling.scope if respected.per_layer else like_structures(coupling)[coupling.scope] if alike else None
+    asked = Asked.of(coupling, budget, Constraints.of(constraints, options))
+    values = finite(scores, coupling)
+    prices = pricing(asked.budgets, asked.costs) if per_cost else None
 
     def rank(values: NDArray[np.float64]) -> Plan:
-        values = values if classes is None else quantiles(values, classes)
-        held = rules.protected | last_of_axis(values, coupling)
-        while True:
-            step, count = steps(values, coupling, held, rules)
-            empty = np.flatnonzero(coupling.counts(step >= count) == 0)
-            if not len(empty):
-                return Plan(
-                    coupling, step >= _shortest(step, count, budgets, costs, coupling), " and ".join(map(str, budgets))
-                )
-            for axis in (coupling.axes[k] for k in empty):  # products and slices may need more than a floor per scope
-                worth = np.where(axis >= 0, values[axis], np.inf).min(0)
-                held[axis[:, worth.argmax()]] = True
+        values = asked.ranked(values)
+        plan = first_that_fit(values, asked)
+        return Plan(coupling, asked.spent(plan.keep, values), plan.asked)
 
-    values, costs = finite(scores, coupling), [one.cost(coupling) for one in budgets]
-    prices = pricing(budgets, costs) if per_cost else None
     return _search(values, prices, rank) if prices else rank(values)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of a choice of units: budgets and constraints, with what they count and say on this coupling."""
+
+    coupling: Coupling
+    budgets: tuple[Budget, ...]
+    rules: Rules
+    classes: Labels | None
+    """``(units,)``: the class within which each is ranked; None ranks across the network."""
+    costs: Sequence[Callable[[Mask], float]]
+
+    @staticmethod
+    def of(coupling: Coupling, budget: Budgets, constraints: Constraints) -> Asked:
+        """The same of what `select` takes."""
+        budgets, rules = each_budget(budget), constraints.on(coupling)
+        alike = constraints.isomorphic and not constraints.per_layer
+        scope = coupling.scope
+        classes = scope if constraints.per_layer else like_structures(coupling)[scope] if alike else None
+        costs = [one.cost(coupling) for one in budgets]
+        return Asked(coupling, budgets, rules, classes, costs)
+
+    def ranked(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The values, or where units are ranked within classes, their quantiles there."""
+        return values if self.classes is None else quantiles(values, self.classes)
+
+    def spent(self, keep: Mask, values: NDArray[np.float64]) -> Mask:
+        """These units, and of the others what still fits: the highest values first.
+
+        Only where all costs are counted: one that a function of the user's measures is asked as seldom as possible.
+        """
+        both = [*zip(self.budgets, self.costs, strict=True)]
+        if not all(isinstance(cost, Cost) or isinstance(one, Units) for one, cost in both):
+            return keep
+        everything = np.ones(len(keep), bool)
+        limits = [(cost, one.limit(cost(everything))) for one, cost in both]
+        return returned(
+            keep, values, self.rules.parts(self.coupling), lambda mask: all(cost(mask) <= n for cost, n in limits)
+        )
+
+
+def first_that_fit(values: NDArray[np.float64], asked: Asked) -> Plan:
+    """The plan that the shortest prefix of the order leaves, of those that meet all budgets.
+
+    Args:
+        values: ``(units,)``, finite.
+    """
+    coupling, rules = asked.coupling, asked.rules
+    held = rules.protected | last_of_axis(values, coupling)
+    while True:
+        step, count = steps(values, coupling, held, rules)
+        empty = np.flatnonzero(coupling.counts(step >= count) == 0)
+        if not len(empty):
+            return Plan(coupling, step >= _shortest(step, count, asked), " and ".join(map(str, asked.budgets)))
+        for axis in (coupling.axes[k] for k in empty):  # products and slices may need more than a floor per scope
+            worth = np.where(axis >= 0, values[axis], np.inf).min(0)
+            held[axis[:, worth.argmax()]] = True
 
 
 def foresee(coupling: Coupling, *, budget: Budgets, constraints: Constraints, per_cost: bool) -> None:
@@ -171,15 +222,13 @@ def _search(
     return min(plans, key=lambda plan: float(values[~plan.keep].sum()))
 
 
-def _shortest(
-    step: Labels, steps: int, budgets: Sequence[Budget], counted: Sequence[Callable[[Mask], float]], coupling: Coupling
-) -> int:
+def _shortest(step: Labels, steps: int, asked: Asked) -> int:
     """The fewest steps after which all budgets hold; for `Units` alone, after which it holds exactly."""
 
     def after(cost: Callable[[Mask], float]) -> Callable[[int], float]:
         return cache(lambda n: _real(cost(step >= n)))
 
-    costs = [after(cost) for cost in counted]
+    budgets, costs = asked.budgets, [after(cost) for cost in asked.costs]
     limits = [budget.limit(cost(0)) for budget, cost in zip(budgets, costs, strict=True)]
 
     def fits(n: int) -> bool:
@@ -193,8 +242,8 @@ def _shortest(
             for budget, cost, limit in zip(budgets, costs, limits, strict=True)
             if cost(steps) > limit
         ]
-        frozen = held_by(coupling, "FLOPs" if any(isinstance(one, Flops) for one in budgets) else "parameters")
-        nothing = "" if len(coupling) else "The network has no unit that could leave. "
+        frozen = held_by(asked.coupling, "FLOPs" if any(isinstance(one, Flops) for one in budgets) else "parameters")
+        nothing = "" if len(asked.coupling) else "The network has no unit that could leave. "
         raise BudgetError(
             f"{nothing}The budget is {', and '.join(missed)}. Loosen floor, most, multiple, uniform or protect, or ask "
             f"for no less. {frozen}".rstrip()

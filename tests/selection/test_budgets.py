@@ -21,6 +21,7 @@ from taylorfx import layers as L
 from taylorfx import serial
 from taylorfx.network.run import evaluate
 from taylorfx.selection.order import like_structures
+from taylorfx.selection.select import Asked, first_that_fit
 from taylorfx.testing.strategies import network, networks, random_plan
 
 SEEDS = st.integers(0, 2**16)
@@ -67,6 +68,15 @@ def planned(net, scores, budget, **options):
     """The plan, or none where the constraints leave no room."""
     try:
         return tfx.select(scores, net.coupling, budget=budget, **options)
+    except tfx.BudgetError as error:
+        assert "no less than" in str(error)
+        return None
+
+
+def prefix(net, scores, budget):
+    """What the shortest prefix of the order leaves, before anything comes back; or none likewise."""
+    try:
+        return first_that_fit(scores.double().numpy(), Asked.of(net.coupling, budget, tfx.Constraints()))
     except tfx.BudgetError as error:
         assert "no less than" in str(error)
         return None
@@ -219,10 +229,10 @@ def test_no_less_score_is_lost_without_prices_or_at_those_of_the_whole(net, seed
 
 
 PRICED = {  # share; of ten networks how many plans are better than by plain scores, and the best of all
-    "FLOPs": (0.4, 5, 4),
-    "parameters": (0.25, 5, 7),
-    "memory": (0.6, 7, 9),
-    "latency": (0.3, 1, 3),
+    "FLOPs": (0.4, 5, 10),
+    "parameters": (0.2, 4, 10),
+    "memory": (0.6, 0, 10),  # what comes back makes up for prices that are not known
+    "latency": (0.3, 0, 10),
 }
 
 
@@ -251,7 +261,6 @@ def test_prices_follow_what_is_left(kind):
         regret.append(found / min(lost) - 1)
     assert better >= least_better
     assert regret.count(0) >= least_best
-    assert np.mean(regret) < 0.12, "or nearly as good"
 
 
 def test_of_several_budgets_the_one_that_is_hardest_to_meet_sets_the_prices():
@@ -268,7 +277,7 @@ def test_of_several_budgets_the_one_that_is_hardest_to_meet_sets_the_prices():
             budgets = (tfx.Parameters(parameters), tfx.Memory(memory))
             plan = tfx.select(scores, net.coupling, budget=budgets, per_cost=True)
             lost = sum((~plan.keep[scope == name]).sum() for name in spared)
-            plain = tfx.select(scores, net.coupling, budget=budgets)
+            plain = prefix(net, scores, budgets)
             before = sum((~plain.keep[scope == name]).sum() for name in spared)
             assert lost <= 3
             assert lost < before
@@ -347,22 +356,40 @@ def test_every_layer_can_be_timed(name):
 @given(networks(), SEEDS, st.sampled_from([*KINDS]), st.tuples(st.floats(0.2, 1.0), st.floats(0.2, 1.0)))
 def test_budgets_of_every_kind_are_met_and_monotone(net, seed, kind, shares):
     scores, (low, high) = scores_for(net, seed), sorted(shares)
-    small, large = (planned(net, scores, KINDS[kind](share)) for share in (low, high))
     cost = KINDS[kind](1).cost(net.coupling)
     total = cost(np.ones(len(net.coupling), bool))
-    for plan, share in ((small, low), (large, high)):
-        if plan is not None:
-            assert cost(plan.keep) <= share * total * (1 + 1e-9)
+    small, large = (prefix(net, scores, KINDS[kind](share)) for share in (low, high))
     if small is not None:
         assert (small.keep <= large.keep).all()
+    for least, share in ((small, low), (large, high)):
+        plan = planned(net, scores, KINDS[kind](share))
+        assert (plan is None) == (least is None)
+        if plan is not None:
+            assert (least.keep <= plan.keep).all()
+            assert cost(plan.keep) <= share * total * (1 + 1e-9)
+
+
+@pinned
+def test_no_unit_that_still_fits_stays_away(net, seed):
+    """One by one, and so to the price of the smallest unit."""
+    coupling, scores = net.coupling, scores_for(net, seed)
+    for kind in PRICED:
+        budget = KINDS[kind](0.6)
+        cost = budget.cost(coupling)
+        plans = [planned(net, scores, budget, per_cost=priced) for priced in (False, True)]
+        for plan in (one for one in plans if one is not None):
+            for unit in np.flatnonzero(~plan.keep):
+                back = plan.keep.copy()
+                back[unit] = True
+                assert cost(back) > 0.6 * cost.total * (1 + 1e-12)
 
 
 @given(networks(), SEEDS, st.dictionaries(st.sampled_from([*KINDS]), st.floats(0.3, 1.0), min_size=1))
 def test_several_budgets_at_once_leave_what_each_of_them_leaves(net, seed, shares):
     scores = scores_for(net, seed)
     budgets = [KINDS[kind](share) for kind, share in shares.items()]
-    alone = [planned(net, scores, budget) for budget in budgets]
-    together = planned(net, scores, tuple(budgets))
+    alone = [prefix(net, scores, budget) for budget in budgets]
+    together = prefix(net, scores, tuple(budgets))
     assert (together is None) == (None in alone)
     if together is not None:
         assert np.array_equal(together.keep, np.all([plan.keep for plan in alone], 0))

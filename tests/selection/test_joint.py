@@ -98,8 +98,13 @@ def test_budgets_hold_on_any_network(net, budget):
         return
     plan = tfx.joint(stats, net.coupling, budget=budget, rounds=5)
     cost = budget.cost(net.coupling)
-    assert cost(plan.keep) <= budget.limit(cost(np.ones(len(net.coupling), bool)))
+    limit = budget.limit(cost(np.ones(len(net.coupling), bool)))
+    assert cost(plan.keep) <= limit
     assert plan.asked == expected.asked
+    for unit in np.flatnonzero(~plan.keep):  # nothing that still fits stays away
+        back = plan.keep.copy()
+        back[unit] = True
+        assert cost(back) > limit
 
 
 @settings(max_examples=10)

@@ -15,7 +15,7 @@ from taylorfx import serial
 from taylorfx.coupling.units import Coupling, Mask
 from taylorfx.network.labels import Labels
 from taylorfx.selection.constraints import Rules
-from taylorfx.selection.order import Values, steps
+from taylorfx.selection.order import Values, returned, steps
 from taylorfx.testing.strategies import network
 
 COUPLINGS = [network(CONSTRUCTS[name]).coupling for name in ("residual stream", "multi-head", "dense", "grouped")]
@@ -79,3 +79,45 @@ def test_the_bundles_of_lowest_mean_score_leave_first(drawn: tuple[Values, Coupl
 
 def members(step: Labels, count: int) -> list[list[int]]:
     return [np.flatnonzero(step == k).tolist() for k in range(count)]
+
+
+@given(orders(), st.floats(0.0, 1.0), st.floats(0.0, 1.0), st.data())
+def test_the_best_bundles_that_fit_come_back(
+    drawn: tuple[Values, Coupling, Mask, Rules], share: float, room: float, data: st.DataObject
+) -> None:
+    values, coupling, _, rules = drawn
+    step, count = steps(*drawn)
+    keep = step >= int(share * count)
+    prices = np.array(data.draw(st.lists(st.integers(1, 5), min_size=len(values), max_size=len(values))))
+    limit = prices[keep].sum() + room * prices[~keep].sum()
+
+    def fits(mask: Mask) -> bool:
+        return bool(prices[mask].sum() <= limit)
+
+    def bundles(mask: Mask) -> list[list[int]]:
+        """What may come back next of every group, in plain loops, the highest mean first."""
+        result = []
+        for group in rules.groups:
+            width = math.lcm(*(rules.multiples[k] for k in group))
+            gone = [[u for u in range(len(values)) if coupling.scope[u] == k and not mask[u]] for k in group]
+            result.append([u for us in gone for u in sorted(us, key=lambda u: (-values[u], u))[:width]])
+        return sorted((units for units in result if units), key=lambda units: -values[units].mean())
+
+    def and_also(mask: Mask, units: list[int]) -> Mask:
+        more = mask.copy()
+        more[units] = True
+        return more
+
+    after = returned(keep, values, (coupling.scope, rules), fits)
+    assert fits(after)
+    assert (after >= keep).all()
+    assert not any(fits(and_also(after, units)) for units in bundles(after))
+    fitting = [units for units in bundles(keep) if fits(and_also(keep, units))]
+    if fitting:
+        best = [units for units in fitting if values[units].mean() == values[fitting[0]].mean()]
+        assert any(after[units].all() for units in best)
+    for group in rules.groups:  # in the order in which they left, and as far as the rules let them
+        counts = {int(after[coupling.scope == k].sum()) for k in group}
+        width, size = math.lcm(*(rules.multiples[k] for k in group)), int(coupling.sizes[group[0]])
+        assert all(n % width == 0 or n == size for n in counts)
+        assert len(counts) == 1
