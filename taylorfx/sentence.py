@@ -15,6 +15,7 @@ from taylorfx.coupling.couple import couple
 from taylorfx.coupling.units import Coupling
 from taylorfx.cutting.cut import cut
 from taylorfx.cutting.plan import Plan
+from taylorfx.cutting.pruned import Pruned
 from taylorfx.functions import name_of, unfit
 from taylorfx.network.parameters import check
 from taylorfx.network.spec import Spec
@@ -59,7 +60,7 @@ def prune(
     repair: Repair | None = None,
     like: UserModule | None = None,
     **options: Unpack[Options],
-) -> tuple[Params, Spec]:
+) -> Pruned:
     """A smaller network that computes what the units it keeps computed: new parameters and a new spec.
 
     ::
@@ -98,7 +99,11 @@ def prune(
 
     Budgets, constraints, the criterion, the choice and the repair are checked before anything is measured. The errors
     are those of `measure` and `select`; scores that are zero for all units are refused. Nothing that is received is
-    changed. To see what is going to happen, or to cut momentum along, write the sentence out.
+    changed. To see what is going to happen, write the sentence out.
+
+    Returns:
+        The pair ``(params, spec)``. As a `Pruned` it also has the ``plan`` that led there, by which momentum is cut and
+        optimizers are carried along, and the ``plans`` of its steps.
 
     Raises:
         Interrupted: at a ``KeyboardInterrupt`` after the first step, with what the last whole step left.
@@ -111,29 +116,37 @@ def prune(
     step = _Step.of(batch, criterion, choose, how, per_cost, cautious=True, repair=repair)
     if like is None:
         return _pruned(params, spec, budgets, steps, respected, step)
+    return _pruned_like(like, params, spec, budgets, steps, respected, step)
+
+
+def _pruned_like(
+    like: UserModule, params: Params, spec: Spec, budgets: tuple[Budget, ...], steps: int | None,
+    constraints: Constraints, step: _Step,
+) -> Pruned:  # fmt: skip
+    """All steps of `prune`, of what the module's class can hold."""
     from taylorfx.interop import like as classes  # which import torch.export, slowly
     from taylorfx.interop import trials
 
-    original = trials.of_batch(like, params, spec, next(iter(each_batch(batch)))[0])
+    original = trials.of_batch(like, params, spec, next(iter(each_batch(step.batches)))[0])
     coupling = couple(params, spec)
-    respected = respected.also(trials.constraints_of(original, params, coupling), coupling)
-    small, smaller = _pruned(params, spec, budgets, steps, respected, step)
-    classes.resized(original, small, smaller, ())
-    return small, smaller
+    respected = constraints.also(trials.constraints_of(original, params, coupling), coupling)
+    pruned = _pruned(params, spec, budgets, steps, respected, step)
+    classes.resized(original, pruned.params, pruned.spec, ())
+    return pruned
 
 
 def _pruned(
     params: Params, spec: Spec, budgets: tuple[Budget, ...], steps: int | None, constraints: Constraints, step: _Step
-) -> tuple[Params, Spec]:
+) -> Pruned:
     """All steps of `prune`."""
-    done, left = 0, (params, spec)
+    left = Pruned(params, spec, ())
     try:
-        for small, smaller, _ in _iterated(params, spec, partial(_ways, budgets, steps), constraints, step):
-            done, left = done + 1, (small, smaller)
+        for small, smaller, plan in _iterated(params, spec, partial(_ways, budgets, steps), constraints, step):
+            left = Pruned(small, smaller, (*left.plans, plan))
     except KeyboardInterrupt as stop:
-        if not done:
+        if not left.plans:
             raise
-        raise Interrupted(*left, done) from stop
+        raise Interrupted(left) from stop
     return left
 
 
@@ -143,20 +156,35 @@ class Interrupted(KeyboardInterrupt):
         try:
             params, spec = tfx.prune(params, spec, batches, budget=tfx.Flops(0.3))
         except taylorfx.sentence.Interrupted as stopped:
-            params, spec = stopped.params, stopped.spec
+            params, spec = stopped.pruned
 
     Like ``KeyboardInterrupt``, it ends a program that does not catch it. With ``like=``, the class has not been tried
     with this network yet; ``to_torch(..., like=...)`` does that.
 
     Attributes:
-        params: what the last whole step left, as `iterate` hands it out.
-        spec: its network.
+        pruned: what the last whole step left, as `prune` would have returned it: its ``params``, its ``spec``, the
+            ``plan`` of all steps until then.
         steps: how many steps were whole.
     """
 
-    def __init__(self, params: Params, spec: Spec, steps: int) -> None:
-        super().__init__(f"prune was interrupted after {steps} of its steps; params and spec are what they left.")
-        self.params, self.spec, self.steps = params, spec, steps
+    def __init__(self, pruned: Pruned) -> None:
+        self.pruned, self.steps = pruned, len(pruned.plans)
+        super().__init__(f"prune was interrupted after {self.steps} of its steps; pruned is what they left.")
+
+    @property
+    def params(self) -> Params:
+        """The parameters of what is left."""
+        return self.pruned.params
+
+    @property
+    def spec(self) -> Spec:
+        """The network of what is left."""
+        return self.pruned.spec
+
+    @property
+    def plan(self) -> Plan:
+        """All whole steps as one plan of the original network."""
+        return self.pruned.plan
 
 
 def _values(
@@ -254,8 +282,7 @@ def iterate(
 
     The other arguments are those of `prune`, and so are the errors; what is wrong with constraints, the criterion, the
     choice and the repair is said at once, what is wrong with a budget before its step measures anything. A bias that a
-    layer gains from a repair is not in the plan: the momentum lacks it, and such a step's plan does not compose with
-    the next one.
+    layer gains from a repair is not in the plan of that step, and the momentum lacks it; plans compose all the same.
     """
     respected, how = _values(constraints, measurement, options)
     step = _Step.of(batches, criterion, choose, how, per_cost, cautious=cautious, repair=repair)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -26,6 +27,8 @@ from torch import Tensor
 from taylorfx.cutting.plan import Indices, Plan, PlanError
 from taylorfx.internals import wrapped
 from taylorfx.layers import Shape
+from taylorfx.layers.roles import Mixing
+from taylorfx.network.spec import Node, Spec
 from taylorfx.tree import Params, flatten, map_paths
 
 __all__ = ["Scratch", "compose", "cut", "expand", "fits", "take"]
@@ -176,11 +179,14 @@ def compose(first: Plan, second: Plan) -> Plan:
         the second, of those     0        2  3          its indices are those of the smaller network
         together                 0        3     5
 
+    Between the two, layers may have gained biases from a repair. They are not of the original network, so that the one
+    plan says nothing of them.
+
     Raises:
         PlanError: if the second plan is not of the network that the first one leaves, or if no plan keeps just what
             both keep.
     """
-    if second.coupling.spec != first.spec:
+    if not _same_but_for_biases(first.spec, second.coupling.spec):
         raise PlanError(
             "Plans compose if the second is of the network that the first one leaves; received one of another network. "
             "Select it for couple(cut(params, first), first.spec)."
@@ -206,6 +212,21 @@ def compose(first: Plan, second: Plan) -> Plan:
                     f"which {path} would keep other indices. Apply them one after the other."
                 )
     return plan
+
+
+def _same_but_for_biases(before: Spec, after: Spec) -> bool:
+    """Whether a network is another one, some layers of which may have gained a bias."""
+    if before == after or len(before) != len(after):
+        return before == after
+
+    def gained(one: Node, other: Node) -> bool:
+        role, biased = (node.layer.role(Mixing) for node in (one, other))
+        return role is not None and biased is not None and biased.has_bias and role.with_bias() == other.layer
+
+    return replace(after, nodes=before.nodes) == before and all(
+        one == other or (replace(one, layer=other.layer) == other and gained(one, other))
+        for one, other in zip(before, after, strict=True)
+    )
 
 
 def _sizes(plan: Plan, path: str) -> list[int]:

@@ -15,7 +15,7 @@ from taylorfx.network.run import Inputs, apply, bind_inputs, fitted
 from taylorfx.network.spec import Node, Spec
 from taylorfx.progress import LOG, bar
 from taylorfx.repair.batches import Batches, inputs_of
-from taylorfx.repair.readers import kept_channels, lost, sharing, shifted
+from taylorfx.repair.readers import kept_channels, lost, sharing, shifted, takes_shift
 from taylorfx.tree import Params, flatten, merge, restrict, unflatten
 
 __all__ = ["LeastSquares", "reconstruct"]
@@ -46,13 +46,16 @@ class LeastSquares:
     def __add__(self, other: LeastSquares) -> LeastSquares:
         return LeastSquares(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
-    def solve(self, start: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    def solve(self, start: Tensor, ridge: float, *, intercept: bool = True) -> tuple[Tensor, Tensor]:
         """The weights ``W`` ``(g, k, o)`` and intercepts ``(g, o)`` of the least ``|y - x W - b|^2``, near ``start``.
 
         Added is ``ridge`` times the mean variance of ``x`` times ``|W - start|^2``. So a large ridge leaves the weights
         alone and moves the intercept only, which is what `compensate` does.
+
+        Args:
+            intercept: otherwise ``b`` is zero, and the second moment of ``x`` stands for its variance.
         """
-        x, y = self.x / self.n, self.y / self.n
+        x, y = (total / self.n if intercept else torch.zeros_like(total) for total in (self.x, self.y))
         variance = self.xx / self.n - x[:, :, None] * x[:, None]
         residual = self.xy / self.n - x[:, :, None] * y[:, None] - variance @ start
         spread, size = (m.diagonal(dim1=1, dim2=2).mean(1) for m in (variance, self.xx / self.n))
@@ -68,6 +71,7 @@ def reconstruct(
     batches: Batches,
     *,
     ridge: float = 1e-2,
+    biases: bool = True,
     total: Callable[[LeastSquares], LeastSquares] | None = None,
     progress: bool = False,
 ) -> tuple[Params, Spec]:
@@ -87,6 +91,8 @@ def reconstruct(
         params: the original parameters.
         batches: ``(inputs, targets)``, or an iterable of such; the targets are not looked at.
         ridge: how strongly weights are held where they were, in units of the mean variance of what is read; above 0.
+        biases: let layers gain a bias. Without, a layer that has none, and no batch norm that takes up a shift, is
+            solved for its weights alone: a class whose layers have no biases, as a Llama, then holds the result.
         total: adds up the sums of several processes that each have batches of their own (`distributed.total`).
         progress: draw a progress bar over the layers (needs rich).
 
@@ -118,7 +124,8 @@ def reconstruct(
                     part = _rows(plan, spec[node.name], node, role, x, y)
                     sums = part if sums is None else sums + part
             assert sums is not None
-            small, spec = _solved(small, spec, names, sums if total is None else total(sums), ridge)
+            intercept = biases or takes_shift(spec, names)
+            small, spec = _solved(small, spec, names, sums if total is None else total(sums), ridge, intercept)
             LOG.info("reconstruct: %s", ", ".join(names))
             advance(1)
     return small, spec
@@ -133,15 +140,19 @@ def _rows(plan: Plan, small: Node, node: Node, role: Mixing, x: Tensor, y: Tenso
     return LeastSquares.of(smaller.windows(x), smaller.rows(y))
 
 
-def _solved(params: Params, spec: Spec, names: Sequence[str], sums: LeastSquares, ridge: float) -> tuple[Params, Spec]:
+def _solved(
+    params: Params, spec: Spec, names: Sequence[str], sums: LeastSquares, ridge: float, intercept: bool
+) -> tuple[Params, Spec]:
     """The network with the weight and the bias that these nodes share as the regression has them."""
     node, leaves = spec[names[0]], flatten(params)
     role = node.layer.role(Mixing)
     assert role is not None
     path = node.path(role.weight)
-    matrix, bias = sums.solve(role.matrix(leaves[path].detach()).double(), ridge)
+    matrix, bias = sums.solve(role.matrix(leaves[path].detach()).double(), ridge, intercept=intercept)
     past = leaves[node.path(role.bias)].detach() if role.has_bias else 0.0
     params = merge(params, {path: role.as_weight(matrix, leaves[path])})
+    if not intercept:
+        return params, spec
     return shifted(params, spec, names, bias.flatten() - past)
 
 

@@ -14,7 +14,7 @@ from taylorfx.layers.roles import Mixing, RunningStatistics
 from taylorfx.network.spec import Node, Spec
 from taylorfx.tree import Params, flatten, merge, unflatten
 
-__all__ = ["kept_channels", "lost", "mixing", "sharing", "shifted"]
+__all__ = ["kept_channels", "lost", "mixing", "sharing", "shifted", "takes_shift"]
 
 
 def mixing(spec: Spec) -> Iterator[tuple[Node, Mixing]]:
@@ -57,6 +57,12 @@ def lost(plan: Plan) -> set[str]:
     return {node.name for node, role in nodes if not kept_channels(plan, node, role)[0].all()}
 
 
+def takes_shift(spec: Spec, names: Sequence[str]) -> bool:
+    """Whether layers that share their bias can be shifted without gaining one (`shifted`)."""
+    nodes = [(node, role) for node, role in mixing(spec) if node.name in names]
+    return nodes[0][1].has_bias or _means(spec, nodes) is not None
+
+
 def shifted(params: Params, spec: Spec, names: Sequence[str], shift: Tensor) -> tuple[Params, Spec]:
     """Add ``(channels,)`` to the values of layers that share their bias.
 
@@ -68,14 +74,20 @@ def shifted(params: Params, spec: Spec, names: Sequence[str], shift: Tensor) -> 
     path, weight = nodes[0][0].path(nodes[0][1].bias), leaves[nodes[0][0].path(nodes[0][1].weight)]
     if nodes[0][1].has_bias:
         return merge(params, {path: leaves[path] + shift.to(leaves[path])}), spec
-    means = [_mean(spec, node, role) for node, role in nodes]
-    if all(means) and len({*means}) == len(means):
-        return merge(params, {mean: leaves[mean] - shift.to(leaves[mean]) for mean in means if mean}), spec
+    means = _means(spec, nodes)
+    if means is not None:
+        return merge(params, {mean: leaves[mean] - shift.to(leaves[mean]) for mean in means}), spec
     biased = {node.name: replace(node, layer=role.with_bias()) for node, role in nodes}
     return (
         unflatten({**leaves, path: shift.to(weight)}),
         replace(spec, nodes=tuple(biased.get(node.name, node) for node in spec)),
     )
+
+
+def _means(spec: Spec, nodes: Sequence[tuple[Node, Mixing]]) -> list[str] | None:
+    """The paths of the running means that take up a shift of these layers, one for each; ``None`` if not all have one."""
+    means = [_mean(spec, node, role) for node, role in nodes]
+    return [x for x in means if x] if all(means) and len({*means}) == len(means) else None
 
 
 def _mean(spec: Spec, node: Node, role: Mixing) -> str | None:

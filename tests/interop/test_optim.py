@@ -123,6 +123,35 @@ def test_training_after_the_cut_is_gated_training_of_what_stays(name, data):
     assert_same(small, cut(whole, plan), **CLOSE)
 
 
+@pytest.mark.parametrize("repair", [None, tfx.compensate])
+def test_carrying_over_all_steps_of_a_prune_at_once_is_carrying_step_by_step(repair):
+    """A bias that layer "b" gains from the repair is of no plan, and of neither optimizer."""
+    spec = tfx.serial(
+        tfx.Input((4,)), a=L.Linear(4, 12), act=L.Tanh(), b=L.Linear(12, 9, bias=False), more=L.Tanh(),
+        head=L.Linear(9, 3),
+    )  # fmt: skip
+    params = tfx.init(spec, torch.Generator().manual_seed(0), dtype=torch.float64)
+    whole = leaves_of(params)
+    optimizer = optim.AdamW(whole.values(), 0.01, amsgrad=True)
+    for seed in range(3):
+        feed(optimizer, whole, fresh(whole, seed))
+    generator = torch.Generator().manual_seed(1)
+    batch = torch.randn(16, 4, generator=generator, dtype=torch.float64), torch.arange(16) % 3
+    pruned = tfx.prune(unflatten(whole), spec, batch, budget=tfx.Flops(0.5), steps=3, repair=repair)
+    small = leaves_of(pruned.params)
+    assert len(pruned.plans) == 3
+    assert ("b.bias" in small) == (repair is not None)
+    at_once = carry(optimizer, pruned.plan, small, old=whole)
+    stepwise, before = optimizer, whole
+    for plan in pruned.plans:
+        after = leaves_of(tfx.cut(unflatten({path: before[path] for path in whole}), plan))
+        stepwise, before = carry(stepwise, plan, after, old=before), after
+    assert len(at_once.state) == len(whole)
+    assert str(at_once.state_dict()) == str(stepwise.state_dict())
+    for path in whole:
+        assert_same(at_once.state[small[path]], stepwise.state[before[path]], rtol=0, atol=0)
+
+
 # Two that do not treat entries alone.
 
 

@@ -236,6 +236,24 @@ def test_no_other_weights_reconstruct_a_layer_better(net, seed):
             assert (node.layer.apply(noise, new[node.name, 0]) - target).square().sum() > best - 1e-9
 
 
+@given(networks(), SEEDS)
+def test_without_biases_every_layer_has_the_parameters_that_it_had(net, seed):
+    plan = plan_for(net, seed)
+    small, spec = tfx.reconstruct(net.params, plan, net.batch, biases=False)
+    check(small, spec)
+    assert spec == plan.spec
+    assert tfx.tree.flatten(small).keys() == tfx.tree.flatten(net.params).keys()
+
+
+def test_without_biases_no_other_weights_reconstruct_a_layer_better():
+    net = network(tfx.serial(tfx.Input((6,)), a=L.Linear(6, 5), act=L.ReLU(), b=L.Linear(5, 4, bias=False)))
+    plan = tfx.Plan(net.coupling, np.arange(5) < 3)
+    small, spec = tfx.reconstruct(net.params, plan, net.batch, ridge=1e-9, biases=False)
+    x = values(small, spec, net.batch[0])["b", 0]
+    expected = torch.linalg.lstsq(x, tfx.apply(net.params, net.spec, net.batch[0])).solution
+    assert_close(small["b"]["weight"].T, expected, rtol=1e-5, atol=1e-7)
+
+
 @given(SEEDS, st.integers(1, 3), st.integers(1, 4), st.integers(1, 3))
 def test_least_squares_are_those_of_torch_whatever_the_batches(seed, groups, inputs, outputs):
     generator = torch.Generator().manual_seed(seed)
@@ -251,6 +269,9 @@ def test_least_squares_are_those_of_torch_whatever_the_batches(seed, groups, inp
             extended = torch.cat([x[:, g], torch.ones(40, 1, dtype=torch.float64)], 1)
             expected = torch.linalg.lstsq(extended, y[:, g]).solution
             assert_close(torch.cat([weights[g], bias[g : g + 1]]), expected, rtol=1e-6, atol=1e-8)
+            through_zero = torch.linalg.lstsq(x[:, g], y[:, g]).solution
+            assert_close(sums.solve(start, 1e-12, intercept=False)[0][g], through_zero, rtol=1e-6, atol=1e-8)
+        assert not sums.solve(start, 1e-12, intercept=False)[1].any()
         held, bias = sums.solve(start, 1e12)
         assert_close(held, start, rtol=1e-6, atol=1e-8)
         assert_close(bias, (y - torch.einsum("rgk,gko->rgo", x, start)).mean(0), rtol=1e-6, atol=1e-6)

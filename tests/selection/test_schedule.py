@@ -1,6 +1,7 @@
 """Schedules fall from the start to the end, and `iterate` prunes by them with training in between."""
 
 import importlib
+import pickle
 from functools import reduce
 from itertools import pairwise
 
@@ -10,7 +11,7 @@ import optree
 import pytest
 import torch
 from constructs import CONSTRUCTS
-from hypothesis import example, given
+from hypothesis import example, given, settings
 
 import taylorfx as tfx
 from taylorfx.network.parameters import check
@@ -166,6 +167,38 @@ def test_pruning_in_steps_is_iterating():
         tfx.prune(net.params, net.spec, net.batch, budget=0.5, steps=0)
 
 
+REPAIRS = (None, tfx.recalibrate, tfx.compensate, tfx.reconstruct)
+
+
+@settings(max_examples=settings().max_examples // 2)
+@given(networks(), st.sampled_from(REPAIRS))
+@example(network(CONSTRUCTS["residual stream"]), tfx.compensate)
+@example(network(CONSTRUCTS["groups without bias"]), tfx.reconstruct)
+def test_pruning_hands_out_its_steps_as_one_plan_whatever_was_repaired_between_them(net, repair):
+    """It cuts the original parameters to those of the result; but for biases, which only the repaired network has."""
+    try:
+        pruned = tfx.prune(net.params, net.spec, net.batch, budget=tfx.Flops(0.6), steps=2, repair=repair)
+    except tfx.BudgetError:  # there are networks of which nothing can leave
+        return
+    params, spec = pruned
+    assert params is pruned.params
+    assert spec is pruned.spec
+    assert len(pruned.plans) == 2
+    one = tfx.tree.flatten(tfx.cut(net.params, pruned.plan))
+    steps = tfx.tree.flatten(reduce(tfx.cut, pruned.plans, net.params)) if repair is None else tfx.tree.flatten(params)
+    gained = steps.keys() - one.keys()
+    assert bool(gained) <= (repair in (tfx.compensate, tfx.reconstruct))
+    assert all(path.endswith("bias") for path in gained)
+    assert {path: leaf.shape for path, leaf in one.items()} == {path: steps[path].shape for path in one}
+    if repair is None:
+        assert_trees_equal(params, tfx.tree.unflatten(one))
+    if not gained:
+        assert pruned.plan.spec == spec
+    again = pickle.loads(pickle.dumps(pruned))
+    assert again.plan == pruned.plan
+    assert_trees_equal(again[0], params)
+
+
 @pytest.mark.parametrize("whole", [0, 1, 2])
 def test_an_interrupted_prune_gives_back_the_steps_until_then(whole):
     net = network(CONSTRUCTS["dense"])
@@ -188,6 +221,8 @@ def test_an_interrupted_prune_gives_back_the_steps_until_then(whole):
         params, spec, _ = taken[whole - 1]
         assert (stopped.value.spec, stopped.value.steps) == (spec, whole)
         assert_trees_equal(stopped.value.params, params)
+        assert_trees_equal(tfx.cut(net.params, stopped.value.plan), params)
+        assert stopped.value.pruned.plans == tuple(plan for *_, plan in taken[:whole])
 
 
 def test_every_step_of_pruning_leaves_nine_tenths_and_counts_of_units_take_one(monkeypatch):

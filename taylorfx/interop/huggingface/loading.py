@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from taylorfx.interop.capture.export import from_torch
@@ -55,22 +56,16 @@ def from_pretrained(
         options: further arguments of the class's ``from_pretrained``.
 
     Raises:
-        ConfigError: for a config that names no class, and inputs that cannot be invented.
+        ConfigError: for a config that names no class, a checkpoint that has not all of the parameters or has them in
+            other shapes, attention whose masks are no tensors, and inputs that cannot be invented.
+        FileNotFoundError: for a path where there is no folder.
         CaptureError: if the model cannot be captured.
     """
-    transformers = library()
-    if isinstance(source, transformers.PreTrainedModel):
+    if isinstance(source, library().PreTrainedModel):
         model = source if dtype is None else source.to(dtype)
     else:
-        name = str(source) if isinstance(source, Path) else source
-        config = transformers.AutoConfig.from_pretrained(name)
-        kinds = [kind for kind in config.architectures or () if hasattr(transformers, kind)]
-        if not kinds:
-            raise ConfigError(
-                f"A config names the class of its model; architectures of {source} is {config.architectures}. Load the "
-                "model yourself and give it."
-            )
-        model = getattr(transformers, kinds[0]).from_pretrained(name, **options, **({"dtype": dtype} if dtype else {}))
+        model = _loaded(source, {**options, **({"dtype": dtype} if dtype else {})})
+    _refuse_attention(model)
     model.eval()
     if example_inputs is not None:
         return Pretrained(model, *from_torch(model, dict(example_inputs), outputs=outputs))
@@ -82,6 +77,76 @@ def from_pretrained(
         del inputs["attention_mask"]  # GPT-2 makes of its shape what holds for one number of examples only
         params, spec = from_torch(model, inputs, outputs=outputs)
     return Pretrained(model, params, spec)
+
+
+def class_of(source: str | Path) -> Any:
+    """The class that the config of a folder names.
+
+    Raises:
+        ConfigError: for a config that names none, and a folder without one.
+        FileNotFoundError: for a path where there is no folder.
+    """
+    transformers, folder = library(), Path(source)
+    local = isinstance(source, Path) or folder.is_absolute() or source.startswith(".")
+    if local and not folder.is_dir():
+        raise FileNotFoundError(f"A model is loaded from a folder with config.json; there is no folder {source}.")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ConfigError(f"A model is loaded from a folder with config.json; {source} has none.")
+    architectures = transformers.AutoConfig.from_pretrained(str(source)).architectures
+    kinds = [kind for kind in architectures or () if hasattr(transformers, kind)]
+    if not kinds:
+        raise ConfigError(
+            f"A config names the class of its model; architectures of {source} is {architectures}. Load the model "
+            "yourself and give it."
+        )
+    return getattr(transformers, kinds[0])
+
+
+def _loaded(source: str | Path, options: Mapping[str, Any]) -> Any:
+    """The model of a folder; the library would give random numbers to parameters that the checkpoint lacks."""
+    cls = class_of(source)
+    how = {"ignore_mismatched_sizes": True, **options, "output_loading_info": True}
+    try:
+        model, report = cls.from_pretrained(str(source), **how)
+    except SafetensorError as error:
+        raise ConfigError(f"The safetensors of {source} are damaged: {error}. Copy or download them again.") from error
+    lines = [f"{path} is missing" for path in sorted(report["missing_keys"])]
+    lines += [
+        f"{path} is {tuple(there)} instead of {tuple(wanted)}"
+        for path, there, wanted in sorted(report["mismatched_keys"])
+    ]
+    if lines:
+        unknown = sorted(report["unexpected_keys"])
+        lines += [f"{path} is there, which the class does not have" for path in unknown]
+        shown = [*lines[:SHOWN], *[f"and {len(lines) - SHOWN} more"] * (len(lines) > SHOWN)]
+        raise ConfigError(
+            f"A checkpoint has all parameters of {cls.__name__} by their names; in {source}\n  "
+            + "\n  ".join(shown)
+            + "\nCompare config.json with the model that was saved, or load the model yourself and give it."
+        )
+    return model
+
+
+SHOWN = 12
+"""How many parameters an error lists."""
+
+ATTENTION = ("eager", "sdpa")
+"""The implementations of attention whose masks are tensors."""
+
+
+def _refuse_attention(model: Any) -> None:
+    """Refuse masks that are no tensors, or that leave no trace in a graph.
+
+    Raises:
+        ConfigError: with the way out.
+    """
+    kinds = {getattr(x, "_attn_implementation", None) for x in (model.config, model.config.get_text_config())} - {None}
+    if strange := sorted(kinds.difference(ATTENTION)):
+        raise ConfigError(
+            f"Masks are captured where attention is {' or '.join(ATTENTION)}; that of {type(model).__name__} is "
+            f'{", ".join(strange)}. Load it with attn_implementation="sdpa", or call '
+            'model.set_attn_implementation("sdpa"): the weights are the same.'
+        )
 
 
 def example_of(model: Any) -> dict[str, Tensor]:
