@@ -1,0 +1,274 @@
+"""Text that comes with Python, a small Llama that learns it, and the contestants of the language benchmark."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import math
+import sysconfig
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import taylorfx as tfx
+from taylorfx.interop import huggingface
+
+VOCABULARY = 1024
+EXAMPLES, MOST = 64, 0.9
+"""How many sequences are scored and repaired with; the most that a scope loses, as in quality.py."""
+
+Batch = tuple[dict[str, Tensor], Tensor]
+Plans = dict[float, tfx.Plan]
+Contestant = Callable[[Sequence[float]], Plans]
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of the model and of a batch."""
+
+    hidden: int = 128
+    layers: int = 4
+    heads: int = 4
+    intermediate: int = 352
+    length: int = 96
+    batch: int = 16
+
+
+def documents() -> list[str]:
+    """Python's language reference and the docstrings of its standard library, each once, in a fixed order."""
+    texts = set(topics.values())
+    for file in Path(sysconfig.get_paths()["stdlib"]).rglob("*.py"):
+        if {"site-packages", "test", "tests", "idlelib"} & {*file.parts}:
+            continue
+        try:
+            tree = ast.parse(file.read_text("utf8"))
+        except (SyntaxError, UnicodeDecodeError):
+            continue
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        texts |= {ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, kinds)}
+    return sorted(texts - {""}, key=digest)
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def tokens(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """The tokens of nine tenths of the texts, from which the byte pairs are learned, and of the others."""
+    import tokenizers
+
+    learned, judged = texts[len(texts) // 10 :], texts[: len(texts) // 10]
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(learned, vocab_size=VOCABULARY, show_progress=False)
+    parts = (
+        [token for one in tokenizer.encode_batch([f"{text}\n\n" for text in part]) for token in one.ids]
+        for part in (learned, judged)
+    )
+    one, two = (torch.tensor(part) for part in parts)
+    return one, two
+
+
+def sequences(stream: Tensor, count: int, length: int, generator: torch.Generator) -> Tensor:
+    """``(count, length)`` tokens, each sequence from a place drawn at random."""
+    starts = torch.randint(len(stream) - length, (count, 1), generator=generator)
+    return stream[starts + torch.arange(length)]
+
+
+def batches(rows: Tensor, size: int) -> list[Batch]:
+    return [({"input_ids": part, "attention_mask": torch.ones_like(part)}, part) for part in rows.split(size)]
+
+
+def llama(size: Size, seed: int) -> Any:
+    """A Llama with random weights."""
+    import transformers
+
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=size.hidden, num_hidden_layers=size.layers, num_attention_heads=size.heads,
+        num_key_value_heads=size.heads // 2, intermediate_size=size.intermediate, use_cache=False,
+        max_position_embeddings=2 * size.length, tie_word_embeddings=True,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def learn(
+    model: nn.Module, stream: Tensor, size: Size, steps: int, lr: float, generator: torch.Generator,
+    teacher: nn.Module | None = None,
+) -> nn.Module:  # fmt: skip
+    """The model after so many steps of AdamW under a cosine; half of the loss is the teacher's if there is one."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.01)
+    warm = max(1, min(100, steps // 10))
+
+    def rate(k: int) -> float:
+        return min((k + 1) / warm, 0.5 * (1 + math.cos(math.pi * k / steps)))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    model.train()
+    for _ in range(steps):
+        ((inputs, labels),) = batches(sequences(stream, size.batch, size.length, generator), size.batch)
+        outputs = model(**inputs)
+        loss = huggingface.next_token(outputs, labels).mean()
+        if teacher is not None:
+            with torch.no_grad():
+                targets = teacher(**inputs)
+            loss = 0.5 * loss + 0.5 * huggingface.distillation(outputs, targets).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class Case:
+    """What all contestants look at: a model, its network, the scored sequences and what its class can hold."""
+
+    model: Any
+    params: tfx.Params
+    spec: tfx.Spec
+    batches: list[Batch]
+    constraints: tfx.Constraints
+    seed: int
+
+    @staticmethod
+    def of(model: Any, rows: Tensor, seed: int) -> Case:
+        scored = batches(rows, 16)
+        model, params, spec = huggingface.from_pretrained(model, scored[0][0], outputs="logits")
+        held = huggingface.holdable(model, params, spec, scored[0][0])
+        return Case(model, params, spec, scored, held.also(tfx.Constraints(most=MOST), tfx.couple(params, spec)), seed)
+
+    @cached_property
+    def coupling(self) -> tfx.Coupling:
+        return tfx.couple(self.params, self.spec)
+
+    @cached_property
+    def stats(self) -> tfx.Statistics:
+        return tfx.measure(
+            self.params, self.spec, self.batches, self.coupling, loss=huggingface.next_token, rows=True
+        )  # fmt: skip
+
+    def ranked(self, scores: Tensor, *, per_cost: bool = False, per_layer: bool = False) -> Contestant:
+        """By scores that are there, all at once."""
+
+        def choose(shares: Sequence[float]) -> Plans:
+            rules = self.constraints if not per_layer else tfx.Constraints(**vars(self.constraints) | {"per_layer": 1})
+            return {
+                share: tfx.select(
+                    scores, self.coupling, budget=tfx.Flops(share), constraints=rules, per_cost=per_cost
+                )
+                for share in shares
+            }  # fmt: skip
+
+        return choose
+
+    def pruned(self, **options: Any) -> Contestant:
+        """By `tfx.prune`."""
+
+        def choose(shares: Sequence[float]) -> Plans:
+            return {
+                share: tfx.prune(
+                    self.params, self.spec, self.batches, budget=tfx.Flops(share), loss=huggingface.next_token,
+                    constraints=self.constraints, **options,
+                ).plan
+                for share in shares
+            }  # fmt: skip
+
+        return choose
+
+
+repair = partial(tfx.reconstruct, biases=False)
+"""A Llama has no biases, so its class could not hold new ones."""
+
+
+def contestants(case: Case) -> dict[str, Contestant]:
+    """All of them by name, under the same constraints: what is left is a Llama again."""
+    fisher, second = tfx.fisher(case.stats, case.coupling), tfx.criteria.second_order(case.stats, case.coupling)
+    draw = torch.Generator().manual_seed(case.seed)
+    return {
+        "prune": case.pruned(),
+        "prune, repaired at every step": case.pruned(repair=repair),
+        "prune by fisher": case.pruned(criterion=tfx.fisher),
+        "fisher per FLOP": case.ranked(fisher, per_cost=True),
+        "fisher": case.ranked(fisher),
+        "second order per FLOP": case.ranked(second, per_cost=True),
+        "taylor": case.ranked(tfx.taylor(case.stats, case.coupling)),
+        "magnitude": case.ranked(tfx.criteria.weight_l2(case.params, case.coupling)),
+        "magnitude, equal in all layers": case.ranked(
+            tfx.criteria.weight_l2(case.params, case.coupling), per_layer=True
+        ),
+        "LLM-Pruner": case.ranked(weights_times_slopes(case), per_layer=True),
+        "FLAP": case.ranked(fluctuation(case)),
+        "random": case.ranked(tfx.criteria.random(case.coupling, draw)),
+    }
+
+
+def weights_times_slopes(case: Case) -> Tensor:
+    """The sum of ``|w dL/dw|`` over the weights that leave with a unit (Ma et al. 2023, arXiv 2305.11627, first order).
+
+    Its authors rank within each layer.
+    """
+    case.model.zero_grad()
+    for inputs, labels in case.batches:
+        (huggingface.next_token(case.model(**inputs), labels).mean() / len(case.batches)).backward()
+    scores = torch.zeros(len(case.coupling) + 1)
+    for path, leaf in case.model.named_parameters():
+        if leaf.grad is None or path not in case.coupling.parameters:
+            continue
+        each = (leaf * leaf.grad).detach().abs()
+        for axis, _ in enumerate(each.shape):
+            sums = each.movedim(axis, 0).flatten(1).sum(1) if each.ndim > 1 else each
+            for ids in case.coupling.unit_ids(path, axis):
+                scores.index_add_(0, torch.from_numpy(ids) % len(scores), sums)
+    return scores[:-1]
+
+
+def fluctuation(case: Case) -> Tensor:
+    """How much what a unit feeds into a layer varies, times the square of its weights there (An et al. 2024, FLAP).
+
+    ``Var(x_j) |W_j|^2`` for every input ``j`` of the projections that end attention and MLP, standardized within each
+    layer (arXiv 2312.11983, equations 4 to 6), summed over the channels of a unit. All other units stay.
+    """
+    inputs: dict[str, list[Tensor]] = {}
+    ends = {name: x for name, x in case.model.named_modules() if name.endswith(("o_proj", "down_proj"))}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda _, args: inputs.setdefault(name, []).append(args[0].detach().flatten(0, 1))
+
+    hooks = [module.register_forward_pre_hook(keep(name)) for name, module in ends.items()]
+    with torch.no_grad():
+        for batch, _ in case.batches:
+            case.model(**batch)
+    for hook in hooks:
+        hook.remove()
+    scores = torch.full((len(case.coupling) + 1,), -math.inf)
+    for name, module in ends.items():
+        raw = torch.cat(inputs[name]).var(0) * module.weight.detach().square().sum(0)
+        each = (raw - raw.mean()) / raw.std()
+        for ids in case.coupling.unit_ids(f"{name}.weight", 1):
+            units = torch.from_numpy(ids)
+            if (units >= 0).all():
+                sums = torch.zeros(len(scores)).index_add_(0, units, each)
+                scores[units] = torch.maximum(scores[units], sums[units])
+    scores = scores[:-1]
+    scores[scores == -math.inf] = scores.max() + 1
+    return scores
+
+
+def seconds(network: Callable[..., Any], inputs: Mapping[str, Tensor]) -> Iterator[float]:
+    """How long one pass takes, again and again."""
+    import time
+
+    with torch.no_grad():
+        while True:
+            start = time.perf_counter()
+            network(**inputs)
+            yield time.perf_counter() - start
+
+

@@ -1,0 +1,140 @@
+"""What is left of a language model at a given cost? Criteria, repairs and training, on Python's own documentation.
+
+For each seed a small Llama learns the language reference and the docstrings that come with Python, in byte pairs. Every
+contestant scores it on the same 64 sequences and says what stays at some shares of the FLOPs, within what a Llama and
+its config can hold. What comes out is tested on texts that nothing else has seen: as cut, repaired
+(`reconstruct(biases=False)`), and after equal numbers of training steps, with the unpruned model as a teacher and
+without. From the root of the repository:
+
+    python benchmarks/language.py                        # one seed, half of the FLOPs, 100 steps: half an hour
+    python benchmarks/language.py --seeds 0 1 2 --shares .85 .7 .5 --steps 100 1000 --teacher
+
+Models and results are kept as they come (``--cache``): a run that was stopped continues. Prints Markdown: perplexities
+per token, means over the seeds with their 95 % intervals (Student's t).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import time
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from _language import EXAMPLES, Case, Size, batches, contestants, documents, learn, llama, repair, seconds, sequences
+from _language import tokens as tokenized
+from _tables import interval, markdown
+from _torchvision import library
+from quality import CACHE
+
+import taylorfx as tfx
+from taylorfx.interop import huggingface
+
+TESTED, ROUNDS = 128, 15
+
+
+def trained(seed: int, stream: torch.Tensor, size: Size, steps: int, file: Path) -> Any:
+    """The Llama of this seed, from the cache if it was trained before."""
+    model = llama(size, seed)
+    if file.exists():
+        model.load_state_dict(torch.load(file, weights_only=True))
+        return model.eval()
+    start = time.process_time()
+    learn(model, stream, size, steps, 3e-3, torch.Generator().manual_seed(seed))
+    torch.save(model.state_dict(), file)
+    print(f"seed {seed}: trained in {time.process_time() - start:.0f} s of CPU time", flush=True)
+    return model
+
+
+def run(seed: int, options: argparse.Namespace, streams: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """All that is asked for and not yet known of one seed."""
+    size = Size()
+    learned, judged = streams
+    model = trained(seed, learned, size, options.train, options.cache / f"{seed}-{options.train}.pt")
+    generator = torch.Generator().manual_seed(1000 + seed)
+    case = Case.of(model, sequences(learned, EXAMPLES, size.length, generator), seed)
+    test = batches(sequences(judged, TESTED, size.length, torch.Generator().manual_seed(0)), 32)
+    file = options.cache / f"{seed}-{options.train}.json"
+    found = json.loads(file.read_text()) if file.exists() else {}
+    found["whole"] = found.get("whole") or {"as cut": huggingface.perplexity(model, test)}
+    cost = tfx.cost.flops(case.coupling)
+    for name, choose in contestants(case).items():
+        for share in options.shares:
+            known = found.setdefault(f"{name} @ {share}", {})
+            wanted = ["as cut", "repaired", *variants(options)]
+            if {*wanted} <= {*known}:
+                continue
+            plan = choose([share])[share]
+            small = tfx.cut(case.params, plan), plan.spec
+            repaired = repair(case.params, plan, case.batches)
+            known["FLOPs"], known["time"] = cost(plan.keep) / cost.total, relative(case, small, test)
+            for variant in [x for x in wanted if x not in known]:
+                network = tfx.to_torch(*(small if variant == "as cut" else repaired))
+                if variant.startswith("tuned"):
+                    steps = int(variant.split()[1])
+                    teacher = case.model if variant.endswith("teacher") else None
+                    draw = torch.Generator().manual_seed(seed)
+                    learn(network, learned, size, steps, 1e-3, draw, teacher)
+                known[variant] = huggingface.perplexity(network, test)
+                file.write_text(json.dumps(found, indent=1))
+            print(f"seed {seed}, {name} @ {share}: {known}", flush=True)
+
+
+def variants(options: argparse.Namespace) -> list[str]:
+    """After how many steps, all from the repaired network, and with which teacher."""
+    return [f"tuned {n}{x}" for n in options.steps for x in ("", " teacher")[: 1 + options.teacher]]
+
+
+def relative(case: Case, small: tuple[tfx.Params, tfx.Spec], test: list) -> float:
+    """The median time of a pass by that of the whole network, both as plain modules, in turn."""
+    clocks = [seconds(tfx.to_torch(*network), test[0][0]) for network in ((case.params, case.spec), small)]
+    whole, less = zip(*islice(zip(*clocks, strict=True), 1, ROUNDS + 1), strict=True)
+    return median(less) / median(whole)
+
+
+def table(results: dict[int, dict[str, Any]], share: float, columns: list[str]) -> str:
+    """The contestants of one share, as Markdown."""
+    keys = [key for key in next(iter(results.values())) if key.endswith(f" @ {share}")]
+    rows = []
+    for key in keys:
+        row = [key.rpartition(" @ ")[0]]
+        for column in ["FLOPs", "time", *columns]:
+            values = [kept[key][column] for kept in results.values() if column in kept.get(key, {})]
+            mean = interval(values) if values else None
+            spread = f" ± {mean.high - mean.value:.2f}" if mean and len(values) > 1 else ""
+            row.append(f"{mean.value:.2f}{spread}" if mean else "")
+        rows.append(row)
+    return markdown(["contestant", "FLOPs", "time", *columns], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.5])
+    parser.add_argument("--steps", type=int, nargs="+", default=[100], help="of training after the cut")
+    parser.add_argument("--teacher", action="store_true", help="train with the unpruned model as a teacher, too")
+    parser.add_argument("--train", type=int, default=1500, help="steps of training of the model itself")
+    parser.add_argument("--cache", type=Path, default=CACHE.parent / "language")
+    options = parser.parse_args()
+    if importlib.util.find_spec("torchvision"):
+        library()
+    torch.set_num_threads(1)
+    options.cache.mkdir(parents=True, exist_ok=True)
+    streams = tokenized(documents())
+    print(f"{len(streams[0]):,} tokens to learn from, {len(streams[1]):,} others", flush=True)
+    for seed in options.seeds:
+        run(seed, options, streams)
+    files = {seed: options.cache / f"{seed}-{options.train}.json" for seed in options.seeds}
+    results = {seed: json.loads(file.read_text()) for seed, file in files.items()}
+    whole = interval([kept["whole"]["as cut"] for kept in results.values()])
+    print(f"\nThe unpruned models have a perplexity of {whole.value:.2f}.")
+    for share in options.shares:
+        print(f"\n{share:.0%} of the FLOPs:\n\n{table(results, share, ['as cut', 'repaired', *variants(options)])}")
+
+
+if __name__ == "__main__":
+    main()
