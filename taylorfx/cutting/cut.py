@@ -26,7 +26,7 @@ from torch import Tensor
 from taylorfx.cutting.plan import Indices, Plan, PlanError
 from taylorfx.internals import wrapped
 from taylorfx.layers import Shape
-from taylorfx.tree import Params, flatten, map_paths
+from taylorfx.tree import Params, flatten, map_paths, unflatten
 
 __all__ = ["Scratch", "compose", "cut", "expand", "fits", "take"]
 
@@ -38,7 +38,7 @@ def cut(tree: Params, plan: Plan) -> Params:
         tree: some or all of the parameters, in their original shapes.
 
     Returns:
-        A new tree. Leaves that lose nothing are the same tensors, not copies.
+        A new tree, without what is of branches that leave. Leaves that lose nothing are the same tensors, not copies.
 
     Raises:
         PlanError: listing every leaf that is not one of the plan's parameters or not of its original shape.
@@ -53,6 +53,8 @@ def cut(tree: Params, plan: Plan) -> Params:
     """
     fits(tree, plan.coupling.spec.shapes, "A plan cuts trees like")
     indices, scratch = plan.indices, Scratch()
+    if plan.gone:
+        tree = unflatten((path, leaf) for path, leaf in flatten(tree).items() if path not in plan.gone)
     return map_paths(lambda path, leaf: take(leaf, indices[path], scratch), tree)
 
 
@@ -149,6 +151,9 @@ def _plain(leaf: Tensor) -> bool:
 def expand(tree: Params, plan: Plan) -> Params:
     """Bring a cut tree back to its original shapes, with zeros where something was taken out.
 
+    What left as a whole, with a branch, comes back as zeros: on the device of the first leaf, and in its dtype unless the
+    layer counts in whole numbers. ``apply(expand(...), spec, x, gates=plan.gates)`` is then the smaller network's value.
+
     Raises:
         PlanError: listing every leaf that is not of the shape that the plan cuts to.
     """
@@ -165,7 +170,21 @@ def expand(tree: Params, plan: Plan) -> Params:
                 leaf = leaf.new_zeros(shape).index_copy(axis, index.to(leaf.device), leaf)
         return leaf
 
-    return map_paths(fill, tree)
+    expanded = map_paths(fill, tree)
+    return unflatten({**flatten(expanded), **_zeros(tree, plan)}) if plan.gone else expanded
+
+
+def _zeros(tree: Params, plan: Plan) -> dict[str, Tensor]:
+    """The parameters that left as a whole, as zeros."""
+    spec, leaves = plan.coupling.spec, list(flatten(tree).values())
+    like = next((leaf for leaf in leaves if leaf.is_floating_point()), torch.zeros(()))
+    zeros = {path: like.new_zeros(spec.shapes[path]) for path in spec.shapes if path in plan.gone}
+    for node in spec:
+        if node.layer.buffers and not plan.gone.isdisjoint(node.paths.values()):
+            for leaf, fresh in node.layer.init(torch.Generator()).items():
+                if node.path(leaf) in zeros and not fresh.is_floating_point():
+                    zeros[node.path(leaf)] = zeros[node.path(leaf)].to(fresh.dtype)
+    return zeros
 
 
 def compose(first: Plan, second: Plan) -> Plan:
@@ -185,10 +204,16 @@ def compose(first: Plan, second: Plan) -> Plan:
             "Plans compose if the second is of the network that the first one leaves; received one of another network. "
             "Select it for couple(cut(params, first), first.spec)."
         )
-    coupling = first.coupling
+    coupling, sums = first.coupling, _sums(second)
+    if strange := sums - {branch.node for branch in coupling.branches}:
+        raise PlanError(
+            "The units of the first plan tell what both keep; received a second plan without the branches of "
+            f"{', '.join(sorted(strange))}, which are no units of the first. Make that for couple(..., branches=True)."
+        )
     alive = np.zeros(len(coupling) + 1, bool)
+    alive[[branch.unit for branch in coupling.branches if branch.node not in sums]] = True
     survivors: dict[str, list[NDArray[np.int64]]] = {}
-    for path in coupling.parameters:
+    for path in (path for path in first.indices if path in second.indices):
         survivors[path] = []
         for axis, size in enumerate(_sizes(first, path)):
             kept = np.arange(size)
@@ -206,6 +231,11 @@ def compose(first: Plan, second: Plan) -> Plan:
                     f"which {path} would keep other indices. Apply them one after the other."
                 )
     return plan
+
+
+def _sums(plan: Plan) -> set[str]:
+    """The sums of the branches that leave."""
+    return {branch.node for branch in plan.coupling.branches if not plan.keep[branch.unit]}
 
 
 def _sizes(plan: Plan, path: str) -> list[int]:
