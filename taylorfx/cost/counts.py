@@ -34,8 +34,8 @@ class _Sum(Cost):
 
     Attributes:
         factors: ``(terms,)``: what does not change.
-        axes: ``(terms, degree)``: the axes whose lengths multiply, by number, and then the conditions; one past the last
-            stands for length 1.
+        axes: ``(terms, degree)``: the axes whose lengths multiply, by number, and then the conditions, which count as 1
+            or 0; one past the last stands for length 1.
     """
 
     factors: Labels

@@ -9,9 +9,9 @@ It is a unit of its own scope, with one gate that multiplies its operand of the 
 module with that operand zeroed, so such units are exact wherever the sum stands, also before a norm (BERT) or an
 activation (ResNet). What is a branch:
 
-- the sum has two operands, both of the sum's own shape, and the branch's one depends on the other one. Of a sum of two
-  values neither of which depends on the other, as in a ResNet's block with a convolution on the skip, neither operand is
-  the network without the other: there is no branch;
+- the sum has two operands, both of the sum's own shape, and the branch's one depends on the other one. Where neither
+  depends on the other, as in a ResNet's block with a convolution on the skip, there is no branch: neither operand is
+  the network without the other;
 - parameters leave with it. A sum within a formula, as in ``x + 0.04 x^3``, is no branch.
 
 Without a branch, the nodes and parameters leave that nothing else uses (`taylorfx.coupling.presence`), and the sum

@@ -134,6 +134,10 @@ class Presence:
         """For every condition whether it holds without these branches."""
         return [any(way.isdisjoint(gone) for way in one) for one in self.conditions]
 
+    def needing(self, numbers: Mapping[str, int], unit: int) -> list[str]:
+        """What leaves with a branch alone; ``numbers`` as for `there`."""
+        return [name for name, number in numbers.items() if all(unit in way for way in self.conditions[number])]
+
     def there(self, numbers: Mapping[str, int], names: Iterable[str], gone: frozenset[int]) -> list[str]:
         """Those of some names that are there without these branches.
 

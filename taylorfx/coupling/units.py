@@ -115,13 +115,12 @@ class Coupling:
             for scope in sorted(set[int]().union(*(self._along[k] for k in axes))):
                 paths[scope].append(path)
         for branch in self.branches:
-            paths[self.scope[branch.unit]] += [path for path in self.parameters if self._leaves(path, branch.unit)]
+            paths[self.scope[branch.unit]] += self.presence.needing(self.presence.parameters, branch.unit)
         return tuple(map(tuple, paths))
 
-    def _leaves(self, path: str, unit: int) -> bool:
-        """Whether a parameter leaves with a branch alone."""
-        number = self.presence.parameters.get(path)
-        return number is not None and all(unit in way for way in self.presence.conditions[number])
+    def nodes_of(self, branch: Branch) -> list[str]:
+        """The names of the nodes that leave with a branch."""
+        return self.presence.needing(self.presence.nodes, branch.unit)
 
     @cached_property
     def _along(self) -> list[Mapping[int, int]]:
@@ -143,9 +142,14 @@ class Coupling:
         branches = {int(self.scope[branch.unit]) for branch in self.branches}
         for scope, paths in enumerate(self.paths):
             for path in paths:
-                others = [0] if scope in branches else [
-                    n - self._along[k].get(scope, 0) for n, k in zip(shapes[path], self.parameters[path], strict=True)
-                ]
+                others = (
+                    [0]
+                    if scope in branches
+                    else [
+                        n - self._along[k].get(scope, 0)
+                        for n, k in zip(shapes[path], self.parameters[path], strict=True)
+                    ]
+                )
                 numbers[scope] += math.prod(shapes[path]) - math.prod(others)
         return numbers
 

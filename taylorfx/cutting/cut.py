@@ -151,8 +151,9 @@ def _plain(leaf: Tensor) -> bool:
 def expand(tree: Params, plan: Plan) -> Params:
     """Bring a cut tree back to its original shapes, with zeros where something was taken out.
 
-    What left as a whole, with a branch, comes back as zeros: on the device of the first leaf, and in its dtype unless the
-    layer counts in whole numbers. ``apply(expand(...), spec, x, gates=plan.gates)`` is then the smaller network's value.
+    What left as a whole, with a branch, comes back as zeros: on the device of the first leaf and in its dtype, unless
+    the layer's own are whole numbers. With ``gates=plan.gates`` the original network then computes what the smaller one
+    does; without them, where a branch of zeros gives out zeros.
 
     Raises:
         PlanError: listing every leaf that is not of the shape that the plan cuts to.
@@ -223,13 +224,16 @@ def compose(first: Plan, second: Plan) -> Plan:
             survivors[path].append(kept)
             alive[coupling.unit_ids(path, axis)[:, kept]] = True
     plan = Plan(coupling, alive[:-1] & first.keep, " then ".join(filter(None, (first.asked, second.asked))))
-    for path, kept_axes in survivors.items():
+    others = [*(survivors.keys() ^ plan.indices.keys())]
+    for path, kept_axes in survivors.items() if not others else ():
         for index, kept, size in zip(plan.indices[path], kept_axes, _sizes(first, path), strict=True):
             if not np.array_equal(np.arange(size) if index is None else index.numpy(), kept):
-                raise PlanError(
-                    "Two plans are one if some units of the first network keep what both keep; received plans for "
-                    f"which {path} would keep other indices. Apply them one after the other."
-                )
+                others.append(path)
+    if others:
+        raise PlanError(
+            "Two plans are one if some units of the first network keep what both keep; received plans for which "
+            f"{others[0]} would keep other indices. Apply them one after the other."
+        )
     return plan
 
 

@@ -38,8 +38,8 @@ class Plan:
 
     Attributes:
         coupling: the units of the original network.
-        keep: ``(units,)``, true for those that stay; it is copied and cannot be written. What is in a branch that leaves
-            does not stay.
+        keep: ``(units,)``, true for those that stay; it is copied and cannot be written. What is in a branch that
+            leaves does not stay.
         asked: the budget, in words.
 
     Raises:
@@ -174,7 +174,8 @@ def former_scopes(plan: Plan, coupling: Coupling) -> Labels:
     """``(units,)``: for every unit of the network that a plan leaves, its scope before; -1 where it is of none.
 
     Scopes may have other names after a cut, and units have other numbers. A unit is known by its positions along the
-    axes of parameters and of layers: of the units before that had all of them it is the one that had the fewest.
+    axes of parameters and of layers: of the units before that had all of them it is the one that had the fewest. A
+    branch is known by its sum.
 
     ::
 
@@ -190,6 +191,9 @@ def former_scopes(plan: Plan, coupling: Coupling) -> Labels:
     """
     count, axes = len(plan.coupling), [*_axes_of_both(plan, coupling)]
     former = np.full(len(coupling), -1)
+    before = {branch.node: plan.coupling.scope[branch.unit] for branch in plan.coupling.branches}
+    for branch in coupling.branches:
+        former[branch.unit] = before.get(branch.node, -1)
     if not axes:
         return former
     pairs = [(new, old) for olds, news in axes for old in olds for new in news]

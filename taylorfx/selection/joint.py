@@ -10,7 +10,8 @@ matrix is never formed. With ``s_n = sum_{u in R} g_nu``, what one more unit add
 
     J(R + u) - J(R) = - E[g_u] + E[s g_u] + 1/2 E[g_u^2],
 
-one product of the vector ``s`` with the ``(N, units)`` rows. So the cheapest units leave in rounds, each as `select`
+one product of the vector ``s`` with the ``(N, units)`` rows. A branch takes the units in it along: it adds its own
+derivative less theirs, of those that have left before. So the cheapest units leave in rounds, each as `select`
 has it (budgets, floors, multiples, globs), and at the end units of one scope change places while that lowers ``J``.
 """
 
@@ -29,7 +30,7 @@ from taylorfx.network.labels import Labels
 from taylorfx.scoring.statistics import Statistics
 from taylorfx.selection.budget import Budget, BudgetError, Budgets, SelectionError, Units, each_budget, pricing
 from taylorfx.selection.constraints import Constraints
-from taylorfx.selection.select import select
+from taylorfx.selection.select import ranked, select
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -71,7 +72,7 @@ def joint(
         SelectionError: if the statistics have no rows or are of other units; and what `select` raises.
     """
     budgets, respected = each_budget(budget), Constraints.of(constraints, options)
-    respected.on(coupling)
+    rules = respected.on(coupling)
     rows = _rows(stats, coupling)
     if rounds < 1:
         raise SelectionError(f"Joint selection takes at least one round; received {rounds}.")
@@ -79,13 +80,15 @@ def joint(
     prices = pricing(budgets, costs) if per_cost else None
     keep = np.ones(len(coupling), bool)
     totals = [cost(keep) for cost in costs]
-    mean, half = rows.mean(0, dtype=torch.float64), 0.5 * rows.square().mean(0, dtype=torch.float64)
+    whole = rows.mean(0, dtype=torch.float64), 0.5 * rows.square().mean(0, dtype=torch.float64)
+    mean, half = whole
     mean = mean.clamp(max=0) if cautious else mean
     plan = select(
         half - mean, coupling, budget=budgets, constraints=respected
     )  # an error names the budget that was asked for
     for step in range(1, rounds + 1) if len(coupling) else ():
-        cross = _cross(rows, ~keep)
+        cross, mean, half = _added(rows, coupling, keep, whole)
+        mean = mean.clamp(max=0) if cautious else mean
         scores = (torch.maximum(cross, -0.5 * half) if cautious else cross) + half - mean
         if prices:
             scores = scores / prices(keep)
@@ -94,7 +97,7 @@ def joint(
         try:
             share = step / rounds
             asked = budgets if share == 1 else [_between(b, n, share) for b, n in zip(budgets, totals, strict=True)]
-            plan = select(scores, coupling, budget=asked, constraints=respected)
+            plan = ranked(scores, coupling, asked, respected, rules.among(coupling, keep))
         except BudgetError:  # on the way, where multiples cannot be met exactly
             if step == rounds:
                 raise
@@ -102,11 +105,11 @@ def joint(
         keep = plan.keep
     if swaps and not cautious:
         free = coupling.exact if respected.exact_only else np.ones(len(coupling), bool)
-        part, _ = respected.on(coupling).parts(coupling)
-        better = _swap(rows, part, plan.keep.copy(), mean, half, free)
+        part, _ = rules.parts(coupling)
+        better = _swap(rows, part, plan, mean, half, free & ~coupling.carried(plan.keep))
         limits = [max(one.limit(n), cost(plan.keep)) for one, n, cost in zip(budgets, totals, costs, strict=True)]
         fits = all(cost(better) <= limit for cost, limit in zip(costs, limits, strict=True))
-        if fits and coupling.counts(better).all():
+        if fits and not coupling.empty(better):
             plan = Plan(coupling, better, plan.asked)
     return plan
 
@@ -118,7 +121,7 @@ def expected_change(stats: Statistics, plan: Plan) -> Tensor:
         SelectionError: if the statistics have no rows or are of other units.
     """
     rows = _rows(stats, plan.coupling)
-    gone = rows[:, torch.from_numpy(~plan.keep).to(rows.device)].sum(1, dtype=torch.float64)
+    gone = rows[:, torch.from_numpy(plan.leaving).to(rows.device)].sum(1, dtype=torch.float64)
     return 0.5 * gone.square().mean() - gone.mean()
 
 
@@ -134,10 +137,25 @@ def _rows(stats: Statistics, coupling: Coupling) -> Tensor:
     return stats.rows.to("cpu")
 
 
-def _cross(rows: Tensor, gone: Mask) -> Tensor:
-    """``E[s g_u]`` for every unit, ``s`` the sum over those that have left."""
-    away = torch.from_numpy(gone).to(rows.dtype)
-    return ((rows @ away) @ rows / len(rows)).to(torch.float64)
+def _added(rows: Tensor, coupling: Coupling, keep: Mask, whole: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """``E[s g_u]`` of every unit, ``s`` the sum over those that have left, and ``E[g_u]`` and ``E[g_u^2] / 2``.
+
+    For a branch that stays ``g_u`` is its own derivative less those of the units in it that have left.
+
+    Args:
+        whole: the last two where nothing has left.
+    """
+    leaving = ~keep & ~coupling.carried(keep)
+    away = rows @ torch.from_numpy(leaving).to(rows.dtype)
+    cross = (away @ rows / len(rows)).to(torch.float64)
+    mean, half = (x.clone() for x in whole) if coupling.branches else whole
+    for unit in (branch.unit for branch in coupling.branches if keep[branch.unit]):
+        inside = np.flatnonzero(leaving & coupling.carried(keep & (np.arange(len(keep)) != unit)))
+        if len(inside):
+            own = rows[:, unit] - rows[:, torch.from_numpy(inside)].sum(1)
+            cross[unit] = away @ own / len(rows)
+            mean[unit], half[unit] = own.mean(dtype=torch.float64), 0.5 * own.square().mean(dtype=torch.float64)
+    return cross, mean, half
 
 
 def _between(budget: Budget, total: float, share: float) -> Budget:
@@ -155,9 +173,10 @@ EXCHANGES = 256
 """How often units of one scope change places at most."""
 
 
-def _swap(rows: Tensor, part: Labels, keep: Mask, mean: Tensor, half: Tensor, free: Mask) -> Mask:
+def _swap(rows: Tensor, part: Labels, plan: Plan, mean: Tensor, half: Tensor, free: Mask) -> Mask:
     """Exchange units within their scopes, or chunks of them, while that lowers ``J``."""
-    gone = rows @ torch.from_numpy(~keep).to(rows.dtype)  # s
+    keep = plan.keep.copy()
+    gone = rows @ torch.from_numpy(plan.leaving).to(rows.dtype)  # s
     for number in np.unique(part):
         members = np.flatnonzero((part == number) & free)
         columns = rows[:, torch.from_numpy(members)]

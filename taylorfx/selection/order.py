@@ -77,13 +77,19 @@ def quantiles(values: Values, groups: Labels) -> Values:
 
 
 def like_structures(coupling: Coupling) -> Labels:
-    """``(scopes,)``: the class of each. Scopes of one class run along the same letters of the same kinds of layers."""
+    """``(scopes,)``: the class of each. Scopes of one class run along the same letters of the same kinds of layers.
+
+    Branches are alike if the same kinds of layers leave with them.
+    """
     places: list[set[tuple[str, str]]] = [set() for _ in coupling.scopes]
     for node in coupling.spec:
         for letter, number in coupling.letters[node.name].items():
             axis = coupling.axes[number]
             for scope in np.unique(coupling.scope[axis[axis >= 0]]):
                 places[scope].add((type(node.layer).__name__, letter))
+    for branch in coupling.branches:
+        kinds = {type(coupling.spec[name].layer).__name__ for name in coupling.nodes_of(branch)}
+        places[coupling.scope[branch.unit]].update((kind, "") for kind in kinds)
     forms = [frozenset(each) for each in places]
     numbers = {form: k for k, form in enumerate(dict.fromkeys(forms))}
     return np.array([numbers[form] for form in forms], np.int64)
@@ -206,7 +212,7 @@ def _bundles(free: Labels, sizes: Labels, rules: Rules) -> tuple[Bundles, int]:
     count, allowed = 0, free.tolist()
     for group in rules.groups:
         size = int(sizes[group[0]])
-        least = max(size - min([allowed[k] for k in group]), *[rules.least(k, size) for k in group], 1)
+        least = max(size - min([allowed[k] for k in group]), *[rules.least(k, size) for k in group])
         width = math.lcm(*[rules.multiples[k] for k in group])
         first = size % width or width  # what is left over leaves first; what stays is a multiple of the width
         leaving = size - -(-least // width) * width

@@ -36,7 +36,7 @@ from taylorfx.selection.budget import (
     each_budget,
     pricing,
 )
-from taylorfx.selection.constraints import Constraints
+from taylorfx.selection.constraints import Constraints, Rules
 from taylorfx.selection.order import finite, last_of_axis, like_structures, quantiles, steps
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     from taylorfx.selection.constraints import ConstraintOptions
 
-__all__ = ["foresee", "select"]
+__all__ = ["foresee", "ranked", "select"]
 
 
 def select(
@@ -75,27 +75,39 @@ def select(
             keywords beside ``constraints``.
     """
     budgets, respected = each_budget(budget), Constraints.of(constraints, options)
-    rules = respected.on(coupling)
+    return ranked(scores, coupling, budgets, respected, respected.on(coupling), per_cost=per_cost)
+
+
+def ranked(
+    scores: torch.Tensor,
+    coupling: Coupling,
+    budgets: Sequence[Budget],
+    respected: Constraints,
+    rules: Rules,
+    *,
+    per_cost: bool = False,
+) -> Plan:
+    """`select`, given what the constraints say of this coupling."""
     alike = respected.isomorphic and not respected.per_layer
     classes = coupling.scope if respected.per_layer else like_structures(coupling)[coupling.scope] if alike else None
 
-    def rank(values: NDArray[np.float64]) -> Plan:
+    def rank(values: NDArray[np.float64]) -> Mask:
         values = values if classes is None else quantiles(values, classes)
         held = rules.protected | last_of_axis(values, coupling)
         while True:
             step, count = steps(values, coupling, held, rules)
             empty = np.flatnonzero(coupling.counts(step >= count) == 0)
             if not len(empty):
-                return Plan(
-                    coupling, step >= _shortest(step, count, budgets, costs, coupling), " and ".join(map(str, budgets))
-                )
+                stays: Mask = step >= _shortest(step, count, budgets, costs, coupling)
+                return stays
             for axis in (coupling.axes[k] for k in empty):  # products and slices may need more than a floor per scope
                 worth = np.where(axis >= 0, values[axis], np.inf).min(0)
                 held[axis[:, worth.argmax()]] = True
 
     values, costs = finite(scores, coupling), [one.cost(coupling) for one in budgets]
     prices = pricing(budgets, costs) if per_cost else None
-    return _search(values, prices, rank) if prices else rank(values)
+    keep = _search(values, prices, rank, coupling) if prices else rank(values)
+    return Plan(coupling, keep, " and ".join(map(str, budgets)))
 
 
 def foresee(coupling: Coupling, *, budget: Budgets, constraints: Constraints, per_cost: bool) -> None:
@@ -111,12 +123,13 @@ def foresee(coupling: Coupling, *, budget: Budgets, constraints: Constraints, pe
     step, count = steps(np.zeros(len(coupling)), coupling, rules.protected, rules)
     keep = step >= count
     whole = np.array([_whole(coupling, axis) for axis in coupling.axes], bool)
-    least = np.where(whole, np.maximum(coupling.counts(keep), 1), 1) if len(coupling.axes) else np.zeros(0, np.int64)
+    least = coupling.lengths(keep) if len(coupling.axes) else np.zeros(0, np.int64)
+    least[: len(whole)] = np.where(whole, np.maximum(least[: len(whole)], 1), 1)
 
     def lowest(one: Budget, cost: Callable[[Mask], float]) -> tuple[float, float]:
         if isinstance(cost, Cost):
             return cost.of(least), cost.total
-        return (float(keep.sum()), float(len(coupling))) if isinstance(one, Units) else (0.0, 0.0)
+        return (cost(keep), float(len(coupling))) if isinstance(one, Units) else (0.0, 0.0)
 
     bounds = [(one, *lowest(one, cost)) for one, cost in zip(budgets, costs, strict=True)]
     if any(low > one.limit(total) for one, low, total in bounds if total):
@@ -152,23 +165,26 @@ PRICES = 16
 def _search(
     values: NDArray[np.float64],
     price: Callable[[Mask], torch.Tensor],
-    rank: Callable[[NDArray[np.float64]], Plan],
-) -> Plan:
-    """The plan of the least score lost, by Lagrange multipliers (Everett 1963, doi 10.1287/opre.11.3.399).
+    rank: Callable[[NDArray[np.float64]], Mask],
+    coupling: Coupling,
+) -> Mask:
+    """The units that stay where the least score is lost: by Lagrange multipliers (Everett 1963, doi
+    10.1287/opre.11.3.399).
 
     Where nothing can be gained by exchanging units, those leave whose score is less than some factor times what they
     save, at the plan itself. So the units are ranked by their score per price, the price is what a unit saves (or would
-    cost again) at the plan that follows, and so on; a geometric mean keeps prices from swinging.
+    cost again) at the plan that follows, and so on; a geometric mean keeps prices from swinging. With a branch its own
+    score is lost, and not those of the units in it.
     """
     prices = price(np.ones(len(values), bool)).numpy()
-    plans = [rank(values)]
+    masks = [rank(values)]
     for _ in range(PRICES):
-        plans.append(rank(values / prices))
-        new = np.sqrt(prices * price(plans[-1].keep).numpy())
+        masks.append(rank(values / prices))
+        new = np.sqrt(prices * price(masks[-1]).numpy())
         if np.allclose(new, prices, rtol=1e-3):
             break
         prices = new
-    return min(plans, key=lambda plan: float(values[~plan.keep].sum()))
+    return min(masks, key=lambda keep: float(values[~keep & ~coupling.carried(keep)].sum()))
 
 
 def _shortest(
