@@ -12,7 +12,8 @@ activation (ResNet). What is a branch:
 - the sum has two operands, both of the sum's own shape, and the branch's one depends on the other one. Where neither
   depends on the other, as in a ResNet's block with a convolution on the skip, there is no branch: neither operand is
   the network without the other;
-- parameters leave with it. A sum within a formula, as in ``x + 0.04 x^3``, is no branch.
+- layers with parameters leave with it, which may share them with others (ALBERT). A sum within a formula, as in
+  ``x + 0.04 x^3``, is no branch.
 
 Without a branch, the nodes and parameters leave that nothing else uses (`taylorfx.coupling.presence`), and the sum
 with them: what consumed it consumes the skip. Units along these nodes alone, the branch's heads and hidden channels and
@@ -43,7 +44,7 @@ __all__ = ["with_branches"]
 def with_branches(coupling: Coupling) -> Coupling:
     """The same units, and after them every residual branch of the network, in the order of their sums."""
     spec, first = coupling.spec, len(coupling)
-    found = [(branch, paths) for branch in _sums(coupling) if (paths := _leaving(spec, branch))]
+    found = [(branch, paths) for branch in _sums(coupling) if (paths := _parameters(spec, branch))]
     branches = tuple(branch._replace(unit=first + k) for k, (branch, _) in enumerate(found))
     names = _names(spec, found)
     gates = tuple(_place(coupling, branch) for branch in branches)
@@ -74,11 +75,10 @@ def _sums(coupling: Coupling) -> Iterator[Branch]:
                 yield Branch(0, node.name, slot)
 
 
-def _leaving(spec: Spec, branch: Branch) -> list[str]:
-    """The paths of the parameters that leave with a branch alone, but for those of its running statistics."""
-    parameters = Presence.of(spec, (branch,)).parameters
-    buffers = {node.path(leaf) for node in spec for leaf in node.layer.buffers}
-    return [path for path in parameters if path not in buffers]
+def _parameters(spec: Spec, branch: Branch) -> list[str]:
+    """The paths of the parameters of the nodes that leave with a branch alone, but for running statistics."""
+    nodes = [spec[name] for name in Presence.of(spec, (branch,)).nodes]
+    return [path for node in nodes for leaf, path in node.paths.items() if leaf not in node.layer.buffers]
 
 
 def _place(coupling: Coupling, branch: Branch) -> Place:
@@ -90,7 +90,7 @@ def _place(coupling: Coupling, branch: Branch) -> Place:
 
 
 def _names(spec: Spec, found: Sequence[tuple[Branch, Sequence[str]]]) -> list[str]:
-    """The names of the scopes of branches, all different: the path of the matrices that leave with each."""
+    """The names of the scopes of branches, all different: the path that the matrices of each have in common."""
     seen: Counter[str] = Counter()
     names = []
     for branch, paths in found:
