@@ -59,6 +59,7 @@ def prune(
     steps: int | None = None,
     repair: Repair | None = None,
     like: UserModule | None = None,
+    branches: bool = False,
     **options: Unpack[Options],
 ) -> Pruned:
     """A smaller network that computes what the units it keeps computed: new parameters and a new spec.
@@ -95,6 +96,8 @@ def prune(
         like: the module that was captured. Only what its own class can hold is cut, so that ``to_torch(params, spec,
             like=module)`` gives a smaller one of it: `taylorfx.interop.holdable` finds the constraints on the first
             examples, which join the others.
+        branches: residual branches may leave, too, as in `couple`. Not with ``like``: what a class can hold has all of
+            its branches.
         options: the attributes of `Constraints` and of `Measurement` as keywords, instead of the values.
 
     Budgets, constraints, the criterion, the choice and the repair are checked before anything is measured. The errors
@@ -113,7 +116,11 @@ def prune(
         steps = 1
     if isinstance(batch, Iterator) and (steps != 1 or repair is not None or like is not None):
         batch = _Kept(batch)  # every step measures it
-    step = _Step.of(batch, criterion, choose, how, per_cost, cautious=True, repair=repair)
+    step = _Step.of(batch, criterion, choose, how, per_cost, cautious=True, repair=repair, branches=branches)
+    if like is not None and branches:
+        raise SelectionError(
+            "What a class can hold has all of its branches; received like=... and branches=True. Leave one of them out."
+        )
     if like is None:
         return _pruned(params, spec, budgets, steps, respected, step)
     return _pruned_like(like, params, spec, budgets, steps, respected, step)
@@ -258,6 +265,7 @@ def iterate(
     per_cost: bool = True,
     cautious: bool = True,
     repair: Repair | None = None,
+    branches: bool = False,
     **options: Unpack[Options],
 ) -> Generator[tuple[Params, Spec, Plan], Params | None, None]:
     """Prune in steps, with training in between: score and cut for each budget, and hand out what is left.
@@ -285,7 +293,7 @@ def iterate(
     layer gains from a repair is not in the plan of that step, and the momentum lacks it; plans compose all the same.
     """
     respected, how = _values(constraints, measurement, options)
-    step = _Step.of(batches, criterion, choose, how, per_cost, cautious=cautious, repair=repair)
+    step = _Step.of(batches, criterion, choose, how, per_cost, cautious=cautious, repair=repair, branches=branches)
     return _iterated(params, spec, lambda *_: budgets, respected, step)
 
 
@@ -298,11 +306,12 @@ class _Step(NamedTuple):
     measurement: Measurement
     per_cost: bool
     repair: Repair | None
+    branches: bool
 
     @staticmethod
     def of(
         batches: Batches, criterion: Score | None, choose: Choose | None, measurement: Measurement, per_cost: bool,
-        *, cautious: bool, repair: Repair | None,
+        *, cautious: bool, repair: Repair | None, branches: bool,
     ) -> _Step:  # fmt: skip
         """A step by what `iterate` takes.
 
@@ -315,7 +324,7 @@ class _Step(NamedTuple):
         check_choice(choose, scored=scoring is not None)
         _check_repair(repair, batches)
         how = replace(measurement, generator=measurement.generator or torch.Generator().manual_seed(0))
-        return _Step(batches, scoring, choose, how, per_cost, repair)
+        return _Step(batches, scoring, choose, how, per_cost, repair, branches)
 
     def plan(self, params: Params, coupling: Coupling, budgets: tuple[Budget, ...], constraints: Constraints) -> Plan:
         """Measure and choose."""
@@ -337,7 +346,7 @@ def _iterated(
     step: _Step,
 ) -> Generator[tuple[Params, Spec, Plan], Params | None, None]:
     """`iterate`, whose budgets may depend on the network: the first step's coupling is theirs, too."""
-    whole = couple(params, spec)
+    whole = couple(params, spec, branches=step.branches)
     lasting = constraints.lasting(whole)  # which refuses what the network does not have
     return _each(params, spec, ways(whole, constraints, step.per_cost), whole, (constraints, lasting), step)
 
@@ -355,7 +364,7 @@ def _each(
     plan: Plan | None = None
     for k, budget in enumerate(budgets):
         asked = fixed(budget, whole) if k else each_budget(budget)
-        coupling = couple(params, spec) if k else whole
+        coupling = couple(params, spec, branches=step.branches) if k else whole
         if plan is not None:
             respected = lasting = lasting.carried(plan, coupling)
         plan = step.plan(params, coupling, asked, respected)

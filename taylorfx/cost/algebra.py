@@ -31,7 +31,7 @@ class Cost(ABC):
     coupling: Coupling
 
     def __call__(self, keep: Mask) -> float:
-        return self.of(self.coupling.counts(keep))
+        return self.of(self.coupling.lengths(keep))
 
     @property
     def total(self) -> float:
@@ -50,7 +50,10 @@ class Cost(ABC):
         coupling = self.coupling
         kept = np.append(np.ones(len(coupling), bool) if keep is None else keep, True)
         saved = np.zeros(len(coupling) + 1)  # the last is that of indices without a unit, -1
-        for axis, slope in zip(coupling.axes, self.slopes(coupling.counts(kept[:-1])), strict=False):
+        slopes = self.slopes(coupling.lengths(kept[:-1]))
+        for unit, number in coupling.pivotal(kept[:-1]):
+            saved[unit] += slopes[len(coupling.axes) + number]
+        for axis, slope in zip(coupling.axes, slopes, strict=False):
             for k, row in enumerate(axis):
                 others = kept[np.delete(axis, k, 0)].all(0)  # an index of several factors is there if all of them are
                 saved += slope * np.bincount(row[others] % len(saved), minlength=len(saved))
@@ -58,11 +61,11 @@ class Cost(ABC):
 
     @abstractmethod
     def of(self, lengths: Labels) -> float:
-        """The cost at these lengths of the coupling's axes, ``(axes,)``."""
+        """The cost at these lengths, ``(axes,)``; with branches also the conditions that hold (`Coupling.lengths`)."""
 
     @abstractmethod
     def slopes(self, lengths: Labels) -> NDArray[np.float64]:
-        """How it grows with each of them, ``(axes,)`` or one more."""
+        """How it grows with each of them, in that order; perhaps one more, which is not looked at."""
 
     def __add__(self, other: Cost | int) -> Cost:
         if isinstance(other, int) and other == 0:  # the start of Python's sum()

@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from taylorfx.cost.algebra import Cost, CostFunction
+from taylorfx.coupling.presence import without
 from taylorfx.coupling.units import Coupling
 from taylorfx.layers import Input
 from taylorfx.layers import axes as language
 from taylorfx.network.labels import Labels
-from taylorfx.network.spec import Node, Spec
+from taylorfx.network.spec import Node
 
 __all__ = ["ORDER", "flops", "memory", "parameters"]
 
@@ -32,7 +34,8 @@ class _Sum(Cost):
 
     Attributes:
         factors: ``(terms,)``: what does not change.
-        axes: ``(terms, degree)``: the axes whose lengths multiply, by number; the number of axes stands for length 1.
+        axes: ``(terms, degree)``: the axes whose lengths multiply, by number, and then the conditions, which count as 1
+            or 0; one past the last stands for length 1.
     """
 
     factors: Labels
@@ -65,28 +68,32 @@ class _Peak(Cost):
     Attributes:
         sizes: terms that add up to the elements of each value.
         values: ``(terms,)``, the value that each is of.
-        spans: ``(2, values)``, the first moment of each and the first without it.
+        spans: of the conditions that hold, ``(2, values)``: the first moment of each value and the first without it.
     """
 
     sizes: _Sum
     values: Labels
-    spans: Labels
+    spans: Callable[[tuple[bool, ...]], Labels]
 
     def of(self, lengths: Labels) -> int:
         return int(self.alive(lengths).max(initial=0))
 
     def alive(self, lengths: Labels) -> NDArray[np.float64]:
         """How many elements are alive at every moment."""
-        sizes = np.bincount(self.values, self.sizes.terms(lengths), self.spans.shape[1])
-        born, died = (np.bincount(moments, sizes, len(sizes) + 2) for moments in self.spans)
+        spans = self._spans(lengths)
+        sizes = np.bincount(self.values, self.sizes.terms(lengths), spans.shape[1])
+        born, died = (np.bincount(moments, sizes, len(sizes) + 2) for moments in spans)
         alive: NDArray[np.float64] = np.cumsum(born - died)
         return alive
 
     def slopes(self, lengths: Labels) -> NDArray[np.float64]:
         full = (self.alive(lengths) / max(1, self.of(lengths))) ** ORDER
         until = np.append(0, np.cumsum(full / full.sum()))
-        weights: NDArray[np.float64] = np.subtract(*until[self.spans[::-1]])
+        weights: NDArray[np.float64] = np.subtract(*until[self._spans(lengths)[::-1]])
         return self.sizes.slopes(lengths, weights[self.values])
+
+    def _spans(self, lengths: Labels) -> Labels:
+        return self.spans(tuple((lengths[len(self.coupling.axes) :] > 0).tolist()))
 
 
 ORDER = 16
@@ -97,7 +104,8 @@ ORDER = 16
 def parameters(coupling: Coupling) -> Cost:
     """The number of trained parameters (shared ones once; running statistics not counted)."""
     buffers = {node.path(leaf) for node in coupling.spec for leaf in node.layer.buffers}
-    terms = [(1, axes) for path, axes in coupling.parameters.items() if path not in buffers]
+    when = _conditions(coupling, coupling.presence.parameters)
+    terms = [(1, [*axes, *when(path)]) for path, axes in coupling.parameters.items() if path not in buffers]
     return _cost(coupling, terms)
 
 
@@ -108,18 +116,25 @@ def flops(coupling: Coupling) -> Cost:
     Layers without a signature, kept as they were captured, count nothing.
     """
     terms: list[tuple[int, Sequence[int]]] = []
+    when = _conditions(coupling, coupling.presence.first)
     for node in coupling.spec.first:
         bound, numbers = coupling.bounds[node.name], coupling.letters[node.name]
         for text in node.layer.multiplies:
             known = language.letters(language.pattern(text))
             names = [x for x in bound.sizes if x in known or (x[0] == "_" and "..." in known)]
             rigid = math.prod(bound.sizes[x] for x in names if x not in numbers)
-            terms.append((2 * rigid, [numbers[x] for x in names if x in numbers]))
+            terms.append((2 * rigid, [*(numbers[x] for x in names if x in numbers), *when(node.name)]))
     return _cost(coupling, terms)
 
 
+def _conditions(coupling: Coupling, numbers: Mapping[str, int]) -> Callable[[str], list[int]]:
+    """By name, the condition under which something is there, as one more length that multiplies what it costs."""
+    return lambda name: [len(coupling.axes) + numbers[name]] if name in numbers else []
+
+
 def _cost(coupling: Coupling, terms: Sequence[tuple[int, Sequence[int]]]) -> _Sum:
-    degree, one = max((len(axes) for _, axes in terms), default=0), len(coupling.axes)
+    degree = max((len(axes) for _, axes in terms), default=0)
+    one = len(coupling.axes) + len(coupling.presence.conditions)
     table = [[*axes, *[one] * (degree - len(axes))] for _, axes in terms]
     return _Sum(
         coupling,
@@ -138,11 +153,12 @@ def memory(coupling: Coupling) -> Cost:
     """
     terms: list[tuple[int, Sequence[int]]] = []
     values: list[int] = []
+    when = _conditions(coupling, coupling.presence.first)
     for k, node in enumerate(coupling.spec.first):
         sizes = [] if node.layer.leaf else _size(coupling, node)
-        terms += sizes
+        terms += [(factor, [*axes, *when(node.name)]) for factor, axes in sizes]
         values += [k] * len(sizes)
-    return _Peak(coupling, _cost(coupling, terms), np.array(values, np.int64), _spans(coupling.spec.first))
+    return _Peak(coupling, _cost(coupling, terms), np.array(values, np.int64), cache(partial(_spans, coupling)))
 
 
 def _size(coupling: Coupling, node: Node) -> list[tuple[int, Sequence[int]]]:
@@ -158,12 +174,17 @@ def _size(coupling: Coupling, node: Node) -> list[tuple[int, Sequence[int]]]:
     ]
 
 
-def _spans(spec: Spec) -> Labels:
-    """The first moment of every node's value and the first without it, ``(2, nodes)``; the inputs are there at 0."""
+def _spans(coupling: Coupling, holds: tuple[bool, ...]) -> Labels:
+    """The first moment of every node's value and the first without it, ``(2, nodes)``; the inputs are there at 0.
+
+    Of a node that is not there the size is zero, and its moment is not fuller than that before it.
+    """
+    spec, presence = coupling.spec.first, coupling.presence
+    gone = frozenset(name for name, number in presence.first.items() if not holds[number])
     place = {node.name: k for k, node in enumerate(spec.nodes)}
     first = [0 if isinstance(node.layer, Input) else k + 1 for k, node in enumerate(spec.nodes)]
     after = [len(first) + 1] * len(first)
-    for k, (_, _, done) in enumerate(spec.steps):
+    for node, _, done in (without(spec, gone, presence.branches) if gone else spec).steps:
         for name in done:
-            after[place[name]] = k + 2
+            after[place[name]] = place[node.name] + 2
     return np.array([first, after], np.int64)

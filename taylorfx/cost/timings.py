@@ -27,17 +27,28 @@ __all__ = ["Timings"]
 
 @dataclass(frozen=True, eq=False)
 class _Time(Cost):
-    """The sum of what the nodes take, each as a function of the lengths of some axes."""
+    """The sum of what the nodes take, each as a function of the lengths of some axes.
+
+    Attributes:
+        there: by node, the place of the condition under which it is there among the lengths; -1 if it always is.
+    """
 
     nodes: Sequence[tuple[Sequence[int], Callable[[Labels], float]]]
+    there: Sequence[int]
 
     def of(self, lengths: Labels) -> float:
-        return sum(takes(lengths) for _, takes in self.nodes)
+        return sum(
+            takes(lengths)
+            for (_, takes), number in zip(self.nodes, self.there, strict=True)
+            if number < 0 or lengths[number]
+        )
 
     def slopes(self, lengths: Labels) -> NDArray[np.float64]:
         slopes = np.zeros(len(lengths))
-        for axes, takes in self.nodes:
-            for axis in axes:
+        for (axes, takes), number in zip(self.nodes, self.there, strict=True):
+            if number >= 0:
+                slopes[number] += takes(lengths)
+            for axis in axes if number < 0 or lengths[number] else ():
                 shorter = lengths.copy()
                 shorter[axis] = max(1, lengths[axis] - 1)
                 slopes[axis] += max(0.0, takes(lengths) - takes(shorter))
@@ -116,8 +127,10 @@ class Timings:
         the grid (Kuhn 1960), which takes one corner more than a layer has axes, and never falls with a width if the
         measurements do not. It is a cost function: ``tfx.cost.CostFunction(timings.over)`` can be multiplied and added.
         """
-        nodes = [self._node(coupling, node) for node in coupling.spec.first if not isinstance(node.layer, Input)]
-        return _Time(coupling, nodes)
+        nodes = [node for node in coupling.spec.first if not isinstance(node.layer, Input)]
+        conditions = coupling.presence.first
+        there = [len(coupling.axes) + conditions[node.name] if node.name in conditions else -1 for node in nodes]
+        return _Time(coupling, [self._node(coupling, node) for node in nodes], there)
 
     def _node(self, coupling: Coupling, node: Node) -> tuple[list[int], Callable[[Labels], float]]:
         """The axes that a node's latency depends on, and it as a function of the lengths of all."""

@@ -17,12 +17,15 @@ of others. From them five steps lead to the units:
                                                     k0 k1 k0 k1
 
 A position leaves if any of its units does. Usually it has one; it has one per factor where its axis is a product.
+
+Residual branches have no positions along axes. Where they are units, they come last (`taylorfx.coupling.branches`).
 """
 
 from __future__ import annotations
 
 from taylorfx.coupling.assemble import assemble
 from taylorfx.coupling.axes import lay_out
+from taylorfx.coupling.branches import with_branches
 from taylorfx.coupling.choose import choose
 from taylorfx.coupling.expand import expand
 from taylorfx.coupling.join import join
@@ -36,12 +39,15 @@ from taylorfx.tree import Params
 __all__ = ["couple", "own"]
 
 
-def couple(params: Params, spec: Spec) -> Coupling:
+def couple(params: Params, spec: Spec, *, branches: bool = False) -> Coupling:
     """Find the units of a network: the smallest sets of channels that leave together.
 
     Args:
         params: the parameters; only their shapes are looked at.
         spec: the network; its `Input` nodes declare the shapes of an example (or use ``spec.at(shape)``).
+        branches: every residual branch is a unit, too, of its own scope (``layers.3.mlp: branch``), after the others:
+            one operand of a sum of two that is computed from the other one. A sum on whose skip there is a layer of its
+            own has no branch.
 
     Raises:
         SpecError: if the parameters do not fit the network.
@@ -58,6 +64,11 @@ def couple(params: Params, spec: Spec) -> Coupling:
     ('0[0]', '0[1]', '0[2]', '2[0]', '2[1]')
     >>> coupling.unit_ids("2.weight", 1)  # what the second linear layer reads, the first one writes
     array([[0, 1, 2]])
+
+    >>> from taylorfx import residual
+    >>> spec = serial(Input((2,)), block=residual(serial(a=Linear(2, 3), b=Linear(3, 2))), head=Linear(2, 4))
+    >>> couple(init(spec, torch.Generator()), spec, branches=True).scopes
+    ('block.a', 'block: branch')
     """
     check(params, spec)
     labeling = label(spec)
@@ -65,7 +76,8 @@ def couple(params: Params, spec: Spec) -> Coupling:
     axes = lay_out(labeling, factors)
     scopes = scopes_of(labeling, factors, axes)
     units = choose(labeling, factors, axes, scopes)
-    return assemble(labeling, axes, units, scopes)
+    coupling = assemble(labeling, axes, units, scopes)
+    return with_branches(coupling) if branches else coupling
 
 
 def own(params: Params, spec: Spec, coupling: Coupling) -> None:

@@ -13,6 +13,7 @@ names of scopes follow from the module's own names and from what its layers do a
     layer1.0: groups                    the groups of a convolution; also the channels into and out of each group
     layer1.0.conv1                      what one layer alone writes
     layer2.0: channels                  what several layers write
+    layers.3.mlp: branch                a residual branch, by the path of its matrices; where branches are units
 
 Before the colon stands the path that the parameters which shrink with the scope have in common.
 """
@@ -33,7 +34,7 @@ from taylorfx.layers.roles import Experts, Mixing, Sum
 from taylorfx.network.labels import Labeled, Labels, is_example
 from taylorfx.network.spec import Node, Spec
 
-__all__ = ["Facts", "facts_of", "names_by_role"]
+__all__ = ["Facts", "branch_name", "facts_of", "names_by_role"]
 
 STREAM = "stream"
 INNER = "query/key dims"
@@ -48,6 +49,7 @@ INTO_GROUP = "channels into each group"
 OUT_OF_GROUP = "channels out of each group"
 HIDDEN = "hidden"
 CHANNELS = "channels"
+BRANCH = "branch"
 
 GROUPED_ROLES = (GROUPS, INTO_GROUP, OUT_OF_GROUP)
 WEAK, STRONG = (*GROUPED_ROLES, VALUES), (QUERIES, HEADS, GROUPED, INNER, BOTH, EXPERTS)
@@ -134,6 +136,16 @@ def _whole(block: str, paths: Sequence[str], shapes: Mapping[str, tuple[int, ...
     """Whether all matrices of a module shrink with the scope of these parameters."""
     matrices = [path for path, shape in shapes.items() if path.startswith(f"{block}.") and len(shape) > 1]
     return len(matrices) > 1 and {*matrices} <= {*paths}
+
+
+def branch_name(paths: Iterable[str], node: str) -> str:
+    """The name of a residual branch with these parameters, of a sum that this node is.
+
+    >>> branch_name(["layers.3.mlp.up.weight", "layers.3.mlp.down.weight"], "add_7")
+    'layers.3.mlp: branch'
+    """
+    block = _common(_module(path) for path in paths if not path.startswith(CONSTANTS))
+    return f"{block or _unnumbered(node)}: {BRANCH}"
 
 
 def _module(path: str) -> str:

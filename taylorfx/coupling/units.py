@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from taylorfx.coupling.listing import Row, listed
+from taylorfx.coupling.presence import Branch, Presence
 from taylorfx.layers import Shape
 from taylorfx.layers.axes import Signature, expand
 from taylorfx.network.labels import Bound, Labels
@@ -32,7 +33,8 @@ class Place:
         slot: the number of the node's input; -1 for its output.
         axis: the axis of that tensor.
         shape: the tensor's shape for one example.
-        units: ``(factors, size)``, the units that gate each index of the axis; -1 for none.
+        units: ``(factors, size)``, the units that gate each index of the axis, -1 for none; ``(1, 1)`` where one gates
+            the whole tensor, as a branch does.
         example: the axis along which the examples run, and the size of that axis' slower factors; none where the tensor
             is the same for all examples.
     """
@@ -72,6 +74,7 @@ class Coupling:
         reads: where layers mix activations.
         writes: where layers create activations.
         mixing: which layers let the examples of a batch influence each other, and how; empty where none does.
+        branches: the units that are branches, each the only one of its scope; none unless they were asked for.
     """
 
     spec: Spec
@@ -89,6 +92,7 @@ class Coupling:
     reads: tuple[Place, ...]
     writes: tuple[Place, ...]
     mixing: tuple[str, ...]
+    branches: tuple[Branch, ...] = ()
 
     def __len__(self) -> int:
         return len(self.scope)
@@ -110,7 +114,13 @@ class Coupling:
         for path, axes in self.parameters.items():
             for scope in sorted(set[int]().union(*(self._along[k] for k in axes))):
                 paths[scope].append(path)
+        for branch in self.branches:
+            paths[self.scope[branch.unit]] += self.presence.needing(self.presence.parameters, branch.unit)
         return tuple(map(tuple, paths))
+
+    def nodes_of(self, branch: Branch) -> list[str]:
+        """The names of the nodes that leave with a branch."""
+        return self.presence.needing(self.presence.nodes, branch.unit)
 
     @cached_property
     def _along(self) -> list[Mapping[int, int]]:
@@ -129,11 +139,17 @@ class Coupling:
         weight of 4 x 6, of whose positions 2 and 3 lie along the scope       4 * 6 - 2 * 3 = 18
         """
         shapes, numbers = self.spec.shapes, [0] * len(self.scopes)
+        branches = {int(self.scope[branch.unit]) for branch in self.branches}
         for scope, paths in enumerate(self.paths):
             for path in paths:
-                others = [
-                    n - self._along[k].get(scope, 0) for n, k in zip(shapes[path], self.parameters[path], strict=True)
-                ]
+                others = (
+                    [0]
+                    if scope in branches
+                    else [
+                        n - self._along[k].get(scope, 0)
+                        for n, k in zip(shapes[path], self.parameters[path], strict=True)
+                    ]
+                )
                 numbers[scope] += math.prod(shapes[path]) - math.prod(others)
         return numbers
 
@@ -147,6 +163,82 @@ class Coupling:
         _, starts, place = self._flat
         counts = np.add.reduceat(self._stays(keep), starts[:-1], dtype=np.int32)  # twice as fast as in 64 bits
         return counts[place].astype(np.int64)
+
+    @cached_property
+    def presence(self) -> Presence:
+        """What is there when branches leave."""
+        return Presence.of(self.spec, self.branches)
+
+    def lengths(self, keep: Mask) -> Labels:
+        """What costs are functions of: `counts`, and then for every condition of `presence` 1 if it holds, else 0."""
+        counts = self.counts(keep)
+        return np.append(counts, self.presence.holds(self._gone(keep))).astype(np.int64) if self.branches else counts
+
+    def pivotal(self, keep: Mask) -> Iterator[tuple[int, int]]:
+        """Every branch, and every condition that holds with it and not without it, when these units are kept."""
+        gone, presence = self._gone(keep), self.presence
+        for branch in self.branches:
+            unit = branch.unit
+            there, away = (presence.holds(one) for one in (gone - {unit}, gone | {unit}))
+            yield from ((unit, k) for k, holds in enumerate(there) if holds and not away[k])
+
+    def carried(self, keep: Mask) -> Mask:
+        """``(units,)``: those that leave with a branch in which they are, when these units are kept.
+
+        They are on no node any more that is still there.
+        """
+        if not self.branches or not (gone := self._gone(keep)):
+            return np.zeros(len(self), bool)
+        inside, along = self._inside
+        carried: Mask = inside & ~along[self.presence.holds(gone)].any(0)
+        return carried
+
+    def settled(self, keep: Mask) -> Mask:
+        """The units that stay when these are kept: what is in a branch that leaves, leaves with it."""
+        return keep & ~self.carried(keep)
+
+    def leaving(self, keep: Mask) -> Mask:
+        """The units that leave by themselves when these are kept, and not along with a branch."""
+        leaving: Mask = ~keep & ~self.carried(keep)
+        return leaving
+
+    def holding(self, units: Mask) -> Mask:
+        """``(units,)``: the branches without which, or without which and others, one of these units would leave."""
+        inside, along = self._inside
+        numbers = np.flatnonzero((along & (inside & units)).any(1)).tolist()
+        held = np.zeros(len(self), bool)
+        held[[unit for number in numbers for way in self.presence.conditions[number] for unit in way]] = True
+        return held
+
+    def empty(self, keep: Mask) -> list[str]:
+        """The parameters, or else the nodes, that would lose all indices of an axis, though they are still there."""
+        empty = {*np.flatnonzero(self.counts(keep) == 0).tolist()}
+        if not empty:
+            return []
+        gone, presence = self._gone(keep), self.presence
+        paths = [path for path, axes in self.parameters.items() if empty & {*axes}]
+        names = [name for name, letters in self.letters.items() if empty & {*letters.values()}]
+        return presence.there(presence.parameters, paths, gone) or presence.there(presence.nodes, names, gone)
+
+    def _gone(self, keep: Mask) -> frozenset[int]:
+        return frozenset(branch.unit for branch in self.branches if not keep[branch.unit])
+
+    @cached_property
+    def _inside(self) -> tuple[Mask, Mask]:
+        """``(units,)``: those that lie in branches alone, and ``(conditions, units)``: under which conditions."""
+        presence = self.presence
+        inside, along = np.ones(len(self), bool), np.zeros((len(presence.conditions), len(self)), bool)
+        of_axis: dict[int, set[int]] = {}
+        for name, letters in self.letters.items():
+            for axis in letters.values():
+                of_axis.setdefault(axis, set()).add(presence.nodes.get(name, -1))
+        held = [(self.axes[axis][self.axes[axis] >= 0], numbers) for axis, numbers in of_axis.items()]
+        held += [(np.array([unit]), {presence.sums.get(node, -1)}) for unit, node, _ in self.branches]
+        for units, numbers in held:
+            inside[units] &= -1 not in numbers
+            for number in numbers - {-1}:
+                along[number, units] = True
+        return inside, along
 
     def _stays(self, keep: Mask) -> Mask:
         """For every index of the axes end to end whether it stays: whether all its units do."""

@@ -29,7 +29,7 @@ from taylorfx.internals import wrapped
 from taylorfx.layers import Shape
 from taylorfx.layers.roles import Mixing
 from taylorfx.network.spec import Node, Spec
-from taylorfx.tree import Params, flatten, map_paths
+from taylorfx.tree import Params, flatten, map_paths, unflatten
 
 __all__ = ["Scratch", "compose", "cut", "expand", "fits", "take"]
 
@@ -41,7 +41,7 @@ def cut(tree: Params, plan: Plan) -> Params:
         tree: some or all of the parameters, in their original shapes.
 
     Returns:
-        A new tree. Leaves that lose nothing are the same tensors, not copies.
+        A new tree, without what is of branches that leave. Leaves that lose nothing are the same tensors, not copies.
 
     Raises:
         PlanError: listing every leaf that is not one of the plan's parameters or not of its original shape.
@@ -56,6 +56,8 @@ def cut(tree: Params, plan: Plan) -> Params:
     """
     fits(tree, plan.coupling.spec.shapes, "A plan cuts trees like")
     indices, scratch = plan.indices, Scratch()
+    if plan.gone:
+        tree = unflatten((path, leaf) for path, leaf in flatten(tree).items() if path not in plan.gone)
     return map_paths(lambda path, leaf: take(leaf, indices[path], scratch), tree)
 
 
@@ -152,6 +154,10 @@ def _plain(leaf: Tensor) -> bool:
 def expand(tree: Params, plan: Plan) -> Params:
     """Bring a cut tree back to its original shapes, with zeros where something was taken out.
 
+    What left as a whole, with a branch, comes back as zeros: on the device of the first leaf and in its dtype, unless
+    the layer's own are whole numbers. With ``gates=plan.gates`` the original network then computes what the smaller one
+    does; without them, where a branch of zeros gives out zeros.
+
     Raises:
         PlanError: listing every leaf that is not of the shape that the plan cuts to.
     """
@@ -168,7 +174,21 @@ def expand(tree: Params, plan: Plan) -> Params:
                 leaf = leaf.new_zeros(shape).index_copy(axis, index.to(leaf.device), leaf)
         return leaf
 
-    return map_paths(fill, tree)
+    expanded = map_paths(fill, tree)
+    return unflatten({**flatten(expanded), **_zeros(tree, plan)}) if plan.gone else expanded
+
+
+def _zeros(tree: Params, plan: Plan) -> dict[str, Tensor]:
+    """The parameters that left as a whole, as zeros."""
+    spec, leaves = plan.coupling.spec, list(flatten(tree).values())
+    like = next((leaf for leaf in leaves if leaf.is_floating_point()), torch.zeros(()))
+    zeros = {path: like.new_zeros(spec.shapes[path]) for path in spec.shapes if path in plan.gone}
+    for node in spec:
+        if node.layer.buffers and not plan.gone.isdisjoint(node.paths.values()):
+            for leaf, fresh in node.layer.init(torch.Generator()).items():
+                if node.path(leaf) in zeros and not fresh.is_floating_point():
+                    zeros[node.path(leaf)] = zeros[node.path(leaf)].to(fresh.dtype)
+    return zeros
 
 
 def compose(first: Plan, second: Plan) -> Plan:
@@ -191,10 +211,16 @@ def compose(first: Plan, second: Plan) -> Plan:
             "Plans compose if the second is of the network that the first one leaves; received one of another network. "
             "Select it for couple(cut(params, first), first.spec)."
         )
-    coupling = first.coupling
+    coupling, sums = first.coupling, _sums(second)
+    if strange := sums - {branch.node for branch in coupling.branches}:
+        raise PlanError(
+            "The units of the first plan tell what both keep; received a second plan without the branches of "
+            f"{', '.join(sorted(strange))}, which are no units of the first. Make that for couple(..., branches=True)."
+        )
     alive = np.zeros(len(coupling) + 1, bool)
+    alive[[branch.unit for branch in coupling.branches if branch.node not in sums]] = True
     survivors: dict[str, list[NDArray[np.int64]]] = {}
-    for path in coupling.parameters:
+    for path in (path for path in first.indices if path in second.indices):
         survivors[path] = []
         for axis, size in enumerate(_sizes(first, path)):
             kept = np.arange(size)
@@ -204,13 +230,16 @@ def compose(first: Plan, second: Plan) -> Plan:
             survivors[path].append(kept)
             alive[coupling.unit_ids(path, axis)[:, kept]] = True
     plan = Plan(coupling, alive[:-1] & first.keep, " then ".join(filter(None, (first.asked, second.asked))))
-    for path, kept_axes in survivors.items():
+    others = [*(survivors.keys() ^ plan.indices.keys())]
+    for path, kept_axes in survivors.items() if not others else ():
         for index, kept, size in zip(plan.indices[path], kept_axes, _sizes(first, path), strict=True):
             if not np.array_equal(np.arange(size) if index is None else index.numpy(), kept):
-                raise PlanError(
-                    "Two plans are one if some units of the first network keep what both keep; received plans for "
-                    f"which {path} would keep other indices. Apply them one after the other."
-                )
+                others.append(path)
+    if others:
+        raise PlanError(
+            "Two plans are one if some units of the first network keep what both keep; received plans for which "
+            f"{others[0]} would keep other indices. Apply them one after the other."
+        )
     return plan
 
 
@@ -227,6 +256,11 @@ def _same_but_for_biases(before: Spec, after: Spec) -> bool:
         one == other or (replace(one, layer=other.layer) == other and gained(one, other))
         for one, other in zip(before, after, strict=True)
     )
+
+
+def _sums(plan: Plan) -> set[str]:
+    """The sums of the branches that leave."""
+    return {branch.node for branch in plan.coupling.branches if not plan.keep[branch.unit]}
 
 
 def _sizes(plan: Plan, path: str) -> list[int]:

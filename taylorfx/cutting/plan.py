@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from taylorfx.cost.counts import flops, parameters
-from taylorfx.coupling.units import Coupling
+from taylorfx.coupling.presence import without
+from taylorfx.coupling.units import Coupling, Mask
 from taylorfx.network.labels import Labels
 from taylorfx.network.spec import Node, Spec
 from taylorfx.network.tables import columns
@@ -37,7 +38,8 @@ class Plan:
 
     Attributes:
         coupling: the units of the original network.
-        keep: ``(units,)``, true for those that stay; it is copied and cannot be written.
+        keep: ``(units,)``, true for those that stay; it is copied and cannot be written. What is in a branch that
+            leaves does not stay.
         asked: the budget, in words.
 
     Raises:
@@ -62,17 +64,13 @@ class Plan:
 
     def __post_init__(self) -> None:
         keep = np.array(self.keep, bool)
-        keep.flags.writeable = False
         object.__setattr__(self, "keep", keep)
         if keep.shape != (len(self.coupling),):
             raise PlanError(f"A plan decides on {len(self.coupling)} units; received a mask of shape {keep.shape}.")
-        empty = {*np.flatnonzero(self.coupling.counts(keep) == 0).tolist()}
-        if empty:
-            paths = [path for path, axes in self.coupling.parameters.items() if empty & {*axes}]
-            nodes = [name for name, letters in self.coupling.letters.items() if empty & {*letters.values()}]
-            raise PlanError(
-                f"Every layer keeps at least one channel; nothing would stay at {', '.join(paths or nodes)}."
-            )
+        keep &= ~self.coupling.carried(keep)
+        keep.flags.writeable = False
+        if empty := self.coupling.empty(keep):
+            raise PlanError(f"Every layer keeps at least one channel; nothing would stay at {', '.join(empty)}.")
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Plan):
@@ -87,18 +85,35 @@ class Plan:
         """Whether all units stay."""
         return bool(self.keep.all())
 
+    @property
+    def leaving(self) -> Mask:
+        """``(units,)``: those that leave by themselves, and not with a branch in which they are."""
+        return self.coupling.leaving(self.keep)
+
+    @cached_property
+    def gone(self) -> frozenset[str]:
+        """The paths of the parameters that leave as a whole, with a branch."""
+        presence, holds = self.coupling.presence, self._holds
+        return frozenset(path for path, number in presence.parameters.items() if not holds[number])
+
     @cached_property
     def indices(self) -> Mapping[str, Indices]:
-        """For every parameter, by path, the indices of each axis that stay; none where all of them do."""
-        alive = self.alive
+        """For every parameter that stays, by path, the indices of each axis that do; none where all of them do."""
+        alive, gone = self.alive, self.gone
         kept = {k: torch.from_numpy(np.flatnonzero(alive[k])) for k in self._shorter}
-        return {path: tuple([kept.get(k) for k in axes]) for path, axes in self.coupling.parameters.items()}
+        parameters = self.coupling.parameters.items()
+        return {path: tuple([kept.get(k) for k in axes]) for path, axes in parameters if path not in gone}
 
     @cached_property
     def spec(self) -> Spec:
         """The smaller network."""
-        spec = self.coupling.spec
-        return spec if self.whole else replace(spec, nodes=tuple(map(self._resize, spec.nodes)))
+        spec, presence, holds = self.coupling.spec, self.coupling.presence, self._holds
+        if self.whole:
+            return spec
+        if not all(holds):
+            gone = frozenset(name for name, number in presence.nodes.items() if not holds[number])
+            spec = without(spec, gone, presence.branches)
+        return replace(spec, nodes=tuple(map(self._resize, spec.nodes)))
 
     @cached_property
     def gates(self) -> Gates:
@@ -109,6 +124,11 @@ class Plan:
     def alive(self) -> list[NDArray[np.bool_]]:
         """For every axis of the coupling, which of its indices stay."""
         return self.coupling.alive(self.keep)
+
+    @cached_property
+    def _holds(self) -> list[bool]:
+        """For every condition of the coupling's presence whether it holds."""
+        return [bool(n) for n in self.coupling.lengths(self.keep)[len(self.coupling.axes) :]]
 
     @cached_property
     def _lengths(self) -> list[int]:
@@ -153,7 +173,8 @@ def former_scopes(plan: Plan, coupling: Coupling) -> Labels:
     """``(units,)``: for every unit of the network that a plan leaves, its scope before; -1 where it is of none.
 
     Scopes may have other names after a cut, and units have other numbers. A unit is known by its positions along the
-    axes of parameters and of layers: of the units before that had all of them it is the one that had the fewest.
+    axes of parameters and of layers: of the units before that had all of them it is the one that had the fewest. A
+    branch is known by its sum.
 
     ::
 
@@ -169,6 +190,9 @@ def former_scopes(plan: Plan, coupling: Coupling) -> Labels:
     """
     count, axes = len(plan.coupling), [*_axes_of_both(plan, coupling)]
     former = np.full(len(coupling), -1)
+    before = {branch.node: plan.coupling.scope[branch.unit] for branch in plan.coupling.branches}
+    for branch in coupling.branches:
+        former[branch.unit] = before.get(branch.node, -1)
     if not axes:
         return former
     pairs = [(new, old) for olds, news in axes for old in olds for new in news]

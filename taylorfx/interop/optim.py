@@ -161,7 +161,7 @@ class _Names:
             self.tensors = flatten(holder)
         self._names: dict[int, str] = {}
         for name, tensor in self.tensors.items():
-            if name in plan.indices or id(tensor) not in self._names:
+            if name in plan.coupling.parameters or id(tensor) not in self._names:
                 self._names[id(tensor)] = name
 
     def of(self, tensor: Tensor) -> str | None:
@@ -229,6 +229,8 @@ def _parameters(
                 errors.append(f"parameter {place} of group {number}, {shape}: old has no such tensor")
                 continue
             after = new.tensors.get(name)
+            if after is None and name in plan.gone:
+                continue
             if not isinstance(after, Tensor):
                 errors.append(f"{name}: new has no parameter of this name")
                 continue
@@ -278,7 +280,10 @@ def _rebuilt(optimizer: Optimizer, groups: Sequence[Sequence[_Parameter]]) -> Op
     for group, parameters in zip(optimizer.param_groups, groups, strict=True):
         settings = {name: copy.deepcopy(x) for name, x in group.items() if name not in ("params", "param_names")}
         tensors = [parameter.after for parameter in parameters]
-        named = [*zip(group["param_names"], tensors, strict=True)] if "param_names" in group else tensors
+        named: Sequence[object] = tensors
+        if "param_names" in group:
+            names = {id(before): name for name, before in zip(group["param_names"], group["params"], strict=True)}
+            named = [(names[id(parameter.before)], parameter.after) for parameter in parameters]
         entries.append({**settings, "params": named})
     try:
         carried = kind(entries, **copy.deepcopy(options))

@@ -108,10 +108,11 @@ def reconstruct(
             f"A ridge is above 0, as dead inputs would leave their weights undetermined; received {ridge}."
         )
     batch_inputs = list(inputs_of(batches))
-    original, small, spec, losers = plan.coupling.spec, cut(params, plan), plan.spec, lost(plan)
+    original, small, spec = plan.coupling.spec, cut(params, plan), plan.spec
+    losers = lost(plan) | {branch.node for branch in plan.coupling.branches if not plan.keep[branch.unit]}
     old, new = ([_Run(network, inputs) for inputs in batch_inputs] for network in (original, spec))
-    shared = [([node.name for node, _ in group], group) for group in sharing(original, "weight")]
-    mended = [(names, x) for names, x in shared if _joint(original, x) and losers & original.upstream(names)]
+    shared = [([node.name for node, _ in group], group) for group in sharing(plan, "weight")]
+    mended = [(names, x) for names, x in shared if _joint(spec, x) and losers & original.upstream(names)]
     with bar(progress, "reconstruct", len(mended)) as advance:
         for names, group in mended:
             sums: LeastSquares | None = None

@@ -25,10 +25,15 @@ def mixing(spec: Spec) -> Iterator[tuple[Node, Mixing]]:
             yield node, role
 
 
-def sharing(spec: Spec, leaf: str) -> list[list[tuple[Node, Mixing]]]:
-    """The nodes that mix, in order; those together that share their parameter ``leaf``: ``"weight"`` or ``"bias"``."""
+def staying(plan: Plan) -> Iterator[tuple[Node, Mixing]]:
+    """The nodes of the original network that mix, but for those that leave with a branch."""
+    return ((node, role) for node, role in mixing(plan.coupling.spec) if node.name in plan.spec.by_name)
+
+
+def sharing(plan: Plan, leaf: str) -> list[list[tuple[Node, Mixing]]]:
+    """The nodes that mix and stay; those together that share their parameter ``leaf``: ``"weight"`` or ``"bias"``."""
     groups: dict[str, list[tuple[Node, Mixing]]] = {}
-    for node, role in mixing(spec):
+    for node, role in staying(plan):
         groups.setdefault(node.path(role.weight if leaf == "weight" else role.bias), []).append((node, role))
     return list(groups.values())
 
@@ -52,9 +57,8 @@ def kept_channels(plan: Plan, node: Node, role: Mixing) -> tuple[Tensor, Tensor]
 
 
 def lost(plan: Plan) -> set[str]:
-    """The nodes that lose some of what they consume."""
-    nodes = mixing(plan.coupling.spec)
-    return {node.name for node, role in nodes if not kept_channels(plan, node, role)[0].all()}
+    """The nodes that lose some of what they consume, but for those that leave themselves."""
+    return {node.name for node, role in staying(plan) if not kept_channels(plan, node, role)[0].all()}
 
 
 def takes_shift(spec: Spec, names: Sequence[str]) -> bool:
@@ -85,7 +89,7 @@ def shifted(params: Params, spec: Spec, names: Sequence[str], shift: Tensor) -> 
 
 
 def _means(spec: Spec, nodes: Sequence[tuple[Node, Mixing]]) -> list[str] | None:
-    """The paths of the running means that take up a shift of these layers, one for each; ``None`` if not all have one."""
+    """The paths of the running means that take up a shift of these layers, or ``None`` if not all have one."""
     means = [_mean(spec, node, role) for node, role in nodes]
     return [x for x in means if x] if all(means) and len({*means}) == len(means) else None
 

@@ -44,11 +44,12 @@ def written_over(draft: Draft) -> Draft:
         a, b --> add --> c                       a and c are one tensor, if add alone consumes a
 
     What does not depend on a gate is left as it is: ``torch.func.vjp`` refuses to write over a tensor that it does not
-    differentiate with one that it does.
+    differentiate with one that it does. So is a sum with a gate on an operand, which the gate's derivative needs.
     """
     nodes: dict[str, Node] = {}
+    gated = {place.node for place in draft.coupling.reads}
     for node in draft.spec.nodes:
-        if _overwrites(node.layer):
+        if _overwrites(node.layer) and node.name not in gated:
             over = [x for x in node.inputs if x in draft.gated and draft.spec.uses[x] == 1 and _fresh(nodes[x])]
             if over:
                 inputs = (over[0], *(x for x in node.inputs if x != over[0]))

@@ -188,6 +188,12 @@ def weight_l2(params: Params, coupling: Coupling, *, normalizer: Normalizer = un
 
 def _weights(params: Params, coupling: Coupling, power: int) -> Tensor:
     _parameters(params, coupling)
+    if coupling.branches:
+        scopes = ", ".join(coupling.scopes[coupling.scope[branch.unit]] for branch in coupling.branches)
+        raise ValueError(
+            f"A norm is that of the weights that write a unit, and none writes a branch; received {scopes}. Take a "
+            "criterion of statistics, or couple without branches."
+        )
     leaves = flatten(params)
     total: Tensor = next(iter(leaves.values())).new_zeros(len(coupling) + 1, dtype=torch.float64)
     seen: set[str] = set()

@@ -71,7 +71,7 @@ class Taps:
         self.spread[read.key] = x.numel() / (place.units.shape[1] * examples) * share
         if self.plan.moments:
             rows = x.detach()[None] if place.example is None else examples_first(x.detach(), len(gate), *place.example)
-            self.seen[read.key] = activation_sums(rows, place.axis + 1)
+            self.seen[read.key] = _as_gated(activation_sums(rows, place.axis + 1), place)
 
     def _tapped(self, read: Read, x: Tensor) -> Tensor:
         place, gate = read.place, self.gates[read.key]
@@ -119,8 +119,14 @@ class Tap(Function):
                 gate = contract(rows, slopes, axis + 1)
             if recipe.slope is not None:
                 recipe.slope(x, grad, True)
+        gate = _as_gated(gate, ctx.place)
         by_activation, by_kept = (grad, None) if recipe.slope is None else (None, grad)
         return by_activation, gate.to(ctx.dtype), None, None, by_kept, None
+
+
+def _as_gated(sums: Tensor, place: Place) -> Tensor:
+    """Sums along an axis, ``(height, size)``, as a place has gates: one sum where one gates the whole tensor."""
+    return sums.sum(1, keepdim=True) if place.units.shape[1] == 1 else sums
 
 
 def examples_first(x: Tensor, count: int, axis: int, before: int) -> Tensor:

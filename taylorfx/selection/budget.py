@@ -165,10 +165,13 @@ class Measured(Budget):
 
 
 class Units(Budget):
-    """Exactly this number of units, or this share of them (rounded down); at most, if it is one of several budgets."""
+    """Exactly this number of units, or this share of them (rounded down); at most, if it is one of several budgets.
+
+    A branch that leaves takes the units in it along, which count, too.
+    """
 
     def cost(self, coupling: Coupling) -> Callable[[Mask], float]:
-        return lambda keep: float(keep.sum())
+        return lambda keep: float(coupling.settled(keep).sum())
 
     def limit(self, total: float) -> float:
         return math.floor(super().limit(total))

@@ -72,6 +72,14 @@ class Rules(NamedTuple):
         """How many units of each scope of a group leave together, in all bundles but the first."""
         return math.lcm(*[self.multiples[k] for k in group])
 
+    def among(self, coupling: Coupling, keep: Mask) -> Rules:
+        """The same where these units are kept: a scope that left with a branch need not keep as many as others."""
+        absent = _all_of(coupling, coupling.carried(keep))
+        if not absent:
+            return self
+        there = [[k for k in group if k not in absent] for group in self.groups]
+        return self._replace(groups=[group for group in there if group] + [[k] for k in sorted(absent)])
+
     def parts(self, coupling: Coupling) -> tuple[Labels, Rules]:
         """The number of every unit's part of its scope, ``(units,)``, and the rules of these parts.
 
@@ -103,6 +111,10 @@ class Constraints:
     the path of a parameter whose layer writes it. ``"*q_proj*"`` stands for the heads and the dimensions of queries. A
     residual stream, to which every block adds, is meant by its name. A glob that matches nothing in this way stands
     for all scopes that shrink a parameter of that name: ``"*norm.weight"`` for the stream.
+
+    A branch is a scope of one unit, which may leave: plain numbers are of channels, and ``protect``, or a floor of 1 by
+    a glob, keeps it. It stays if something in it is protected. What says how many units of a scope stay does not hold
+    for one that leaves with its branch.
 
     `prune`, `iterate`, `select` and `joint` take one as ``constraints=``, or its attributes as keywords.
 
@@ -184,22 +196,27 @@ class Constraints:
         protected = checked(partial(_protected, coupling, (*self.protect,)), np.zeros(len(coupling), bool))
         if problems:
             raise SelectionError(" ".join(problems))
+        if coupling.branches:
+            protected |= coupling.holding(protected)
         held = protected | ~coupling.exact if self.exact_only else protected
         return Rules(groups, floors, most, multiples, held, chunks)
 
     def broken(self, coupling: Coupling, keep: Mask) -> list[str]:
         """What a choice of units to keep, ``(units,)``, does not respect, in words; `select` breaks none."""
-        rules = self.on(coupling)
-        gone = rules.protected & ~keep
+        rules, carried = self.on(coupling), coupling.carried(keep)
+        gone = rules.protected & ~keep & (coupling.exact | ~carried)
+        absent, groups = _all_of(coupling, carried), rules.among(coupling, keep).groups
         problems = [f"{coupling.names[unit]} has to stay" for unit in np.flatnonzero(gone).tolist()]
         kept = np.bincount(coupling.scope[keep], minlength=len(coupling.scopes)).tolist()
         for scope, (name, size, n, multiple) in enumerate(
             zip(coupling.scopes, coupling.sizes.tolist(), kept, rules.multiples, strict=True)
         ):
+            if scope in absent:
+                continue
             least = min(rules.least(scope, size), size)
             problems += [f"{name} keeps {n} of {size}, fewer than {least}"] * (n < least)
             problems += [f"{name} keeps {n}, no multiple of {multiple}"] * (n not in (size, n // multiple * multiple))
-        for group in rules.groups:
+        for group in groups:
             if len({kept[k] for k in group}) > 1:
                 problems.append(f"{', '.join(f'{coupling.scopes[k]} keeps {kept[k]}' for k in group)}, not as many")
         part, _ = rules.parts(coupling)
@@ -228,7 +245,8 @@ class Constraints:
         Args:
             coupling: of the smaller network.
         """
-        return self._named(plan.coupling, self.on(plan.coupling), coupling, former_scopes(plan, coupling))
+        rules = self.on(plan.coupling).among(plan.coupling, plan.keep)
+        return self._named(plan.coupling, rules, coupling, former_scopes(plan, coupling))
 
     def _named(self, before: Coupling, rules: Rules, after: Coupling, former: Labels) -> Constraints:
         """The rules of one network by the names of another one's scopes.
@@ -260,6 +278,7 @@ class Constraints:
             else:
                 held.update(names)
         chunks |= dict.fromkeys(held, 1)
+        floor = {name: least for name, least in floor.items() if least}  # none for a branch that may leave
         kept = tuple(name for name in parts if name in held)
         return replace(
             self, protect=kept, floor=floor, most=1.0, multiple=multiple, uniform=tuple(uniform), chunks=chunks
@@ -284,11 +303,17 @@ class Constraints:
         return replace(
             self,
             protect=(*self.protect, *other.protect),
-            floor=dict(zip(names, map(max, one.floors, two.floors), strict=True)),
+            floor={name: n for name, n in zip(names, map(max, one.floors, two.floors), strict=True) if n},
             uniform=tuple(tuple(names[k] for k in group) for group in joined),
             multiple=dict(zip(names, multiples, strict=True)),
             chunks=dict(zip(names, map(math.lcm, one.chunks, two.chunks), strict=True)),
         )
+
+
+def _all_of(coupling: Coupling, units: Mask) -> set[int]:
+    """The scopes of which these are all units."""
+    counts = np.bincount(coupling.scope[units], minlength=len(coupling.scopes))
+    return {*np.flatnonzero(counts == coupling.sizes).tolist()}
 
 
 def _parts(coupling: Coupling, former: Labels, scope: int) -> tuple[tuple[int, ...], bool]:
@@ -410,7 +435,10 @@ def _together(coupling: Coupling, families: Sequence[Sequence[str]]) -> list[lis
 
 
 def _by_scope(coupling: Coupling, value: N | Mapping[str, N], what: str, default: N) -> list[N]:
-    """One number per scope, from a number for all or a mapping from globs, of which the first that matches counts."""
+    """One number per scope, from a number for all or a mapping from globs, of which the first that matches counts.
+
+    A number for all is of the scopes of channels; by default a branch may leave.
+    """
     by_glob: dict[str, N]
     if isinstance(value, Mapping):
         by_glob = dict(value)
@@ -428,4 +456,8 @@ def _by_scope(coupling: Coupling, value: N | Mapping[str, N], what: str, default
         above = " and at most 1" if what == "most" else ""
         raise SelectionError(f"{what} is {whole}at least {least}{above}; received {', '.join(bad)}.")
     first = _first(coupling, [*by_glob])
-    return [by_glob[first[k]] if k in first else default for k in range(len(coupling.scopes))]
+    numbers = [by_glob[first[k]] if k in first else default for k in range(len(coupling.scopes))]
+    for scope in (int(coupling.scope[branch.unit]) for branch in coupling.branches):
+        if not isinstance(value, Mapping) or scope not in first:
+            numbers[scope] = 0 if what == "floor" else default
+    return numbers

@@ -10,7 +10,8 @@ matrix is never formed. With ``s_n = sum_{u in R} g_nu``, what one more unit add
 
     J(R + u) - J(R) = - E[g_u] + E[s g_u] + 1/2 E[g_u^2],
 
-one product of the vector ``s`` with the ``(N, units)`` rows. So the cheapest units leave in rounds, each as `select`
+one product of the vector ``s`` with the ``(N, units)`` rows. A branch takes the units in it along: it adds its own
+derivative less theirs, of those that have left before. So the cheapest units leave in rounds, each as `select`
 has it (budgets, floors, multiples, globs), and at the end units of one scope change places while that lowers ``J``.
 """
 
@@ -79,23 +80,26 @@ def joint(
     prices = pricing(asked.budgets, asked.costs) if per_cost else None
     keep = np.ones(len(coupling), bool)
     totals = [cost(keep) for cost in asked.costs]
-    mean, half = rows.mean(0, dtype=torch.float64), 0.5 * rows.square().mean(0, dtype=torch.float64)
-    mean = mean.clamp(max=0) if cautious else mean
-    plan = first_that_fit((half - mean).numpy(), asked)  # an error names the budget that was asked for
+    whole = rows.mean(0, dtype=torch.float64), 0.5 * rows.square().mean(0, dtype=torch.float64)
 
     def worth(keep: Mask) -> Tensor:
         """What each unit adds to the loss when it leaves, or takes back when it returns; per price if there are any."""
-        gone = torch.from_numpy(~keep)
-        cross = _cross(rows, ~keep) - torch.where(gone, 2 * half, 0.0)  # with those of the others that have left
+        cross, mean, half = _added(rows, coupling, keep, whole)
+        leaving = torch.from_numpy(coupling.leaving(keep))
+        cross = cross - torch.where(leaving, 2 * half, 0.0)  # with those of the others that have left
+        mean = mean.clamp(max=0) if cautious else mean
         scores = (torch.maximum(cross, -0.5 * half) if cautious else cross) + half - mean
         return scores / prices(keep) if prices else scores
 
+    plan = asked.plan(first_that_fit(asked.ranked(worth(keep).numpy()), asked))  # an error names what was asked for
     for step in range(1, rounds + 1) if len(coupling) else ():
         scores = worth(keep)
         lowest = scores.min()
         scores[torch.from_numpy(~keep)] = lowest - 1 - lowest.abs()  # what has left stays away
         try:
-            plan = first_that_fit(asked.ranked(scores.numpy()), _between(asked, totals, step / rounds))
+            plan = asked.plan(
+                first_that_fit(asked.ranked(scores.numpy()), _between(asked, totals, step / rounds).among(keep))
+            )
         except BudgetError:  # on the way, where multiples cannot be met exactly
             if step == rounds:
                 raise
@@ -104,14 +108,15 @@ def joint(
     if swaps and not cautious:
         free = coupling.exact if respected.exact_only else np.ones(len(coupling), bool)
         part, _ = asked.rules.parts(coupling)
-        better = _swap(rows, part, plan.keep.copy(), mean, half, free)
+        _, mean, half = _added(rows, coupling, plan.keep, whole)
+        better = _swap(rows, part, plan, mean, half, free & ~coupling.carried(plan.keep))
         limits = [
             max(one.limit(n), cost(plan.keep)) for one, n, cost in zip(asked.budgets, totals, asked.costs, strict=True)
         ]
         fits = all(cost(better) <= limit for cost, limit in zip(asked.costs, limits, strict=True))
-        if fits and coupling.counts(better).all():
-            plan = Plan(coupling, better, plan.asked)
-    return Plan(coupling, asked.spent(plan.keep, asked.ranked(worth(plan.keep).numpy())), plan.asked)
+        if fits and not coupling.empty(better):
+            plan = asked.plan(better)
+    return asked.plan(asked.spent(plan.keep, asked.ranked(worth(plan.keep).numpy())))
 
 
 def expected_change(stats: Statistics, plan: Plan) -> Tensor:
@@ -121,7 +126,7 @@ def expected_change(stats: Statistics, plan: Plan) -> Tensor:
         SelectionError: if the statistics have no rows or are of other units.
     """
     rows = _rows(stats, plan.coupling)
-    gone = rows[:, torch.from_numpy(~plan.keep).to(rows.device)].sum(1, dtype=torch.float64)
+    gone = rows[:, torch.from_numpy(plan.leaving).to(rows.device)].sum(1, dtype=torch.float64)
     return 0.5 * gone.square().mean() - gone.mean()
 
 
@@ -137,10 +142,25 @@ def _rows(stats: Statistics, coupling: Coupling) -> Tensor:
     return stats.rows.to("cpu")
 
 
-def _cross(rows: Tensor, gone: Mask) -> Tensor:
-    """``E[s g_u]`` for every unit, ``s`` the sum over those that have left."""
-    away = torch.from_numpy(gone).to(rows.dtype)
-    return ((rows @ away) @ rows / len(rows)).to(torch.float64)
+def _added(rows: Tensor, coupling: Coupling, keep: Mask, whole: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """``E[s g_u]`` of every unit, ``s`` the sum over those that have left, and ``E[g_u]`` and ``E[g_u^2] / 2``.
+
+    For a branch that stays ``g_u`` is its own derivative less those of the units in it that have left.
+
+    Args:
+        whole: the last two where nothing has left.
+    """
+    leaving = coupling.leaving(keep)
+    away = rows @ torch.from_numpy(leaving).to(rows.dtype)
+    cross = (away @ rows / len(rows)).to(torch.float64)
+    mean, half = (x.clone() for x in whole) if coupling.branches else whole
+    for unit in (branch.unit for branch in coupling.branches if keep[branch.unit]):
+        inside = np.flatnonzero(leaving & coupling.carried(keep & (np.arange(len(keep)) != unit)))
+        if len(inside):
+            own = rows[:, unit] - rows[:, torch.from_numpy(inside)].sum(1)
+            cross[unit] = away @ own / len(rows)
+            mean[unit], half[unit] = own.mean(dtype=torch.float64), 0.5 * own.square().mean(dtype=torch.float64)
+    return cross, mean, half
 
 
 def _between(asked: Asked, totals: Sequence[float], share: float) -> Asked:
@@ -162,9 +182,10 @@ EXCHANGES = 256
 """How often units of one scope change places at most."""
 
 
-def _swap(rows: Tensor, part: Labels, keep: Mask, mean: Tensor, half: Tensor, free: Mask) -> Mask:
+def _swap(rows: Tensor, part: Labels, plan: Plan, mean: Tensor, half: Tensor, free: Mask) -> Mask:
     """Exchange units within their scopes, or chunks of them, while that lowers ``J``."""
-    gone = rows @ torch.from_numpy(~keep).to(rows.dtype)  # s
+    keep = plan.keep.copy()
+    gone = rows @ torch.from_numpy(plan.leaving).to(rows.dtype)  # s
     for number in np.unique(part):
         members = np.flatnonzero((part == number) & free)
         columns = rows[:, torch.from_numpy(members)]

@@ -78,13 +78,19 @@ def quantiles(values: Values, groups: Labels) -> Values:
 
 
 def like_structures(coupling: Coupling) -> Labels:
-    """``(scopes,)``: the class of each. Scopes of one class run along the same letters of the same kinds of layers."""
+    """``(scopes,)``: the class of each. Scopes of one class run along the same letters of the same kinds of layers.
+
+    Branches are alike if the same kinds of layers leave with them.
+    """
     places: list[set[tuple[str, str]]] = [set() for _ in coupling.scopes]
     for node in coupling.spec:
         for letter, number in coupling.letters[node.name].items():
             axis = coupling.axes[number]
             for scope in np.unique(coupling.scope[axis[axis >= 0]]):
                 places[scope].add((type(node.layer).__name__, letter))
+    for branch in coupling.branches:
+        kinds = {type(coupling.spec[name].layer).__name__ for name in coupling.nodes_of(branch)}
+        places[coupling.scope[branch.unit]].update((kind, "") for kind in kinds)
     forms = [frozenset(each) for each in places]
     numbers = {form: k for k, form in enumerate(dict.fromkeys(forms))}
     return np.array([numbers[form] for form in forms], np.int64)
@@ -207,7 +213,7 @@ def _bundles(free: Labels, sizes: Labels, rules: Rules) -> tuple[Bundles, int]:
     count, allowed = 0, free.tolist()
     for group in rules.groups:
         size = int(sizes[group[0]])
-        least = max(size - min([allowed[k] for k in group]), *[rules.least(k, size) for k in group], 1)
+        least = max(size - min([allowed[k] for k in group]), *[rules.least(k, size) for k in group])
         width = rules.width(group)
         first = size % width or width  # what is left over leaves first; what stays is a multiple of the width
         leaving = size - -(-least // width) * width
@@ -246,25 +252,27 @@ def _ranks(values: Values, units: Labels, bundle: Labels, count: int) -> Labels:
     return ranks
 
 
-def returned(keep: Mask, values: Values, parts: tuple[Labels, Rules], fits: Callable[[Mask], bool]) -> Mask:
+def returned(keep: Mask, away: Mask, values: Values, parts: tuple[Labels, Rules], fits: Callable[[Mask], bool]) -> Mask:
     """The units that stay when all that still fits comes back, bundle by bundle, the highest mean first.
 
     Of every scope the best units come back first, and once a bundle of it does not fit no other one does. Units 0 and 1
     have left, of scopes of their own, and there is room for two in all:
 
     >>> alone = np.arange(3), Rules([[0], [1], [2]], [1] * 3, [1.0] * 3, [1] * 3, np.zeros(3, bool))
-    >>> returned(np.array([False, False, True]), np.array([4.0, 5.0, 1.0]), alone, lambda mask: mask.sum() <= 2)
+    >>> keep = np.array([False, False, True])
+    >>> returned(keep, ~keep, np.array([4.0, 5.0, 1.0]), alone, lambda mask: mask.sum() <= 2)
     array([False,  True,  True])
 
     Args:
         keep: ``(units,)``, a choice that the rules allow.
+        away: ``(units,)``: those that may come back.
         parts: the part of its scope of each unit, ``(units,)``, and the rules of these parts (`Rules.parts`).
         fits: whether these units may stay.
     """
     (part, rules), kept = parts, keep.copy()
     best = _order(values)[::-1]
-    away = best[~keep[best]]
-    queues = {int(k): away[part[away] == k].tolist() for k in np.unique(part[away])}
+    best = best[away[best]]
+    queues = {int(k): best[part[best] == k].tolist() for k in np.unique(part[best])}
 
     def push(k: int) -> None:
         """Let the next bundle of a group wait: as many of each scope as leave together, or what is left over."""

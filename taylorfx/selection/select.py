@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
     from taylorfx.selection.constraints import ConstraintOptions
 
-__all__ = ["foresee", "select"]
+__all__ = ["Asked", "first_that_fit", "foresee", "select"]
 
 
 def select(
@@ -62,6 +62,7 @@ def select(
     The last unit that leaves is often a large one, after which smaller ones fit again: they come back, best first, in
     the bundles of the constraints. In the end no bundle that has left fits. Budgets of a function of your own
     (`Measured`, or a cost that is no `Cost`) are left with the prefix, since every bundle would have to be measured.
+    A branch that has left stays away, with what is in it.
 
     Args:
         scores: ``(units,)``, higher means keep.
@@ -83,12 +84,11 @@ def select(
     values = finite(scores, coupling)
     prices = pricing(asked.budgets, asked.costs) if per_cost else None
 
-    def rank(values: NDArray[np.float64]) -> Plan:
+    def rank(values: NDArray[np.float64]) -> Mask:
         values = asked.ranked(values)
-        plan = first_that_fit(values, asked)
-        return Plan(coupling, asked.spent(plan.keep, values), plan.asked)
+        return asked.spent(first_that_fit(values, asked), values)
 
-    return _search(values, prices, rank) if prices else rank(values)
+    return asked.plan(_search(values, prices, rank, coupling) if prices else rank(values))
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,16 @@ class Asked:
         """The values, or where units are ranked within classes, their quantiles there."""
         return values if self.classes is None else quantiles(values, self.classes)
 
+    def among(self, keep: Mask) -> Asked:
+        """The same where no more than these units are left."""
+        return replace(self, rules=self.rules.among(self.coupling, keep))
+
+    def plan(self, keep: Mask) -> Plan:
+        """The plan that keeps these units."""
+        return Plan(self.coupling, keep, " and ".join(map(str, self.budgets)))
+
     def spent(self, keep: Mask, values: NDArray[np.float64]) -> Mask:
-        """These units, and of the others what still fits: the highest values first.
+        """These units, and of the others what still fits: the highest values first. Branches stay away.
 
         Only where all costs are counted: one that a function of the user's measures is asked as seldom as possible.
         """
@@ -126,13 +134,14 @@ class Asked:
             return keep
         everything = np.ones(len(keep), bool)
         limits = [(cost, one.limit(cost(everything))) for one, cost in both]
-        return returned(
-            keep, values, self.rules.parts(self.coupling), lambda mask: all(cost(mask) <= n for cost, n in limits)
-        )
+        away = self.coupling.leaving(keep)
+        away[[branch.unit for branch in self.coupling.branches]] = False
+        parts = self.among(keep).rules.parts(self.coupling)
+        return returned(keep, away, values, parts, lambda mask: all(cost(mask) <= n for cost, n in limits))
 
 
-def first_that_fit(values: NDArray[np.float64], asked: Asked) -> Plan:
-    """The plan that the shortest prefix of the order leaves, of those that meet all budgets.
+def first_that_fit(values: NDArray[np.float64], asked: Asked) -> Mask:
+    """The units that the shortest prefix of the order leaves, of those that meet all budgets.
 
     Args:
         values: ``(units,)``, finite.
@@ -143,7 +152,8 @@ def first_that_fit(values: NDArray[np.float64], asked: Asked) -> Plan:
         step, count = steps(values, coupling, held, rules)
         empty = np.flatnonzero(coupling.counts(step >= count) == 0)
         if not len(empty):
-            return Plan(coupling, step >= _shortest(step, count, asked), " and ".join(map(str, asked.budgets)))
+            stays: Mask = step >= _shortest(step, count, asked)
+            return stays
         for axis in (coupling.axes[k] for k in empty):  # products and slices may need more than a floor per scope
             worth = np.where(axis >= 0, values[axis], np.inf).min(0)
             held[axis[:, worth.argmax()]] = True
@@ -162,12 +172,13 @@ def foresee(coupling: Coupling, *, budget: Budgets, constraints: Constraints, pe
     step, count = steps(np.zeros(len(coupling)), coupling, rules.protected, rules)
     keep = step >= count
     whole = np.array([_whole(coupling, axis) for axis in coupling.axes], bool)
-    least = np.where(whole, np.maximum(coupling.counts(keep), 1), 1) if len(coupling.axes) else np.zeros(0, np.int64)
+    least = coupling.lengths(keep) if len(coupling.axes) else np.zeros(0, np.int64)
+    least[: len(whole)] = np.where(whole, np.maximum(least[: len(whole)], 1), 1)
 
     def lowest(one: Budget, cost: Callable[[Mask], float]) -> tuple[float, float]:
         if isinstance(cost, Cost):
             return cost.of(least), cost.total
-        return (float(keep.sum()), float(len(coupling))) if isinstance(one, Units) else (0.0, 0.0)
+        return (cost(keep), float(len(coupling))) if isinstance(one, Units) else (0.0, 0.0)
 
     bounds = [(one, *lowest(one, cost)) for one, cost in zip(budgets, costs, strict=True)]
     if any(low > one.limit(total) for one, low, total in bounds if total):
@@ -203,23 +214,26 @@ PRICES = 16
 def _search(
     values: NDArray[np.float64],
     price: Callable[[Mask], torch.Tensor],
-    rank: Callable[[NDArray[np.float64]], Plan],
-) -> Plan:
-    """The plan of the least score lost, by Lagrange multipliers (Everett 1963, doi 10.1287/opre.11.3.399).
+    rank: Callable[[NDArray[np.float64]], Mask],
+    coupling: Coupling,
+) -> Mask:
+    """The units that stay where the least score is lost: by Lagrange multipliers (Everett 1963, doi
+    10.1287/opre.11.3.399).
 
     Where nothing can be gained by exchanging units, those leave whose score is less than some factor times what they
     save, at the plan itself. So the units are ranked by their score per price, the price is what a unit saves (or would
-    cost again) at the plan that follows, and so on; a geometric mean keeps prices from swinging.
+    cost again) at the plan that follows, and so on; a geometric mean keeps prices from swinging. With a branch its own
+    score is lost, and not those of the units in it.
     """
     prices = price(np.ones(len(values), bool)).numpy()
-    plans = [rank(values)]
+    masks = [rank(values)]
     for _ in range(PRICES):
-        plans.append(rank(values / prices))
-        new = np.sqrt(prices * price(plans[-1].keep).numpy())
+        masks.append(rank(values / prices))
+        new = np.sqrt(prices * price(masks[-1]).numpy())
         if np.allclose(new, prices, rtol=1e-3):
             break
         prices = new
-    return min(plans, key=lambda plan: float(values[~plan.keep].sum()))
+    return min(masks, key=lambda keep: float(values[~keep & ~coupling.carried(keep)].sum()))
 
 
 def _shortest(step: Labels, steps: int, asked: Asked) -> int:

@@ -213,7 +213,8 @@ def cut_file(source: str | PathLike[str], target: str | PathLike[str], plan: Pla
                 errors.append(f"{name}: expected {spec.shapes[path]}, received {shape}")
         if errors:
             raise PlanError("A plan cuts files with parameters of its own network; received:\n  " + "\n  ".join(errors))
-        kept = {name: _cut(part, plan.indices[paths[name]]) for name, part in slices.items()}
+        staying = {name: part for name, part in slices.items() if paths[name] not in plan.gone}
+        kept = {name: _cut(part, plan.indices[paths[name]]) for name, part in staying.items()}
         write(target, kept, {**metadata, _KEY: to_json(plan.spec)})
 
 

@@ -4,7 +4,8 @@ A plan names units, so that it can be made again for another capture or checkpoi
 
     {"kind": "plan", "version": 1, "asked": "at most 50.0% of the FLOPs",
      "scopes": [{"name": "conv1", "units": 4, "leave": [1, 2]}, ...],
-     "parameters": {"conv1.weight": [[4, 3, 3, 3], [2, 3, 3, 3]], ...},    of those that shrink, before and after
+     "parameters": {"conv1.weight": [[4, 3, 3, 3], [2, 3, 3, 3]], ...},    of those that shrink, before and after;
+                                                     [[4, 3, 3, 3]] of those that leave as a whole, with a branch
      "indices": "9f86d0..."}                                               a digest of what stays along every axis
 """
 
@@ -48,6 +49,8 @@ def save_plan(path: str | PathLike[str], plan: Plan) -> None:
 def load_plan(path: str | PathLike[str], coupling: Coupling) -> Plan:
     """The plan that `save_plan` wrote, for the coupling of its network: of this checkpoint or another, captured again.
 
+    If branches leave, the coupling has them as units: ``couple(params, spec, branches=True)``.
+
     That it is the plan's network is proven by the names and numbers of units, by the shapes of all parameters that
     shrink, before and after, and by what stays along their axes. Sizes of inputs may differ.
 
@@ -74,20 +77,23 @@ def load_plan(path: str | PathLike[str], coupling: Coupling) -> Plan:
 
 
 def _shrinking(plan: Plan) -> dict[str, list[list[int]]]:
-    """The shapes, before and after, of all parameters that lose something."""
+    """The shapes, before and after, of all parameters that lose something; of those that leave, before alone."""
     shapes: dict[str, list[list[int]]] = {}
     for path, indices in sorted(plan.indices.items()):
         if any(index is not None for index in indices):
             before = [*plan.coupling.spec.shapes[path]]
             shapes[path] = [before, [n if i is None else len(i) for n, i in zip(before, indices, strict=True)]]
-    return shapes
+    shapes |= {path: [[*plan.coupling.spec.shapes[path]]] for path in plan.gone}
+    return dict(sorted(shapes.items()))
 
 
 def _digest(plan: Plan) -> str:
     """What tells apart what plans keep along the axes of parameters."""
     digest = hashlib.sha256()
     for path in _shrinking(plan):
-        for axis, index in enumerate(plan.indices[path]):
+        if path in plan.gone:
+            digest.update(f"{path} leaves ".encode())
+        for axis, index in enumerate(plan.indices.get(path, ())):
             if index is not None:
                 digest.update(f"{path} {axis} {len(index)} ".encode() + index.numpy().astype("<i8").tobytes())
     return digest.hexdigest()

@@ -204,7 +204,7 @@ def _changes(
 ) -> Tensor:
     """The mean over the examples of what the plan as a whole changes."""
     whole = ones(params, plan.coupling)
-    leaving = torch.from_numpy(~plan.keep).to(whole)
+    leaving = torch.from_numpy(plan.leaving).to(whole)
     total, count = torch.zeros(()).to(whole), 0
     for inputs, targets in _singly(params, spec, batches, plan.coupling, objective):
         count += objective.observations(inputs, spec)

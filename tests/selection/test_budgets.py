@@ -76,7 +76,8 @@ def planned(net, scores, budget, **options):
 def prefix(net, scores, budget):
     """What the shortest prefix of the order leaves, before anything comes back; or none likewise."""
     try:
-        return first_that_fit(scores.double().numpy(), Asked.of(net.coupling, budget, tfx.Constraints()))
+        asked = Asked.of(net.coupling, budget, tfx.Constraints())
+        return asked.plan(first_that_fit(scores.double().numpy(), asked))
     except tfx.BudgetError as error:
         assert "no less than" in str(error)
         return None

@@ -108,7 +108,7 @@ def test_the_best_bundles_that_fit_come_back(
         more[units] = True
         return more
 
-    after = returned(keep, values, (coupling.scope, rules), fits)
+    after = returned(keep, ~keep, values, (coupling.scope, rules), fits)
     assert fits(after)
     assert (after >= keep).all()
     assert not any(fits(and_also(after, units)) for units in bundles(after))
