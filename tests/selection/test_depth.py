@@ -1,0 +1,251 @@
+"""Branches chosen beside channels: prices, constraints, and what leaves together."""
+
+from functools import partial
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from constructs import CONSTRUCTS
+from hypothesis import given, settings
+from test_joint import statistics
+from torch.testing import assert_close
+
+import taylorfx as tfx
+from taylorfx import Input, residual, serial
+from taylorfx import layers as L
+from taylorfx.selection.joint import _added
+from taylorfx.testing.strategies import network, random_plan
+
+SEEDS = st.integers(0, 2**16)
+
+
+def blocks(count: int = 3, width: int = 4, hidden: int = 6) -> tfx.Spec:
+    """A stream to which blocks add."""
+    body = serial(up=L.Linear(width, hidden), act=L.Tanh(), down=L.Linear(hidden, width))
+    named = {f"b{k}": residual(body) for k in range(count)}
+    return serial(Input((3,)), stem=L.Linear(3, width), **named, head=L.Linear(width, 2))
+
+
+def nested() -> tfx.Spec:
+    """A branch within another one, twice."""
+    inner = serial(up=L.Linear(4, 3), act=L.Tanh(), down=L.Linear(3, 4))
+    body = serial(inner=residual(inner), act=L.Tanh(), out=L.Linear(4, 4))
+    return serial(Input((4,)), stem=L.Linear(4, 4), a=residual(body), b=residual(body), head=L.Linear(4, 2))
+
+
+SPECS = {"blocks": blocks(), "nested": nested(), "images": CONSTRUCTS["residual stream"]}
+
+
+def coupled(spec, seed=0):
+    net = network(spec, seed)
+    return net._replace(coupling=tfx.couple(net.params, net.spec, branches=True))
+
+
+def unit_of(coupling, scope):
+    (unit,) = np.flatnonzero(coupling.scope == coupling.scopes.index(scope)).tolist()
+    return unit
+
+
+def rows_of(coupling, seed, count=7):
+    return torch.randn(count, len(coupling), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@settings(max_examples=15)
+@given(st.sampled_from([*SPECS]), SEEDS, st.sampled_from([0.3, 0.6]), st.booleans())
+def test_a_plan_meets_its_budget_by_the_counts_of_the_cut_network(name, seed, share, per_cost):
+    net, budgets = coupled(SPECS[name], seed), [tfx.Flops(share), tfx.Parameters(0.8), tfx.Memory(0.9)]
+    coupling = net.coupling
+    stats = statistics(coupling, rows_of(coupling, seed))
+    plans = [tfx.select(tfx.fisher(stats, coupling), coupling, budget=budgets, per_cost=per_cost)]
+    plans += [
+        tfx.joint(stats, coupling, budget=budgets, per_cost=per_cost, rounds=6, cautious=x) for x in (True, False)
+    ]
+    for plan in plans:
+        small = tfx.couple(tfx.cut(net.params, plan), plan.spec)
+        for cost, limit in ((tfx.cost.flops, share), (tfx.cost.parameters, 0.8), (tfx.cost.memory, 0.9)):
+            assert cost(small).total <= limit * cost(coupling).total * (1 + 1e-12)
+        assert not tfx.Constraints().broken(coupling, plan.keep)
+
+
+@settings(max_examples=15)
+@given(st.sampled_from([*SPECS]), SEEDS)
+def test_what_a_unit_adds_is_the_difference_of_two_forecasts(name, seed):
+    coupling = coupled(SPECS[name]).coupling
+    rows = rows_of(coupling, seed)
+    stats = statistics(coupling, rows)
+    plan = random_plan(coupling, torch.Generator().manual_seed(seed), 0.3)
+    whole = rows.mean(0), 0.5 * rows.square().mean(0)
+    cross, mean, half = _added(rows, coupling, plan.keep, whole)
+    for unit in np.flatnonzero(plan.keep).tolist():
+        less = plan.keep & (np.arange(len(coupling)) != unit)
+        if not coupling.empty(coupling.settled(less)):
+            change = tfx.expected_change(stats, tfx.Plan(coupling, less)) - tfx.expected_change(stats, plan)
+            assert_close((cross + half - mean)[unit], change)
+
+
+def test_a_branch_costs_what_it_still_has_and_its_score_counts_once():
+    net = coupled(blocks(2))
+    coupling = net.coupling
+    scores = torch.ones(len(coupling), dtype=torch.float64)
+    scores[unit_of(coupling, "b0: branch")] = 3.5  # less than the four of its hidden units that have to leave otherwise
+    plan = tfx.select(scores, coupling, budget=tfx.Flops(0.75), per_cost=True, protect=["stem", "b1*"])
+    assert [coupling.names[k] for k in np.flatnonzero(plan.leaving)] == ["b0: branch[0]"]
+    scores[unit_of(coupling, "b0: branch")] = 20.0
+    plan = tfx.select(scores, coupling, budget=tfx.Flops(0.75), per_cost=True, protect=["stem", "b1*"])
+    assert {coupling.scopes[k] for k in coupling.scope[~plan.keep]} == {"b0.up"}
+
+
+# Constraints.
+
+
+def choose(coupling, seed, **constraints):
+    stats = statistics(coupling, rows_of(coupling, seed))
+    plan = tfx.joint(stats, coupling, budget=tfx.Flops(0.5), rounds=8, **constraints)
+    assert not tfx.Constraints(**constraints).broken(coupling, plan.keep)
+    return plan
+
+
+@settings(max_examples=10)
+@given(SEEDS)
+def test_what_is_protected_keeps_the_branch_that_it_is_in(seed):
+    coupling = coupled(nested()).coupling
+    plan = choose(coupling, seed, protect=["a.inner.up"])
+    assert plan.keep[unit_of(coupling, "a: branch")]
+    assert plan.keep[unit_of(coupling, "a.inner: branch")]
+    assert plan.keep[coupling.scope == coupling.scopes.index("a.inner.up")].all()
+
+
+@settings(max_examples=10)
+@given(SEEDS)
+def test_a_plain_floor_is_of_channels_and_one_by_a_glob_keeps_branches(seed):
+    coupling = coupled(blocks()).coupling
+    lowest = torch.zeros(len(coupling), dtype=torch.float64)
+    plan = tfx.select(lowest, coupling, budget=tfx.Units(4), floor=4, multiple=2, most=0.5)
+    assert not any(plan.keep[unit_of(coupling, f"b{k}: branch")] for k in range(3))
+    plan = choose(coupling, seed, floor={"*: branch": 1}, most={"stem": 0.5})
+    assert all(plan.keep[unit_of(coupling, f"b{k}: branch")] for k in range(3))
+
+
+@settings(max_examples=15)
+@given(SEEDS)
+def test_uniform_branches_leave_together_and_uniform_widths_hold_for_those_that_stay(seed):
+    coupling = coupled(blocks(4)).coupling
+    families = [("b0: branch", "b1: branch"), ("b2: branch", "b3: branch"), "*.up"]
+    plan = choose(coupling, seed, uniform=families)
+    stays = [bool(plan.keep[unit_of(coupling, f"b{k}: branch")]) for k in range(4)]
+    assert stays[0] == stays[1]
+    assert stays[2] == stays[3]
+    widths = {int(plan.keep[coupling.scope == coupling.scopes.index(f"b{k}.up")].sum()) for k in range(4) if stays[k]}
+    assert len(widths) <= 1
+
+
+@settings(max_examples=5)
+@given(SEEDS)
+def test_constraints_last_from_step_to_step(seed):
+    net = coupled(blocks(4), seed)
+    uniform = [("b0: branch", "b1: branch"), "*.up"]
+    steps = tfx.iterate(
+        net.params, net.spec, net.batch, budgets=[tfx.Flops(x) for x in (0.8, 0.6, 0.4)], branches=True,
+        uniform=uniform, protect="b3*", multiple={"*.up": 2},
+    )  # fmt: skip
+    before = tfx.cost.flops(net.coupling).total
+    for (params, spec, _), share in zip(steps, (0.8, 0.6, 0.4), strict=True):
+        assert tfx.cost.flops(tfx.couple(params, spec)).total <= share * before
+        names = {node.name for node in spec}
+        assert ("b0.add" in names) == ("b1.add" in names)
+        assert spec["b3.up"].layer.out_features == 6
+        assert len({node.layer.out_features for node in spec if node.name.endswith(".up")}) == 1
+
+
+# What leaves together.
+
+ONLY_BRANCHES = {"*.up": 6, "stem": 4}
+"""Floors: of units that are not in a branch that leaves, all stay."""
+
+
+class Trap:
+    """Three blocks, ``x + scale * sign(W) tanh(V x)``, and a squared error around what the network gives out.
+
+    Args:
+        parts: for each block the block whose ``V`` and ``W`` it has, and its scale.
+    """
+
+    def __init__(self, *parts):
+        net = coupled(blocks(len(parts)))
+        leaves, self.spec, self.coupling = tfx.tree.flatten(net.params), net.spec, net.coupling
+        for k, (same, scale) in enumerate(parts):
+            leaves |= {f"b{k}.up.{x}": leaves[f"b{same}.up.{x}"].clone() for x in ("weight", "bias")}
+            leaves[f"b{k}.down.weight"] = scale * leaves[f"b{same}.down.weight"].sign()
+            leaves[f"b{k}.down.bias"] = torch.zeros_like(leaves[f"b{k}.down.bias"])
+        self.params = tfx.tree.unflatten(leaves)
+        generator = torch.Generator().manual_seed(1)
+        self.x = torch.randn(256, 3, generator=generator, dtype=torch.float64)
+        y = tfx.apply(self.params, self.spec, self.x)
+        self.y = y + 0.5 * torch.randn(y.shape, generator=generator, dtype=torch.float64)
+        self.stats = tfx.measure(self.params, self.spec, (self.x, self.y), self.coupling, loss=error, rows=True)
+
+    def without(self, *blocks):
+        units = [unit_of(self.coupling, f"b{k}: branch") for k in blocks]
+        return tfx.Plan(self.coupling, ~np.isin(np.arange(len(self.coupling)), units))
+
+    def loss(self, plan):
+        return float(error(tfx.apply(tfx.cut(self.params, plan), plan.spec, self.x), self.y).mean())
+
+    def true(self, *blocks):
+        """How much the loss rises without these blocks."""
+        return self.loss(self.without(*blocks)) - self.loss(self.without())
+
+    def forecast(self, *blocks):
+        return float(tfx.expected_change(self.stats, self.without(*blocks)))
+
+
+def error(outputs, targets):
+    return (outputs - targets).square().sum(-1)
+
+
+def test_joint_rows_see_that_two_blocks_cancel_each_other():
+    trap = Trap((0, 0.3), (0, -0.29), (2, 0.1))
+    assert min(trap.true(0), trap.true(1)) > 0.1 > 20 * abs(trap.true(0, 1))  # each is vital, both are nothing
+    assert min(trap.forecast(0), trap.forecast(1)) > 0.05 > 20 * abs(trap.forecast(0, 1))
+    alone = tfx.criteria.second_order(trap.stats, trap.coupling)[-3:]
+    assert float(alone[:2].sum()) > 0.1  # what scores one by one say of the two
+
+
+def test_joint_keeps_one_of_two_blocks_that_matter_together():
+    trap = Trap((0, 0.1), (0, 0.1), (2, 0.2))
+    alone = tfx.criteria.second_order(trap.stats, trap.coupling)
+    assert alone[-3:-1].max() < alone[-1]  # each of the two is worth less than the third block
+    budget = tfx.Flops(0.5)
+    one_by_one = tfx.select(alone, trap.coupling, budget=budget, floor=ONLY_BRANCHES)
+    together = tfx.joint(trap.stats, trap.coupling, budget=budget, floor=ONLY_BRANCHES)
+    assert one_by_one == trap.without(0, 1)
+    assert together == trap.without(0, 2)
+    assert trap.true(0, 1) > 2 * trap.true(0, 2)
+
+
+# The sentence.
+
+
+@pytest.mark.parametrize("name", [*SPECS])
+def test_prune_takes_branches_and_channels_in_steps(name):
+    net = coupled(SPECS[name])
+    params, spec = tfx.prune(net.params, net.spec, net.batch, budget=tfx.Flops(0.4), branches=True)
+    counts = [tfx.cost.flops(tfx.couple(p, s)).total for p, s in ((net.params, net.spec), (params, spec))]
+    assert counts[1] <= 0.4 * counts[0]
+    tfx.apply(params, spec, net.batch[0])
+
+
+@pytest.mark.parametrize("criterion", [tfx.taylor, tfx.criteria.activation_std, tfx.criteria.compat])
+def test_criteria_of_statistics_score_branches(criterion):
+    net = coupled(SPECS["images"])
+    tfx.prune(net.params, net.spec, net.batch, budget=tfx.Flops(0.5), branches=True, criterion=criterion, steps=2)
+
+
+def test_what_branches_do_not_have_is_refused_by_name():
+    net = coupled(SPECS["images"])
+    prune = partial(tfx.prune, net.params, net.spec, net.batch, budget=tfx.Flops(0.5), branches=True)
+    with pytest.raises(ValueError, match="none writes a branch; received 1: branch, 3: branch, 5: branch"):
+        prune(criterion=tfx.criteria.weight_l2)
+    with pytest.raises(tfx.SelectionError, match="has all of its branches"):
+        prune(like=torch.nn.Identity())
