@@ -13,6 +13,7 @@ from taylorfx import layers as L
 from taylorfx.network.parameters import check
 from taylorfx.network.run import evaluate, gating
 from taylorfx.scoring.measure import derivatives
+from taylorfx.selection.select import Asked, first_that_fit
 from taylorfx.testing.laws import assert_trees_equal
 from taylorfx.testing.strategies import (
     Network,
@@ -343,19 +344,23 @@ def test_budgets_are_met_and_monotone(net, seed, kind, shares, per_layer):
     scores = torch.rand(len(coupling), generator=torch.Generator().manual_seed(seed))
     low, high = sorted(shares)
 
-    def plan(share):
+    def plans(share):
+        """What is selected, and what the prefix of the order leaves before anything comes back."""
+        asked = Asked.of(coupling, kind(share), tfx.Constraints(per_layer=per_layer))
         try:
-            return tfx.select(scores, coupling, budget=kind(share), per_layer=per_layer)
+            plan = tfx.select(scores, coupling, budget=kind(share), per_layer=per_layer)
         except tfx.BudgetError as error:
             assert "no less than" in str(error)
-            return None
+            return None, None
+        return plan, asked.plan(first_that_fit(asked.ranked(scores.double().numpy()), asked))
 
-    small, large = plan(low), plan(high)
+    (less, small), (more, large) = plans(low), plans(high)
     cost = kind(low).cost(coupling)
     total = cost(np.ones(len(coupling), bool))
-    for found, share in ((small, low), (large, high)):
+    for found, least, share in ((less, small, low), (more, large, high)):
         if found is not None:
             assert cost(found.keep) <= share * total * (1 + 1e-9)
+            assert (least.keep <= found.keep).all()
             if kind is tfx.Units:
                 assert found.keep.sum() == int(share * total * (1 + 1e-12))
     if small is not None:
