@@ -31,6 +31,7 @@ STAGES = (
     {"selection", "repair", "truth", "store"},
     {"interop"},
     {"report", "sentence", "testing", "distributed"},
+    {"callbacks"},
 )
 
 # What stands in one place only.

@@ -23,7 +23,7 @@ from taylorfx.network.interface import Interface
 from taylorfx.network.spec import Spec
 from taylorfx.tree import Params, flatten
 
-__all__ = ["LikeError", "Original", "UserModule", "resized"]
+__all__ = ["LikeError", "Original", "UserModule", "renewed", "resized"]
 
 UserModule: TypeAlias = nn.Module
 """A module of a class of the user's own."""
@@ -120,7 +120,7 @@ def resized(original: Original, params: Params, spec: Spec, unchanged: Sequence[
     if foreign := original.foreign(leaves):
         raise LikeError(foreign)
     left = _left_over(module, leaves, tensors, unchanged)
-    new = {id(tensors[path]): _like(tensors[path], leaf) for path, leaf in leaves.items() if path in tensors}
+    new = {id(tensors[path]): renewed(tensors[path], leaf) for path, leaf in leaves.items() if path in tensors}
     shapes = {path: tuple(x.shape) for path, x in tensors.items()}
     sizes = Resized(shapes, {path: tuple(new.get(id(x), x).shape) for path, x in tensors.items()})
     copy = copied(module, new)
@@ -139,7 +139,7 @@ def resized(original: Original, params: Params, spec: Spec, unchanged: Sequence[
     return fresh
 
 
-def _like(old: Tensor, leaf: Tensor) -> Tensor:
+def renewed(old: Tensor, leaf: Tensor) -> Tensor:
     """A new tensor, a parameter or a buffer as the old one."""
     new = leaf.detach().clone()
     if isinstance(old, nn.Parameter):

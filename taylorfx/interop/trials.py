@@ -22,7 +22,7 @@ from taylorfx.selection.constraints import Constraints
 from taylorfx.selection.order import like_structures
 from taylorfx.tree import Params
 
-__all__ = ["constraints_of", "floors", "held", "holdable", "of_batch"]
+__all__ = ["constraints_of", "floors", "held", "holdable", "of_batch", "some_of"]
 
 T = TypeVar("T")
 
@@ -122,8 +122,13 @@ def floors(coupling: Coupling) -> dict[int, int]:
 
 def of_batch(module: UserModule, params: Params, spec: Spec, inputs: Inputs) -> Original:
     """The module, compared with others on some examples of a batch."""
+    return Original(module, params, spec, *some_of(spec, inputs), (params, spec))
+
+
+def some_of(spec: Spec, inputs: Inputs) -> tuple[tuple[object, ...], dict[str, object]]:
+    """The module's own call, with some examples of a batch: its arguments by position and by name."""
     tensors = {name: x[:3] for name, x in bind_inputs(spec, (inputs,)).items()}
-    return Original(module, params, spec, *example_of(interface_of(spec), tensors), (params, spec))
+    return example_of(interface_of(spec), tensors)
 
 
 def _kinds(coupling: Coupling) -> list[Scopes]:
