@@ -113,7 +113,8 @@ class Steps:
 
     def _now(self, module: UserModule) -> Trained:
         """The module as it is now."""
-        return Trained(module, self.params, self.spec, next(iter(each_batch(self.batches)))[0])
+        batches = _Moved(self.batches, next(module.parameters()).device)
+        return Trained(module, self.params, self.spec, next(iter(batches))[0])
 
     def _iterate(
         self, params: Params, budgets: Sequence[tuple[Budget, ...]], constraints: Constraints
