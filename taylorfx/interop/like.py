@@ -21,6 +21,7 @@ from taylorfx.interop.search import LikeError, settle
 from taylorfx.layers import Embedding, Input, Layer
 from taylorfx.network.interface import Interface
 from taylorfx.network.spec import Spec
+from taylorfx.progress import bar, told
 from taylorfx.tree import Params, flatten
 
 __all__ = ["LikeError", "Original", "UserModule", "renewed", "resized"]
@@ -114,7 +115,9 @@ class Original:
             return from_torch(self.module, args, example_kwargs=kwargs)
 
 
-def resized(original: Original, params: Params, spec: Spec, unchanged: Sequence[str]) -> nn.Module:
+def resized(
+    original: Original, params: Params, spec: Spec, unchanged: Sequence[str], *, progress: bool = False
+) -> nn.Module:
     """A copy of the module with these parameters, proven equal to the spec on all calls that the whole module takes."""
     module, leaves, tensors = original.module, flatten(params), original.tensors
     if foreign := original.foreign(leaves):
@@ -128,7 +131,8 @@ def resized(original: Original, params: Params, spec: Spec, unchanged: Sequence[
     groups = groups_of(copy, sizes, known)
     for slot, number in guesses(copy, groups, sizes).items():
         slot.set(copy, number)
-    settle(copy, params, spec, groups, original.calls, original.certain)
+    with bar(progress, "to_torch", len(original.calls)) as advance:
+        settle(copy, params, spec, groups, told(original.calls, advance), original.certain)
     if left:
         _refuse_left_over(module, left - _used(copy, original.calls[0]))
     fresh = copied(module, new)  # without what the module's own code keeps from call to call
