@@ -90,6 +90,11 @@ class Trained:
     def _smaller(self, params: Params, spec: Spec) -> nn.Module:
         """A module of the same class, with the modes, hooks and frozen parameters of this one."""
         if isinstance(self.module, SpecModule):
+            if gained := [path for path in spec.shapes if path not in self.spec.shapes]:
+                raise LikeError(
+                    f"A repair has added {', '.join(gained)} to the network, which no optimizer of this run would "
+                    "train. Give these layers a bias before training, or repair=taylorfx.recalibrate, or none."
+                )
             fresh, small = SpecModule(params, spec).train(self.module.training), copy.copy(self.module)
             frozen = {path for path, x in self.module.named_parameters() if not x.requires_grad}
             for path, x in fresh.named_parameters():

@@ -183,11 +183,12 @@ def test_a_network_without_a_class_is_pruned_too(tmp_path):
     _, params, spec = made()
     model = tfx.to_torch(params, spec)
     model.get_submodule("a").weight.requires_grad_(False)
-    prune = PruneCallback(params, spec, BATCH, budgets=BUDGETS, loss=loss)
+    prune = PruneCallback(params, spec, BATCH, budgets=BUDGETS, loss=loss, repair=tfx.compensate)
     run = trainer(tmp_path, model, [prune])
     run.compute_loss_func = lambda outputs, labels, num_items_in_batch: loss(outputs, labels)
     run.train()
     assert model.spec == prune.spec
+    assert len(prune.plans) == 2
     assert model(X)["logits"].shape == (24, 3)
     assert [path for path, x in model.named_parameters() if not x.requires_grad] == ["a.weight"]
 
@@ -216,6 +217,19 @@ def test_what_cannot_be_pruned_in_a_run_is_refused_before_anything_is_trained(na
     with pytest.raises(kind, match=expected):
         trainer(tmp_path, model, [PruneCallback(params, spec, **options)], **arguments).train()
     assert all(torch.equal(x, before[path]) for path, x in model.state_dict().items())
+
+
+def test_a_bias_that_a_repair_adds_is_refused_as_nothing_would_train_it(tmp_path):
+    spec = tfx.serial(
+        tfx.Input((6,)), a=tfx.layers.Linear(6, 8), act=tfx.layers.Tanh(), b=tfx.layers.Linear(8, 3, bias=False)
+    )
+    params = tfx.init(spec, torch.Generator().manual_seed(0), dtype=torch.float64)
+    prune = PruneCallback(params, spec, BATCH, budgets=BUDGETS, repair=tfx.compensate)
+    data = [{"input": row["x"], "labels": row["labels"]} for row in DATA]
+    run = trainer(tmp_path, tfx.to_torch(params, spec), [prune], data=data, label_names=["labels"])
+    run.compute_loss_func = lambda outputs, labels, num_items_in_batch: cross_entropy(outputs, labels)
+    with pytest.raises(tfx.interop.LikeError, match=r"A repair has added b\.bias to the network"):
+        run.train()
 
 
 def test_a_model_that_was_not_captured_is_refused(tmp_path):
