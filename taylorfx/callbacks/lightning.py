@@ -49,7 +49,8 @@ class PruneCallback(Callback):
         options: the other arguments of `taylorfx.iterate`: ``criterion=``, ``loss=``, ``repair=``, ...
 
     Raises:
-        ValueError: when training begins, for fewer epochs than the budgets take, and for a Trainer on several devices.
+        ValueError: when training begins, for fewer epochs than the budgets take, and for a Trainer on several devices
+            or one that wraps the module (DDP, FSDP).
     """
 
     def __init__(
@@ -86,11 +87,12 @@ class PruneCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what cannot be pruned, and find out what the network's class can hold."""
-        if trainer.world_size > 1:
+        if trainer.world_size > 1 or trainer.model is not pl_module:
+            wrapper = type(trainer.model).__name__
             raise ValueError(
-                "A network is pruned within a run of a Trainer on one device; received one on "
-                f"{trainer.world_size}. Prune between two runs instead, and carry the optimizer over: "
-                "taylorfx.interop.carry."
+                "A network is pruned within a run of a Trainer on one device that holds its parameters as they are; "
+                f"received one on {trainer.world_size}, with the module as {wrapper}. Prune between two runs instead, "
+                "and carry the optimizer over: taylorfx.interop.carry."
             )
         epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs >= 0 else None
         self._steps.begin(pl_module.get_submodule(self.module), trainer.current_epoch, epochs)

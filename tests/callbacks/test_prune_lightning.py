@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,6 +120,9 @@ def test_what_cannot_be_pruned_in_a_run_is_refused_before_anything_is_trained(tm
     before = copy.deepcopy(lit.state_dict())
     with pytest.raises(ValueError, match=r"2 budgets, .* take 4 epochs; there are 3"):
         trainer(tmp_path, [PruneCallback(params, spec, (X, Y), budgets=BUDGETS, every=2)]).fit(lit, loader())
+    wrapped = SimpleNamespace(world_size=1, model=nn.Sequential(lit))  # as DDP does
+    with pytest.raises(ValueError, match="received one on 1, with the module as Sequential"):
+        PruneCallback(params, spec, (X, Y), budgets=BUDGETS).on_train_start(wrapped, lit)
     with pytest.raises(AttributeError, match="network"):
         trainer(tmp_path, [PruneCallback(params, spec, (X, Y), budgets=BUDGETS, module="network")]).fit(lit, loader())
     assert all(torch.equal(x, before[path]) for path, x in lit.state_dict().items())
