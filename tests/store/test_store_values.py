@@ -84,6 +84,13 @@ def test_a_plan_is_replayed_on_another_checkpoint_and_another_capture(tmp_path):
     assert_close(tfx.apply(tfx.cut(captured[1][0], again), again.spec, x), gated)
 
 
+def test_what_prune_did_in_steps_is_replayed_from_one_file(tmp_path):
+    pruned = tfx.prune(PARAMS, SPEC, BATCH, budget=tfx.Flops(0.5), steps=3)
+    again = store.load_plan(saved(tmp_path, pruned.plan), tfx.couple(PARAMS, SPEC))
+    assert again.spec == pruned.spec
+    assert_trees_equal(tfx.cut(PARAMS, again), pruned.params)
+
+
 def refusal(path, load, *args):
     with pytest.raises(tfx.FileError) as caught:
         load(path, *args)
