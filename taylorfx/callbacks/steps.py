@@ -41,7 +41,7 @@ class Steps:
         plans: those of all steps until now.
 
     Raises:
-        ValueError: for an iterator of batches, and for fewer epochs than one between steps.
+        ValueError: for an iterator of batches, a single budget, and for fewer epochs than one between steps.
     """
 
     def __init__(
@@ -52,6 +52,8 @@ class Steps:
             raise ValueError("Every step measures the batches; received an iterator. Give a list or a loader.")
         if every < 1:
             raise ValueError(f"There is at least one epoch before a step; received every={every}.")
+        if isinstance(budgets, Budget):
+            raise ValueError(f"There is a budget for every step, in a list or a schedule; received {budgets!r}.")
         self.params, self.spec, self.batches, self.every = params, spec, batches, every
         self.budgets = [each_budget(budget) for budget in budgets]
         self.asked, self.options = constraints or Constraints(), options

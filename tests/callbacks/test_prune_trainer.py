@@ -201,6 +201,7 @@ REFUSED = {
     ),
     "a compiled model": ({"torch_compile": True}, {}, ValueError, "received torch_compile"),
     "no epoch between": ({}, {"every": 0}, ValueError, "received every=0"),
+    "a single budget": ({}, {"budgets": tfx.Flops(0.5)}, ValueError, r"received Flops\("),
     "an iterator": ({}, {"batches": iter([BATCH])}, ValueError, "received an iterator"),
     "an unknown option": ({}, {"criterium": tfx.fisher}, tfx.SelectionError, "received criterium"),
     "a constraint on nothing": (
