@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
-__all__ = ["LOG", "bar"]
+__all__ = ["LOG", "bar", "told"]
+
+T = TypeVar("T")
 
 LOG = logging.getLogger("taylorfx")
 """Where every function writes."""
@@ -38,3 +41,10 @@ def bar(shown: bool, what: str, total: int | None) -> Iterator[Callable[[int], N
     with Progress(transient=True, console=Console(file=sys.stdout)) as drawn:  # also while torch's own words are caught
         task = drawn.add_task(what, total=total or None)
         yield lambda count: drawn.advance(task, count)
+
+
+def told(items: Iterable[T], advance: Callable[[int], None]) -> Iterator[T]:
+    """The items, each of which advances a bar once it is done with."""
+    for item in items:
+        yield item
+        advance(1)

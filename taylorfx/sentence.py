@@ -136,8 +136,8 @@ def _pruned_like(
 
     original = trials.of_batch(like, params, spec, next(iter(each_batch(step.batches)))[0])
     coupling = couple(params, spec)
-    respected = constraints.also(trials.constraints_of(original, params, coupling), coupling)
-    pruned = _pruned(params, spec, budgets, steps, respected, step)
+    held = trials.constraints_of(original, params, coupling, progress=step.measurement.progress)
+    pruned = _pruned(params, spec, budgets, steps, constraints.also(held, coupling), step)
     classes.resized(original, pruned.params, pruned.spec, ())
     return pruned
 

@@ -26,6 +26,9 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 @pytest.mark.parametrize("name", ["taylorfx", *MODULES])
 def test_the_examples_of_a_module_run(name: str) -> None:
+    if name == "taylorfx.callbacks.lightning":
+        library()  # lightning imports torchvision
+        pytest.importorskip("lightning")
     found = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
     assert not found.failed
 
@@ -42,7 +45,8 @@ def test_the_readme_lists_every_package_in_the_order_of_imports() -> None:
 
 def test_there_are_examples() -> None:
     finder = doctest.DocTestFinder(exclude_empty=True)
-    examples = sum(len(test.examples) for name in MODULES for test in finder.find(importlib.import_module(name)))
+    names = [name for name in MODULES if not name.startswith("taylorfx.callbacks.")]
+    examples = sum(len(test.examples) for name in names for test in finder.find(importlib.import_module(name)))
     assert examples >= 90
 
 

@@ -31,6 +31,7 @@ STAGES = (
     {"selection", "repair", "truth", "store"},
     {"interop"},
     {"report", "sentence", "testing", "distributed"},
+    {"callbacks"},
 )
 
 # What stands in one place only.
@@ -184,6 +185,8 @@ def test_no_name_hides_a_module(path: Path) -> None:
     if path.name != "__init__.py":
         name = ".".join(path.with_suffix("").relative_to(ROOT.parent).parts)
         package, _, last = name.rpartition(".")
+        if package == "taylorfx.callbacks":  # whose modules import the libraries that they are for
+            return
         assert inspect.ismodule(getattr(importlib.import_module(package), last, importlib.import_module(name)))
 
 

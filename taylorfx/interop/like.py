@@ -21,9 +21,10 @@ from taylorfx.interop.search import LikeError, settle
 from taylorfx.layers import Embedding, Input, Layer
 from taylorfx.network.interface import Interface
 from taylorfx.network.spec import Spec
+from taylorfx.progress import bar, told
 from taylorfx.tree import Params, flatten
 
-__all__ = ["LikeError", "Original", "UserModule", "resized"]
+__all__ = ["LikeError", "Original", "UserModule", "renewed", "resized"]
 
 UserModule: TypeAlias = nn.Module
 """A module of a class of the user's own."""
@@ -114,13 +115,15 @@ class Original:
             return from_torch(self.module, args, example_kwargs=kwargs)
 
 
-def resized(original: Original, params: Params, spec: Spec, unchanged: Sequence[str]) -> nn.Module:
+def resized(
+    original: Original, params: Params, spec: Spec, unchanged: Sequence[str], *, progress: bool = False
+) -> nn.Module:
     """A copy of the module with these parameters, proven equal to the spec on all calls that the whole module takes."""
     module, leaves, tensors = original.module, flatten(params), original.tensors
     if foreign := original.foreign(leaves):
         raise LikeError(foreign)
     left = _left_over(module, leaves, tensors, unchanged)
-    new = {id(tensors[path]): _like(tensors[path], leaf) for path, leaf in leaves.items() if path in tensors}
+    new = {id(tensors[path]): renewed(tensors[path], leaf) for path, leaf in leaves.items() if path in tensors}
     shapes = {path: tuple(x.shape) for path, x in tensors.items()}
     sizes = Resized(shapes, {path: tuple(new.get(id(x), x).shape) for path, x in tensors.items()})
     copy = copied(module, new)
@@ -128,7 +131,8 @@ def resized(original: Original, params: Params, spec: Spec, unchanged: Sequence[
     groups = groups_of(copy, sizes, known)
     for slot, number in guesses(copy, groups, sizes).items():
         slot.set(copy, number)
-    settle(copy, params, spec, groups, original.calls, original.certain)
+    with bar(progress, "to_torch", len(original.calls)) as advance:
+        settle(copy, params, spec, groups, told(original.calls, advance), original.certain)
     if left:
         _refuse_left_over(module, left - _used(copy, original.calls[0]))
     fresh = copied(module, new)  # without what the module's own code keeps from call to call
@@ -139,7 +143,7 @@ def resized(original: Original, params: Params, spec: Spec, unchanged: Sequence[
     return fresh
 
 
-def _like(old: Tensor, leaf: Tensor) -> Tensor:
+def renewed(old: Tensor, leaf: Tensor) -> Tensor:
     """A new tensor, a parameter or a buffer as the old one."""
     new = leaf.detach().clone()
     if isinstance(old, nn.Parameter):

@@ -15,6 +15,7 @@ from taylorfx.network.interface import Interface
 from taylorfx.network.parameters import check, fits
 from taylorfx.network.run import run
 from taylorfx.network.spec import Spec
+from taylorfx.progress import LOG
 from taylorfx.tree import Params, flatten, unflatten
 
 __all__ = ["SpecModule", "to_torch"]
@@ -102,6 +103,7 @@ def to_torch(
     example_inputs: object = None,
     example_kwargs: Mapping[str, object] | None = None,
     unchanged: Sequence[str] = (),
+    progress: bool = False,
 ) -> M: ...
 
 
@@ -117,6 +119,7 @@ def to_torch(
     example_inputs: object = None,
     example_kwargs: Mapping[str, object] | None = None,
     unchanged: Sequence[str] = (),
+    progress: bool = False,
 ) -> nn.Module:
     """A module that computes what the spec computes; its ``state_dict`` has the parameters' paths as names.
 
@@ -136,6 +139,7 @@ def to_torch(
         unchanged: parameters and submodules of ``like`` that are not in the network and stay as they are, by name:
             an auxiliary head whose inputs keep their sizes. Those that training mode uses need not be named: whether
             they fit is seen there.
+        progress: draw a bar over the calls on which a module ``like`` another is proven, by rich.
 
     Raises:
         SpecError: if the parameters do not fit the spec.
@@ -145,8 +149,11 @@ def to_torch(
     """
     if like is None:
         return SpecModule(params, spec).eval()
-    original = Original(like, params, spec, example_inputs, example_kwargs)
-    return resized(original, params, spec, unchanged)
+    original, kind = Original(like, params, spec, example_inputs, example_kwargs), type(like).__name__
+    LOG.info("to_torch: looks for the sizes of a smaller %s", kind)
+    module = resized(original, params, spec, unchanged, progress=progress)
+    LOG.info("to_torch: the smaller %s is proven on %d calls", kind, len(original.calls))
+    return module
 
 
 @lru_cache(maxsize=256)

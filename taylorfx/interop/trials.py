@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from glob import escape
 from itertools import combinations
 from typing import NamedTuple, TypeVar
@@ -18,11 +19,12 @@ from taylorfx.interop.like import LikeError, Original, UserModule, resized
 from taylorfx.layers.roles import Experts
 from taylorfx.network.run import Inputs, bind_inputs
 from taylorfx.network.spec import Spec
+from taylorfx.progress import LOG, bar
 from taylorfx.selection.constraints import Constraints
 from taylorfx.selection.order import like_structures
 from taylorfx.tree import Params
 
-__all__ = ["constraints_of", "floors", "held", "holdable", "of_batch"]
+__all__ = ["constraints_of", "floors", "held", "holdable", "of_batch", "some_of", "trying"]
 
 T = TypeVar("T")
 
@@ -52,6 +54,7 @@ def holdable(
     example_kwargs: Mapping[str, object] | None = None,
     *,
     unchanged: Sequence[str] = (),
+    progress: bool = False,
 ) -> Constraints:
     """What a module's own class can hold: constraints under which `to_torch` with ``like=module`` takes what is cut.
 
@@ -72,6 +75,7 @@ def holdable(
         module: the module that was captured; it is left as it is.
         params, spec: its network, before anything is cut.
         example_inputs, example_kwargs, unchanged: as for `to_torch`.
+        progress: draw a bar that counts the tries, by rich.
 
     Returns:
         Constraints on the scopes of this network: ``protect``, ``uniform``, ``multiple`` and ``floor``. Without any,
@@ -81,17 +85,34 @@ def holdable(
         LikeError: if not even the whole network is the module's.
     """
     original = Original(module, params, spec, example_inputs, example_kwargs, (params, spec))
-    return constraints_of(original, params, couple(params, spec), unchanged)
+    return constraints_of(original, params, couple(params, spec), unchanged, progress=progress)
 
 
 def constraints_of(
-    original: Original, params: Params, coupling: Coupling, unchanged: Sequence[str] = ()
+    original: Original, params: Params, coupling: Coupling, unchanged: Sequence[str] = (), *, progress: bool = False
 ) -> Constraints:
     """`holdable` of a module that is compared already."""
-    trials = _Trials(original, params, coupling, unchanged)
-    trials.check({}, {})
-    rules = [Rule(tuple((scope,) for scope in kind)) for kind in _kinds(coupling)]
-    return held(_allowed(trials, rules), coupling)
+    with trying(type(original.module).__name__, progress) as advance:
+        trials = _Trials(original, params, coupling, unchanged, advance)
+        trials.check({}, {})
+        rules = [Rule(tuple((scope,) for scope in kind)) for kind in _kinds(coupling)]
+        return held(_allowed(trials, rules), coupling)
+
+
+@contextmanager
+def trying(kind: str, progress: bool) -> Iterator[Callable[[int], None]]:
+    """A bar that counts the tries at a class, and lines of the log before and after them."""
+    count = 0
+    LOG.info("holdable: tries what %s can lose", kind)
+    with bar(progress, "holdable", None) as advance:
+
+        def tried(number: int) -> None:
+            nonlocal count
+            count += number
+            advance(number)
+
+        yield tried
+    LOG.info("holdable: %s was cut %d times", kind, count)
 
 
 def held(rules: Sequence[Rule], coupling: Coupling) -> Constraints:
@@ -122,8 +143,13 @@ def floors(coupling: Coupling) -> dict[int, int]:
 
 def of_batch(module: UserModule, params: Params, spec: Spec, inputs: Inputs) -> Original:
     """The module, compared with others on some examples of a batch."""
+    return Original(module, params, spec, *some_of(spec, inputs), (params, spec))
+
+
+def some_of(spec: Spec, inputs: Inputs) -> tuple[tuple[object, ...], dict[str, object]]:
+    """The module's own call, with some examples of a batch: its arguments by position and by name."""
     tensors = {name: x[:3] for name, x in bind_inputs(spec, (inputs,)).items()}
-    return Original(module, params, spec, *example_of(interface_of(spec), tensors), (params, spec))
+    return example_of(interface_of(spec), tensors)
 
 
 def _kinds(coupling: Coupling) -> list[Scopes]:
@@ -140,7 +166,11 @@ def _kinds(coupling: Coupling) -> list[Scopes]:
 class _Trials:
     """Tries: cut, and make the class of it."""
 
-    def __init__(self, original: Original, params: Params, coupling: Coupling, unchanged: Sequence[str]) -> None:
+    def __init__(
+        self, original: Original, params: Params, coupling: Coupling, unchanged: Sequence[str],
+        advance: Callable[[int], None],
+    ) -> None:  # fmt: skip
+        self.advance = advance
         self.original = original
         self.params = params
         self.coupling = coupling
@@ -162,6 +192,7 @@ class _Trials:
             for part in np.split(units, parts):
                 keep[part[len(part) - count // parts :] if last else part[: count // parts]] = False
         plan = Plan(self.coupling, keep)
+        self.advance(1)
         resized(self.original, cut(self.params, plan), plan.spec, self.unchanged)
 
     def holds(self, rules: Sequence[Rule], share: float = 0.0) -> bool:

@@ -1,7 +1,8 @@
 """Values on disk: networks, plans, statistics and timings, as JSON and safetensors, which hold data and no code.
 
 ``save`` and ``load`` are of networks. A plan and statistics are small next to them, and are used with the coupling of
-their network: another process, or another day, chooses and cuts without a forward pass.
+their network: another process, or another day, chooses and cuts without a forward pass. A coupling has no file: it is
+a function of the spec and of shapes, which `taylorfx.couple` computes in a fraction of a second.
 """
 
 from taylorfx.store.document import FileError

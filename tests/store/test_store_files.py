@@ -7,8 +7,11 @@ import errno
 import json
 import os
 import stat
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -44,6 +47,31 @@ def test_a_network_survives_a_file(name, tmp_path):
     params, spec = tfx.load(tmp_path / "net.safetensors")
     assert spec == net.spec
     assert_trees_equal(params, net.params)
+
+
+@pytest.mark.parametrize("name", CONSTRUCTS)
+def test_the_file_of_a_network_holds_its_coupling(name, tmp_path):
+    """Which is a function of the spec and of shapes: the same to every number, also without the parameters' values."""
+    net = network(CONSTRUCTS[name])
+    tfx.save(tmp_path / "net.safetensors", net.params, net.spec)
+    spec = tfx.from_json(tfx.to_json(net.spec))
+    shapes = tfx.tree.unflatten((path, torch.empty(shape, device="meta")) for path, shape in spec.shapes.items())
+    for again in (tfx.couple(*tfx.load(tmp_path / "net.safetensors")), tfx.couple(shapes, spec)):
+        for field in fields(tfx.Coupling):
+            assert alike(getattr(again, field.name), getattr(net.coupling, field.name)), field.name
+
+
+def alike(one, other):
+    """Whether two parts of couplings are equal, in the same order."""
+    if isinstance(one, np.ndarray):
+        return one.dtype == other.dtype and np.array_equal(one, other)
+    if isinstance(one, Mapping):
+        return [*one] == [*other] and all(alike(value, other[key]) for key, value in one.items())
+    if isinstance(one, (tuple, list)):
+        return len(one) == len(other) and all(map(alike, one, other))
+    if is_dataclass(one) and not isinstance(one, (tfx.Spec, tfx.Node, tfx.Layer)):
+        return all(alike(getattr(one, field.name), getattr(other, field.name)) for field in fields(one))
+    return one == other
 
 
 BASE = torch.arange(12.0).reshape(3, 4)

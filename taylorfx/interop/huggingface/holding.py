@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -15,7 +15,7 @@ from taylorfx.cutting.cut import cut
 from taylorfx.cutting.plan import Plan, PlanError
 from taylorfx.interop.huggingface.fields import ConfigError
 from taylorfx.interop.huggingface.making import Source
-from taylorfx.interop.trials import Rule, floors, held
+from taylorfx.interop.trials import Rule, floors, held, trying
 from taylorfx.network.spec import Spec
 from taylorfx.selection.constraints import Constraints
 from taylorfx.tree import Params
@@ -29,6 +29,8 @@ def holdable(
     spec: Spec,
     example_inputs: object = None,
     example_kwargs: Mapping[str, object] | None = None,
+    *,
+    progress: bool = False,
 ) -> Constraints:
     """What a model's class and its config can hold: constraints under which `save_pretrained` takes what is cut.
 
@@ -46,12 +48,15 @@ def holdable(
         model: the model that was captured; it is left as it is.
         params, spec: its network, before anything is cut.
         example_inputs, example_kwargs: what to compare on, as for `taylorfx.to_torch`.
+        progress: draw a bar that counts the tries, by rich.
 
     Raises:
         ConfigError: for a module without a config, and a class that cannot be built from its own.
     """
-    trials = _Trials(Source(model, params, spec, example_inputs, example_kwargs, (params, spec)), params, spec)
-    return held(_jointly(trials, [*_rules(trials)]), trials.coupling)
+    source = Source(model, params, spec, example_inputs, example_kwargs, (params, spec))
+    with trying(type(model).__name__, progress) as advance:
+        trials = _Trials(source, params, spec, advance)
+        return held(_jointly(trials, [*_rules(trials)]), trials.coupling)
 
 
 TRIED = 12
@@ -61,8 +66,8 @@ TRIED = 12
 class _Trials:
     """Tries: cut a few units, and look for a config of what is left."""
 
-    def __init__(self, source: Source, params: Params, spec: Spec) -> None:
-        self.source, self.params = source, params
+    def __init__(self, source: Source, params: Params, spec: Spec, advance: Callable[[int], None]) -> None:
+        self.source, self.params, self.advance = source, params, advance
         self.coupling = couple(params, spec)
         self.floors = floors(self.coupling)
 
@@ -75,6 +80,7 @@ class _Trials:
             only: which of the rules loses that share; the others lose one step.
             proven: make the model, too, and compare it at the example.
         """
+        self.advance(1)
         try:
             plan = Plan(
                 self.coupling, self._keep(rules, [share if only in (None, k) else 0.0 for k in range(len(rules))])

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from taylorfx.interop.huggingface.fields import Changes, ConfigError, Form, library, refusal, shapes_of
-from taylorfx.interop.like import Original
-from taylorfx.interop.proof import Call, differs, truth
+from taylorfx.interop.like import Original, renewed
+from taylorfx.interop.proof import Call, copied, differs, truth
 from taylorfx.layers import ShapeError
 from taylorfx.network.spec import Spec
 from taylorfx.tree import Params, flatten
@@ -89,6 +89,30 @@ class Source:
             causes = [f"no values of {', '.join(x.name for x in self.form.fields)} give {', '.join(changed[:6])}"]
         raise ConfigError(refusal(type(self.model), self.model.config, causes))
 
+    def resized(self, params: Params, spec: Spec) -> Any:
+        """A copy of the model itself with smaller layers, to be trained on: with its modes, hooks, frozen parameters.
+
+        Its numbers, and those of its config, are those of the model that `make` proves.
+
+        Raises:
+            ConfigError: if there is no such config.
+        """
+        made = self.make(params, spec).model
+        leaves, known = flatten(params), self.original.tensors
+        new = {id(known[path]): renewed(known[path], leaf) for path, leaf in leaves.items() if path in known}
+        small = copied(self.model, new)
+        parts: dict[str, Any] = dict(small.named_modules())
+        for name, part in made.named_modules():
+            _take_numbers(vars(parts[name]), vars(part))
+            for key, buffer in part.named_buffers(recurse=False):
+                if parts[name].get_buffer(key).shape != buffer.shape:
+                    parts[name]._buffers[key] = buffer
+        _take_numbers(vars(parts[""].config), vars(made.config))
+        probe = copied(small, {id(x): x for x in small.parameters()})
+        if wrong := next(self._wrong(probe, params, spec, every_call=False), ""):
+            raise ConfigError(refusal(type(self.model), self.model.config, [f"the model that was trained: {wrong}"]))
+        return small
+
     def _filled(self, changes: Changes, tensors: Mapping[str, Tensor]) -> nn.Module:
         """A model with this config and these tensors; names that share one are tied by the class itself."""
         model = self.form.build(changes, "cpu")
@@ -119,3 +143,18 @@ class Source:
         finally:
             model.eval()
         return differs(results, expected, call, spec)
+
+
+def _take_numbers(old: dict[str, Any], new: Mapping[str, Any]) -> None:
+    """Write the numbers among some attributes over those of the same names; of a config within a config, too.
+
+    >>> attributes = {"hidden": 8, "depths": (2, 2), "training": True, "name": "a"}
+    >>> _take_numbers(attributes, {"hidden": 6, "depths": (2, 1), "training": False, "name": "b"})
+    >>> attributes
+    {'hidden': 6, 'depths': (2, 1), 'training': True, 'name': 'a'}
+    """
+    for name, value in new.items():
+        if hasattr(value, "to_dict") and name in old and type(old[name]) is type(value):
+            _take_numbers(vars(old[name]), vars(value))
+        elif type(value) in (int, float) or (isinstance(value, (tuple, list)) and {*map(type, value)} <= {int, float}):
+            old[name] = copy.copy(value)
