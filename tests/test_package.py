@@ -31,6 +31,8 @@ STAGES = (
     {"selection", "repair", "truth", "store"},
     {"interop"},
     {"report", "sentence", "testing", "distributed"},
+    {"cli"},
+    {"__main__"},
 )
 
 # What stands in one place only.

@@ -85,7 +85,7 @@ def shifted(params: Params, spec: Spec, names: Sequence[str], shift: Tensor) -> 
 
 
 def _means(spec: Spec, nodes: Sequence[tuple[Node, Mixing]]) -> list[str] | None:
-    """The paths of the running means that take up a shift of these layers, one for each; ``None`` if not all have one."""
+    """The paths of the running means that take up a shift of these layers, one for each; ``None`` if any has none."""
     means = [_mean(spec, node, role) for node, role in nodes]
     return [x for x in means if x] if all(means) and len({*means}) == len(means) else None
 

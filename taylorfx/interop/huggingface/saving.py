@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from taylorfx.interop.huggingface.making import Source
 from taylorfx.network.spec import Spec
 from taylorfx.tree import Params
@@ -50,13 +52,17 @@ def save_pretrained(
     Raises:
         ConfigError: if no config of the class describes the network, with the fields that stand against it.
         FileExistsError: if the folder exists; before anything else.
+        OSError: if it cannot be written, as on a full disk. What was there is as it was.
     """
     target = Path(path)
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} exists; give another path, or overwrite=True to replace it.")
     made = Source(like, params, spec, example_inputs, example_kwargs).make(params, spec)
     with _beside(target) as folder:
-        made.model.save_pretrained(folder, **options)
+        try:
+            made.model.save_pretrained(folder, **options)
+        except SafetensorError as error:
+            raise OSError(f"{target} could not be written: {error}") from error
         _copy_tokenizer(like, folder)
     return made.model
 
