@@ -89,9 +89,11 @@ class Source:
             causes = [f"no values of {', '.join(x.name for x in self.form.fields)} give {', '.join(changed[:6])}"]
         raise ConfigError(refusal(type(self.model), self.model.config, causes))
 
-    def _filled(self, changes: Changes, tensors: Mapping[str, Tensor]) -> nn.Module:
+    def _filled(self, changes: Changes, tensors: Mapping[str, Tensor]) -> Any:
         """A model with this config and these tensors; names that share one are tied by the class itself."""
-        model = self.form.build(changes, "cpu")
+        model: Any = self.form.build(changes, "cpu")
+        if len({*map(id, self.original.tensors.values())}) < len(self.original.tensors):
+            model.tie_weights()
         model.to(next(iter(x.dtype for x in tensors.values() if x.is_floating_point())))
         model.load_state_dict(tensors)
         generation = getattr(self.model, "generation_config", None)
