@@ -60,8 +60,9 @@ def keep_rows(
 ) -> Rows:
     """Keep some of the numbers that inputs may have: the rows of embeddings, and the outputs that stand for them.
 
-    For inputs that are numbered anew, the smaller network gives at the kept columns what the network gave, but for
-    rounding: ``apply(*rows[:2], rows.numbers[x]) == apply(params, spec, x)[..., kept]``. Tied tables and heads stay tied.
+    For inputs that are numbered anew, the smaller network gives what the network gave at the kept columns, but for
+    rounding: ``apply(rows.params, rows.spec, rows.numbers[x]) == apply(params, spec, x)[..., kept]``. Tied tables and
+    heads stay tied.
 
     Args:
         kept: the numbers that stay, in any order; they keep the order of the table.

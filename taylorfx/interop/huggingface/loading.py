@@ -184,6 +184,7 @@ def example_of(model: Any) -> dict[str, Tensor]:
 def _tokens(config: Any, generator: torch.Generator) -> Tensor:
     """Random tokens without the special ones."""
     text = config.get_text_config()
-    special = {getattr(text, f"{name}_token_id", None) for name in ("pad", "bos", "eos")}
-    usual = [k for k in range(min(text.vocab_size, 1000)) if k not in special]
+    special = [getattr(text, f"{name}_token_id", None) for name in ("pad", "bos", "eos")]
+    several = {token for x in special for token in (x if isinstance(x, list) else [x])}  # Llama 3 ends with any of some
+    usual = [k for k in range(min(text.vocab_size, 1000)) if k not in several]
     return torch.tensor(usual)[torch.randint(len(usual), (EXAMPLES, LENGTH), generator=generator)]

@@ -8,7 +8,16 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from taylorfx.interop.huggingface.fields import Changes, ConfigError, Form, library, refusal, shapes_of
+from taylorfx.interop.huggingface.fields import (
+    IMPLEMENTATIONS,
+    Changes,
+    ConfigError,
+    Form,
+    library,
+    refusal,
+    shapes_of,
+)
+from taylorfx.interop.huggingface.vocabulary import renumbered
 from taylorfx.interop.like import Original
 from taylorfx.interop.proof import Call, differs, truth
 from taylorfx.layers import ShapeError
@@ -32,6 +41,10 @@ class Source:
         model: the model that was captured; it is left as it is.
         params, spec: a network of it, which may be smaller.
         network: the whole network; without one the model is captured when it is needed.
+        tokens: the new numbers of tokens, of a network that has kept some (`keep_tokens`).
+
+    Raises:
+        ConfigError: for a module that is no model of transformers, and for special tokens that are gone.
     """
 
     def __init__(
@@ -42,6 +55,7 @@ class Source:
         example_inputs: object = None,
         example_kwargs: Mapping[str, object] | None = None,
         network: tuple[Params, Spec] | None = None,
+        tokens: Tensor | None = None,
     ) -> None:
         pretrained = library().PreTrainedModel
         if not isinstance(model, pretrained):
@@ -49,8 +63,8 @@ class Source:
                 f"A model of transformers has a config, by which it is saved; received a {type(model).__name__}. Use "
                 "taylorfx.to_torch with like=, or taylorfx.save."
             )
-        self.model = model
-        self.form = Form(type(model), model.config)
+        self.model, self.tokens = model, tokens
+        self.form = Form(type(model), model.config if tokens is None else _renumbered(model.config, tokens))
         self.original = Original(model, params, spec, example_inputs, example_kwargs, network)
         self.usual = shapes_of(model)
 
@@ -98,7 +112,8 @@ class Source:
         model.load_state_dict(tensors)
         generation = getattr(self.model, "generation_config", None)
         if generation is not None:
-            vars(model)["generation_config"] = copy.deepcopy(generation)
+            known = copy.deepcopy(generation)
+            vars(model)["generation_config"] = known if self.tokens is None else _renumbered(known, self.tokens)
         return model
 
     def _wrong(self, model: nn.Module, params: Params, spec: Spec, *, every_call: bool) -> Iterator[str]:
@@ -121,3 +136,13 @@ class Source:
         finally:
             model.eval()
         return differs(results, expected, call, spec)
+
+
+def _renumbered(config: Any, tokens: Tensor) -> Any:
+    """A copy of a config with the new numbers of its special tokens."""
+    data = renumbered(config.to_dict(), tokens)
+    new = type(config).from_dict(data)
+    for name in IMPLEMENTATIONS:
+        if getattr(config, name, None) is not None:
+            setattr(new, name, getattr(config, name))
+    return new
