@@ -64,6 +64,7 @@ def test_a_network_with_fewer_rows_is_pruned_like_any_other():
     params = tfx.init(spec, torch.Generator().manual_seed(0))
     rows = keep_rows(params, spec, [5, 1, 2], inputs="words")
     coupling = tfx.couple(rows.params, rows.spec)
+    assert rows.numbers[[1, 2, 5]].tolist() == [0, 1, 2], "in the order of the table"
     assert set(coupling.scopes) == set(tfx.couple(params, spec).scopes)
     plan = tfx.select(tfx.criteria.weight_l2(rows.params, coupling), coupling, budget=tfx.Units(len(coupling) - 2))
     assert tfx.apply(tfx.cut(rows.params, plan), plan.spec, torch.tensor([[0, 1, 2, 2]])).shape == (1, 4, 3)
