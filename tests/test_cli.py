@@ -193,3 +193,14 @@ def test_a_disk_that_is_full_while_writing_leaves_nothing(home, once, capsys, mo
     assert "No space left on device Nothing was written." in capsys.readouterr().err
     assert written
     assert sorted(home.iterdir()) == before
+
+
+def test_an_interruption_leaves_nothing(home, once, capsys, monkeypatch):
+    def stopped(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "prune", stopped)
+    before = sorted(home.iterdir())
+    assert run(home, *SHORT, out="new") == 130
+    assert capsys.readouterr().err == "taylorfx: interrupted. Nothing was written.\n"
+    assert sorted(home.iterdir()) == before

@@ -30,7 +30,7 @@ from taylorfx.network.bind import propagate
 from taylorfx.network.labels import Labels, Ties
 from taylorfx.network.run import evaluate
 from taylorfx.network.spec import Node, Spec
-from taylorfx.tree import Params
+from taylorfx.tree import Params, flatten
 
 __all__ = ["Rows", "keep_rows"]
 
@@ -40,7 +40,8 @@ class Rows(NamedTuple):
 
     Attributes:
         params, spec: the smaller network.
-        numbers: ``(rows,)`` of 64-bit integers, the new number of every old one; -1 for those that are gone.
+        numbers: ``(rows,)`` of 64-bit integers, the new number of every old one; -1 for those that are gone. On the
+            table's device.
         plan: what left, to cut momentum and averages along: ``tfx.cut(momentum, rows.plan)``.
     """
 
@@ -89,12 +90,12 @@ def keep_rows(
     names = (inputs,) if isinstance(inputs, str) else tuple(inputs)
     tables = _tables(spec, names)
     size = tables[0].layer.num_embeddings  # type: ignore[attr-defined]
-    numbers = _numbers(kept, size)
+    numbers = _numbers(kept, size).to(flatten(params)[tables[0].path("weight")].device)
     _refuse_numbers(params, spec, names, {node.name for node in tables}, numbers)
 
     draft, sums = _draft(spec, tables, size, outputs)
     coupling = couple(params, draft)
-    keep, gone = np.ones(len(coupling), bool), np.flatnonzero(numbers.numpy() < 0)
+    keep, gone = np.ones(len(coupling), bool), np.flatnonzero(numbers.cpu().numpy() < 0)
     axes = {path: coupling.unit_ids(path, 0) for path in dict.fromkeys(node.path("weight") for node in tables)}
     axes |= {f"the output {name}": coupling.axes[coupling.letters[summed][letter]] for name, summed, letter in sums}
     _refuse_frozen(coupling, axes)
@@ -126,18 +127,29 @@ def _tables(spec: Spec, names: Sequence[str]) -> list[Node]:
         raise ValueError(
             f"Rows are picked by inputs of the network, {', '.join(spec.input_layers)}; received {', '.join(unknown)}."
         )
-    reached, direct = set(names), list[Node]()
+    moved = {name: _example(spec, name) for name in names}  # by node, numbers that are all 0, and that are all 1
+    direct: list[Node] = []
     for node in spec:
-        if node.inputs and node.inputs[0] in reached and isinstance(node.layer, Embedding):
+        if node.inputs and node.inputs[0] in moved and isinstance(node.layer, Embedding):
             direct.append(node)
-        elif len(node.inputs) == 1 and node.inputs[0] in reached and not node.paths:
-            reached.add(node.name)  # what only moves numbers; what changes them is refused as it is tried
+        elif len(node.inputs) == 1 and node.inputs[0] in moved and not node.paths:
+            zeros, ones = (node.layer.apply({}, x) for x in moved[node.inputs[0]])
+            if not torch.equal(zeros, ones):  # otherwise it looks at the shape only, as positions do
+                moved[node.name] = zeros, ones
     paths = {node.path("weight") for node in direct}
     several = {node.layer.num_embeddings for node in direct if isinstance(node.layer, Embedding)}
     if len(several) != 1:
         tables = ", ".join(f"{node.path('weight')} of {node.layer}" for node in direct) or "none"
         raise ValueError(f"The inputs {', '.join(names)} pick rows of tables of one length; received {tables}.")
     return [node for node in spec if isinstance(node.layer, Embedding) and node.path("weight") in paths]
+
+
+def _example(spec: Spec, name: str) -> tuple[Tensor, Tensor]:
+    """Zeros and ones as an input takes them."""
+    layer = spec.input_layers[name]
+    shape = (1 if layer.alone else 4, *(layer.shape if isinstance(layer.shape, tuple) else ()))
+    kind = getattr(torch, layer.dtype) if layer.dtype else torch.get_default_dtype()
+    return torch.zeros(shape, dtype=kind), torch.ones(shape, dtype=kind)
 
 
 def _refuse_numbers(params: Params, spec: Spec, names: Sequence[str], tables: set[str], numbers: Tensor) -> None:
@@ -150,14 +162,12 @@ def _refuse_numbers(params: Params, spec: Spec, names: Sequence[str], tables: se
     """
     generator, stay = torch.Generator().manual_seed(0), torch.nonzero(numbers >= 0).flatten()
     values: dict[str, Tensor] = {}
-    for name, layer in spec.input_layers.items():
-        shape = (1 if layer.alone else 4, *(layer.shape if isinstance(layer.shape, tuple) else ()))
-        kind = getattr(torch, layer.dtype) if layer.dtype else torch.get_default_dtype()
-        values[name] = torch.ones(shape, dtype=kind)
+    for name in spec.input_layers:
+        values[name] = _example(spec, name)[1].to(numbers.device)
         if name in names:  # every number where there is room for all, so that the first ones are among them
-            picked = torch.randint(len(stay), shape, generator=generator)
-            picked.view(-1)[: len(stay)] = torch.arange(len(stay))[: picked.numel()]
-            values[name] = stay[picked].to(kind)
+            picked = torch.randint(len(stay), values[name].shape, generator=generator).to(numbers.device)
+            picked.view(-1)[: len(stay)] = torch.arange(min(len(stay), picked.numel())).to(picked)
+            values[name] = stay[picked].to(values[name])
     first: dict[str, Tensor] = {}
     different: list[str] = []
 

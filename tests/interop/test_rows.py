@@ -99,6 +99,25 @@ def test_what_looks_at_the_numbers_is_refused_by_name_unless_they_stay():
     assert_close(tfx.apply(rows.params, rows.spec, rows.numbers[words]), module(words))
 
 
+class Placed(nn.Module):
+    """It adds positions, which follow from the shape of the numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.places = nn.Embedding(WORDS, 6), nn.Embedding(12, 6)
+
+    def forward(self, words):
+        return self.embed(words) + self.places(torch.arange(words.shape[1], device=words.device))
+
+
+def test_a_table_of_positions_stays():
+    module, words = Placed().eval(), torch.tensor([[1, 3, 0, 1], [0, 1, 3, 3]])
+    params, spec = tfx.from_torch(module, words)
+    rows = keep_rows(params, spec, [0, 1, 3], inputs="words")
+    assert torch.equal(rows.params["places"]["weight"], module.places.weight)
+    assert_close(tfx.apply(rows.params, rows.spec, rows.numbers[words]), module(words))
+
+
 def test_what_depends_on_how_many_rows_there_are_is_refused_by_name():
     spec = tfx.serial(tfx.Input((4,), dtype="int64"), embed=L.Embedding(5, 6), head=L.Linear(6, 5), end=L.Softmax(-1))
     params = tfx.init(spec, torch.Generator())

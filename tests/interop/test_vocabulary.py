@@ -31,8 +31,14 @@ def home(tmp_path_factory):
     return home
 
 
-def test_a_folder_with_fewer_tokens_reads_and_scores_its_text_as_before(home):
-    whole, params, spec = huggingface.from_pretrained(home / "llama", outputs="logits")
+@pytest.fixture(scope="module")
+def loaded(home):
+    """The Llama and its network."""
+    return huggingface.from_pretrained(home / "llama", outputs="logits")
+
+
+def test_a_folder_with_fewer_tokens_reads_and_scores_its_text_as_before(home, loaded):
+    whole, params, spec = loaded
     used = huggingface.tokens_of(tokenizer(), WORDS)
     assert 260 <= len(used) < TOKENS - 5, "the bytes and what the text has"
     rows = huggingface.keep_tokens(whole, params, spec, used)
@@ -58,8 +64,8 @@ def test_a_folder_with_fewer_tokens_reads_and_scores_its_text_as_before(home):
     assert small.generate(new[:, :5], max_new_tokens=3).max() < len(stay)
 
 
-def test_special_tokens_that_are_gone_are_refused(home):
-    whole, params, spec = huggingface.from_pretrained(home / "llama", outputs="logits")
+def test_special_tokens_that_are_gone_are_refused(home, loaded):
+    whole, params, spec = loaded
     rows = tfx.interop.keep_rows(params, spec, range(1, 200))
     with pytest.raises(huggingface.ConfigError, match=r"pad_token_id 0, eos_token_id 299 left.*keep_tokens"):
         huggingface.save_pretrained(home / "never", rows.params, rows.spec, like=whole, tokens=rows.numbers)
