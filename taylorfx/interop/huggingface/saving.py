@@ -66,6 +66,7 @@ def save_pretrained(
     target = Path(path)
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} exists; give another path, or overwrite=True to replace it.")
+    tokens = None if tokens is None else tokens.cpu()
     made = Source(like, params, spec, example_inputs, example_kwargs, tokens=tokens).make(params, spec)
     with _beside(target) as folder:
         try:
