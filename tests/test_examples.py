@@ -298,6 +298,37 @@ def test_a_training_loop_that_is_killed_and_started_again_computes_the_same_bits
     assert [name for name, value in one.items() if not same(value, other[name])] == []
 
 
+WITH_TORCHVISION = """
+import runpy, sys
+if sys.argv.pop(1) == "True":
+    from _torchvision import library; library()
+sys.path.insert(0, sys.argv[1].rpartition("/")[0])
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""Runs an example where transformers imports a torchvision whose compiled operators are missing."""
+
+
+@pytest.mark.skipif(missing("transformers"), reason="transformers is not installed")
+def test_a_llama_goes_from_a_folder_to_a_smaller_folder(tmp_path: Path) -> None:
+    whole, small = tmp_path / "whole", tmp_path / "small"
+    launcher = ("-c", WITH_TORCHVISION, str(not missing("torchvision")))
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
+    options = ("--smoke", "--folder", str(whole), "--out", str(small))
+    printed = run("llama.py", *options, launcher=launcher, PYTHONPATH=paths)
+    before, after = (
+        (int(n.replace(",", "")), float(p)) for n, p in re.findall(r"(\S+) parameters, perplexity (\S+)", printed)
+    )
+    assert before[0] > after[0]
+    assert before[1] < 300, "of 512 tokens, so it has learned"
+    assert after[1] < 1.5 * before[1]
+    assert printed.count("'The statement") == 2
+    (share,) = re.findall(r"([\d.]+)% of the FLOPs in", printed)
+    assert 50 < float(share) <= 70
+    names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert {x.name for x in small.iterdir()} == {x.name for x in whole.iterdir()} == names
+
+
 def leaves(tree: object, name: str = "") -> Iterator[tuple[str, object]]:
     """Everything in dicts and lists, by path."""
     if not isinstance(tree, (Mapping, list)):

@@ -32,6 +32,8 @@ STAGES = (
     {"interop"},
     {"report", "sentence", "testing", "distributed"},
     {"callbacks"},
+    {"cli"},
+    {"__main__"},
 )
 
 # What stands in one place only.

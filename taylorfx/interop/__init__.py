@@ -8,9 +8,10 @@ from taylorfx.interop.capture.rules import Value, rule
 from taylorfx.interop.like import LikeError
 from taylorfx.interop.module import to_torch
 from taylorfx.interop.optim import carry, reschedule
+from taylorfx.interop.rows import Rows, keep_rows
 from taylorfx.interop.trials import holdable
 
 __all__ = [
-    "Call", "CaptureError", "LikeError", "Value", "carry", "from_torch", "holdable", "huggingface", "reschedule",
-    "rule", "to_torch",
+    "Call", "CaptureError", "LikeError", "Rows", "Value", "carry", "from_torch", "holdable", "huggingface", "keep_rows",
+    "reschedule", "rule", "to_torch",
 ]  # fmt: skip

@@ -158,8 +158,10 @@ def differs(results: Leaves, expected: Truth, call: Call, spec: Spec) -> str:
     buffers = {path: results[path] for path in expected.buffers if path in results}
     received, wanted = {**outputs, **buffers}, {**expected.outputs, **expected.buffers}
     largest = max((float(x.abs().nan_to_num(0, 0, 0).max()) for x in expected.outputs.values() if x.numel()), default=0)
+    coarsest = max((torch.finfo(x.dtype).eps for x in wanted.values() if x.is_floating_point()), default=0.0)
+    share = max(1e-4, 4 * coarsest)  # in half precision, by what torch fuses or not
     try:
-        assert_close(received, wanted, rtol=1e-4, atol=1e-4 * float(largest), equal_nan=True)
+        assert_close(received, wanted, rtol=share, atol=share * float(largest), equal_nan=True)
     except AssertionError as error:
         return f"{error}"
     return ""

@@ -72,7 +72,14 @@ class Embedding(Layer):
         return {"weight": weight}
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
-        return F.embedding(inputs[0], params["weight"], self.padding_idx)
+        try:
+            return F.embedding(inputs[0], params["weight"], self.padding_idx)
+        except IndexError as error:
+            raise ValueError(
+                f"Embedding picks rows by numbers from 0 to {self.num_embeddings - 1:,}; some of the "
+                f"{tuple(inputs[0].shape)} lie outside: a sequence longer than the positions, or a token that the "
+                "vocabulary does not have"
+            ) from error
 
 
 @dataclass(frozen=True)

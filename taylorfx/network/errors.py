@@ -16,11 +16,11 @@ from taylorfx.tree import Params, flatten
 __all__ = ["explain"]
 
 
-def explain(params: Params, spec: Spec, values: Mapping[str, object], node: Node, error: Exception) -> NoReturn:
+def explain(params: Params, spec: Spec, values: Mapping[str, Tensor], node: Node, error: Exception) -> NoReturn:
     """Raise an error that says what is wrong with the inputs, from one that a layer raised.
 
-    The causes are tried in this order: an input that is no tensor; shapes that do not fit, by the signatures of the
-    layers; a layer's own error; dtypes or devices that differ; and last, whatever torch raised, with the node's name.
+    The causes are tried in this order: shapes that do not fit, by the signatures of the layers; a layer's own error;
+    dtypes or devices that differ; and last, whatever torch raised, with the node's name.
 
     Args:
         values: the inputs of the network, by the names of its Input nodes.
@@ -30,17 +30,14 @@ def explain(params: Params, spec: Spec, values: Mapping[str, object], node: Node
     Raises:
         ShapeError: always.
     """
-    inputs = {name: x for name, x in values.items() if isinstance(x, Tensor)}
-    if others := [f"{name} is {type(x).__name__}" for name, x in values.items() if name not in inputs]:
-        raise ShapeError(f"A network takes tensors; received: {', '.join(others)}.") from error
     try:
-        propagate(spec.at(*(tuple(inputs[n.name].shape[1:]) for n in spec.inputs)), Ties(labeled=False))
+        propagate(spec.at(*(tuple(values[n.name].shape[1:]) for n in spec.inputs)), Ties(labeled=False))
     except ShapeError as problem:
-        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in inputs.items())
+        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in values.items())
         raise ShapeError(f"{problem}\n(with inputs of shape {shapes})") from error
     if isinstance(error, ValueError):  # the layer itself says what is wrong
         raise ShapeError(f"{node.name}: {error}") from error
-    tensors = {**{f"input {name}": x for name, x in inputs.items()}, **flatten(params)}
+    tensors = {**{f"input {name}": x for name, x in values.items()}, **flatten(params)}
     kinds: dict[str, list[str]] = {}
     for name, tensor in tensors.items():
         if tensor.is_floating_point():

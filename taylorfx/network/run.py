@@ -109,6 +109,8 @@ def run(
         leaves: the parameters, which fit the network, in the order of ``spec.layout.paths``.
     """
     values = bind_inputs(spec, inputs)
+    if others := [f"{name} is {type(x).__name__}" for name, x in values.items() if not isinstance(x, Tensor)]:
+        raise ShapeError(f"A network takes tensors; received: {', '.join(others)}.")
     if spec.calls:
         part, places = chosen(spec.calls, values)
         own = [leaves[k] for k in places]

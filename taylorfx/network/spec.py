@@ -299,8 +299,12 @@ class Spec:
         wrong: list[str] = []
         for name, layer in self.input_layers.items():
             shape = tuple([axes[f"{name}.{k}"] for k in range(1, len(layer.ranges) + 1) if f"{name}.{k}" in axes])
+            rank = len(layer.ranges)
             if text := layer.refusal(shape):
                 wrong.append(f"{name}: {text}")
+            elif shape and rank and (len(shape) < rank or f"{name}.{rank + 1}" in axes):
+                count = sum(axis.rpartition(".")[0] == name for axis in axes)
+                wrong.append(f"{name}: it has {rank} axes besides that of the examples, received {count}")
         for guard in self.guards if not wrong else ():
             here = {axis: axes[axis] for axis in sorted(sizes.axes_of(guard)) if axis in axes}
             # What is said of an input that was left out holds.

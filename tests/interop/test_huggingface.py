@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch.testing import assert_close
 
 import taylorfx as tfx
@@ -51,6 +52,11 @@ def test_a_family_comes_back_in_a_process_without_taylorfx(folder, name):
     config = json.loads((home / name / "config.json").read_text())
     if name in WIDTH:
         assert config[WIDTH[name]] < 24
+    state = made(name).state_dict(keep_vars=True)
+    with safe_open(home / name / "model.safetensors", "pt") as file:
+        for path, x in state.items():
+            tied = [other for other, y in state.items() if y is x]
+            assert path in tied[:1] or sum(other in file.keys() for other in tied) == 1, "tied is tied"  # noqa: SIM118
     if name == "Mixtral":
         assert config["num_local_experts"] == 2
     assert not [x for x in home.iterdir() if x.name.startswith(".")], "nothing is left of the temporary folders"

@@ -48,6 +48,9 @@ Shapes = Mapping[str, Shape]
 UNSET = (6, 12)
 """What is tried for fields that are not set, as ``n_inner`` of GPT-2."""
 
+IMPLEMENTATIONS = ("_attn_implementation", "_experts_implementation")
+"""What a config says about how its model computes, and writes into no file."""
+
 LIMIT = 500
 """How many solutions are built at most."""
 
@@ -139,7 +142,7 @@ class Form:
     def build(self, changes: Changes, device: str) -> nn.Module:
         """A model of the class with these fields; its parameters have no values yet."""
         config, quiet = self.changed(changes), library("transformers.initialization")
-        for name in ("_attn_implementation", "_experts_implementation"):
+        for name in IMPLEMENTATIONS:
             if getattr(self.config, name, None) is not None:
                 setattr(config, name, getattr(self.config, name))
         context: AbstractContextManager[object] = quiet.no_init_weights()

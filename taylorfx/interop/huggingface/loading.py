@@ -17,7 +17,7 @@ from taylorfx.interop.huggingface.fields import ConfigError, library
 from taylorfx.network.spec import Spec
 from taylorfx.tree import Params
 
-__all__ = ["Pretrained", "from_pretrained"]
+__all__ = ["Pretrained", "class_of", "example_of", "from_pretrained", "load"]
 
 EXAMPLES, LENGTH = 3, 8
 """The shape of the tokens that a model is captured with."""
@@ -64,7 +64,7 @@ def from_pretrained(
     if isinstance(source, library().PreTrainedModel):
         model = source if dtype is None else source.to(dtype)
     else:
-        model = _loaded(source, {**options, **({"dtype": dtype} if dtype else {})})
+        model = load(source, {**options, **({"dtype": dtype} if dtype else {})})
     _refuse_attention(model)
     model.eval()
     if example_inputs is not None:
@@ -102,8 +102,13 @@ def class_of(source: str | Path) -> Any:
     return getattr(transformers, kinds[0])
 
 
-def _loaded(source: str | Path, options: Mapping[str, Any]) -> Any:
-    """The model of a folder; the library would give random numbers to parameters that the checkpoint lacks."""
+def load(source: str | Path, options: Mapping[str, Any]) -> Any:
+    """The model of a folder, by the class that its config names, with arguments of the class's ``from_pretrained``.
+
+    Raises:
+        ConfigError: as `class_of` does; for damaged files, and for a checkpoint that has not all of the parameters or
+            has them in other shapes: the library would give them random numbers.
+    """
     cls = class_of(source)
     how = {"ignore_mismatched_sizes": True, **options, "output_loading_info": True}
     try:
@@ -140,7 +145,8 @@ def _refuse_attention(model: Any) -> None:
     Raises:
         ConfigError: with the way out.
     """
-    kinds = {getattr(x, "_attn_implementation", None) for x in (model.config, model.config.get_text_config())} - {None}
+    configs = model.config, model.config.get_text_config()
+    kinds = {str(x._attn_implementation) for x in configs if getattr(x, "_attn_implementation", None)}
     if strange := sorted(kinds.difference(ATTENTION)):
         raise ConfigError(
             f"Masks are captured where attention is {' or '.join(ATTENTION)}; that of {type(model).__name__} is "
@@ -178,6 +184,7 @@ def example_of(model: Any) -> dict[str, Tensor]:
 def _tokens(config: Any, generator: torch.Generator) -> Tensor:
     """Random tokens without the special ones."""
     text = config.get_text_config()
-    special = {getattr(text, f"{name}_token_id", None) for name in ("pad", "bos", "eos")}
-    usual = [k for k in range(min(text.vocab_size, 1000)) if k not in special]
+    special = [getattr(text, f"{name}_token_id", None) for name in ("pad", "bos", "eos")]
+    several = {token for x in special for token in (x if isinstance(x, list) else [x])}  # Llama 3 ends with any of some
+    usual = [k for k in range(min(text.vocab_size, 1000)) if k not in several]
     return torch.tensor(usual)[torch.randint(len(usual), (EXAMPLES, LENGTH), generator=generator)]

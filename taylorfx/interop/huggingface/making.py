@@ -8,7 +8,16 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from taylorfx.interop.huggingface.fields import Changes, ConfigError, Form, library, refusal, shapes_of
+from taylorfx.interop.huggingface.fields import (
+    IMPLEMENTATIONS,
+    Changes,
+    ConfigError,
+    Form,
+    library,
+    refusal,
+    shapes_of,
+)
+from taylorfx.interop.huggingface.vocabulary import renumbered
 from taylorfx.interop.like import Original, renewed
 from taylorfx.interop.proof import Call, copied, differs, truth
 from taylorfx.layers import ShapeError
@@ -32,6 +41,10 @@ class Source:
         model: the model that was captured; it is left as it is.
         params, spec: a network of it, which may be smaller.
         network: the whole network; without one the model is captured when it is needed.
+        tokens: the new numbers of tokens, of a network that has kept some (`keep_tokens`).
+
+    Raises:
+        ConfigError: for a module that is no model of transformers, and for special tokens that are gone.
     """
 
     def __init__(
@@ -42,6 +55,7 @@ class Source:
         example_inputs: object = None,
         example_kwargs: Mapping[str, object] | None = None,
         network: tuple[Params, Spec] | None = None,
+        tokens: Tensor | None = None,
     ) -> None:
         pretrained = library().PreTrainedModel
         if not isinstance(model, pretrained):
@@ -49,8 +63,8 @@ class Source:
                 f"A model of transformers has a config, by which it is saved; received a {type(model).__name__}. Use "
                 "taylorfx.to_torch with like=, or taylorfx.save."
             )
-        self.model = model
-        self.form = Form(type(model), model.config)
+        self.model, self.tokens = model, tokens
+        self.form = Form(type(model), model.config if tokens is None else _renumbered(model.config, tokens))
         self.original = Original(model, params, spec, example_inputs, example_kwargs, network)
         self.usual = shapes_of(model)
 
@@ -113,14 +127,17 @@ class Source:
             raise ConfigError(refusal(type(self.model), self.model.config, [f"the model that was trained: {wrong}"]))
         return small
 
-    def _filled(self, changes: Changes, tensors: Mapping[str, Tensor]) -> nn.Module:
+    def _filled(self, changes: Changes, tensors: Mapping[str, Tensor]) -> Any:
         """A model with this config and these tensors; names that share one are tied by the class itself."""
-        model = self.form.build(changes, "cpu")
+        model: Any = self.form.build(changes, "cpu")
+        if len({*map(id, self.original.tensors.values())}) < len(self.original.tensors):
+            model.tie_weights()
         model.to(next(iter(x.dtype for x in tensors.values() if x.is_floating_point())))
         model.load_state_dict(tensors)
         generation = getattr(self.model, "generation_config", None)
         if generation is not None:
-            vars(model)["generation_config"] = copy.deepcopy(generation)
+            known = copy.deepcopy(generation)
+            vars(model)["generation_config"] = known if self.tokens is None else _renumbered(known, self.tokens)
         return model
 
     def _wrong(self, model: nn.Module, params: Params, spec: Spec, *, every_call: bool) -> Iterator[str]:
@@ -158,3 +175,13 @@ def _take_numbers(old: dict[str, Any], new: Mapping[str, Any]) -> None:
             _take_numbers(vars(old[name]), vars(value))
         elif type(value) in (int, float) or (isinstance(value, (tuple, list)) and {*map(type, value)} <= {int, float}):
             old[name] = copy.copy(value)
+
+
+def _renumbered(config: Any, tokens: Tensor) -> Any:
+    """A copy of a config with the new numbers of its special tokens."""
+    data = renumbered(config.to_dict(), tokens)
+    new = type(config).from_dict(data)
+    for name in IMPLEMENTATIONS:
+        if getattr(config, name, None) is not None:
+            setattr(new, name, getattr(config, name))
+    return new

@@ -9,7 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from torch import Tensor
+
 from taylorfx.interop.huggingface.making import Source
+from taylorfx.interop.huggingface.vocabulary import write_tokenizer
 from taylorfx.network.spec import Spec
 from taylorfx.tree import Params
 
@@ -18,6 +22,9 @@ __all__ = ["save_pretrained"]
 BESIDE = ("token", "vocab", "merges", "spiece", "sentencepiece", "special_tokens", "chat_template", "preprocessor",
           "processor", "added_tokens", "normalizer")  # fmt: skip
 """How the names of files begin that belong to tokenizers and processors."""
+
+WITHOUT_NUMBERS = ("special_tokens", "chat_template", "preprocessor", "processor", "normalizer")
+"""Those of them that say nothing about the numbers of tokens."""
 
 
 def save_pretrained(
@@ -29,6 +36,7 @@ def save_pretrained(
     example_inputs: object = None,
     example_kwargs: Mapping[str, object] | None = None,
     overwrite: bool = False,
+    tokens: Tensor | None = None,
     **options: Any,
 ) -> Any:
     """Write a pruned model as a folder that ``AutoModel.from_pretrained`` takes, and return the model.
@@ -45,19 +53,27 @@ def save_pretrained(
         like: the model that was captured; it is left as it is.
         example_inputs, example_kwargs: what to compare on, as for `taylorfx.to_torch`.
         overwrite: replace a folder that exists, once the new one is written.
+        tokens: the new numbers of all tokens, where some have left: ``numbers`` of `keep_tokens`. The special tokens in
+            the config and the generation config get theirs. ``tokenizer.json`` is written with the kept tokens; a
+            folder without one gets no tokenizer, as its other files would give the old numbers.
         options: further arguments of the model's ``save_pretrained``: ``max_shard_size="2GB"``.
 
     Raises:
         ConfigError: if no config of the class describes the network, with the fields that stand against it.
         FileExistsError: if the folder exists; before anything else.
+        OSError: if it cannot be written, as on a full disk. What was there is as it was.
     """
     target = Path(path)
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} exists; give another path, or overwrite=True to replace it.")
-    made = Source(like, params, spec, example_inputs, example_kwargs).make(params, spec)
+    tokens = None if tokens is None else tokens.cpu()
+    made = Source(like, params, spec, example_inputs, example_kwargs, tokens=tokens).make(params, spec)
     with _beside(target) as folder:
-        made.model.save_pretrained(folder, **options)
-        _copy_tokenizer(like, folder)
+        try:
+            made.model.save_pretrained(folder, **options)
+        except SafetensorError as error:
+            raise OSError(f"{target} could not be written: {error}") from error
+        _copy_tokenizer(like, folder, tokens)
     return made.model
 
 
@@ -82,11 +98,14 @@ def _beside(target: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _copy_tokenizer(like: Any, folder: Path) -> None:
+def _copy_tokenizer(like: Any, folder: Path, tokens: Tensor | None) -> None:
     """Copy the files of the tokenizer or processor, where the model was loaded from a folder that has them."""
-    source = Path(getattr(like, "name_or_path", "") or "")
-    if not getattr(like, "name_or_path", "") or not source.is_dir():
+    name = getattr(like, "name_or_path", "") or ""
+    if not name or not Path(name).is_dir():
         return
-    for file in sorted(source.iterdir()):
-        if file.is_file() and file.name.startswith(BESIDE) and not (folder / file.name).exists():
+    if tokens is not None:
+        write_tokenizer(Path(name), folder, tokens)
+    for file in sorted(Path(name).iterdir()):
+        kinds = BESIDE if tokens is None else WITHOUT_NUMBERS
+        if file.is_file() and file.name.startswith(kinds) and not (folder / file.name).exists():
             shutil.copy2(file, folder / file.name)
