@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -86,6 +87,11 @@ class Plan:
     def whole(self) -> bool:
         """Whether all units stay."""
         return bool(self.keep.all())
+
+    @property
+    def digest(self) -> str:
+        """What tells plans of one network apart, as 12 letters: a digest of which units stay."""
+        return hashlib.sha256(self.keep.tobytes()).hexdigest()[:12]
 
     @cached_property
     def indices(self) -> Mapping[str, Indices]:
