@@ -184,8 +184,8 @@ def _tensors(value: object) -> Iterator[Tensor]:
 # How processes meet.
 
 
-PAUSE = 0.02
-"""Seconds between two looks at the store."""
+PAUSE = 0.05
+"""Seconds between two looks at the store, at most."""
 
 FAREWELL = 5.0
 """Seconds that a process stays for others to read why all of them stop: the store may end with it."""
@@ -245,13 +245,15 @@ def _absent(place: _Place) -> list[int]:
 
     Who sees either first writes it down, once and for all: the others do as it says, so that all stop or none does.
     """
-    store, end = place.store, time.monotonic() + place.store.timeout.total_seconds()  # type: ignore[attr-defined]
+    store, pause = place.store, PAUSE / 64
+    end = time.monotonic() + store.timeout.total_seconds()  # type: ignore[attr-defined]
     while not store.check([place.key("verdict")]):
         late = time.monotonic() > end
         if late or store.check([place.key(rank) for rank in range(place.size)]):
             store.compare_set(place.key("verdict"), "", json.dumps(place.missing()))
         else:
-            time.sleep(PAUSE)
+            time.sleep(pause)
+            pause = min(2 * pause, PAUSE)
     missing: list[int] = json.loads(store.get(place.key("verdict")))
     return missing
 
