@@ -250,7 +250,7 @@ def name_the_dead(rank: int, size: int) -> None:
     start = time.monotonic()
     with pytest.raises(RuntimeError, match=f"process {gone} did not within the timeout"):
         tfx.measure(net.params, net.spec, batches[:1], net.coupling, loss=loss, total=total)
-    assert time.monotonic() - start < 4 * PATIENCE
+    assert time.monotonic() - start < 6 * PATIENCE
 
 
 def start(size: int, folder: Path) -> None:
