@@ -199,13 +199,27 @@ def named_as(one: Any, other: Any) -> Any:
 
 @contextlib.contextmanager
 def group(rank: int, size: int, folder: str) -> Iterator[None]:
+    """Two meet in a file, four where the first process keeps the store, which ends with it."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", f"file://{folder}/meet", rank=rank, world_size=size, timeout=timedelta(seconds=60)
-    )
+    limit, port = timedelta(seconds=60), Path(folder, "port")
+    if size == 2:
+        torch.distributed.init_process_group("gloo", f"file://{folder}/meet", limit, size, rank)
+    else:
+        wait_for(port if rank else Path(folder))
+        at = int(port.read_text()) if rank else 0
+        store = torch.distributed.TCPStore("127.0.0.1", at, size, rank == 0, limit, wait_for_workers=False)
+        if rank == 0:
+            port.with_name("part").write_text(str(store.port))
+            port.with_name("part").rename(port)
+        torch.distributed.init_process_group("gloo", None, limit, size, rank, store)
     yield
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+def wait_for(path: Path) -> None:
+    while not path.exists():
+        time.sleep(0.05)
 
 
 def process(rank: int, size: int, folder: str) -> None:
@@ -224,6 +238,8 @@ def process(rank: int, size: int, folder: str) -> None:
         assert again.n == sum(len(x) for x, _ in setting()[2]), "they go on after failures"
         name_the_dead(rank, size)
         Path(folder, f"{rank}.done").touch()
+        if size == 4:
+            name_who_kept_the_store(rank, folder)
         os._exit(0)  # the group cannot be taken down in order any more
 
 
@@ -251,6 +267,15 @@ def name_the_dead(rank: int, size: int) -> None:
     with pytest.raises(RuntimeError, match=f"process {gone} did not within the timeout"):
         tfx.measure(net.params, net.spec, batches[:1], net.coupling, loss=loss, total=total)
     assert time.monotonic() - start < 6 * PATIENCE
+
+
+def name_who_kept_the_store(rank: int, folder: str) -> None:
+    """The first process ends, and the store with it; the second comes to meet it."""
+    if rank == 0:
+        wait_for(Path(folder, "2.done"))  # which also reads the store
+        os._exit(0)
+    while rank == 1 and "0, or the launcher, which keeps it, has ended" not in raised(lambda: total(Same("")), "end"):
+        time.sleep(0.05)
 
 
 def start(size: int, folder: Path) -> None:
