@@ -80,11 +80,14 @@ def total(value: T | Callable[[], T], group: ProcessGroup | None = None) -> T:
     Raises:
         ValueError: on all processes alike, if some measured other units, parameters, dtypes or networks than others,
             what is not finite, or failed in ``value``: nothing is added then, and they are named with what they have.
+            Also in a process that is not in the group.
         RuntimeError: on all processes alike, naming those that did not come within the timeout that
             ``init_process_group`` was given: they ended, hang, or are late.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return alone(value)
+    if torch.distributed.get_rank(group) < 0:
+        raise ValueError("The processes of a group add up; this one is not in the group. Call it in those only.")
     try:
         mine = alone(value)
         report, packed = _Report.of(mine), _packed(mine)
@@ -103,6 +106,7 @@ def total(value: T | Callable[[], T], group: ProcessGroup | None = None) -> T:
     except RuntimeError as error:
         _meet(_Report(error=f"the exchange of values broke off: {error}"), group)
         raise
+    # What comes from the other processes of this program is no file: it may be of any class, as in all_gather_object.
     device = next((x.device for x in _tensors(mine)), torch.device("cpu"))
     values: list[T] = [torch.load(io.BytesIO(part), map_location=device, weights_only=False) for part in parts]
     return reduce(operator.add, values)

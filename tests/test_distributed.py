@@ -236,6 +236,12 @@ def process(rank: int, size: int, folder: str) -> None:
         net, *_ = setting()
         again = tfx.measure(net.params, net.spec, mine, net.coupling, total=total)
         assert again.n == sum(len(x) for x, _ in setting()[2]), "they go on after failures"
+        first = torch.distributed.new_group([0])
+        if rank == 0:
+            assert total(torch.ones(2), first).tolist() == [1, 1]
+        else:
+            assert "not in the group" in raised(lambda: total(torch.ones(2), first), "a group of others")
+        assert total(torch.ones(2)).tolist() == [size, size]
         name_the_dead(rank, size)
         Path(folder, f"{rank}.done").touch()
         if size == 4:
