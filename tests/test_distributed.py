@@ -355,7 +355,7 @@ def test_a_repair_from_outside_is_called_with_a_total_if_it_takes_one() -> None:
 def test_what_is_no_sum_over_batches_of_processes_is_refused() -> None:
     net, _, batches = setting()
     arguments = net.params, net.spec, batches, net.coupling
-    with pytest.raises(ValueError, match="here total= is not for"):
+    with pytest.raises(ValueError, match="received total= with something else"):
         tfx.truth.oracle(*arguments, measurement=tfx.Measurement(total=total))
     with pytest.raises(ValueError, match="received total= with <lambda>"):
         tfx.prune(

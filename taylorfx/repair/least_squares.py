@@ -47,10 +47,12 @@ class LeastSquares:
 
     @staticmethod
     def neutral(device: torch.device) -> LeastSquares:
-        """The sums of no rows: numbers, which change nothing that they are added to, whatever its shape."""
+        """The sums of no rows, which change nothing that they are added to, whatever its shapes."""
         return LeastSquares(0, *(torch.zeros((), dtype=torch.double, device=device) for _ in range(4)))
 
     def __add__(self, other: LeastSquares) -> LeastSquares:
+        if not (self.n and other.n):
+            return self if self.n else other
         return LeastSquares(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     def solve(self, start: Tensor, ridge: float) -> tuple[Tensor, Tensor]:

@@ -151,8 +151,8 @@ def objective_of(measurement: Measurement | None, options: Mapping[str, object])
     how = Measurement.of(measurement, options)
     if how.total is not None:
         raise ValueError(
-            "What is measured or repaired is added up over processes; here total= is not for. Leave it out, and give "
-            "every process all batches."
+            "What is added up over processes are the sums of measure and of the repairs; received total= with "
+            "something else. Leave it out, and give every process all batches."
         )
     return how.objective
 
