@@ -1,17 +1,18 @@
 """Several processes, each with examples of its own, prune one network as one: sums are added up, plans are the same.
 
-Started by itself it is one process; torchrun starts as many as there are cores, machines or devices:
+Started by itself it is one process; torchrun starts as many as there are cores, machines or devices, and so does
+accelerate:
 
-    torchrun --nproc-per-node 2 examples/several_processes.py
+    torchrun --standalone --nproc-per-node 2 examples/several_processes.py
+    accelerate launch --multi_gpu --num_processes 2 examples/several_processes.py
 
 The network of the quickstart learns scikit-learn's digits. Every process measures its share of the examples. The
-statistics, and later what layers read and gave out, are added up, so that all decide and repair alike. The first one
-prints.
+statistics, and later what layers read and gave out, are added up, so that all decide and repair alike: that is what
+``total=`` is for. The first one prints. In one word, the sentence is ``tfx.prune(params, spec, mine, budget=...,
+repair=tfx.reconstruct, total=tfx.distributed.total)``.
 """
 
 from __future__ import annotations
-
-import hashlib
 
 import torch
 from quickstart import digits, network
@@ -41,18 +42,17 @@ def main() -> None:
     batches = some(images, targets, 512, generator)
     mine = batches[rank * len(batches) // size : (rank + 1) * len(batches) // size]
 
-    stats = tfx.distributed.total(tfx.measure(params, spec, mine, coupling, rows=True))
+    stats = tfx.measure(params, spec, mine, coupling, rows=True, total=tfx.distributed.total)
     plan = tfx.joint(stats, coupling, budget=tfx.Flops(options.flops), floor=2, cautious=True)
     small, smaller = tfx.reconstruct(params, plan, mine, total=tfx.distributed.total)
 
-    digest = hashlib.sha256(plan.keep.tobytes()).hexdigest()[:12]
-    digests = [digest] * size
+    digests = [plan.digest] * size
     if together:
-        torch.distributed.all_gather_object(digests, digest)
+        torch.distributed.all_gather_object(digests, plan.digest)
     if rank == 0:
         print(
             f"{size} process{'es' * (size > 1)}, {stats.n} examples, {len(mine)} batches in the first; "
-            f"{'one plan' if len({*digests}) == 1 else 'plans differ'}: {digest}, {int(plan.keep.sum())} of "
+            f"{'one plan' if len({*digests}) == 1 else 'plans differ'}: {plan.digest}, {int(plan.keep.sum())} of "
             f"{len(coupling)} units; accuracy {accuracy(params, spec, *test):.4f} -> "
             f"{accuracy(small, smaller, *test):.4f} at {options.flops:.0%} of the FLOPs"
         )

@@ -16,13 +16,15 @@ from taylorfx.coupling.units import Coupling
 from taylorfx.cutting.cut import cut
 from taylorfx.cutting.plan import Plan
 from taylorfx.cutting.pruned import Pruned
-from taylorfx.functions import name_of, unfit
+from taylorfx.distributed import Total, agreed
+from taylorfx.functions import filled_in, name_of, unfit
 from taylorfx.network.parameters import check
 from taylorfx.network.spec import Spec
 from taylorfx.progress import LOG
 from taylorfx.repair.batches import Batches, Repair
 from taylorfx.scoring.batches import Batch, each_batch
 from taylorfx.scoring.criterion import Criterion, Score, as_criterion
+from taylorfx.scoring.fingerprint import fingerprint, of_layers, of_params, plain
 from taylorfx.scoring.measure import measure
 from taylorfx.scoring.measurement import Measurement, MeasurementOptions, names_of
 from taylorfx.selection.budget import Budget, BudgetError, Budgets, Remove, SelectionError, Units, each_budget, fixed
@@ -36,7 +38,7 @@ from taylorfx.tree import Params
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from taylorfx.interop.like import UserModule
+    from taylorfx.interop.like import Original, UserModule
 
 __all__ = ["Interrupted", "iterate", "prune"]
 
@@ -100,6 +102,9 @@ def prune(
             its branches.
         options: the attributes of `Constraints` and of `Measurement` as keywords, instead of the values.
 
+    With ``total=taylorfx.distributed.total`` several processes, each with batches of its own, perhaps none, prune as
+    one with all of them: what is summed over batches is added up, and every step's plan and parameters are compared.
+
     Budgets, constraints, the criterion, the choice and the repair are checked before anything is measured. The errors
     are those of `measure` and `select`; scores that are zero for all units are refused. Nothing that is received is
     changed. To see what is going to happen, write the sentence out.
@@ -131,15 +136,28 @@ def _pruned_like(
     constraints: Constraints, step: _Step,
 ) -> Pruned:  # fmt: skip
     """All steps of `prune`, of what the module's class can hold."""
-    from taylorfx.interop import like as classes  # which import torch.export, slowly
-    from taylorfx.interop import trials
+    from taylorfx.interop import like as classes  # which imports torch.export, slowly
 
-    original = trials.of_batch(like, params, spec, next(iter(each_batch(step.batches)))[0])
-    coupling = couple(params, spec)
-    held = trials.constraints_of(original, params, coupling, progress=step.measurement.progress)
-    pruned = _pruned(params, spec, budgets, steps, constraints.also(held, coupling), step)
+    how = step.measurement
+    holding = partial(_held, like, params, spec, step.batches, constraints, progress=how.progress)
+    original, respected = agreed(how.total, holding, lambda held: plain(held[1]))
+    pruned = _pruned(params, spec, budgets, steps, respected, step)
     classes.resized(original, pruned.params, pruned.spec, ())
     return pruned
+
+
+def _held(
+    like: UserModule, params: Params, spec: Spec, batches: Batches, constraints: Constraints, *, progress: bool
+) -> tuple[Original, Constraints]:
+    """The module that was captured, and the constraints with those that its class needs besides."""
+    from taylorfx.interop import trials
+
+    first = next(each_batch(batches), None)
+    if first is None:
+        raise ValueError("The class is tried on the first examples; received no batch. Give every process some.")
+    original, coupling = trials.of_batch(like, params, spec, first[0]), couple(params, spec)
+    held = trials.constraints_of(original, params, coupling, progress=progress)
+    return original, constraints.also(held, coupling)
 
 
 def _pruned(
@@ -326,6 +344,18 @@ class _Step(NamedTuple):
         how = replace(measurement, generator=measurement.generator or torch.Generator().manual_seed(0))
         return _Step(batches, scoring, choose, how, per_cost, repair, branches)
 
+    def taken(
+        self, params: Params, coupling: Coupling, budgets: tuple[Budget, ...], constraints: Constraints
+    ) -> tuple[Plan, Params, Spec]:
+        """The plan, and what it leaves, repaired; the same in all processes."""
+        total = self.measurement.total
+
+        def taken() -> tuple[Plan, Params, Spec]:
+            plan = self.plan(params, coupling, budgets, constraints)
+            return plan, *_mended(self.repair, self.batches, params, plan, total)
+
+        return agreed(total, taken, lambda done: f"plan {done[0].digest}, {of_params(done[1])}, {of_layers(done[2])}")
+
     def plan(self, params: Params, coupling: Coupling, budgets: tuple[Budget, ...], constraints: Constraints) -> Plan:
         """Measure and choose."""
         foresee(coupling, budget=budgets, constraints=constraints, per_cost=self.per_cost)
@@ -346,7 +376,9 @@ def _iterated(
     step: _Step,
 ) -> Generator[tuple[Params, Spec, Plan], Params | None, None]:
     """`iterate`, whose budgets may depend on the network: the first step's coupling is theirs, too."""
-    whole = couple(params, spec, branches=step.branches)
+    whole = agreed(
+        step.measurement.total, lambda: couple(params, spec, branches=step.branches), partial(fingerprint, params)
+    )
     lasting = constraints.lasting(whole)  # which refuses what the network does not have
     return _each(params, spec, ways(whole, constraints, step.per_cost), whole, (constraints, lasting), step)
 
@@ -367,8 +399,7 @@ def _each(
         coupling = couple(params, spec, branches=step.branches) if k else whole
         if plan is not None:
             respected = lasting = lasting.carried(plan, coupling)
-        plan = step.plan(params, coupling, asked, respected)
-        params, spec = _mended(step.repair, step.batches, params, plan)
+        plan, params, spec = step.taken(params, coupling, asked, respected)
         LOG.info("step %d: %r", k + 1, plan)
         trained = yield params, spec, plan
         if trained is not None:
@@ -393,11 +424,16 @@ def _check_repair(repair: Repair | None, batches: Batches) -> None:
         )
 
 
-def _mended(repair: Repair | None, batches: Batches, params: Params, plan: Plan) -> tuple[Params, Spec]:
-    """What is cut, and repaired."""
+def _mended(
+    repair: Repair | None, batches: Batches, params: Params, plan: Plan, total: Total | None
+) -> tuple[Params, Spec]:
+    """What is cut, and repaired; by sums over the processes, if the repair takes what adds them up."""
     if repair is None:
         return cut(params, plan), plan.spec
-    repaired = repair(params, plan, batches)
+    call: Callable[..., object] = repair
+    if total is not None and "total" not in filled_in(repair) and not unfit(repair, None, None, None, total=total):
+        call = partial(call, total=total)
+    repaired = call(params, plan, batches)
     if not isinstance(repaired, tuple) or len(repaired) != 2 or not isinstance(repaired[1], Spec):
         kind = type(repaired).__name__
         raise ValueError(f"A repair gives (params, spec) of the smaller network; {name_of(repair)} gave a {kind}.")

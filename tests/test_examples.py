@@ -242,15 +242,20 @@ def test_a_network_fits_the_device() -> None:
     assert len(re.findall(r"positions in 4 groups", printed)) == 8
 
 
-def test_two_processes_prune_as_one() -> None:
-    alone = run("several_processes.py", "--smoke")
-    two = run("several_processes.py", "--smoke", launcher=("-m", "torch.distributed.run", "--nproc-per-node", "2"))
-    assert "1 process, 512 examples, 8 batches" in alone
-    assert "2 processes, 512 examples, 4 batches" in two
-    (plan,), (other,) = (re.findall(r"one plan: (\w+), \d+ of \d+ units", printed) for printed in (alone, two))
-    assert plan == other
-    before, after = map(float, re.findall(r"0\.\d{4}", two))
-    assert after > before - 0.1
+def test_two_and_four_processes_prune_as_one() -> None:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+    accelerate = ("-m", "accelerate.commands.launch", "--multi_gpu", "--main_process_port", "0", "--num_processes")
+    ways = [(1, ()), (2, (*torchrun, "2")), (4, (*torchrun, "4"))]
+    if not missing("accelerate"):
+        ways.append((2, (*accelerate, "2")))
+    plans = set()
+    for count, launcher in ways:
+        printed = run("several_processes.py", "--smoke", launcher=launcher)
+        assert f"{count} process{'es' * (count > 1)}, 512 examples, {8 // count} batches" in printed
+        plans |= {*re.findall(r"one plan: (\w+), \d+ of \d+ units", printed)}
+        before, after = map(float, re.findall(r"0\.\d{4}", printed))
+        assert after > before - 0.1
+    assert len(plans) == 1
 
 
 def finetune(folder: Path, kill: str | None = None, later: float = 0.0) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -95,6 +96,11 @@ class Plan:
         """The paths of the parameters that leave as a whole, with a branch."""
         presence, holds = self.coupling.presence, self._holds
         return frozenset(path for path, number in presence.parameters.items() if not holds[number])
+
+    @property
+    def digest(self) -> str:
+        """What tells plans of one network apart, as 12 letters: a digest of which units stay."""
+        return hashlib.sha256(self.keep.tobytes()).hexdigest()[:12]
 
     @cached_property
     def indices(self) -> Mapping[str, Indices]:

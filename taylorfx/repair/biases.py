@@ -32,10 +32,11 @@ from torch import Tensor
 from taylorfx.coupling.units import Coupling
 from taylorfx.cutting.cut import cut
 from taylorfx.cutting.plan import Plan
+from taylorfx.distributed import Total, agreed, alone
 from taylorfx.layers.roles import Mixing
 from taylorfx.network.run import evaluate
 from taylorfx.network.spec import Spec
-from taylorfx.repair.batches import Batches, inputs_of
+from taylorfx.repair.batches import Batches, inputs_of, refuse_none, told
 from taylorfx.repair.readers import kept_channels, lost, sharing, shifted
 from taylorfx.scoring.gates import Gates
 from taylorfx.tree import Params, flatten
@@ -47,6 +48,8 @@ __all__ = ["Means", "compensate", "means"]
 class Means:
     """Sums over examples of what linear layers and convolutions read: additive over batches, processes and machines.
 
+    Those of no batch have no entries, and change nothing that they are added to.
+
     Attributes:
         count: by node, how many rows were summed (examples; for a linear layer also its positions).
         sum: by node, of the input without its first axis, ``(channels, ...)``; for a linear layer ``(features,)``.
@@ -56,9 +59,15 @@ class Means:
     sum: Mapping[str, Tensor]
 
     def __add__(self, other: Means) -> Means:
-        if self.sum.keys() != other.sum.keys():
-            strange = ", ".join(sorted(self.sum.keys() ^ other.sum.keys()))
-            raise ValueError(f"Means add up when they are of the same network; received sums that differ in {strange}.")
+        if not (self.sum and other.sum):
+            return self if self.sum else other
+        names = [*dict.fromkeys((*self.sum, *other.sum))]
+        shapes = [{name: sums.shape for name, sums in x.sum.items()} for x in (self, other)]
+        if strange := sorted(name for name in names if shapes[0].get(name) != shapes[1].get(name)):
+            raise ValueError(
+                "Means add up when they are of the same network, at inputs of one size; received sums that differ in "
+                f"{', '.join(strange)}."
+            )
         return Means(
             {name: n + other.count[name] for name, n in self.count.items()},
             {name: x + other.sum[name] for name, x in self.sum.items()},
@@ -83,10 +92,11 @@ def means(params: Params, spec: Spec, batches: Batches, coupling: Coupling) -> M
     """The mean activations where linear layers and convolutions read units: one forward pass per batch.
 
     Args:
-        batches: ``(inputs, targets)``, or an iterable of such; the targets are not looked at.
+        batches: ``(inputs, targets)``, or an iterable of such; the targets are not looked at. A list without a batch
+            gives means without entries.
 
     Raises:
-        ValueError: for no batches.
+        ValueError: for an iterator that is used up.
         ShapeError: for batches of images of several sizes.
     """
     nodes = {place.node: spec[place.node].layer.role(Mixing) for place in coupling.reads}
@@ -109,10 +119,12 @@ def means(params: Params, spec: Spec, batches: Batches, coupling: Coupling) -> M
 
     for inputs in inputs_of(batches):
         evaluate(params, spec, (inputs,), tap=tap)
-    return Means(count, total)
+    return Means(count if total else {}, total)
 
 
-def compensate(params: Params, plan: Plan, batches: Batches | Means) -> tuple[Params, Spec]:
+def compensate(
+    params: Params, plan: Plan, batches: Batches | Means, *, total: Total | None = None
+) -> tuple[Params, Spec]:
     """Cut, and fold the mean of what every removed read contributed into the bias of the layer that read it.
 
     The mean runs over the examples and all positions of the layer's output, zeros of its padding included: no other
@@ -121,12 +133,17 @@ def compensate(params: Params, plan: Plan, batches: Batches | Means) -> tuple[Pa
 
     Args:
         params: the original parameters.
-        batches: ``(inputs, targets)``, or an iterable of such; or their `means`.
+        batches: ``(inputs, targets)``, or an iterable of such; or their `means`, of all processes.
+        total: adds up the means of several processes that each have batches of their own (`distributed.total`).
 
     Returns:
         Parameters and spec of the smaller network.
+
+    Raises:
+        ValueError: for no batches, and for means of another network.
     """
-    sums = batches if isinstance(batches, Means) else means(params, plan.coupling.spec, batches, plan.coupling)
+    agreed(total, lambda: told(params, plan), str)
+    sums = batches if isinstance(batches, Means) else _means_of_all(params, plan, batches, total or alone)
     small, spec, leaves = cut(params, plan), plan.spec, flatten(params)
     missing = lost(plan) - sums.sum.keys()
     if missing:
@@ -135,7 +152,7 @@ def compensate(params: Params, plan: Plan, batches: Batches | Means) -> tuple[Pa
             "Take them again: means(params, spec, batches, plan.coupling)."
         )
     for group in sharing(plan, "bias"):
-        count, total = 0, torch.zeros(())
+        count, shift = 0, torch.zeros(())
         for node, role in group:
             reads, writes = kept_channels(plan, node, role)
             if reads.all():
@@ -146,7 +163,13 @@ def compensate(params: Params, plan: Plan, batches: Batches | Means) -> tuple[Pa
             weight = leaves[node.path(role.weight)].detach().to(mean)
             rows = role.rows(role.product(weight, (mean * removed)[None])).flatten(1)  # (positions, channels)
             count += n * len(rows)
-            total = total.to(rows) + n * rows.sum(0)[writes.to(rows.device)]
+            shift = shift.to(rows) + n * rows.sum(0)[writes.to(rows.device)]
         if count:
-            small, spec = shifted(small, spec, [node.name for node, _ in group], total / count)
+            small, spec = shifted(small, spec, [node.name for node, _ in group], shift / count)
     return small, spec
+
+
+def _means_of_all(params: Params, plan: Plan, batches: Batches, total: Total) -> Means:
+    sums = total(lambda: means(params, plan.coupling.spec, batches, plan.coupling))
+    refuse_none(sums.sum or not lost(plan))
+    return sums

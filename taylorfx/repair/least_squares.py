@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from taylorfx.cutting.cut import cut
 from taylorfx.cutting.plan import Plan
+from taylorfx.distributed import Total, agreed, alone
 from taylorfx.layers.roles import Mixing
 from taylorfx.network.run import Inputs, apply, bind_inputs, fitted
 from taylorfx.network.spec import Node, Spec
 from taylorfx.progress import LOG, bar
-from taylorfx.repair.batches import Batches, inputs_of
+from taylorfx.repair.batches import Batches, inputs_of, refuse_none, told
 from taylorfx.repair.readers import kept_channels, lost, sharing, shifted, takes_shift
 from taylorfx.tree import Params, flatten, merge, restrict, unflatten
 
@@ -43,7 +45,14 @@ class LeastSquares:
         x, y = x.detach().transpose(0, 1).double(), y.detach().transpose(0, 1).double()
         return LeastSquares(x.shape[1], x.sum(1), y.sum(1), x.mT @ x, x.mT @ y)
 
+    @staticmethod
+    def neutral(device: torch.device) -> LeastSquares:
+        """The sums of no rows, which change nothing that they are added to, whatever its shapes."""
+        return LeastSquares(0, *(torch.zeros((), dtype=torch.double, device=device) for _ in range(4)))
+
     def __add__(self, other: LeastSquares) -> LeastSquares:
+        if not (self.n and other.n):
+            return self if self.n else other
         return LeastSquares(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     def solve(self, start: Tensor, ridge: float, *, intercept: bool = True) -> tuple[Tensor, Tensor]:
@@ -72,7 +81,7 @@ def reconstruct(
     *,
     ridge: float = 1e-2,
     biases: bool = True,
-    total: Callable[[LeastSquares], LeastSquares] | None = None,
+    total: Total | None = None,
     progress: bool = False,
 ) -> tuple[Params, Spec]:
     """Cut, and choose the kept weights and biases so that every layer again computes what the original layer computed.
@@ -107,29 +116,41 @@ def reconstruct(
         raise ValueError(
             f"A ridge is above 0, as dead inputs would leave their weights undetermined; received {ridge}."
         )
-    batch_inputs = list(inputs_of(batches))
+    batch_inputs = agreed(total, lambda: [*inputs_of(batches)], lambda _: told(params, plan))
     original, small, spec = plan.coupling.spec, cut(params, plan), plan.spec
     losers = lost(plan) | {branch.node for branch in plan.coupling.branches if not plan.keep[branch.unit]}
-    old, new = ([_Run(network, inputs) for inputs in batch_inputs] for network in (original, spec))
+    runs = [(_Run(original, inputs), _Run(spec, inputs)) for inputs in batch_inputs]
     shared = [([node.name for node, _ in group], group) for group in sharing(plan, "weight")]
     mended = [(names, x) for names, x in shared if _joint(spec, x) and losers & original.upstream(names)]
     with bar(progress, "reconstruct", len(mended)) as advance:
         for names, group in mended:
-            sums: LeastSquares | None = None
-            for inputs, before, after in zip(batch_inputs, old, new, strict=True):
-                if len(names) > 1:  # later places consume what is not solved yet, which must not stay
-                    before, after = _Run(original, inputs), _Run(spec, inputs)
-                for node, role in group:
-                    x = after.value(small, spec, spec[node.name].inputs[0])
-                    y = before.value(params, original, node.name)
-                    part = _rows(plan, spec[node.name], node, role, x, y)
-                    sums = part if sums is None else sums + part
-            assert sums is not None
-            intercept = biases or takes_shift(spec, names)
-            small, spec = _solved(small, spec, names, sums if total is None else total(sums), ridge, intercept)
+            sums = (total or alone)(partial(_summed, params, plan, small, spec, group, runs))
+            refuse_none(sums.n)
+            small, spec = _solved(small, spec, names, sums, ridge, biases or takes_shift(spec, names))
             LOG.info("reconstruct: %s", ", ".join(names))
             advance(1)
     return small, spec
+
+
+def _summed(
+    params: Params,
+    plan: Plan,
+    small: Params,
+    spec: Spec,
+    group: Sequence[tuple[Node, Mixing]],
+    runs: Sequence[tuple[_Run, _Run]],
+) -> LeastSquares:
+    """The sums of all batches: what layers of the small network consume, what those of the original give out."""
+    original = plan.coupling.spec
+    sums = LeastSquares.neutral(next(iter(flatten(small).values())).device)
+    for before, after in runs:
+        if len(group) > 1:  # later places consume what is not solved yet, which must not stay
+            before, after = _Run(original, before.inputs), _Run(spec, after.inputs)
+        for node, role in group:
+            x = after.value(small, spec, spec[node.name].inputs[0])
+            y = before.value(params, original, node.name)
+            sums = sums + _rows(plan, spec[node.name], node, role, x, y)
+    return sums
 
 
 def _rows(plan: Plan, small: Node, node: Node, role: Mixing, x: Tensor, y: Tensor) -> LeastSquares:

@@ -139,6 +139,11 @@ class Criterion(Generic[P]):
             return score(params, coupling)
         if self.of == "units":
             return score(coupling, **self._open({"generator": draw}))
+        if measurement.total is not None:
+            raise ValueError(
+                f"What a criterion of the network sums up itself is not added up over processes; received total= with "
+                f"{name_of(self)}. Take a criterion of the statistics, or give every process all batches, without it."
+            )
         said: dict[str, object] = {"loss": measurement.loss}
         said |= {} if measurement.per_example else {"per_example": False}
         said |= {} if measurement.split is None else {"split": measurement.split}

@@ -13,7 +13,6 @@ Weights are not differentiated: one ``torch.func.vjp`` runs over the activations
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from taylorfx.coupling.couple import own
 from taylorfx.coupling.units import Coupling, Place
+from taylorfx.distributed import Same, Total
 from taylorfx.internals import differentiated
 from taylorfx.layers import ShapeError
 from taylorfx.layers.roles import Memory
@@ -36,6 +36,7 @@ from taylorfx.network.spec import Spec
 from taylorfx.progress import LOG, bar
 from taylorfx.rewrite.lean import lean
 from taylorfx.scoring.batches import Batches, Parted, Targets, each_batch, one_by_one, sliced
+from taylorfx.scoring.fingerprint import fingerprint
 from taylorfx.scoring.losses import Objective, Outputs, Unvectorized, refuse_flat
 from taylorfx.scoring.measurement import Measurement
 from taylorfx.scoring.statistics import Moments, Statistics
@@ -65,24 +66,6 @@ class Derivatives(NamedTuple):
     """Sums of the activations that are read, if asked for."""
 
 
-def fingerprint(params: Params, coupling: Coupling) -> str:
-    """What tells networks apart, their parameters and units, as text: their dtypes and two digests.
-
-    Of a parameter the shape and some 4,000 of its numbers count, evenly spread, so that this costs next to nothing.
-    """
-    leaves, values = flatten(params), hashlib.sha256()
-    for path, leaf in leaves.items():
-        flat = leaf.detach().resolve_conj().resolve_neg().flatten()
-        some = flat[:: max(1, -(-len(flat) // 2**12))].contiguous()
-        values.update(f"{path} {leaf.dtype} {tuple(leaf.shape)} ".encode())
-        values.update(some.view(torch.uint8).cpu().numpy().tobytes())
-    units = hashlib.sha256(repr(coupling.names).encode())
-    for place in coupling.reads:
-        units.update(f"{place.key} {place.units.shape} ".encode() + place.units.tobytes())
-    dtypes = "/".join(sorted({str(leaf.dtype).removeprefix("torch.") for leaf in leaves.values()}))
-    return f"{dtypes}, parameters {values.hexdigest()[:12]}, units {units.hexdigest()[:12]}"
-
-
 def measure(
     params: Params,
     spec: Spec,
@@ -103,7 +86,7 @@ def measure(
         measurement: the loss, what is summed, and how the network is run; by default as `Measurement` says.
         options: the attributes of a `Measurement` as keywords instead: ``loss``, ``per_example``, ``split``,
             ``moments``, ``rows``, ``at_writes``, ``training``, ``around``, ``generator``, ``fold``,
-            ``channels_last``, ``micro_batch``, ``progress``.
+            ``channels_last``, ``micro_batch``, ``progress``, ``total``.
 
     A network whose layers mix examples (``coupling.mixing``) is measured one example at a time, unless the loss is of
     the whole batch. A list without a batch, an empty share of the data, gives `Statistics.neutral`.
@@ -115,6 +98,8 @@ def measure(
         ImportError: if a progress bar is asked for without rich.
     """
     how = Measurement.of(measurement, options)
+    if how.total is not None:
+        return _of_all(params, spec, batches, coupling, replace(how, total=None), how.total)
     run = _Scorer.of(params, spec, coupling, how)
     total, first = Statistics.neutral(coupling.names), None
     finite: list[Tensor] = []
@@ -136,6 +121,21 @@ def measure(
         refuse_flat(how.objective, params, spec, whole, total.sum_abs.max() / total.n, total.loss / total.n)
     LOG.info("measure: %r", total)
     return replace(total, networks=(fingerprint(params, coupling),))
+
+
+def _of_all(
+    params: Params, spec: Spec, batches: Batches, coupling: Coupling, measurement: Measurement, total: Total
+) -> Statistics:
+    """The sum of what several processes measure; before they spend time on it, they compare what they measure, and how.
+
+    Raises:
+        ValueError: if no process has a batch.
+    """
+    total(lambda: Same(f"{fingerprint(params, coupling)}, {measurement.told()}"))
+    stats = total(lambda: measure(params, spec, batches, coupling, measurement=measurement))
+    if not stats.n:
+        raise ValueError("There is nothing to measure: none of the processes received a batch.")
+    return stats
 
 
 def _refuse_infinite(finite: Tensor, per_example: bool) -> None:

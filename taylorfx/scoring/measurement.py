@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, TypedDict, TypeVar
 
 import torch
 
+from taylorfx.distributed import Total
 from taylorfx.scoring.batches import Split
+from taylorfx.scoring.fingerprint import plain
 from taylorfx.scoring.gates import Gates
 from taylorfx.scoring.losses import Loss, Objective, cross_entropy
 
@@ -41,6 +43,7 @@ class MeasurementOptions(ObjectiveOptions, total=False):
     channels_last: bool | None
     micro_batch: int | None
     progress: bool
+    total: Total | None
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ class Measurement:
             does so on a CPU, where it is faster.
         micro_batch: run at most so many examples at a time, which bounds the memory; the statistics are the same.
         progress: draw a progress bar over the batches (needs rich); in `prune` and `iterate`, one for every step.
+        total: adds up what several processes measure, each of which has batches of its own, perhaps none:
+            `taylorfx.distributed.total`. They compare parameters, network and options first.
 
     Raises:
         ValueError: for micro-batches where a batch is more than its examples (in training, or with a loss of the whole
@@ -97,6 +102,7 @@ class Measurement:
     channels_last: bool | None = None
     micro_batch: int | None = None
     progress: bool = False
+    total: Total | None = None
 
     def __post_init__(self) -> None:
         Objective(self.loss, self.per_example, self.split)
@@ -115,6 +121,17 @@ class Measurement:
         """
         return one_of(Measurement, measurement, options, "The options of a measurement", TypeError)
 
+    def told(self) -> str:
+        """What has to be the same in all processes, as text.
+
+        >>> Measurement(rows=True, micro_batch=16).told()
+        'cross_entropy by example with rows'
+        """
+        asked = [name for name in ("moments", "rows", "at_writes", "training", "around") if getattr(self, name)]
+        of = "by example" if self.per_example else "of whole batches"
+        loss = getattr(self.loss, "__name__", None) or plain(self.loss)
+        return f"{loss} {of}{' with ' * bool(asked)}{', '.join(asked)}"
+
     @property
     def objective(self) -> Objective:
         """The loss, and what it is a function of."""
@@ -126,11 +143,18 @@ def objective_of(measurement: Measurement | None, options: Mapping[str, object])
 
     Raises:
         TypeError: for both at once, and for other keywords.
+        ValueError: for a measurement that is added up over processes.
     """
     known = names_of(Objective)
     if strange := [option for option in options if option not in known]:
         raise TypeError(f"The options of a loss are {', '.join(known)}; received {', '.join(strange)}.")
-    return Measurement.of(measurement, options).objective
+    how = Measurement.of(measurement, options)
+    if how.total is not None:
+        raise ValueError(
+            "What is added up over processes are the sums of measure and of the repairs; received total= with "
+            "something else. Leave it out, and give every process all batches."
+        )
+    return how.objective
 
 
 def one_of(kind: type[T], value: T | None, options: Mapping[str, object], what: str, error: type[Exception]) -> T:
