@@ -28,10 +28,13 @@ from taylorfx.testing.strategies import (
 
 SEEDS = st.integers(0, 2**16)
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
+LAWS = {}
+"""Those of every network, by name: functions of a network and a seed."""
 
 
 def pinned(law):
     """The law, run on every construct by name besides the random networks."""
+    LAWS[law.__name__] = law
     for spec in CONSTRUCTS.values():
         law = example(network(spec), 1)(law)
     return given(networks(), SEEDS)(law)

@@ -56,7 +56,7 @@ class Original:
         }
         self._network = network
         self._given = params, spec, example_inputs, example_kwargs
-        self._certain: dict[str, bool] = {}
+        self._certain: dict[tuple[str, str], bool] = {}
 
     def foreign(self, leaves: Iterable[str]) -> str:
         """Why these are not the module's own parameters, by path; empty if they are."""
@@ -93,15 +93,16 @@ class Original:
         """The whole module gives on this call what its own network gives."""
         if call.extra or call.then:
             return True
-        if call.title not in self._certain:
+        key = call.method, call.title
+        if key not in self._certain:
             network = self._captured
             try:
                 expected = truth(*network, call) if network else None
                 results = call.outputs(self._whole)
-                self._certain[call.title] = not expected or not differs(results, expected, call, network[1])
+                self._certain[key] = not expected or not differs(results, expected, call, network[1])
             except Exception:  # whatever the module's own code raises
-                self._certain[call.title] = False
-        return self._certain[call.title]
+                self._certain[key] = False
+        return self._certain[key]
 
     @cached_property
     def _captured(self) -> tuple[Params, Spec]:
@@ -131,10 +132,13 @@ def resized(
     groups = groups_of(copy, sizes, known)
     for slot, number in guesses(copy, groups, sizes).items():
         slot.set(copy, number)
-    with bar(progress, "to_torch", len(original.calls)) as advance:
-        settle(copy, params, spec, groups, told(original.calls, advance), original.certain)
+    calls = [call for call in original.calls if call.method == "forward"]
+    with bar(progress, "to_torch", len(calls)) as advance:
+        passed = settle(copy, params, spec, groups, told(calls, advance), original.certain)
     if left:
         _refuse_left_over(module, left - _used(copy, original.calls[0]))
+    others = [call for call in original.calls if call.method not in ("forward", *unchanged)]
+    settle(copy, params, spec, groups, others, original.certain, passed)
     fresh = copied(module, new)  # without what the module's own code keeps from call to call
     _set_fields(fresh, spec)
     for slot in (slot for group in groups for slot in group.slots):
@@ -156,10 +160,10 @@ def _left_over(
     module: nn.Module, leaves: Mapping[str, Tensor], tensors: Mapping[str, Tensor], unchanged: Sequence[str]
 ) -> set[str]:
     """The parameters outside the network that would stay at their old sizes, while others change theirs."""
-    names = [*tensors, *(name for name, _ in module.named_modules(remove_duplicate=False) if name)]
+    names = [*tensors, *(name for name, _ in module.named_modules(remove_duplicate=False) if name), *dir(type(module))]
     if unknown := [name for name in unchanged if name not in names]:
         raise LikeError(
-            f"Unchanged are parameters and submodules of {type(module).__name__}, by name; it has no "
+            f"Unchanged are parameters, submodules and methods of {type(module).__name__}, by name; it has no "
             f"{', '.join(map(repr, unknown))}."
         )
     if all(leaf.shape == tensors[path].shape for path, leaf in leaves.items() if path in tensors):

@@ -131,14 +131,16 @@ def to_torch(
             tensors, the fields that say their sizes, and every other attribute of whole numbers that has to change
             so that its ``forward`` computes what the spec does. Which those are is found out by trying, and proven: at
             the example, at two other sizes and numbers of examples where the network takes them, with optional
-            arguments that change nothing for the whole module, with rows that are masked, with a cache, and in
-            training with equal seeds. Modes and ``requires_grad`` are those of ``like``, which is left as it is.
+            arguments that change nothing for the whole module, with rows that are masked, with a cache, in training
+            with equal seeds, and by its other public methods with the required arguments of ``forward``: what gives
+            values of the network gives them again, and the others run. Methods that change the module's tensors are
+            not tried. Modes and ``requires_grad`` are those of ``like``, which is left as it is.
             `taylorfx.interop.holdable` says beforehand what a class can hold.
         example_inputs, example_kwargs: what to compare on, as for `from_torch`; by default random numbers of the
             shapes and types that the spec's inputs declare.
         unchanged: parameters and submodules of ``like`` that are not in the network and stay as they are, by name:
             an auxiliary head whose inputs keep their sizes. Those that training mode uses need not be named: whether
-            they fit is seen there.
+            they fit is seen there. Also methods that need not work with smaller layers.
         progress: draw a bar over the calls on which a module ``like`` another is proven, by rich.
 
     Raises:

@@ -1,18 +1,18 @@
 """Calls of a module on which a smaller copy is compared with its network.
 
 A smaller copy of a user's module is proven by calling it: at the example, at other sizes and numbers of examples, with
-rows that are masked, with arguments that the network does not have, with a cache, and in training. For every call the
-network says what has to come out. Calls that the whole module does not take, or for which it does not give what the
-network gives, say nothing about sizes and are left out.
+rows that are masked, with arguments that the network does not have, with a cache, in training, and by its other methods
+that take what ``forward`` takes. For every call the network says what has to come out. Calls that the whole module does
+not take, or for which it does not give what the network gives, say nothing about sizes and are left out.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -47,6 +47,8 @@ class Call:
         inputs: what the network takes, by the names of its inputs.
         since: the first example that is compared.
         extra: the argument that the network does not have.
+        method: the name of the method that is called.
+        shapes: where that is not ``forward``, those of what the whole module gives, by place.
     """
 
     title: str
@@ -56,6 +58,8 @@ class Call:
     training: bool = False
     since: int = 0
     extra: str = ""
+    method: str = "forward"
+    shapes: Mapping[str, Shape] = field(default_factory=dict)
 
     def outputs(self, module: nn.Module) -> dict[str, Tensor]:
         """What the module returns, and the buffers that it moves in training, which are put back afterwards."""
@@ -64,6 +68,9 @@ class Call:
         with torch.no_grad():
             if self.training:
                 return self._trained(module)
+            if self.method != "forward":
+                with _seeded():
+                    return _leaves(getattr(module, self.method)(*args, **kwargs))
             first = module(*args, **kwargs)
             leaves = _leaves(first)
             if self.then is not None:
@@ -150,6 +157,8 @@ def truth(params: Params, spec: Spec, call: Call) -> Truth:
 
 def differs(results: Leaves, expected: Truth, call: Call, spec: Spec) -> str:
     """How the results differ from what is expected; empty if they do not, or if nothing is."""
+    if call.shapes:
+        return _beyond(results, expected, call)
     if not expected.outputs:
         return ""
     # Another output (a cache, where the network was captured without one) is left alone.
@@ -164,6 +173,21 @@ def differs(results: Leaves, expected: Truth, call: Call, spec: Spec) -> str:
         assert_close(received, wanted, rtol=share, atol=share * float(largest), equal_nan=True)
     except AssertionError as error:
         return f"{error}"
+    return ""
+
+
+def _beyond(results: Leaves, expected: Truth, call: Call) -> str:
+    """Which results of another method than ``forward`` are none of smaller layers, or no value of the network."""
+    if results.keys() != call.shapes.keys():
+        return f"it gives {', '.join(results) or 'no tensor'} in place of {', '.join(call.shapes)}"
+    examples = len(next(iter(call.inputs.values())))
+    for place, x in results.items():
+        shape = call.shapes[place]
+        larger = x.ndim != len(shape) or any(n > m for n, m in zip(x.shape, shape, strict=True))
+        if larger or (shape[:1] == (examples,) and len(x) < examples):
+            return f"a smaller {place} has the shape {tuple(x.shape)}, the whole one {shape}"
+        if expected.outputs and not expected.knows(x):
+            return f"{place} is no value of the network"
     return ""
 
 
@@ -220,6 +244,7 @@ def calls_of(whole: nn.Module, spec: Spec, base: Call) -> Iterator[Call]:
     results = _runs(whole, training)
     if results and _alike(results, usual, spec):
         yield training
+    yield from _by_methods(whole, base)
 
 
 def truth_of(results: Leaves, spec: Spec) -> Truth:
@@ -339,6 +364,24 @@ def _neutral(whole: nn.Module, base: Call) -> Iterator[Call]:
         for value in values:
             said = "ones" if isinstance(value, Tensor) else value
             yield replace(base, title=f"with {name}={said}", arguments=(args, {**by_name, name: value}), extra=name)
+
+
+def _by_methods(whole: nn.Module, base: Call) -> Iterator[Call]:
+    """The call by every public method that has the required arguments of ``forward``, and changes no tensor."""
+    wanted = _required(type(whole).forward)
+    for name, method in inspect.getmembers(type(whole), inspect.isfunction) if wanted else ():
+        if name[0] != "_" and not hasattr(nn.Module, name) and _required(method) == wanted:
+            call, probe = replace(base, title="on the arguments of forward", method=name), copy.deepcopy(whole)
+            shapes = {place: tuple(x.shape) for place, x in _runs(probe, call).items()}
+            one, other = ([*x.parameters(), *x.buffers()] for x in (probe, whole))
+            if shapes and len(one) == len(other) and all(map(torch.equal, one, other)):
+                yield replace(call, shapes=shapes)
+
+
+def _required(function: Callable[..., object]) -> list[str]:
+    """The names of the arguments that a method has to get."""
+    needed = [x for x in inspect.signature(function).parameters.values() if x.default is x.empty]
+    return [x.name for x in needed if x.kind not in (x.VAR_POSITIONAL, x.VAR_KEYWORD)][1:]
 
 
 def _first_row_masked(whole: nn.Module, spec: Spec, call: Call, usual: Truth) -> Iterator[Call]:

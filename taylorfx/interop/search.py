@@ -121,18 +121,23 @@ def settle(
     groups: Sequence[Group],
     calls: Iterable[Call],
     certain: Callable[[Call], bool],
-) -> None:
+    before: Sequence[tuple[Call, Truth]] = (),
+) -> list[tuple[Call, Truth]]:
     """Write into the module the sizes with which it computes on all calls what the network does.
 
     Args:
         groups: the attributes that may change.
         calls: the first one is that of the network itself.
         certain: whether the whole module gives on a call what its network gives; asked where the smaller one does not.
+        before: calls that are right already, and stay so.
+
+    Returns:
+        All calls, with what they have to give.
 
     Raises:
         LikeError: if there are no such sizes.
     """
-    passed: list[tuple[Call, Truth]] = []
+    passed = [*before]
     for call in calls:
         try:
             expected = truth(params, spec, call)
@@ -151,6 +156,7 @@ def settle(
                 raise LikeError(_refusal(module, call, run))
             run = better
         passed.append((call, expected))
+    return passed
 
 
 @dataclass(eq=False)
@@ -271,8 +277,10 @@ def _refusal(module: nn.Module, call: Call, run: Run) -> str:
     kind = type(module).__name__
     what = "does not run" if run.failed else "computes something else"
     place = f"\n  {run.place}\n" if run.place else " "
+    other = f" unchanged=[{call.method!r}] gives up the method." if call.method != "forward" else ""
     return (
-        f"The forward of {kind} {what} with smaller layers, {call.title}:{place}{run.wrong}\n"
+        f"The {call.method} of {kind} {what} with smaller layers, {call.title}:{place}{run.wrong}\n"
         "It has their old sizes written down, and no attribute of whole numbers makes up for it. to_torch without "
         "`like` gives a module that has not; taylorfx.interop.holdable says which units the class can lose."
+        f"{other}"
     )

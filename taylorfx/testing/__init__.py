@@ -11,9 +11,10 @@ from taylorfx.testing.strategies import (
     random_plan,
     specs,
     token_specs,
+    trunks,
 )
 
 __all__ = [
     "Network", "assert_trees_equal", "batch_for", "check_layer", "homogeneous_specs", "networks", "plans",
-    "random_params", "random_plan", "specs", "token_specs",
+    "random_params", "random_plan", "specs", "token_specs", "trunks",
 ]  # fmt: skip

@@ -33,6 +33,7 @@ __all__ = [
     "random_plan",
     "specs",
     "token_specs",
+    "trunks",
 ]
 
 
@@ -166,7 +167,8 @@ def _conv_block(draw: st.DrawFn, channels: int, homogeneous: bool) -> tuple[Part
     return serial(L.Conv2d(channels, 4 * width, 1), L.PixelShuffle(2), L.AvgPool2d(2)), width
 
 
-def _specs(draw: st.DrawFn, homogeneous: bool) -> Spec:
+def _trunk(draw: st.DrawFn, homogeneous: bool) -> tuple[list[Part], int, int]:
+    """A random network that gives out maps: its parts, the number of maps and their height and width."""
     channels, size = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([3, 4]))
     first = draw(st.sampled_from([2, 4, 6]))
     parts: list[Part] = [Input((channels, size, size)), L.Conv2d(channels, first, 3, padding=1)]
@@ -174,6 +176,11 @@ def _specs(draw: st.DrawFn, homogeneous: bool) -> Spec:
     for _ in range(draw(st.integers(1, 4))):
         part, channels = _conv_block(draw, channels, homogeneous)
         parts.append(part)
+    return parts, channels, size
+
+
+def _specs(draw: st.DrawFn, homogeneous: bool) -> Spec:
+    parts, channels, size = _trunk(draw, homogeneous)
     if draw(st.booleans()):
         parts.append(L.AdaptiveAvgPool2d(1))
         size = 1
@@ -199,8 +206,18 @@ def homogeneous_specs(draw: st.DrawFn) -> Spec:
 
 
 @st.composite
-def token_specs(draw: st.DrawFn) -> Spec:
-    """Random transformers, with embeddings, positions, class token, grouped queries, gated units and layer scale."""
+def trunks(draw: st.DrawFn) -> Spec:
+    """Random convolutional networks without a head: they take images of any size, and give out maps of that size."""
+    return serial(*_trunk(draw, homogeneous=False)[0])
+
+
+@st.composite
+def token_specs(draw: st.DrawFn, *, any_length: bool = False) -> Spec:
+    """Random transformers, with embeddings, positions, class token, grouped queries, gated units and layer scale.
+
+    Args:
+        any_length: of those that take texts of every length, the first token alone is classified.
+    """
     length, width = draw(st.sampled_from([2, 3])), draw(st.sampled_from([3, 4]))
     nodes = [Node("tokens", Input((length,))), Node("embed", L.Embedding(5, width), ("tokens",))]
     last = "embed"
@@ -210,7 +227,7 @@ def token_specs(draw: st.DrawFn) -> Spec:
         nodes.extend(added)
         return added[-1].name
 
-    if draw(st.booleans()):
+    if not any_length and draw(st.booleans()):
         add("position", L.Parameter((length, width), std=0.5))
         last = add("placed", L.Add(), last, "position")
     if draw(st.booleans()):
@@ -237,7 +254,7 @@ def token_specs(draw: st.DrawFn) -> Spec:
             up += [Node("act", L.SiLU(), ("a",)), Node("gated", L.Multiply(), ("act", "b"))]
             mlp = serial(Spec((*up, Node("down", L.Linear(hidden, width), ("gated",)))))
         last = add(f"mlp{k}", residual(mlp), last)
-    if draw(st.booleans()):
+    if any_length or draw(st.booleans()):
         last = add("first", serial(L.Slice(1, 0, 1), L.Flatten()), last)
         features = width
     else:

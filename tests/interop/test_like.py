@@ -334,6 +334,97 @@ def test_a_path_of_other_sizes_is_proven():
         to_torch(*without(params, spec, ["a"]), like=module)
 
 
+class Encoder(nn.Module):
+    """Its ``forward`` calls its own methods, and it offers others."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.body, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 12, 3, padding=1), nn.Linear(12, 5)
+        self.width, self.heads = 12, 3
+
+    def features(self, x):
+        return self.body(self.stem(x).relu()).relu()
+
+    def encode(self, x, normalized=False):
+        y = self.features(x).mean((2, 3))
+        return y / y.norm(dim=1, keepdim=True) if normalized else y
+
+    def forward(self, x):
+        return self.head(self.encode(x))
+
+    def predict(self, x):
+        return self(x).argmax(1)
+
+    def rows(self, x):
+        """Reads sizes that `forward` does not."""
+        return self.features(x).view(len(x), self.heads, self.width // self.heads, -1)
+
+    def fit(self, x):
+        """Changes parameters: it is not tried."""
+        with torch.no_grad():
+            self.head.weight.mul_(2)
+        return self(x)
+
+
+class Pooling(Encoder):
+    """Has a method that no call of ``forward`` reaches, with a size written down."""
+
+    def pooled(self, x):
+        return self.features(x).view(-1, 12, 36).mean(2)
+
+
+def silenced(module, plan):
+    """The module with the channels that leave at zero, and the kept ones of its last features."""
+    whole = copy.deepcopy(module)
+    for name in ("stem", "body"):
+        (axis, *_) = plan.coupling.parameters[f"{name}.weight"]
+        gone = torch.from_numpy(~plan.alive[axis])
+        with torch.no_grad():
+            getattr(whole, name).weight[gone] = 0
+            getattr(whole, name).bias[gone] = 0
+    return whole, ~gone
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_other_methods_of_a_class_are_those_of_the_gated_original(seed):
+    torch.manual_seed(0)
+    module = Encoder().eval()
+    params, spec = from_torch(module, X)
+    coupling = tfx.couple(params, spec)
+    keep = random_plan(coupling, torch.Generator().manual_seed(seed), 0.4).keep.copy()
+    body = np.flatnonzero(coupling.scope == coupling.scopes.index("body"))
+    keep[body] = np.arange(12) % (seed + 2) > 0  # 6, 8 or 9 of its maps stay
+    plan = tfx.Plan(coupling, keep)
+    small = to_torch(tfx.cut(params, plan), plan.spec, like=module)
+    whole, kept = silenced(module, plan)
+    assert_close(small.head.weight, module.head.weight[:, kept])
+    assert_close(small(X), whole(X))
+    assert_close(small.features(X), whole.features(X)[:, kept])
+    for normalized in (False, True):
+        assert_close(small.encode(X, normalized), whole.encode(X, normalized)[:, kept])
+    assert torch.equal(small.predict(X), whole.predict(X))
+    assert_close(small.rows(X).flatten(1, 2).flatten(2), whole.features(X)[:, kept].flatten(2))
+    assert holdable(module, params, spec).protect == ()
+
+
+def test_a_method_with_an_old_size_is_refused_with_its_line():
+    torch.manual_seed(0)
+    module = Pooling().eval()
+    params, spec = from_torch(module, X)
+    line = Pooling.pooled.__code__.co_firstlineno + 1
+    with pytest.raises(
+        LikeError,
+        match=rf"(?s)The pooled of Pooling does not run .* of forward:\n.*:{line}: return.*=\['pooled'\] gives",
+    ):
+        to_torch(*without(params, spec, ["body"], 4), like=module)
+    given_up = to_torch(*without(params, spec, ["body"], 4), like=module, unchanged=["pooled"])
+    assert given_up.rows(X).shape == (4, 2, 4, 36)
+    assert holdable(module, params, spec) == tfx.Constraints(protect="body")
+    state = copy.deepcopy(module.state_dict())
+    to_torch(*without(params, spec, ["stem"]), like=module)
+    assert_close(module.state_dict(), state)
+
+
 # Models of transformers.
 
 

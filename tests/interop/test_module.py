@@ -335,7 +335,9 @@ def test_parameters_that_are_not_captured_are_said_and_never_left_at_their_old_s
         to_torch(*small, like=module, unchanged=["aux"])
     with pytest.raises(tfx.interop.LikeError, match="has no 'au'"):
         to_torch(*small, like=module, unchanged=["au"])
-    out = to_torch(*small, like=module, unchanged=["extra", "aux"])
+    with pytest.raises(tfx.interop.LikeError, match="The embed of Auxiliary does not run"):
+        to_torch(*small, like=module, unchanged=["extra", "aux"])
+    out = to_torch(*small, like=module, unchanged=["extra", "aux", "embed"])
     assert out.c.out_features == 8
     assert out.aux.in_features == 16
     assert_close(out(X), tfx.apply(*small, X))

@@ -4,8 +4,8 @@ import warnings
 
 import pytest
 import torch
-import torch.nn.functional as F
 from modules import conv, net
+from sized import SIZED, conv8, sized
 from torch import nn
 from torch.testing import assert_close
 
@@ -18,46 +18,8 @@ from taylorfx.testing.strategies import random_plan
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 
 
-def attention(m, x):
-    n, _, h, w = x.shape
-    q = m.a(x).flatten(2).transpose(1, 2)
-    q = q + m.place[: h * w]
-    y = F.scaled_dot_product_attention(*(q.view(n, h * w, 2, 4).transpose(1, 2) for _ in range(3)))
-    return m.b(y.transpose(1, 2).reshape(n, h * w, 8)).transpose(1, 2).reshape(n, 6, h, w)
-
-
-def padded(m, x):
-    """Padded to windows of three, each normalized, and cropped."""
-    h, w = x.shape[-2:]
-    y = F.pad(m.a(x), (0, -w % 3, 0, -h % 3))
-    y = y.unfold(2, 3, 3).unfold(3, 3, 3)
-    y = (y - y.mean((-1, -2), keepdim=True)).permute(0, 1, 2, 4, 3, 5).flatten(4).flatten(2, 3)
-    return m.c(y[..., :h, :w]) / (h * w)
-
-
-def skipped(m, x):
-    y = F.interpolate(m.d(F.max_pool2d(m.a(x), 2)), size=x.shape[2:], mode="bilinear", align_corners=False)
-    return m.c(torch.cat([y, m.a(x)], 1)[:, : 8 + 0]) + torch.arange(x.shape[-1]).to(x).reshape(1, 1, 1, -1)
-
-
-def pooled(m, x):
-    y = F.adaptive_avg_pool2d(m.a(x), (2, 2)).flatten(2)
-    grid = torch.meshgrid(torch.arange(x.shape[2]), torch.arange(x.shape[3]), indexing="ij")
-    return y.mean(-1) * torch.stack(grid).to(x).mean() + torch.full((x.shape[2], 1), 2.0).to(x).sum()
-
-
-def conv8():
-    return nn.Conv2d(2, 8, 3, padding=1)
-
-
-NETS = {
-    "attention": lambda: net(attention, 0, a=conv8(), b=nn.Linear(8, 6), place=torch.randn(600, 8))[0],
-    "padded": lambda: net(padded, 0, a=conv8(), c=nn.Conv2d(8, 3, 1))[0],
-    "skipped": lambda: net(skipped, 0, a=conv8(), d=nn.Conv2d(8, 8, 3, padding=1), c=nn.Conv2d(8, 4, 1))[0],
-    "pooled": lambda: net(pooled, 0, a=conv8())[0],
-}
 SIZES = ((8, 8), (11, 7), (16, 22))
-each = pytest.mark.parametrize("name", NETS)
+each = pytest.mark.parametrize("name", SIZED)
 
 
 def image(size, count=3):
@@ -66,7 +28,7 @@ def image(size, count=3):
 
 def caught(name, size=SIZES[0]):
     torch.manual_seed(0)
-    module = NETS[name]().double().eval()
+    module = sized(name, conv8()).double().eval()
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         return module, *from_torch(module, image(size))
