@@ -15,13 +15,16 @@ from types import FrameType
 from typing import Any
 from unittest import mock
 
+import sympy
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental import symbolic_shapes
+from torch.fx.experimental.sym_node import SymNode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
 
 from taylorfx.internals import alike_sizes
+from taylorfx.interop.capture.shorter import shortened
 
 __all__ = ["quiet", "tracing"]
 
@@ -49,8 +52,9 @@ def tracing(module: nn.Module, *, alike: bool, patient: bool) -> Iterator[None]:
         OverflowError: for a size that is too long.
     """
     short, ones = nullcontext() if patient else _Short(), alike_sizes() if alike else nullcontext()
-    with torch.no_grad(), quiet(), short, _open_length(module), _batched_experts(module), ones, _user_lines():
-        yield
+    with torch.no_grad(), quiet(), short, _shortened(), ones, _user_lines(), _open_length(module):
+        with _batched_experts(module):
+            yield
 
 
 @contextmanager
@@ -82,6 +86,18 @@ class _Short(TorchFunctionMode):
             if isinstance(n, torch.SymInt) and n.node.expr.count_ops() > _OPERATIONS:
                 raise OverflowError(f"a size with a long formula, {_user_line(sys._getframe(1))}; sizes= follows it")
         return result
+
+
+@contextmanager
+def _shortened() -> Iterator[None]:
+    """Have every size that torch derives from others be in its short form."""
+    original: Any = SymNode.__init__
+
+    def made(node: SymNode, size: Any, *args: Any, **kwargs: Any) -> None:
+        original(node, shortened(size) if isinstance(size, sympy.Expr) else size, *args, **kwargs)
+
+    with mock.patch.object(SymNode, "__init__", made):
+        yield
 
 
 @contextmanager

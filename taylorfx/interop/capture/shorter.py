@@ -1,0 +1,91 @@
+"""Sizes of torch.export in a short form: what a chain of convolutions makes of an axis, in one division.
+
+A layer's size is written in that of the layer before, and repeats it: three times in a convolution with TensorFlow's
+"same" padding, twice where windows are padded. After ten layers nobody, and torch least, reasons about it. Yet what it
+is, at any depth, is a line and a staircase:
+
+    size     16  17  18 ... 32  33               of the input
+    f(size)   4   5   5 ...  8   9               after two convolutions of stride 2 with "same" padding
+
+    f(size) = (size + 3) // 4
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import sympy
+import torch
+from torch.utils._sympy.printers import PythonPrinter
+
+from taylorfx.interop.capture.formulas import floor_div
+
+__all__ = ["shortened"]
+
+_DENSE = range(1, 2049)
+"""Sizes at which a short form is compared, one by one."""
+
+_FAR = tuple(2**k + n for k in range(12, 25, 2) for n in range(-13, 14))
+"""And larger ones: a clamp that acts only there is no part of a short form."""
+
+
+@functools.lru_cache(4096)
+def shortened(size: sympy.Expr) -> sympy.Expr:
+    """The same size with fewer operations, if there is such a form; in products of several axes, axis by axis.
+
+    >>> h = sympy.Symbol("h", positive=True, integer=True)
+    >>> after = lambda n: floor_div(n - 1, 2) + 1
+    >>> shortened(after(after(after(h))))
+    ((h + 7)//8)
+    """
+    symbols = size.free_symbols
+    if not symbols or size.is_Symbol:
+        return size
+    operations = size.count_ops()
+    if operations > 2 and len(symbols) == 1:
+        form = _form(size, *symbols)
+        if form is not None and form.count_ops() < operations:
+            return form
+    parts = [shortened(part) if isinstance(part, sympy.Expr) else part for part in size.args]
+    return size if all(map(sympy.Basic.__eq__, parts, size.args)) else size.func(*parts)
+
+
+def _form(size: sympy.Expr, symbol: sympy.Symbol) -> sympy.Expr | None:
+    """``e s + c ((s + a) // b) + d``, if that is what a size is."""
+    function = _function(size, symbol)
+    try:
+        values = [function(n) for n in _DENSE]
+        far = [function(n) for n in _FAR]
+    except (ArithmeticError, NameError, TypeError, ValueError):
+        return None
+    steps = [after - before for before, after in itertools.pairwise(values)]
+    slopes = sorted({*steps}, key=lambda step: (step != 0, abs(step)))
+    for slope in slopes if len(slopes) < 3 else ():
+        jumps = [k for k, step in enumerate(steps) if step != slope]  # between the sizes k + 1 and k + 2
+        form = slope * symbol + _stairs(symbol, values[0] - slope, jumps, sum({*slopes}) - 2 * slope)
+        tried = _function(form, symbol)
+        if [tried(n) for n in _DENSE] == values and [tried(n) for n in _FAR] == far:
+            return form
+    return None
+
+
+def _stairs(symbol: sympy.Symbol, first: int, jumps: Sequence[int], height: int) -> sympy.Expr:
+    """What is ``first`` at one, and higher by ``height`` after each jump: ``height ((s + shift) // width) + rest``."""
+    if len(jumps) < 2:
+        return sympy.Integer(first)
+    width = jumps[1] - jumps[0]
+    shift = -(jumps[0] + 2) % width
+    rest = first - height * ((1 + shift) // width)
+    if rest % height == 0:
+        shift, rest = shift + width * (rest // height), 0
+    return height * floor_div(symbol + shift, sympy.Integer(width)) + rest
+
+
+def _function(size: sympy.Expr, symbol: sympy.Symbol) -> Callable[[int], object]:
+    """An expression of one symbol as a function of whole numbers."""
+    written = PythonPrinter().doprint(size)
+    function: Callable[[int], object] = eval(f"lambda {symbol}: {written}", {"math": math, "torch": torch})
+    return function
