@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.fx.experimental import symbolic_shapes
 from torch.fx.experimental.sym_node import SymNode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch._prims_common import is_contiguous_or_false
 from torch.overrides import TorchFunctionMode
 
 from taylorfx.internals import alike_sizes
@@ -28,7 +29,7 @@ from taylorfx.interop.capture.shorter import shortened
 
 __all__ = ["quiet", "tracing"]
 
-_OPERATIONS = 30
+_OPERATIONS = 60
 """The longest size that is followed, in operations: the anchors of a detector take 27, windows that pad 36."""
 
 _OURS = tuple(f"{Path(module.__file__ or '').parent}/" for module in (torch, sys.modules["taylorfx"]))
@@ -71,6 +72,10 @@ def quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
+_RESHAPING = (Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten)
+"""Functions that copy where the values lie in no order that a view could have."""
+
+
 class _Short(TorchFunctionMode):
     """Ends an export in which sizes become long expressions, by an OverflowError."""
 
@@ -81,6 +86,8 @@ class _Short(TorchFunctionMode):
         args: Sequence[object] = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
+        if function in _RESHAPING and isinstance(args[0], Tensor) and not is_contiguous_or_false(args[0]):
+            args = (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
         result = function(*args, **(kwargs or {}))
         for n in result.shape if isinstance(result, Tensor) else ():
             if isinstance(n, torch.SymInt) and n.node.expr.count_ops() > _OPERATIONS:
