@@ -46,14 +46,29 @@ def pooled(m, x):
     return y.mean(-1) * torch.stack(grid).to(x).mean() + torch.full((x.shape[2], 1), 2.0).to(x).sum()
 
 
+def anchored(m, x):
+    """Every position of smaller and smaller maps, padded as TensorFlow does."""
+    found = []
+    for layer in m.a:
+        pads = [max((-(-n // 2) - 1) * 2 + 3 - n, 0) for n in x.shape[:1:-1]]
+        x = F.relu(layer(F.pad(x, [part for p in pads for part in (p // 2, p - p // 2)])))
+        found.append(m.d(x).permute(0, 2, 3, 1).reshape(x.shape[0], -1, 4))
+    return torch.cat(found, 1)
+
+
 def conv8():
     return nn.Conv2d(2, 8, 3, padding=1)
+
+
+def halving(times):
+    return nn.ModuleList(nn.Conv2d(6 if k else 2, 6, 3, 2) for k in range(times))
 
 
 NETS = {
     "attention": lambda: net(attention, 0, a=conv8(), b=nn.Linear(8, 6), place=torch.randn(600, 8))[0],
     "padded": lambda: net(padded, 0, a=conv8(), c=nn.Conv2d(8, 3, 1))[0],
     "skipped": lambda: net(skipped, 0, a=conv8(), d=nn.Conv2d(8, 8, 3, padding=1), c=nn.Conv2d(8, 4, 1))[0],
+    "anchored": lambda: net(anchored, 0, a=halving(1), d=nn.Conv2d(6, 4, 1))[0],
     "pooled": lambda: net(pooled, 0, a=conv8())[0],
 }
 SIZES = ((8, 8), (11, 7), (16, 22))
@@ -240,6 +255,14 @@ def test_axes_that_can_be_open_by_themselves_are_so_where_others_cannot():
         from_torch(module, (image((8, 8)), words), sizes=["x.2", "x.3", "words.1"])
 
 
+def test_sizes_are_open_where_maps_have_one_position_at_the_example():
+    module = net(anchored, 0, a=halving(5), d=nn.Conv2d(6, 4, 1))[0].double().eval()
+    params, spec = from_torch(module, image((16, 12)))
+    assert not spec.guards
+    for size in ((16, 12), (97, 70), (5, 9)):
+        assert_close(tfx.apply(params, spec, image(size)), module(image(size)), **CLOSE)
+
+
 class Padded(nn.Module):
     """Pads its rows until several numbers divide them: the formula of their length doubles each time."""
 
@@ -248,7 +271,7 @@ class Padded(nn.Module):
         self.a = nn.Conv2d(2, 4, 3, padding=1)
 
     def forward(self, x):
-        for n in (3, 5, 7, 11):
+        for n in (3, 5, 7, 11, 13, 17, 19, 23):
             x = nn.functional.pad(x, (0, -x.shape[3] % n))
         return self.a(x)
 

@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import sympy
-import torch
+from torch.utils._sympy import functions
 from torch.utils._sympy.printers import PythonPrinter
 
 from taylorfx.interop.capture.formulas import floor_div
@@ -30,6 +30,13 @@ _DENSE = range(1, 2049)
 
 _FAR = tuple(2**k + n for k in range(12, 25, 2) for n in range(-13, 14))
 """And larger ones: a clamp that acts only there is no part of a short form."""
+
+
+_OPERATORS = (
+    sympy.Symbol, sympy.Integer, sympy.Add, sympy.Mul, functions.FloorDiv, functions.Mod, functions.PythonMod,
+    functions.Max, functions.Min, functions.IntTrueDiv, functions.CeilToInt, functions.FloorToInt,
+)  # fmt: skip
+"""What the size of a layer is made of. Of these, it is a line and stairs that repeat, but for clamps."""
 
 
 @functools.lru_cache(4096)
@@ -55,19 +62,17 @@ def shortened(size: sympy.Expr) -> sympy.Expr:
 
 def _form(size: sympy.Expr, symbol: sympy.Symbol) -> sympy.Expr | None:
     """``e s + c ((s + a) // b) + d``, if that is what a size is."""
-    function = _function(size, symbol)
-    try:
-        values = [function(n) for n in _DENSE]
-        far = [function(n) for n in _FAR]
-    except (ArithmeticError, NameError, TypeError, ValueError):
+    if not all(isinstance(part, _OPERATORS) for part in sympy.preorder_traversal(size)):
         return None
+    values, far = _values(size, symbol)
+    if not all(isinstance(n, int) for n in values):
+        return None  # a quotient
     steps = [after - before for before, after in itertools.pairwise(values)]
     slopes = sorted({*steps}, key=lambda step: (step != 0, abs(step)))
     for slope in slopes if len(slopes) < 3 else ():
         jumps = [k for k, step in enumerate(steps) if step != slope]  # between the sizes k + 1 and k + 2
         form = slope * symbol + _stairs(symbol, values[0] - slope, jumps, sum({*slopes}) - 2 * slope)
-        tried = _function(form, symbol)
-        if [tried(n) for n in _DENSE] == values and [tried(n) for n in _FAR] == far:
+        if _values(form, symbol) == (values, far):
             return form
     return None
 
@@ -84,8 +89,8 @@ def _stairs(symbol: sympy.Symbol, first: int, jumps: Sequence[int], height: int)
     return height * floor_div(symbol + shift, sympy.Integer(width)) + rest
 
 
-def _function(size: sympy.Expr, symbol: sympy.Symbol) -> Callable[[int], object]:
-    """An expression of one symbol as a function of whole numbers."""
+def _values(size: sympy.Expr, symbol: sympy.Symbol) -> tuple[list[int], list[int]]:
+    """What an expression is where the symbol is one of `_DENSE`, and one of `_FAR`."""
     written = PythonPrinter().doprint(size)
-    function: Callable[[int], object] = eval(f"lambda {symbol}: {written}", {"math": math, "torch": torch})
-    return function
+    function: Callable[[int], int] = eval(f"lambda {symbol}: {written}", {"math": math})
+    return [*map(function, _DENSE)], [*map(function, _FAR)]
