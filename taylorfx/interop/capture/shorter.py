@@ -41,7 +41,7 @@ _OPERATORS = (
 
 @functools.lru_cache(4096)
 def shortened(size: sympy.Expr) -> sympy.Expr:
-    """The same size with fewer operations, if there is such a form; in products of several axes, axis by axis.
+    """The same size in a form that names its axis less often, or has fewer operations; of several axes, axis by axis.
 
     >>> h = sympy.Symbol("h", positive=True, integer=True)
     >>> after = lambda n: floor_div(n - 1, 2) + 1
@@ -51,13 +51,17 @@ def shortened(size: sympy.Expr) -> sympy.Expr:
     symbols = size.free_symbols
     if not symbols or size.is_Symbol:
         return size
-    operations = size.count_ops()
-    if operations > 2 and len(symbols) == 1:
+    if len(symbols) == 1 and _length(size) > (1, 2):
         form = _form(size, *symbols)
-        if form is not None and form.count_ops() < operations:
+        if form is not None and _length(form) < _length(size):
             return form
     parts = [shortened(part) if isinstance(part, sympy.Expr) else part for part in size.args]
     return size if all(map(sympy.Basic.__eq__, parts, size.args)) else size.func(*parts)
+
+
+def _length(size: sympy.Expr) -> tuple[int, int]:
+    """How often a size names axes, by which it grows from layer to layer, and how many operations it has."""
+    return size.count(sympy.Symbol), size.count_ops()
 
 
 def _form(size: sympy.Expr, symbol: sympy.Symbol) -> sympy.Expr | None:
