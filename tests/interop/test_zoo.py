@@ -48,9 +48,6 @@ TEXT = {
 FIXED = {"vit", "maxvit", "clip"}
 """Those that take no other size themselves."""
 
-LONG = {"swin", "swin_v2"}
-"""Those whose sizes have long formulas, so that they are open only where that is demanded."""
-
 BOUNDED = {"resnet fpn": "as the module itself: AssertionError: Guard failed"}
 """Those of which an export takes fewer sizes: the module's own does, too."""
 
@@ -74,11 +71,11 @@ def proven(makers, name):
     assert proof.cut < 1e-10 < proof.moved
     assert proof.step == pytest.approx(1, abs=0.1)
     assert not proof.mixing
-    assert any(run.refused for run in proof.sizes) == (name in LONG)
+    assert not any(run.refused for run in proof.sizes)
     taken = [run for run in proof.sizes if not (run.fixed or run.refused)]
     assert max((error for run in taken for error in (run.captured, run.cut)), default=0) < 1e-11
-    assert (not taken) == (name in FIXED | LONG)
-    assert proof.alike == (None if name in FIXED | LONG else True)
+    assert (not taken) == (name in FIXED)
+    assert proof.alike == (None if name in FIXED else True)
     for run in taken:
         assert run.left == "" if name not in BOUNDED else BOUNDED[name] in run.left
         assert (run.exported is None) == (name in BOUNDED)
