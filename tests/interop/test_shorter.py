@@ -68,6 +68,7 @@ ALIKE = {
     "a clamp of a quotient": FloorDiv(Min(H, 6000) - 1, 2) + 1,
     "a clamp nearby": Max(H - 40, 3) * 2 + 1,
     "a remainder": Mod(H, 8),
+    "a part of other parts": Mod(H + 7, FloorDiv(H, 32)) + 1,
     "a root": sympy.sqrt(H) + 1,
     "a comparison": sympy.Gt(H + H * W + 1, 5),
 }

@@ -68,7 +68,10 @@ def _form(size: sympy.Expr, symbol: sympy.Symbol) -> sympy.Expr | None:
     """``e s + c ((s + a) // b) + d``, if that is what a size is."""
     if not all(isinstance(part, _OPERATORS) for part in sympy.preorder_traversal(size)):
         return None
-    values, far = _values(size, symbol)
+    try:
+        values, far = _values(size, symbol)
+    except ZeroDivisionError:
+        return None
     if not all(isinstance(n, int) for n in values):
         return None  # a quotient
     steps = [after - before for before, after in itertools.pairwise(values)]

@@ -73,8 +73,8 @@ def quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
-_RESHAPING = (Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten)
-"""Functions that give a view or a copy, whichever the order of the values in memory asks for."""
+_COPYING = (Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten, Tensor.contiguous)
+"""Functions that copy if the order of the values in memory asks for it."""
 
 
 class _Followed(TorchFunctionMode):
@@ -92,8 +92,8 @@ class _Followed(TorchFunctionMode):
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
         x = args[0] if args else None
-        if self.alike and function in _RESHAPING and isinstance(x, Tensor) and not in_order(x):
-            # Whether a view would do depends on which axes have one position. A copy does at all sizes.
+        if self.alike and function in _COPYING and isinstance(x, Tensor) and not in_order(x):
+            # Whether that is so depends on sizes: an axis of one position has no order. A copy does at all of them.
             args = (x.clone(memory_format=torch.contiguous_format), *args[1:])
         result = function(*args, **(kwargs or {}))
         for n in result.shape if isinstance(result, Tensor) and not self.patient else ():
