@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 import taylorfx as tfx
 
@@ -24,6 +24,8 @@ class Elsewhere:
         size: the axes that differ, as a text.
         captured: the error of the captured network against the module; none where either refuses.
         cut: the error of the cut network against the gated one.
+        rounding: how far the gated network is from itself where every gate is rounded up or down; none where these
+            errors are small.
         fixed: what the module itself says, where it does not take this size.
         refused: what the captured network says, where it does not.
         exported: the error of the cut network's plain module, exported again with free sizes, against the cut network.
@@ -34,6 +36,7 @@ class Elsewhere:
     size: str
     captured: float | None = None
     cut: float | None = None
+    rounding: float | None = None
     fixed: str = ""
     refused: str = ""
     exported: float | None = None
@@ -115,17 +118,36 @@ def elsewhere(
                 other = attempt(own[way], x, expected)
                 fails = isinstance(other, str) or not other <= limit
                 left.append(f"{way}{', as the module itself' * fails}: {found}")
+        found = difference(values, expected), difference(cut, gated)
         runs.append(
             Elsewhere(
                 size,
-                difference(values, expected),
-                difference(cut, gated),
+                *found,
+                rounding=None if max(found) <= TOLERANCE else rounding(params, spec, plan, x, gated),
                 exported=errors["exported"],
                 onnx=errors["onnx"],
                 left="; ".join(left),
             )
         )
     return runs
+
+
+TOLERANCE = 1e-11
+"""How large an error may be that nobody asks about."""
+
+
+def rounding(params: tfx.Params, spec: tfx.Spec, plan: tfx.Plan, x: dict[str, Tensor], expected: list[Tensor]) -> float:
+    """What the last bit of every activation that is read does to the outputs of the gated network.
+
+    A cut network sums in another order, which changes these bits. Deep networks make much of them.
+    """
+    generator = torch.Generator().manual_seed(1)
+
+    def moved(gate: Tensor) -> Tensor:
+        signs = torch.randint(2, gate.shape, generator=generator, dtype=torch.float64) * 2 - 1
+        return gate.double() * (1 + torch.finfo(torch.float64).eps * signs)
+
+    return difference(tensors(tfx.apply(params, spec, x, gates=tree_map(moved, plan.gates))), expected)
 
 
 LIMITS = {"exported": 1e-11, "onnx": 1e-3}

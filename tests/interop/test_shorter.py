@@ -69,6 +69,7 @@ ALIKE = {
     "a clamp nearby": Max(H - 40, 3) * 2 + 1,
     "a remainder": Mod(H, 8),
     "a part of other parts": Mod(H + 7, FloorDiv(H, 32)) + 1,
+    "a number that may be negative": Max(sympy.Symbol("u", integer=True), 0) + 1,
     "a root": sympy.sqrt(H) + 1,
     "a comparison": sympy.Gt(H + H * W + 1, 5),
 }

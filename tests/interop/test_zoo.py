@@ -8,8 +8,12 @@ import re
 import pytest
 import torch
 from _proof import prove, randomized
+from _sizes import LIMITS, attempt, others, outside, tensors
 from _torchvision import small
 from _transformers import cases
+
+import taylorfx as tfx
+from taylorfx.testing.strategies import random_plan
 
 VISION = {
     "resnet": ["fc.bias"],
@@ -94,3 +98,27 @@ def test_a_network_for_images_is_captured_and_all_of_it_can_leave(name):
 def test_a_transformer_is_captured_and_all_but_its_residual_stream_can_leave(name):
     proof = proven(cases, name)
     assert [path for path in proof.staying if not re.search(r"\.bias$|norm|ln_", path.lower())] == TEXT[name]
+
+
+@pytest.mark.parametrize("name", ["squeezenet", "regnet", "gpt2"])
+def test_whole_and_cut_the_plain_module_is_right_at_other_sizes(name):
+    """Whole, it also goes to torch.export and ONNX; cut, the tests above say so."""
+    pytest.importorskip("onnxruntime")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module, inputs = (small() if name in VISION else cases())[name]()
+        module = randomized(module, inputs)
+    few = {key: x[:2].contiguous() for key, x in inputs.items()}
+    params, spec = tfx.from_torch(module, (), example_kwargs=few)
+    plan = random_plan(tfx.couple(params, spec), torch.Generator().manual_seed(1), 0.5, exact=True)
+    whole, cut = (tfx.to_torch(*network).eval() for network in ((params, spec), (tfx.cut(params, plan), plan.spec)))
+    runs = {"plain": lambda x: tensors(whole(**x)), **outside(whole, few, onnx=True)}
+    assert runs.keys() == {"plain", *LIMITS}
+    with torch.no_grad():
+        for x in others(inputs).values():
+            for way, run in runs.items():
+                assert attempt(run, x, tensors(module(**x))) < LIMITS.get(way, 1e-11), way
+            gated = tensors(
+                tfx.apply(params, spec, {node.name: x[node.name] for node in spec.inputs}, gates=plan.gates)
+            )
+            assert attempt(lambda x: tensors(cut(**x)), x, gated) < 1e-11

@@ -51,8 +51,9 @@ def shortened(size: sympy.Expr) -> sympy.Expr:
     symbols = size.free_symbols
     if not symbols or size.is_Symbol:
         return size
-    if len(symbols) == 1 and _length(size) > (1, 2):
-        form = _form(size, *symbols)
+    (symbol, *more) = symbols
+    if not more and symbol.is_positive and _length(size) > (1, 2):  # what is read from a tensor may be negative
+        form = _form(size, symbol)
         if form is not None and _length(form) < _length(size):
             return form
     parts = [shortened(part) if isinstance(part, sympy.Expr) else part for part in size.args]
