@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import signal
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,10 @@ Run = Callable[[dict[str, Tensor]], list[Tensor]]
 """A network from its inputs to its outputs."""
 
 
+PATIENCE = 120.0
+"""How many seconds of processor time an export may take: torch reasons for minutes about sizes with long formulas."""
+
+
 def others(inputs: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Inputs of other sizes: of text one word, half and twice its length; of images and video other ones.
 
@@ -83,8 +89,14 @@ def elsewhere(
     inputs: Mapping[str, Tensor],
     *,
     onnx: bool = False,
+    patience: float = PATIENCE,
 ) -> list[Elsewhere]:
-    """A run at every other size, of a plan that removes exact units only."""
+    """A run at every other size, of a plan that removes exact units only.
+
+    Args:
+        onnx: make an ONNX file, too.
+        patience: how many seconds an export of the cut network may take; zero, that it is not made.
+    """
     small = tfx.cut(params, plan)
     names = [node.name for node in spec.inputs]
     few = {name: inputs[name][:2].contiguous() for name in names}
@@ -107,14 +119,14 @@ def elsewhere(
             runs.append(Elsewhere(size, refused=said(error)))
             continue
         if again is None:
-            again = outside(tfx.to_torch(small, plan.spec).eval(), few, onnx=onnx)
+            again = outside(tfx.to_torch(small, plan.spec).eval(), few, onnx=onnx, patience=patience)
         errors: dict[str, float | None] = {}
         left = []
         for way, limit in LIMITS.items():
             found = attempt(again[way], x, cut) if way in again else None
             errors[way] = found if isinstance(found, float) and found <= limit else None
             if found is not None and errors[way] is None:
-                own = own or outside(module, few, onnx=onnx)
+                own = own or outside(module, few, onnx=onnx, patience=patience)
                 other = attempt(own[way], x, expected)
                 fails = isinstance(other, str) or not other <= limit
                 left.append(f"{way}{', as the module itself' * fails}: {found}")
@@ -162,15 +174,35 @@ def attempt(run: Run | str, x: dict[str, Tensor], expected: list[Tensor]) -> flo
         return said(error)
 
 
-def outside(module: nn.Module, example: dict[str, Tensor], *, onnx: bool) -> dict[str, Run | str]:
+def outside(
+    module: nn.Module, example: dict[str, Tensor], *, onnx: bool, patience: float = PATIENCE
+) -> dict[str, Run | str]:
     """The module, exported with free sizes, and as an ONNX file; or why it is not."""
     runs: dict[str, Run | str] = {}
-    for way, made in {"exported": exported, **({"onnx": in_onnx} if onnx else {})}.items():
+    ways = {"exported": exported, **({"onnx": in_onnx} if onnx else {})}
+    for way, made in ways.items() if patience else ():
         try:
-            runs[way] = made(module, example)
+            with within(patience):
+                runs[way] = made(module, example)
         except Exception as error:  # whatever the exporters raise
             runs[way] = said(error)
     return runs
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Stop what takes more processor time, by a TimeoutError."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"more than {seconds:.0f} seconds")
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 1)  # every second again, if torch takes it for an error of its own
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def free(example: dict[str, Tensor]) -> dict[str, Any]:

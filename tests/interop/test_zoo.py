@@ -52,6 +52,9 @@ TEXT = {
 FIXED = {"vit", "maxvit", "clip"}
 """Those that take no other size themselves."""
 
+LONG = {"swin", "swin_v2"}
+"""Those that are not exported once more: alone, torch.export reasons for minutes about windows that are padded."""
+
 BOUNDED = {"resnet fpn": "as the module itself: AssertionError: Guard failed"}
 """Those of which an export takes fewer sizes: the module's own does, too."""
 
@@ -70,7 +73,8 @@ def proven(makers, name):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module, inputs = make()
-        proof = prove(randomized(module, inputs), inputs, onnx=name in ONNX)
+        more = {"patience": 0} if name in LONG else {}
+        proof = prove(randomized(module, inputs), inputs, onnx=name in ONNX, **more)
     assert proof.captured < 1e-10
     assert proof.cut < 1e-10 < proof.moved
     assert proof.step == pytest.approx(1, abs=0.1)
@@ -82,7 +86,7 @@ def proven(makers, name):
     assert proof.alike == (None if name in FIXED else True)
     for run in taken:
         assert run.left == "" if name not in BOUNDED else BOUNDED[name] in run.left
-        assert (run.exported is None) == (name in BOUNDED)
+        assert (run.exported is None) == (name in LONG or name in BOUNDED)
         assert (run.onnx is not None) == (name in ONNX)
     return proof
 
