@@ -105,7 +105,7 @@ def randomized(module: nn.Module, inputs: Mapping[str, Tensor], seed: int = 0) -
 
 
 def prove(module: nn.Module, inputs: Mapping[str, Tensor], *, onnx: bool = False, patience: float = PATIENCE) -> Proof:
-    """Capture a module with two of three examples; couple, cut, compare and train a step; `elsewhere` takes the rest."""
+    """Capture a module with two of three examples; couple, cut, compare, train a step. `elsewhere` takes the rest."""
     with torch.no_grad():
         expected = tensors(module(**inputs))
     spent: list[float] = []
