@@ -270,5 +270,3 @@ def seconds(network: Callable[..., Any], inputs: Mapping[str, Tensor]) -> Iterat
             start = time.perf_counter()
             network(**inputs)
             yield time.perf_counter() - start
-
-

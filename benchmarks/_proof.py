@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from _sizes import Elsewhere, difference, elsewhere, others, tensors
+from _sizes import PATIENCE, Elsewhere, difference, elsewhere, others, tensors
 from torch import Tensor, nn
 
 import taylorfx as tfx
@@ -104,8 +104,8 @@ def randomized(module: nn.Module, inputs: Mapping[str, Tensor], seed: int = 0) -
     return module
 
 
-def prove(module: nn.Module, inputs: Mapping[str, Tensor], *, onnx: bool = False) -> Proof:
-    """Capture a module with two of three examples; couple, cut, compare and train a step; with ONNX, if asked."""
+def prove(module: nn.Module, inputs: Mapping[str, Tensor], *, onnx: bool = False, patience: float = PATIENCE) -> Proof:
+    """Capture a module with two of three examples; couple, cut, compare, train a step. `elsewhere` takes the rest."""
     with torch.no_grad():
         expected = tensors(module(**inputs))
     spent: list[float] = []
@@ -132,7 +132,7 @@ def prove(module: nn.Module, inputs: Mapping[str, Tensor], *, onnx: bool = False
     for scope, reason in coupling.frozen.items():
         if scope not in buffers and scope.rpartition(".")[0] not in buffers:
             frozen.setdefault(reason, []).append(scope)
-    sizes = elsewhere(module, params, spec, plan, inputs, onnx=onnx)
+    sizes = elsewhere(module, params, spec, plan, inputs, onnx=onnx, patience=patience)
     return Proof(
         parameters=sum(p.numel() for p in module.parameters()),
         nodes=len(spec),

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import signal
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 import taylorfx as tfx
 
@@ -24,6 +26,8 @@ class Elsewhere:
         size: the axes that differ, as a text.
         captured: the error of the captured network against the module; none where either refuses.
         cut: the error of the cut network against the gated one.
+        rounding: how far the gated network is from itself where every gate is rounded up or down; none where these
+            errors are small.
         fixed: what the module itself says, where it does not take this size.
         refused: what the captured network says, where it does not.
         exported: the error of the cut network's plain module, exported again with free sizes, against the cut network.
@@ -34,6 +38,7 @@ class Elsewhere:
     size: str
     captured: float | None = None
     cut: float | None = None
+    rounding: float | None = None
     fixed: str = ""
     refused: str = ""
     exported: float | None = None
@@ -43,6 +48,10 @@ class Elsewhere:
 
 Run = Callable[[dict[str, Tensor]], list[Tensor]]
 """A network from its inputs to its outputs."""
+
+
+PATIENCE = 120.0
+"""How many seconds of processor time an export may take: torch reasons for minutes about sizes with long formulas."""
 
 
 def others(inputs: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -80,8 +89,14 @@ def elsewhere(
     inputs: Mapping[str, Tensor],
     *,
     onnx: bool = False,
+    patience: float = PATIENCE,
 ) -> list[Elsewhere]:
-    """A run at every other size, of a plan that removes exact units only."""
+    """A run at every other size, of a plan that removes exact units only.
+
+    Args:
+        onnx: make an ONNX file, too.
+        patience: how many seconds an export of the cut network may take; zero, that it is not made.
+    """
     small = tfx.cut(params, plan)
     names = [node.name for node in spec.inputs]
     few = {name: inputs[name][:2].contiguous() for name in names}
@@ -104,28 +119,47 @@ def elsewhere(
             runs.append(Elsewhere(size, refused=said(error)))
             continue
         if again is None:
-            again = outside(tfx.to_torch(small, plan.spec).eval(), few, onnx=onnx)
+            again = outside(tfx.to_torch(small, plan.spec).eval(), few, onnx=onnx, patience=patience)
         errors: dict[str, float | None] = {}
         left = []
         for way, limit in LIMITS.items():
             found = attempt(again[way], x, cut) if way in again else None
             errors[way] = found if isinstance(found, float) and found <= limit else None
             if found is not None and errors[way] is None:
-                own = own or outside(module, few, onnx=onnx)
+                own = own or outside(module, few, onnx=onnx, patience=patience)
                 other = attempt(own[way], x, expected)
                 fails = isinstance(other, str) or not other <= limit
                 left.append(f"{way}{', as the module itself' * fails}: {found}")
+        found = difference(values, expected), difference(cut, gated)
         runs.append(
             Elsewhere(
                 size,
-                difference(values, expected),
-                difference(cut, gated),
+                *found,
+                rounding=None if max(found) <= TOLERANCE else rounding(params, spec, plan, x, gated),
                 exported=errors["exported"],
                 onnx=errors["onnx"],
                 left="; ".join(left),
             )
         )
     return runs
+
+
+TOLERANCE = 1e-11
+"""How large an error may be that nobody asks about."""
+
+
+def rounding(params: tfx.Params, spec: tfx.Spec, plan: tfx.Plan, x: dict[str, Tensor], expected: list[Tensor]) -> float:
+    """What the last bit of every activation that is read does to the outputs of the gated network.
+
+    A cut network sums in another order, which changes these bits. Deep networks make much of them.
+    """
+    generator = torch.Generator().manual_seed(1)
+
+    def moved(gate: Tensor) -> Tensor:
+        signs = torch.randint(2, gate.shape, generator=generator, dtype=torch.float64) * 2 - 1
+        return gate.double() * (1 + torch.finfo(torch.float64).eps * signs)
+
+    return difference(tensors(tfx.apply(params, spec, x, gates=tree_map(moved, plan.gates))), expected)
 
 
 LIMITS = {"exported": 1e-11, "onnx": 1e-3}
@@ -140,15 +174,35 @@ def attempt(run: Run | str, x: dict[str, Tensor], expected: list[Tensor]) -> flo
         return said(error)
 
 
-def outside(module: nn.Module, example: dict[str, Tensor], *, onnx: bool) -> dict[str, Run | str]:
+def outside(
+    module: nn.Module, example: dict[str, Tensor], *, onnx: bool, patience: float = PATIENCE
+) -> dict[str, Run | str]:
     """The module, exported with free sizes, and as an ONNX file; or why it is not."""
     runs: dict[str, Run | str] = {}
-    for way, made in {"exported": exported, **({"onnx": in_onnx} if onnx else {})}.items():
+    ways = {"exported": exported, **({"onnx": in_onnx} if onnx else {})}
+    for way, made in ways.items() if patience else ():
         try:
-            runs[way] = made(module, example)
+            with within(patience):
+                runs[way] = made(module, example)
         except Exception as error:  # whatever the exporters raise
             runs[way] = said(error)
     return runs
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Stop what takes more processor time, by a TimeoutError."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"more than {seconds:.0f} seconds")
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 1)  # every second again, if torch takes it for an error of its own
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def free(example: dict[str, Tensor]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 from _proof import Case, randomized
-from _sizes import elsewhere, said
+from _sizes import TOLERANCE, elsewhere, said
 from _timm import timm_models
 from _torchvision import classification, detection, segmentation, small, video
 from _transformers import cases
@@ -58,7 +58,8 @@ QUICK = ("resnet", "mobilenet_v3", "shufflenet", "swin", "maxvit", "deeplab", "r
          "llama", "t5", "whisper")  # fmt: skip
 README = Path(__file__).with_name("README.md")
 MARK = "<!-- {} of sizes.py -->\n"
-TOLERANCE = 1e-11
+ROUNDINGS = 4
+"""How many times what rounding does to a network an error may be."""
 ONNX = 1e7
 """How many parameters a network may have that goes to ONNX here, too: large files take long."""
 
@@ -99,8 +100,13 @@ def verdict(row: Row) -> str:
     runs = row.get("runs")
     if runs is None:
         return "failed"
-    errors = [run[key] for run in runs for key in ("captured", "cut") if run[key] is not None]
-    if errors and not max(errors) <= TOLERANCE:
+    errors = [
+        run[key] / max(TOLERANCE, ROUNDINGS * (run.get("rounding") or 0))
+        for run in runs
+        for key in ("captured", "cut")
+        if run[key] is not None
+    ]
+    if errors and not max(errors) <= 1:
         return "wrong"
     if any(run["refused"] for run in runs):
         return "refused"

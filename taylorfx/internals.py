@@ -9,7 +9,8 @@ Tested with torch 2.13. For each, what is public does not do:
 - ``torch._logging.structured``: the file names behind the numbers in a report of ``torch.export``.
 - ``_optimizer_*_hooks``, ``_opt_called``: an optimizer that takes the place of another one keeps its hooks, and
   schedulers see that it has stepped.
-- ``backed_size_oblivious``: an option of ``torch.export`` that asks less of sizes.
+- ``backed_size_oblivious``, ``_conv_determine_backend_memory_format``: what makes ``torch.export`` ask less of sizes.
+- ``is_contiguous_or_false``: asks about the order of values in memory without fixing a size.
 - ``torch._check``: tells ``torch.export`` that two sizes are equal.
 - ``_scaled_dot_product_flash_attention_for_cpu``: the kernel behind ``scaled_dot_product_attention``. It takes a mask
   and causality at once, and a mask for its derivative that is made when that is computed.
@@ -23,8 +24,9 @@ that they come from.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -37,7 +39,7 @@ from torch.utils import _pytree as pytree
 
 __all__ = [
     "Attended", "Function", "OpOverload", "alike_sizes", "attended", "attended_backward", "attends", "differentiated",
-    "equal_sizes", "file_names", "follow", "pytree", "schemas", "vectorized", "wrapped",
+    "equal_sizes", "file_names", "follow", "in_order", "pytree", "schemas", "vectorized", "wrapped",
 ]  # fmt: skip
 
 
@@ -174,12 +176,20 @@ def equal_sizes(one: int | torch.SymInt, other: int | torch.SymInt) -> None:
     check(one == other)
 
 
-def alike_sizes() -> AbstractContextManager[None]:
+@contextmanager
+def alike_sizes() -> Iterator[None]:
     """Have ``torch.export`` treat a size of one like any other, where this version of torch can."""
     from torch.fx.experimental import _config
 
     config: Any = _config
-    patched: AbstractContextManager[None] = config.patch(
-        {"backed_size_oblivious": True} if hasattr(config, "backed_size_oblivious") else {}
-    )
-    return patched
+    # Of a map of one position, torch asks in which order its channels lie: it is the same at that size alone.
+    order = patch.object(torch._C, "_conv_determine_backend_memory_format", lambda *args, **kwargs: None)
+    with order, config.patch({"backed_size_oblivious": True} if hasattr(config, "backed_size_oblivious") else {}):
+        yield
+
+
+def in_order(x: Tensor) -> bool:
+    """Whether the values of a tensor lie in memory in their order, as far as ``torch.export`` knows for all sizes."""
+    from torch._prims_common import is_contiguous_or_false
+
+    return bool(is_contiguous_or_false(x))

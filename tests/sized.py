@@ -42,6 +42,20 @@ def unshuffled(m, x):
     return m.c(y.permute(0, 1, 3, 5, 2, 4).reshape(n, 4 * c, (h + 1) // 2, -1))
 
 
+def anchored(m, x):
+    """Every position of smaller and smaller maps, padded as TensorFlow does."""
+    found, x = [], m.a(x)
+    for layer in m.b:
+        pads = [max((-(-n // 2) - 1) * 2 + 3 - n, 0) for n in x.shape[:1:-1]]
+        x = F.relu(layer(F.pad(x, [part for p in pads for part in (p // 2, p - p // 2)])))
+        found.append(m.d(x).permute(0, 2, 3, 1).reshape(x.shape[0], -1, 4))
+    return torch.cat(found, 1)
+
+
+def halving(times):
+    return nn.ModuleList(nn.Conv2d(6 if k else 8, 6, 3, 2) for k in range(times))
+
+
 def conv8():
     return nn.Conv2d(2, 8, 3, padding=1)
 
@@ -50,6 +64,7 @@ SIZED = {
     "attention": (attention, lambda: {"b": nn.Linear(8, 6), "place": torch.randn(600, 8)}),
     "padded": (padded, lambda: {"c": nn.Conv2d(8, 3, 1)}),
     "skipped": (skipped, lambda: {"d": nn.Conv2d(8, 8, 3, padding=1), "c": nn.Conv2d(8, 4, 1)}),
+    "anchored": (anchored, lambda: {"b": halving(1), "d": nn.Conv2d(6, 4, 1)}),
     "pooled": (pooled, dict),
     "unshuffled": (unshuffled, lambda: {"c": nn.Conv2d(32, 4, 1)}),
 }

@@ -46,7 +46,7 @@ HOMES = {
     "matplotlib": {"report"},
     "hypothesis": {"testing"},
     "torch._": {"internals.py"},
-    "torch.utils._sympy": {f"interop/capture/{name}.py" for name in ("sizes", "guards", "formulas")},
+    "torch.utils._sympy": {f"interop/capture/{name}.py" for name in ("sizes", "guards", "formulas", "shorter")},
 }
 
 SOURCES = sorted(ROOT.rglob("*.py"))

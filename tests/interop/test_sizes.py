@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from modules import conv, net
-from sized import SIZED, conv8, sized
+from sized import SIZED, anchored, conv8, halving, sized
 from torch import nn
 from torch.testing import assert_close
 
@@ -202,6 +202,14 @@ def test_axes_that_can_be_open_by_themselves_are_so_where_others_cannot():
         from_torch(module, (image((8, 8)), words), sizes=["x.2", "x.3", "words.1"])
 
 
+def test_sizes_are_open_where_maps_have_one_position_at_the_example():
+    module = net(anchored, 0, a=conv8(), b=halving(5), d=nn.Conv2d(6, 4, 1))[0].double().eval()
+    params, spec = from_torch(module, image((16, 12)))
+    assert not spec.guards
+    for size in ((16, 12), (97, 70), (5, 9)):
+        assert_close(tfx.apply(params, spec, image(size)), module(image(size)), **CLOSE)
+
+
 class Padded(nn.Module):
     """Pads its rows until several numbers divide them: the formula of their length doubles each time."""
 
@@ -210,7 +218,7 @@ class Padded(nn.Module):
         self.a = nn.Conv2d(2, 4, 3, padding=1)
 
     def forward(self, x):
-        for n in (3, 5, 7, 11):
+        for n in (3, 5, 7, 11, 13):
             x = nn.functional.pad(x, (0, -x.shape[3] % n))
         return self.a(x)
 

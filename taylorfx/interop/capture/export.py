@@ -70,8 +70,8 @@ def from_torch(
             out. A copy of a residual stream that is given out keeps the stream at its width.
 
         sizes: axes that have to come out open, by input and number (``["tokens.1"]``; axis 0, that of the examples,
-            always is), however long that takes: windowed attention that pads (Swin) takes minutes, and has otherwise
-            the example's sizes. False keeps all at those, where that is wanted; the capture is faster.
+            always is), however long that takes: where the formulas of sizes have more than 60 operations, they stay
+            the example's otherwise. False keeps all at those, where that is wanted; the capture is faster.
         progress: draw a bar, by rich.
 
     Returns:

@@ -33,7 +33,7 @@ __all__ = ["proven"]
 Sizes = Mapping[str, int]
 """Sizes of axes by name, ``{"x.2": 48}``."""
 
-_TRIES = 24
+_TRIES = 128
 """How many sizes are considered for the one that is tried."""
 
 

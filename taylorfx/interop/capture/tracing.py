@@ -15,18 +15,21 @@ from types import FrameType
 from typing import Any
 from unittest import mock
 
+import sympy
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental import symbolic_shapes
+from torch.fx.experimental.sym_node import SymNode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
 
-from taylorfx.internals import alike_sizes
+from taylorfx.internals import alike_sizes, in_order
+from taylorfx.interop.capture.shorter import shortened
 
 __all__ = ["quiet", "tracing"]
 
-_OPERATIONS = 30
-"""The longest size that is followed, in operations: the anchors of a detector take 27, windows that pad 36."""
+_OPERATIONS = 60
+"""The longest size that is followed, in operations: the anchors of a detector on six maps take 41."""
 
 _OURS = tuple(f"{Path(module.__file__ or '').parent}/" for module in (torch, sys.modules["taylorfx"]))
 """Where torch's code and ours lies."""
@@ -48,8 +51,11 @@ def tracing(module: nn.Module, *, alike: bool, patient: bool) -> Iterator[None]:
     Raises:
         OverflowError: for a size that is too long.
     """
-    short, ones = nullcontext() if patient else _Short(), alike_sizes() if alike else nullcontext()
-    with torch.no_grad(), quiet(), short, _open_length(module), _batched_experts(module), ones, _user_lines():
+    ones = alike_sizes() if alike else nullcontext()
+    with (
+        torch.no_grad(), quiet(), _Followed(alike=alike, patient=patient), _shortened(), ones, _user_lines(),
+        _open_length(module), _batched_experts(module),
+    ):  # fmt: skip
         yield
 
 
@@ -67,8 +73,16 @@ def quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
-class _Short(TorchFunctionMode):
-    """Ends an export in which sizes become long expressions, by an OverflowError."""
+_COPYING = (Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten, Tensor.contiguous)
+"""Functions that copy if the order of the values in memory asks for it."""
+
+
+class _Followed(TorchFunctionMode):
+    """Follows sizes through the functions of torch, as `tracing` says; ends the export where one is too long."""
+
+    def __init__(self, *, alike: bool, patient: bool) -> None:
+        super().__init__()
+        self.alike, self.patient = alike, patient
 
     def __torch_function__(
         self,
@@ -77,11 +91,27 @@ class _Short(TorchFunctionMode):
         args: Sequence[object] = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
+        x = args[0] if args else None
+        if self.alike and function in _COPYING and isinstance(x, Tensor) and not in_order(x):
+            # Whether that is so depends on sizes: an axis of one position has no order. A copy does at all of them.
+            args = (x.clone(memory_format=torch.contiguous_format), *args[1:])
         result = function(*args, **(kwargs or {}))
-        for n in result.shape if isinstance(result, Tensor) else ():
+        for n in result.shape if isinstance(result, Tensor) and not self.patient else ():
             if isinstance(n, torch.SymInt) and n.node.expr.count_ops() > _OPERATIONS:
                 raise OverflowError(f"a size with a long formula, {_user_line(sys._getframe(1))}; sizes= follows it")
         return result
+
+
+@contextmanager
+def _shortened() -> Iterator[None]:
+    """Have every size that torch derives from others be in its short form."""
+    original: Any = SymNode.__init__
+
+    def made(node: SymNode, size: Any, *args: Any, **kwargs: Any) -> None:
+        original(node, shortened(size) if isinstance(size, sympy.Expr) else size, *args, **kwargs)
+
+    with mock.patch.object(SymNode, "__init__", made):
+        yield
 
 
 @contextmanager
