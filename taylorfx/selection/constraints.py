@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
-from fnmatch import translate
 from functools import partial
 from glob import escape
 from numbers import Integral, Real
@@ -20,17 +17,14 @@ from taylorfx.cutting.plan import Plan, former_scopes
 from taylorfx.network.labels import Labels
 from taylorfx.scoring.measurement import one_of
 from taylorfx.selection.budget import SelectionError
+from taylorfx.selection.globs import Globs, all_match, first_of, globs
 
 __all__ = ["ConstraintOptions", "Constraints", "Rules"]
 
 T = TypeVar("T")
 N = TypeVar("N", int, float)
-Globs = str | Iterable[str]
 Families = str | Iterable[Globs]
 """Globs, or several in one tuple that say one thing together."""
-
-SHOWN, LISTED = 3, 24
-"""How many near names an error shows for a glob, and how many scopes it lists."""
 
 
 class ConstraintOptions(TypedDict, total=False):
@@ -152,11 +146,11 @@ class Constraints:
     exact_only: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "protect", _globs(self.protect, "protect"))
+        object.__setattr__(self, "protect", globs(self.protect, "protect"))
         several = (self.uniform,) if isinstance(self.uniform, str) else self.uniform
         if not isinstance(several, Iterable):
-            _globs(several, "uniform")
-        families = (x if isinstance(x, str) else _globs(x, "uniform") for x in several)
+            globs(several, "uniform")
+        families = (x if isinstance(x, str) else globs(x, "uniform") for x in several)
         object.__setattr__(self, "uniform", tuple(families))
 
     @staticmethod
@@ -254,7 +248,7 @@ class Constraints:
         Args:
             former: for every unit of ``after``, its scope in ``before``.
         """
-        protected = {*_first(before, (*self.protect,))}
+        protected = {*first_of(before, (*self.protect,))}
         families = [group for group in rules.groups if len(group) > 1]
         equal = {scope for group in families for scope in group}
         floor, multiple, chunks = dict[str, int](), dict[str, int](), dict[str, int]()
@@ -343,82 +337,18 @@ def _family(family: Globs) -> tuple[str, ...]:
     return (family,) if isinstance(family, str) else (*family,)
 
 
-def _globs(value: object, what: str) -> tuple[str, ...]:
-    several = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else None
-    if several is None or not all(isinstance(glob, str) for glob in several):
-        raise SelectionError(f"{what} takes a glob or several, strings like 'layer1.*'; received {value!r}.")
-    return several
-
-
-def _scopes(coupling: Coupling, glob: str) -> set[int] | None:
-    """The scopes that a glob stands for, perhaps none since they are frozen; None if it matches nothing.
-
-    Those of a name that it matches, or written with a parameter that it matches. If there are none, those that shrink
-    a parameter that it matches.
-    """
-    matches = re.compile(translate(glob)).match
-    frozen = any(map(matches, coupling.frozen))
-    close = {k for k, name in enumerate(coupling.scopes) if any(map(matches, (name, *coupling.written.get(name, ()))))}
-    if close or frozen:
-        return close
-    if any(map(matches, coupling.parameters)):
-        return {k for k, paths in enumerate(coupling.paths) if any(map(matches, paths))}
-    return None
-
-
-def _first(coupling: Coupling, globs: Sequence[str]) -> dict[int, str]:
-    """For every scope that a glob stands for, the first that does."""
-    first: dict[int, str] = {}
-    for glob in globs:
-        for scope in _scopes(coupling, glob) or ():
-            first.setdefault(scope, glob)
-    return first
-
-
-def _all_match(coupling: Coupling, globs: Sequence[str], what: str) -> None:
-    unknown = [glob for glob in globs if _scopes(coupling, glob) is None]
-    if unknown:
-        scopes = (*coupling.scopes, *coupling.frozen)
-        near = [name for glob in unknown for name in _near(glob, (*scopes, *coupling.parameters))]
-        listed = f"Near them are {', '.join(dict.fromkeys(near))}. " if near else ""
-        raise SelectionError(
-            f"Globs name scopes of the network, or parameters; {what} received {', '.join(map(repr, unknown))}, which "
-            f"match nothing. {listed}The scopes are {_enumerated(scopes)}."
-        )
-
-
-def _near(glob: str, names: Iterable[str]) -> list[str]:
-    """Names that are spelled like a glob, or parts of which are.
-
-    >>> _near("*q_prj*", ["layers.0.q_proj.weight", "layers.0.k_proj.weight", "norm.weight"])
-    ['layers.0.q_proj.weight', 'layers.0.k_proj.weight']
-    """
-    plain = glob.strip("*")
-    parts: dict[str, list[str]] = {}
-    for name in names:
-        for part in {name, *re.split(r"[.:] ?", name)}:
-            parts.setdefault(part, []).append(name)
-    return list(dict.fromkeys(parts[part][0] for part in get_close_matches(plain, parts, SHOWN)))
-
-
-def _enumerated(names: Sequence[str]) -> str:
-    """Names, the first ones of many."""
-    more = f" and {len(names) - LISTED} more (print the coupling)" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more
-
-
 def _protected(coupling: Coupling, globs: Sequence[str]) -> Mask:
-    _all_match(coupling, globs, "protect")
+    all_match(coupling, globs, "protect")
     chosen = np.zeros(len(coupling.scopes), bool)
-    chosen[[*_first(coupling, globs)]] = True
+    chosen[[*first_of(coupling, globs)]] = True
     return chosen[coupling.scope]
 
 
 def _together(coupling: Coupling, families: Sequence[Sequence[str]]) -> list[list[int]]:
     """The scopes in groups that keep the same number of units; most are alone."""
     family_of = {glob: ", ".join(family) for family in families for glob in family}
-    _all_match(coupling, [*family_of], "uniform")
-    first = _first(coupling, [*family_of])
+    all_match(coupling, [*family_of], "uniform")
+    first = first_of(coupling, [*family_of])
     groups: dict[str | int, list[int]] = {}
     for k in range(len(coupling.scopes)):
         groups.setdefault(family_of[first[k]] if k in first else k, []).append(k)
@@ -442,7 +372,7 @@ def _by_scope(coupling: Coupling, value: N | Mapping[str, N], what: str, default
     by_glob: dict[str, N]
     if isinstance(value, Mapping):
         by_glob = dict(value)
-        _all_match(coupling, _globs(by_glob, what), what)
+        all_match(coupling, globs(by_glob, what), what)
     else:
         by_glob = {"*": value}
     kind, least, largest = (Real, 0, 1.0) if what == "most" else (Integral, 1, math.inf)
@@ -455,7 +385,7 @@ def _by_scope(coupling: Coupling, value: N | Mapping[str, N], what: str, default
         whole = "" if all(map(number, by_glob.values())) else "a number, " if what == "most" else "a whole number, "
         above = " and at most 1" if what == "most" else ""
         raise SelectionError(f"{what} is {whole}at least {least}{above}; received {', '.join(bad)}.")
-    first = _first(coupling, [*by_glob])
+    first = first_of(coupling, [*by_glob])
     numbers = [by_glob[first[k]] if k in first else default for k in range(len(coupling.scopes))]
     for scope in (int(coupling.scope[branch.unit]) for branch in coupling.branches):
         if not isinstance(value, Mapping) or scope not in first:
