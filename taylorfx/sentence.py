@@ -15,7 +15,7 @@ from taylorfx.coupling.couple import couple
 from taylorfx.coupling.units import Coupling
 from taylorfx.cutting.cut import cut
 from taylorfx.cutting.plan import Plan
-from taylorfx.cutting.pruned import Pruned
+from taylorfx.cutting.pruned import Interrupted, Pruned
 from taylorfx.distributed import Total, agreed
 from taylorfx.functions import filled_in, name_of, unfit
 from taylorfx.network.parameters import check
@@ -122,10 +122,6 @@ def prune(
     if isinstance(batch, Iterator) and (steps != 1 or repair is not None or like is not None):
         batch = _Kept(batch)  # every step measures it
     step = _Step.of(batch, criterion, choose, how, per_cost, cautious=True, repair=repair, branches=branches)
-    if like is not None and branches:
-        raise SelectionError(
-            "What a class can hold has all of its branches; received like=... and branches=True. Leave one of them out."
-        )
     if like is None:
         return _pruned(params, spec, budgets, steps, respected, step)
     return _pruned_like(like, params, spec, budgets, steps, respected, step)
@@ -136,6 +132,10 @@ def _pruned_like(
     constraints: Constraints, step: _Step,
 ) -> Pruned:  # fmt: skip
     """All steps of `prune`, of what the module's class can hold."""
+    if step.branches:
+        raise SelectionError(
+            "What a class can hold has all of its branches; received like=... and branches=True. Leave one of them out."
+        )
     from taylorfx.interop import like as classes  # which imports torch.export, slowly
 
     how = step.measurement
@@ -173,43 +173,6 @@ def _pruned(
             raise
         raise Interrupted(left) from stop
     return left
-
-
-class Interrupted(KeyboardInterrupt):
-    """`prune` was interrupted; its steps until then are kept. ::
-
-        try:
-            params, spec = tfx.prune(params, spec, batches, budget=tfx.Flops(0.3))
-        except taylorfx.sentence.Interrupted as stopped:
-            params, spec = stopped.pruned
-
-    Like ``KeyboardInterrupt``, it ends a program that does not catch it. With ``like=``, the class has not been tried
-    with this network yet; ``to_torch(..., like=...)`` does that.
-
-    Attributes:
-        pruned: what the last whole step left, as `prune` would have returned it: its ``params``, its ``spec``, the
-            ``plan`` of all steps until then.
-        steps: how many steps were whole.
-    """
-
-    def __init__(self, pruned: Pruned) -> None:
-        self.pruned, self.steps = pruned, len(pruned.plans)
-        super().__init__(f"prune was interrupted after {self.steps} of its steps; pruned is what they left.")
-
-    @property
-    def params(self) -> Params:
-        """The parameters of what is left."""
-        return self.pruned.params
-
-    @property
-    def spec(self) -> Spec:
-        """The network of what is left."""
-        return self.pruned.spec
-
-    @property
-    def plan(self) -> Plan:
-        """All whole steps as one plan of the original network."""
-        return self.pruned.plan
 
 
 def _values(

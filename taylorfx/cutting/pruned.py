@@ -1,4 +1,4 @@
-"""What pruning leaves: the smaller network, and the plans that led to it."""
+"""What pruning leaves, whole or interrupted: the smaller network, and the plans that led to it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from taylorfx.cutting.plan import Plan
 from taylorfx.network.spec import Spec
 from taylorfx.tree import Params
 
-__all__ = ["Pruned"]
+__all__ = ["Interrupted", "Pruned"]
 
 
 class Pruned(tuple[Params, Spec]):
@@ -65,3 +65,40 @@ class Pruned(tuple[Params, Spec]):
             PlanError: where no one plan keeps what all steps keep. Then ``plans`` is applied one after the other.
         """
         return reduce(compose, self.plans)
+
+
+class Interrupted(KeyboardInterrupt):
+    """`prune` was interrupted; its steps until then are kept. ::
+
+        try:
+            params, spec = tfx.prune(params, spec, batches, budget=tfx.Flops(0.3))
+        except taylorfx.sentence.Interrupted as stopped:
+            params, spec = stopped.pruned
+
+    Like ``KeyboardInterrupt``, it ends a program that does not catch it. With ``like=``, the class has not been tried
+    with this network yet; ``to_torch(..., like=...)`` does that.
+
+    Attributes:
+        pruned: what the last whole step left, as `prune` would have returned it: its ``params``, its ``spec``, the
+            ``plan`` of all steps until then.
+        steps: how many steps were whole.
+    """
+
+    def __init__(self, pruned: Pruned) -> None:
+        self.pruned, self.steps = pruned, len(pruned.plans)
+        super().__init__(f"prune was interrupted after {self.steps} of its steps; pruned is what they left.")
+
+    @property
+    def params(self) -> Params:
+        """The parameters of what is left."""
+        return self.pruned.params
+
+    @property
+    def spec(self) -> Spec:
+        """The network of what is left."""
+        return self.pruned.spec
+
+    @property
+    def plan(self) -> Plan:
+        """All whole steps as one plan of the original network."""
+        return self.pruned.plan

@@ -97,9 +97,8 @@ def joint(
         lowest = scores.min()
         scores[torch.from_numpy(~keep)] = lowest - 1 - lowest.abs()  # what has left stays away
         try:
-            plan = asked.plan(
-                first_that_fit(asked.ranked(scores.numpy()), _between(asked, totals, step / rounds).among(keep))
-            )
+            now = _between(asked, totals, step / rounds).among(keep)
+            plan = asked.plan(first_that_fit(asked.ranked(scores.numpy()), now))
         except BudgetError:  # on the way, where multiples cannot be met exactly
             if step == rounds:
                 raise
@@ -107,15 +106,7 @@ def joint(
         keep = plan.keep
     if swaps and not cautious:
         free = coupling.exact if respected.exact_only else np.ones(len(coupling), bool)
-        part, _ = asked.rules.parts(coupling)
-        _, mean, half = _added(rows, coupling, plan.keep, whole)
-        better = _swap(rows, part, plan, mean, half, free & ~coupling.carried(plan.keep))
-        limits = [
-            max(one.limit(n), cost(plan.keep)) for one, n, cost in zip(asked.budgets, totals, asked.costs, strict=True)
-        ]
-        fits = all(cost(better) <= limit for cost, limit in zip(asked.costs, limits, strict=True))
-        if fits and not coupling.empty(better):
-            plan = asked.plan(better)
+        plan = _exchanged(rows, asked, plan, free, whole)
     return asked.plan(asked.spent(plan.keep, asked.ranked(worth(plan.keep).numpy())))
 
 
@@ -180,6 +171,19 @@ CANDIDATES = 64
 
 EXCHANGES = 256
 """How often units of one scope change places at most."""
+
+
+def _exchanged(rows: Tensor, asked: Asked, plan: Plan, free: Mask, whole: tuple[Tensor, Tensor]) -> Plan:
+    """The plan after exchanges of these units, if what it keeps then still fits."""
+    coupling, keep = asked.coupling, plan.keep
+    _, mean, half = _added(rows, coupling, keep, whole)
+    better = _swap(rows, asked.rules.parts(coupling)[0], plan, mean, half, free & ~coupling.carried(keep))
+    everything = np.ones(len(coupling), bool)
+    fits = all(
+        cost(better) <= max(one.limit(cost(everything)), cost(keep))
+        for one, cost in zip(asked.budgets, asked.costs, strict=True)
+    )
+    return asked.plan(better) if fits and not coupling.empty(better) else plan
 
 
 def _swap(rows: Tensor, part: Labels, plan: Plan, mean: Tensor, half: Tensor, free: Mask) -> Mask:
