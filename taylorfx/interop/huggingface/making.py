@@ -64,7 +64,8 @@ class Source:
         if foreign := self.original.foreign(leaves):
             raise ConfigError(foreign)
         new = {id(known[path]): leaf for path, leaf in leaves.items() if path in known}
-        return {path: new.get(id(known[path]), known[path]).detach() for path in self.usual}
+        detached = {id(x): new.get(id(x), x).detach() for x in known.values()}
+        return {path: detached[id(known[path])] for path in self.usual}
 
     def make(self, params: Params, spec: Spec, *, every_call: bool = True) -> Made:
         """The smaller model of the same class, by the first config that is right.
@@ -90,10 +91,20 @@ class Source:
         raise ConfigError(refusal(type(self.model), self.model.config, causes))
 
     def _filled(self, changes: Changes, tensors: Mapping[str, Tensor]) -> nn.Module:
-        """A model with this config and these tensors; names that share one are tied by the class itself."""
+        """A model with this config whose parameters are these tensors themselves; those of one tensor are tied.
+
+        What the class allocates for its own is never written, and so takes no memory.
+        """
         model = self.form.build(changes, "cpu")
-        model.to(next(iter(x.dtype for x in tensors.values() if x.is_floating_point())))
-        model.load_state_dict(tensors)
+        trained = {path for path, _ in model.named_parameters(remove_duplicate=False)}
+        parameters = {id(x): nn.Parameter(x, requires_grad=False) for path, x in tensors.items() if path in trained}
+        state = {path: parameters[id(x)] if id(x) in parameters else x.clone() for path, x in tensors.items()}
+        model.load_state_dict(state, assign=True)
+        usual = dict(self.model.named_buffers())
+        for path, x in [*model.named_buffers()]:
+            if path not in tensors and path in usual:  # what the class computes, as rotary frequencies
+                home, _, name = path.rpartition(".")
+                setattr(model.get_submodule(home), name, x.to(usual[path]))
         generation = getattr(self.model, "generation_config", None)
         if generation is not None:
             vars(model)["generation_config"] = copy.deepcopy(generation)

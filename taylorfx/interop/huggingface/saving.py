@@ -58,7 +58,7 @@ def save_pretrained(
     with _beside(target) as folder:
         made.model.save_pretrained(folder, **options)
         _copy_tokenizer(like, folder)
-    return made.model
+    return type(like).from_pretrained(target)
 
 
 @contextmanager
