@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from taylorfx.interop.capture.export import from_torch
-from taylorfx.interop.huggingface.fields import ConfigError, library
+from taylorfx.interop.huggingface.fields import ConfigError, check_model, library
 from taylorfx.network.spec import Spec
 from taylorfx.tree import Params
 
@@ -46,6 +46,9 @@ def from_pretrained(
 ) -> Pretrained:
     """Load a model by the class that its config names, and capture it without a cache.
 
+    The parameters are those of the folder's safetensors, which the library maps into memory if no other dtype is asked
+    for: they are read when they are used, and nothing is copied.
+
     Args:
         source: a folder with ``config.json``, a name on the hub, or a model.
         example_inputs: a batch as a tokenizer or processor gives it. By default random tokens with a mask of which the
@@ -55,12 +58,13 @@ def from_pretrained(
         options: further arguments of the class's ``from_pretrained``.
 
     Raises:
-        ConfigError: for a config that names no class, and inputs that cannot be invented.
+        ConfigError: for a config that names no class, a module that has none, and inputs that cannot be invented.
         CaptureError: if the model cannot be captured.
     """
     transformers = library()
-    if isinstance(source, transformers.PreTrainedModel):
-        model = source if dtype is None else source.to(dtype)
+    if isinstance(source, nn.Module):
+        check_model(source)
+        model: Any = source if dtype is None else source.to(dtype)
     else:
         name = str(source) if isinstance(source, Path) else source
         config = transformers.AutoConfig.from_pretrained(name)

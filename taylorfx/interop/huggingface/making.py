@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from taylorfx.interop.huggingface.fields import Changes, ConfigError, Form, library, refusal, shapes_of
+from taylorfx.interop.huggingface.fields import Changes, ConfigError, Form, check_model, refusal, shapes_of
 from taylorfx.interop.like import Original
 from taylorfx.interop.proof import Call, differs, truth
 from taylorfx.layers import ShapeError
@@ -43,12 +43,7 @@ class Source:
         example_kwargs: Mapping[str, object] | None = None,
         network: tuple[Params, Spec] | None = None,
     ) -> None:
-        pretrained = library().PreTrainedModel
-        if not isinstance(model, pretrained):
-            raise ConfigError(
-                f"A model of transformers has a config, by which it is saved; received a {type(model).__name__}. Use "
-                "taylorfx.to_torch with like=, or taylorfx.save."
-            )
+        check_model(model)
         self.model = model
         self.form = Form(type(model), model.config)
         self.original = Original(model, params, spec, example_inputs, example_kwargs, network)
