@@ -59,7 +59,7 @@ def save_pretrained(
     with _beside(target) as folder:
         made.model.save_pretrained(folder, **options)
         _copy_tokenizer(like, folder)
-    return type(like).from_pretrained(target)
+    return type(like).from_pretrained(target, variant=options.get("variant"))
 
 
 @contextmanager
