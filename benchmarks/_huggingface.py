@@ -18,6 +18,15 @@ SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SIZES = {"hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "intermediate_size": 24}
 TEXT = {**SIZES, "vocab_size": 60, "max_position_embeddings": 32, **SPECIAL}
 DECODER = {**TEXT, "num_key_value_heads": 2, "head_dim": 8}
+LATENT = {
+    **TEXT, "num_key_value_heads": 4, "head_dim": 8, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8, "v_head_dim": 8,
+}  # fmt: skip
+"""Of attention whose keys and values come from a narrow latent vector."""
+ROUTED = {
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "first_k_dense_replace": 0,
+    "n_group": 1, "topk_group": 1, "n_shared_experts": 1,
+}  # fmt: skip
 PICTURE = {**SIZES, "image_size": 16, "patch_size": 8}
 SIDES = {
     f"{side}_{name}": n
@@ -61,6 +70,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
     "OLMoE": ("OlmoeForCausalLM", {**DECODER, "num_experts": 4, "num_experts_per_tok": 2}, "logits"),
     "Granite-MoE": ("GraniteMoeForCausalLM", {
         **DECODER, "num_local_experts": 4, "num_experts_per_tok": 2}, "logits"),
+    "DeepSeek-V2": ("DeepseekV2ForCausalLM", {**LATENT, **ROUTED}, "logits"),
     "ALBERT": ("AlbertForSequenceClassification", {**TEXT, "embedding_size": 16}, "logits"),
     "Mamba": ("MambaForCausalLM", {
         "hidden_size": 32, "num_hidden_layers": LAYERS, "state_size": 4, "vocab_size": 60, **SPECIAL}, "logits"),

@@ -124,12 +124,12 @@ def experts(m: Any, x: Tensor) -> Any:
     return m.head(y.mean((2, 3)))
 
 
-def mixture(m: Any, x: Tensor, *, late: bool = False) -> Any:
+def mixture(m: Any, x: Tensor, *, late: bool = False, ordered: bool = True) -> Any:
     """Of four experts two for every token, with a matrix for each of them; the softmax before the choice or after it."""
     n, t, _ = x.shape
     rows = m.fc(x).flatten(0, 1)
     logits = m.router(rows)
-    weights, chosen = (logits if late else logits.softmax(-1)).topk(2)
+    weights, chosen = (logits if late else logits.softmax(-1)).topk(2, sorted=ordered)
     weights = weights.softmax(-1) if late else weights
     ids = chosen.view(-1)
     y = torch.bmm(m.up[ids], rows.repeat_interleave(2, 0).unsqueeze(-1)).squeeze(-1).relu()
@@ -250,6 +250,7 @@ MODULES = {
     "norm of a weight": net(lambda m, x: m.head(F.linear(m.a(x), m.w) / m.w.norm(dim=1)), 8, x=(4,), a=nn.Linear(4, 5), w=P(3, 5), head=head(3)),
     "mixture of experts": net(mixture, 17, x=(3, 4), fc=nn.Linear(4, 5), router=nn.Linear(5, 4), up=P(4, 3, 5), down=P(4, 5, 3), head=nn.Linear(15, 2)),
     "mixture of experts, softmax of the chosen": net(lambda m, x: mixture(m, x, late=True), 17, x=(3, 4), fc=nn.Linear(4, 5), router=nn.Linear(5, 4), up=P(4, 3, 5), down=P(4, 5, 3), head=nn.Linear(15, 2)),
+    "mixture of experts, in any order": net(lambda m, x: mixture(m, x, ordered=False), 17, x=(3, 4), fc=nn.Linear(4, 5), router=nn.Linear(5, 4), up=P(4, 3, 5), down=P(4, 5, 3), head=nn.Linear(15, 2)),
     "rows of a table, chosen": net(looked_up, 8, x=(4,), fc=nn.Linear(4, 5), router=nn.Linear(5, 4), table=P(4, 3), head=nn.Linear(3, 2)),
     "shared out among experts": net(experts, 0, a=conv(2, 4), r=nn.Linear(2, 3), w=P(3, 4 * 4 * 9), head=nn.Linear(4, 2)),
 }  # fmt: skip

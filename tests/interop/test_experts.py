@@ -176,7 +176,9 @@ def test_as_many_experts_stay_as_a_router_chooses(network, tmp_path):
         huggingface.save_pretrained(tmp_path / "x", tfx.cut(params, plan), plan.spec, like=model, example_inputs=inputs)
 
 
-@pytest.mark.parametrize("name", ["mixture of experts", "mixture of experts, softmax of the chosen"])
+@pytest.mark.parametrize(
+    "name", ["mixture of experts", "mixture of experts, softmax of the chosen", "mixture of experts, in any order"]
+)
 def test_a_class_of_the_users_own_gets_fewer_experts_but_as_many_as_it_chooses(name):
     module, x, params, spec = captured(name)
     coupling = tfx.couple(params, spec)

@@ -81,8 +81,8 @@ def _routed(node: fx.Node) -> fx.Node:
     """The logits from which an operator takes the largest, after a softmax or before one."""
     scores = tensor_node(node.args[0])
     last = len(measured(scores)[0]) - 1
-    largest, ordered = argument(node, 3, "largest", True), argument(node, 4, "sorted", True)
-    if argument(node, 2, "dim", -1) not in (-1, last) or not largest or not ordered:
+    # Unsorted, as in DeepSeek-V2, is any order: that of the largest, too.
+    if argument(node, 2, "dim", -1) not in (-1, last) or not argument(node, 3, "largest", True):
         raise Unmapped
     logits = tensor_node(scores.args[0]) if _softmax(scores, last) else scores
     after = [user for value in node.users if value.args[1] == 0 for user in value.users]

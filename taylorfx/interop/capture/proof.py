@@ -20,6 +20,7 @@ from taylorfx.internals import pytree
 from taylorfx.interop.calls import bind, interface_of, stretched
 from taylorfx.interop.capture.programs import each_tensor, tensors
 from taylorfx.interop.capture.reader import CaptureError
+from taylorfx.interop.proof import close, rounding
 from taylorfx.layers import ShapeError
 from taylorfx.layers.roles import Experts
 from taylorfx.layers.sizes import Formula, axes_of, value
@@ -123,8 +124,8 @@ class _Trial(NamedTuple):
         except Exception:  # whatever the module's own code raises
             return None
         # The network may give out less, and in another order.
-        close = partial(_close, routed=any(node.layer.role(Experts) for node in spec))
-        return all(any(close(one, other) for one in expected) for other in received)
+        alike = partial(_close, routed=any(node.layer.role(Experts) for node in spec))
+        return all(any(alike(one, other) for one in expected) for other in received)
 
     def steady(self) -> bool:
         """The module gives the same at every seed."""
@@ -137,26 +138,10 @@ class _Trial(NamedTuple):
             return tensors(self.module(*args, **kwargs))
 
 
-_ROUNDED = 0.75
-"""Which share of the positions of a mixture of experts in half precision has to be equal up to rounding."""
-
-
 def _close(one: Tensor, other: Tensor, *, routed: bool = False) -> bool:
-    """Equal up to rounding, measured by the largest of the numbers.
-
-    Args:
-        routed: a router chooses experts. In half precision, rounding changes which ones, at some positions.
-    """
-    if one.shape != other.shape:
-        return False
-    if not one.is_floating_point():
-        return torch.equal(one, other)
-    scale = float(one.nan_to_num().abs().max()) if one.numel() else 0.0
-    share = max(1e-3, 4 * torch.finfo(one.dtype).eps)
-    if routed and one.dtype.itemsize < 4:
-        equal = torch.isclose(one, other, share, share * scale, equal_nan=True)
-        return float(equal.reshape(-1, *one.shape[-1:]).all(-1).float().mean()) >= _ROUNDED
-    return torch.allclose(one, other, share, share * scale, equal_nan=True)
+    """Equal up to rounding, measured by the largest of the numbers."""
+    scale = float(one.nan_to_num().abs().max()) if one.numel() and one.is_floating_point() else 0.0
+    return close(one, other, max(1e-3, rounding(one)), scale, routed=routed)
 
 
 def _other(spec: Spec, violating: Formula | None = None) -> Sizes:

@@ -27,7 +27,7 @@ from torch import nn
 
 from taylorfx.layers import Shape
 
-__all__ = ["Axis", "ConfigError", "Field", "Form", "library", "set_fields"]
+__all__ = ["Axis", "ConfigError", "Field", "Form", "check_model", "library", "set_fields"]
 
 Key = tuple[str | int, ...]
 """The place of a number in a config, which may contain other configs and lists."""
@@ -74,6 +74,25 @@ def library(name: str = "transformers") -> Any:
             "taylorfx.interop.huggingface needs the library transformers, which is not installed; "
             "pip install 'taylorfx[transformers]'."
         ) from error
+
+
+def check_model(model: object) -> None:
+    """Refuse what is no model of transformers, and so has no config.
+
+    Raises:
+        ConfigError: says what to do.
+    """
+    if isinstance(model, library().PreTrainedModel):
+        return
+    advice = "Use taylorfx.from_torch, and taylorfx.to_torch with like= or taylorfx.save."
+    if hasattr(model, "merge_and_unload"):
+        advice = (
+            "Merge the adapter first, model.merge_and_unload(), which gives one; or prune it together with its "
+            "adapter: taylorfx.from_torch, taylorfx.interop.holdable, and taylorfx.to_torch with like=."
+        )
+    raise ConfigError(
+        f"A model of transformers has a config, by which it is saved; received a {type(model).__name__}. {advice}"
+    )
 
 
 class Field(NamedTuple):

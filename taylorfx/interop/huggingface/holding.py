@@ -18,7 +18,7 @@ from taylorfx.interop.huggingface.making import Source
 from taylorfx.interop.trials import Rule, floors, held, trying
 from taylorfx.network.spec import Spec
 from taylorfx.selection.constraints import Constraints
-from taylorfx.tree import Params
+from taylorfx.tree import Params, map_paths
 
 __all__ = ["holdable"]
 
@@ -68,6 +68,8 @@ class _Trials:
 
     def __init__(self, source: Source, params: Params, spec: Spec, advance: Callable[[int], None]) -> None:
         self.source, self.params, self.advance = source, params, advance
+        self.blank = map_paths(lambda path, x: x.to("meta"), params)
+        """Shapes alone: most trials need no more."""
         self.coupling = couple(params, spec)
         self.floors = floors(self.coupling)
 
@@ -85,11 +87,10 @@ class _Trials:
             plan = Plan(
                 self.coupling, self._keep(rules, [share if only in (None, k) else 0.0 for k in range(len(rules))])
             )
-            small = cut(self.params, plan)
             if proven:
-                self.source.make(small, plan.spec, every_call=False)
+                self.source.make(cut(self.params, plan), plan.spec, every_call=False)
                 return True
-            shapes = {path: tuple(x.shape) for path, x in self.source.tensors(small).items()}
+            shapes = {path: tuple(x.shape) for path, x in self.source.tensors(cut(self.blank, plan)).items()}
             return next(iter(self.source.form.solutions(shapes)), None) is not None
         except (ConfigError, PlanError):
             return False

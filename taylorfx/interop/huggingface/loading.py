@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from taylorfx.interop.capture.export import from_torch
-from taylorfx.interop.huggingface.fields import ConfigError, library
+from taylorfx.interop.huggingface.fields import ConfigError, check_model, library
 from taylorfx.network.spec import Spec
 from taylorfx.tree import Params
 
@@ -47,6 +47,9 @@ def from_pretrained(
 ) -> Pretrained:
     """Load a model by the class that its config names, and capture it without a cache.
 
+    The parameters are those of the folder's safetensors, which the library maps into memory if no other dtype is asked
+    for: they are read when they are used, and nothing is copied.
+
     Args:
         source: a folder with ``config.json``, a name on the hub, or a model.
         example_inputs: a batch as a tokenizer or processor gives it. By default random tokens with a mask of which the
@@ -56,13 +59,15 @@ def from_pretrained(
         options: further arguments of the class's ``from_pretrained``.
 
     Raises:
-        ConfigError: for a config that names no class, a checkpoint that has not all of the parameters or has them in
-            other shapes, attention whose masks are no tensors, and inputs that cannot be invented.
+        ConfigError: for a config that names no class, a module that has none, a checkpoint that has not all of the
+            parameters or has them in other shapes, attention whose masks are no tensors, and inputs that cannot be
+            invented.
         FileNotFoundError: for a path where there is no folder.
         CaptureError: if the model cannot be captured.
     """
-    if isinstance(source, library().PreTrainedModel):
-        model = source if dtype is None else source.to(dtype)
+    if isinstance(source, nn.Module):
+        check_model(source)
+        model: Any = source if dtype is None else source.to(dtype)
     else:
         model = load(source, {**options, **({"dtype": dtype} if dtype else {})})
     _refuse_attention(model)

@@ -13,7 +13,7 @@ from taylorfx.interop.huggingface.fields import (
     Changes,
     ConfigError,
     Form,
-    library,
+    check_model,
     refusal,
     shapes_of,
 )
@@ -57,12 +57,7 @@ class Source:
         network: tuple[Params, Spec] | None = None,
         tokens: Tensor | None = None,
     ) -> None:
-        pretrained = library().PreTrainedModel
-        if not isinstance(model, pretrained):
-            raise ConfigError(
-                f"A model of transformers has a config, by which it is saved; received a {type(model).__name__}. Use "
-                "taylorfx.to_torch with like=, or taylorfx.save."
-            )
+        check_model(model)
         self.model, self.tokens = model, tokens
         self.form = Form(type(model), model.config if tokens is None else _renumbered(model.config, tokens))
         self.original = Original(model, params, spec, example_inputs, example_kwargs, network)
@@ -78,7 +73,8 @@ class Source:
         if foreign := self.original.foreign(leaves):
             raise ConfigError(foreign)
         new = {id(known[path]): leaf for path, leaf in leaves.items() if path in known}
-        return {path: new.get(id(known[path]), known[path]).detach() for path in self.usual}
+        detached = {id(x): new.get(id(x), x).detach() for x in known.values()}
+        return {path: detached[id(known[path])] for path in self.usual}
 
     def make(self, params: Params, spec: Spec, *, every_call: bool = True) -> Made:
         """The smaller model of the same class, by the first config that is right.
@@ -128,12 +124,22 @@ class Source:
         return small
 
     def _filled(self, changes: Changes, tensors: Mapping[str, Tensor]) -> Any:
-        """A model with this config and these tensors; names that share one are tied by the class itself."""
+        """A model with this config whose parameters are these tensors themselves; those of one tensor are tied.
+
+        What the class allocates for its own is never written, and so takes no memory.
+        """
         model: Any = self.form.build(changes, "cpu")
-        if len({*map(id, self.original.tensors.values())}) < len(self.original.tensors):
+        trained = {path for path, _ in model.named_parameters(remove_duplicate=False)}
+        parameters = {id(x): nn.Parameter(x, requires_grad=False) for path, x in tensors.items() if path in trained}
+        state = {path: parameters[id(x)] if id(x) in parameters else x.clone() for path, x in tensors.items()}
+        model.load_state_dict(state, assign=True)
+        if len(parameters) < len(trained):
             model.tie_weights()
-        model.to(next(iter(x.dtype for x in tensors.values() if x.is_floating_point())))
-        model.load_state_dict(tensors)
+        usual = dict(self.model.named_buffers())
+        for path, x in [*model.named_buffers()]:
+            if path not in tensors and path in usual:  # what the class computes, as rotary frequencies
+                home, _, name = path.rpartition(".")
+                setattr(model.get_submodule(home), name, x.to(usual[path]))
         generation = getattr(self.model, "generation_config", None)
         if generation is not None:
             known = copy.deepcopy(generation)

@@ -39,13 +39,14 @@ def save_pretrained(
     tokens: Tensor | None = None,
     **options: Any,
 ) -> Any:
-    """Write a pruned model as a folder that ``AutoModel.from_pretrained`` takes, and return the model.
+    """Write a pruned model as a folder that ``AutoModel.from_pretrained`` takes, and return the model loaded from it.
 
     The config gets the numbers with which the class has the shapes of the parameters. The model is made from it and
     proven equal to the spec: at the example, at other lengths and numbers of examples, with rows masked, and with a
     cache, as `taylorfx.to_torch` does. Then it is saved by its own ``save_pretrained``: the config, safetensors in
     shards with their index, the generation config; files of a tokenizer or processor are copied from the folder that
-    ``like`` was loaded from. All goes to a temporary folder beside ``path``, which is then renamed.
+    ``like`` was loaded from. All goes to a temporary folder beside ``path``, which is then renamed. The files
+    are written from the memory of ``params``: no tensor is copied.
 
     Args:
         path: the folder, which does not exist yet.
@@ -74,7 +75,7 @@ def save_pretrained(
         except SafetensorError as error:
             raise OSError(f"{target} could not be written: {error}") from error
         _copy_tokenizer(like, folder, tokens)
-    return made.model
+    return type(like).from_pretrained(target, variant=options.get("variant"))
 
 
 @contextmanager
