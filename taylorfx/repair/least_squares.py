@@ -65,13 +65,67 @@ class LeastSquares:
             intercept: otherwise ``b`` is zero, and the second moment of ``x`` stands for its variance.
         """
         x, y = (total / self.n if intercept else torch.zeros_like(total) for total in (self.x, self.y))
-        variance = self.xx / self.n - x[:, :, None] * x[:, None]
+        variance = self.xx / self.n
+        size = variance.diagonal(dim1=1, dim2=2).mean(1)
+        variance.baddbmm_(x[:, :, None], x[:, None], alpha=-1)  # in place, as it is large
         residual = self.xy / self.n - x[:, :, None] * y[:, None] - variance @ start
-        spread, size = (m.diagonal(dim1=1, dim2=2).mean(1) for m in (variance, self.xx / self.n))
+        spread = variance.diagonal(dim1=1, dim2=2).mean(1)
         least = (1e-12 * size).clamp(min=torch.finfo(size.dtype).tiny)  # or constant inputs are solved for by rounding
-        penalty = torch.maximum(ridge * spread, least)[:, None, None] * torch.eye(x.shape[1]).to(x)
-        weights = start + torch.linalg.solve(variance + penalty, residual)
+        variance.diagonal(dim1=1, dim2=2).add_(torch.maximum(ridge * spread, least)[:, None])
+        factor, failed = torch.linalg.cholesky_ex(variance)
+        step = torch.linalg.solve(variance, residual) if failed.any() else torch.cholesky_solve(residual, factor)
+        weights = start + step
         return weights, y - (x[:, None] @ weights)[:, 0]
+
+    def error(self, weights: Tensor, bias: Tensor) -> float:
+        """The mean of ``|y - x W - b|^2`` over these rows, less that of ``|y|^2``."""
+        products = (weights * (self.xx @ weights - 2 * self.xy)).sum()
+        shifts = (bias * (2 * (self.x[:, None] @ weights)[:, 0] - 2 * self.y + self.n * bias)).sum()
+        return float(products + shifts) / self.n
+
+
+@dataclass(frozen=True)
+class Halves:
+    """The sums of two halves of the rows, additive like each of them: one is solved for, the other one judges.
+
+    >>> x, y = torch.randn(8, 1, 2), torch.randn(8, 1, 3)
+    >>> halves = Halves.of(x, y) + Halves.of(x, y)
+    >>> halves.whole.n, halves.solved.n, halves.judging.n
+    (16, 8, 8)
+    """
+
+    solved: LeastSquares
+    judging: LeastSquares
+
+    @staticmethod
+    def of(x: Tensor, y: Tensor) -> Halves:
+        """The sums of one batch of rows, ``(rows, g, k)`` and ``(rows, g, o)``; examples are next to each other."""
+        half = len(x) // 2
+        return Halves(LeastSquares.of(x[:half], y[:half]), LeastSquares.of(x[half:], y[half:]))
+
+    def __add__(self, other: Halves) -> Halves:
+        return Halves(self.solved + other.solved, self.judging + other.judging)
+
+    @property
+    def n(self) -> int:
+        """The number of rows."""
+        return self.solved.n + self.judging.n
+
+    @property
+    def whole(self) -> LeastSquares:
+        """The sums of all rows."""
+        return self.solved + self.judging
+
+    def ridge(self, start: Tensor, *, intercept: bool) -> float:
+        """The ridge with which the solution of one half has the least error on the other half."""
+        if not (self.solved.n and self.judging.n):
+            return RIDGES[-1]
+        errors = {ridge: self.judging.error(*self.solved.solve(start, ridge, intercept=intercept)) for ridge in RIDGES}
+        return min(errors, key=errors.__getitem__)
+
+
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""Those among which `reconstruct` chooses."""
 
 
 def reconstruct(
@@ -79,7 +133,7 @@ def reconstruct(
     plan: Plan,
     batches: Batches,
     *,
-    ridge: float = 1e-2,
+    ridge: float | None = None,
     biases: bool = True,
     total: Total | None = None,
     progress: bool = False,
@@ -99,7 +153,10 @@ def reconstruct(
     Args:
         params: the original parameters.
         batches: ``(inputs, targets)``, or an iterable of such; the targets are not looked at.
-        ridge: how strongly weights are held where they were, in units of the mean variance of what is read; above 0.
+        ridge: how strongly weights are held where they were, in units of the mean variance of what is read; above 0. By
+            default chosen for every layer (of 0.001 to 10): half of the rows of each batch are solved for, and the
+            ridge with the least error on the others is taken. Few examples, or ones that say little of a layer, then
+            leave its weights about where they were.
         biases: let layers gain a bias. Without, a layer that has none, and no batch norm that takes up a shift, is
             solved for its weights alone: a class whose layers have no biases, as a Llama, then holds the result.
         total: adds up the sums of several processes that each have batches of their own (`distributed.total`).
@@ -112,7 +169,7 @@ def reconstruct(
         ValueError: for no batches or a ridge that is not above 0.
         ImportError: if a progress bar is asked for without rich.
     """
-    if not ridge > 0:
+    if ridge is not None and not ridge > 0:
         raise ValueError(
             f"A ridge is above 0, as dead inputs would leave their weights undetermined; received {ridge}."
         )
@@ -139,10 +196,11 @@ def _summed(
     spec: Spec,
     group: Sequence[tuple[Node, Mixing]],
     runs: Sequence[tuple[_Run, _Run]],
-) -> LeastSquares:
+) -> Halves:
     """The sums of all batches: what layers of the small network consume, what those of the original give out."""
     original = plan.coupling.spec
-    sums = LeastSquares.neutral(next(iter(flatten(small).values())).device)
+    nothing = LeastSquares.neutral(next(iter(flatten(small).values())).device)
+    sums = Halves(nothing, nothing)
     for before, after in runs:
         if len(group) > 1:  # later places consume what is not solved yet, which must not stay
             before, after = _Run(original, before.inputs), _Run(spec, after.inputs)
@@ -153,24 +211,26 @@ def _summed(
     return sums
 
 
-def _rows(plan: Plan, small: Node, node: Node, role: Mixing, x: Tensor, y: Tensor) -> LeastSquares:
+def _rows(plan: Plan, small: Node, node: Node, role: Mixing, x: Tensor, y: Tensor) -> Halves:
     """The sums of a batch: windows of what the small layer consumes, rows of what stays of the original's output."""
     smaller = small.layer.role(Mixing)
     assert smaller is not None
     writes, axis = kept_channels(plan, node, role)[1], role.axis
     y = y.movedim(axis, 0)[writes.to(y.device)].movedim(0, axis)
-    return LeastSquares.of(smaller.windows(x), smaller.rows(y))
+    return Halves.of(smaller.windows(x), smaller.rows(y))
 
 
 def _solved(
-    params: Params, spec: Spec, names: Sequence[str], sums: LeastSquares, ridge: float, intercept: bool
+    params: Params, spec: Spec, names: Sequence[str], sums: Halves, ridge: float | None, intercept: bool
 ) -> tuple[Params, Spec]:
     """The network with the weight and the bias that these nodes share as the regression has them."""
     node, leaves = spec[names[0]], flatten(params)
     role = node.layer.role(Mixing)
     assert role is not None
     path = node.path(role.weight)
-    matrix, bias = sums.solve(role.matrix(leaves[path].detach()).double(), ridge, intercept=intercept)
+    start = role.matrix(leaves[path].detach()).double()
+    chosen = sums.ridge(start, intercept=intercept) if ridge is None else ridge
+    matrix, bias = sums.whole.solve(start, chosen, intercept=intercept)
     past = leaves[node.path(role.bias)].detach() if role.has_bias else 0.0
     params = merge(params, {path: role.as_weight(matrix, leaves[path])})
     if not intercept:

@@ -16,7 +16,8 @@ from taylorfx import layers as L
 from taylorfx.layers.roles import Mixing, RunningStatistics
 from taylorfx.network.parameters import check
 from taylorfx.network.run import evaluate
-from taylorfx.repair import readers
+from taylorfx.repair import LeastSquares, readers
+from taylorfx.repair.least_squares import RIDGES, Halves
 from taylorfx.scoring.measure import derivatives
 from taylorfx.testing.laws import assert_trees_equal
 from taylorfx.testing.strategies import batch_for, network, networks, random_params, random_plan, token_specs
@@ -63,7 +64,7 @@ def values(params, spec, inputs):
 def repaired_alone(net, plan, small, spec):
     """Layers with weights of their own: their output before, and after on what is kept of the same input."""
     seen = values(net.params, net.spec, net.batch[0])
-    for ((node, role),) in (group for group in readers.sharing(net.spec, "weight") if len(group) == 1):
+    for ((node, role),) in (group for group in readers.sharing(plan, "weight") if len(group) == 1):
         axis = role.axis
         letters = net.coupling.letters[node.name]
         groups = plan.alive[letters["g"]] if "g" in letters else np.ones(1, bool)
@@ -217,7 +218,7 @@ def test_no_other_weights_reconstruct_a_layer_better(net, seed):
     check(small, spec)
     old, new = values(net.params, net.spec, net.batch[0]), values(small, spec, net.batch[0])
     generator = torch.Generator().manual_seed(seed)
-    for group in readers.sharing(net.spec, "weight"):
+    for group in readers.sharing(plan, "weight"):
         (original, role), node = group[0], spec[group[0][0].name]
         if len(group) > 1 or not role.has_bias:
             continue
@@ -275,6 +276,53 @@ def test_least_squares_are_those_of_torch_whatever_the_batches(seed, groups, inp
         held, bias = sums.solve(start, 1e12)
         assert_close(held, start, rtol=1e-6, atol=1e-8)
         assert_close(bias, (y - torch.einsum("rgk,gko->rgo", x, start)).mean(0), rtol=1e-6, atol=1e-6)
+
+
+@given(SEEDS, st.sampled_from([0.0, 0.1, 10.0]), st.integers(4, 300), st.booleans())
+def test_the_ridge_that_is_chosen_has_the_least_error_on_rows_that_were_not_solved_for(seed, noise, rows, intercept):
+    generator = torch.Generator().manual_seed(seed)
+    x, start, weights, error = (
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in ((2 * rows, 1, 6), (1, 6, 2), (1, 6, 2), (2 * rows, 1, 2))
+    )
+    y = torch.einsum("rgk,gko->rgo", x, weights if noise < 1 else start) + noise * error
+    halves = Halves.of(x[:rows], y[:rows]) + Halves.of(x[rows:], y[rows:])
+    half = rows // 2
+    seen = LeastSquares.of(*(torch.cat([part[:half], part[rows : rows + half]]) for part in (x, y)))
+    others = [torch.cat([part[half:rows], part[rows + half :]]) for part in (x, y)]
+
+    def judged(ridge):
+        matrix, bias = seen.solve(start, ridge, intercept=intercept)
+        left = others[1] - torch.einsum("rgk,gko->rgo", others[0], matrix) - bias
+        found = LeastSquares.of(*others).error(matrix, bias)
+        assert_close(found, float((left.square().sum() - others[1].square().sum()) / len(left)), rtol=1e-6, atol=1e-8)
+        return float(left.square().sum())
+
+    chosen = halves.ridge(start, intercept=intercept)
+    assert judged(chosen) <= min(map(judged, RIDGES)) * (1 + 1e-9)
+    assert_close(halves.whole.solve(start, 0.1), LeastSquares.of(x, y).solve(start, 0.1), **CLOSE)
+
+
+@pytest.mark.parametrize("examples", [16, 64])
+def test_the_chosen_ridge_is_about_the_best_on_new_examples(examples):
+    """Layers of 40 units that lose a fifth of them: with few examples no ridge that is set beforehand fits."""
+    generator = torch.Generator().manual_seed(0)
+    spec = tfx.serial(tfx.Input((30,)), L.Linear(30, 40), L.ReLU(), L.Linear(40, 40), L.ReLU(), L.Linear(40, 5))
+    errors = dict.fromkeys((None, *RIDGES), 0.0)
+    for _ in range(10):
+        params = tfx.init(spec, generator, dtype=torch.float64)
+        coupling = tfx.couple(params, spec)
+        plan = tfx.select(tfx.criteria.random(coupling, generator), coupling, budget=0.8, per_layer=True)
+        few, many = (torch.randn(n, 30, generator=generator, dtype=torch.float64) for n in (examples, 1000))
+        wanted = tfx.apply(params, spec, many)
+        cut = (tfx.apply(tfx.cut(params, plan), plan.spec, many) - wanted).square().mean()
+        for ridge in errors:
+            after = tfx.apply(*tfx.reconstruct(params, plan, (few, None), ridge=ridge), many)
+            errors[ridge] += float((after - wanted).square().mean() / cut) / 10
+    chosen, *others = errors.values()
+    assert chosen < 1.1 * min(others)
+    assert chosen < 0.7
+    assert max(others) > 1.3 * chosen
 
 
 LINEAR = [
