@@ -95,8 +95,7 @@ def prune(
         like: the module that was captured. Only what its own class can hold is cut, so that ``to_torch(params, spec,
             like=module)`` gives a smaller one of it: `taylorfx.interop.holdable` finds the constraints on the first
             examples, which join the others.
-        branches: residual branches may leave, too, as in `couple`. Not with ``like``: what a class can hold has all of
-            its branches.
+        branches: residual branches may leave, too, as in `couple`; not with ``like``.
         options: the attributes of `Constraints` and of `Measurement` as keywords, instead of the values.
 
     Budgets, constraints, the criterion, the choice and the repair are checked before anything is measured. The errors
@@ -112,21 +111,24 @@ def prune(
     if isinstance(batch, Iterator) and (steps != 1 or repair is not None or like is not None):
         batch = _Kept(batch)  # every step measures it
     step = _Step.of(batch, criterion, choose, how, per_cost, cautious=True, repair=repair, branches=branches)
-    if like is not None and branches:
-        raise SelectionError(
-            "What a class can hold has all of its branches; received like=... and branches=True. Leave one of them out."
-        )
+    _refuse_branches(like if branches else None)
     if like is None:
         return _pruned(params, spec, budgets, steps, respected, step)
     from taylorfx.interop import like as classes  # which import torch.export, slowly
     from taylorfx.interop import trials
 
-    original = trials.of_batch(like, params, spec, next(iter(each_batch(batch)))[0])
-    coupling = couple(params, spec)
+    original, coupling = trials.of_batch(like, params, spec, next(iter(each_batch(batch)))[0]), couple(params, spec)
     respected = respected.also(trials.constraints_of(original, params, coupling), coupling)
     small, smaller = _pruned(params, spec, budgets, steps, respected, step)
     classes.resized(original, small, smaller, ())
     return small, smaller
+
+
+def _refuse_branches(like: object) -> None:
+    if like is not None:
+        raise SelectionError(
+            "What a class can hold has all of its branches; received like=... and branches=True. Leave one of them out."
+        )
 
 
 def _pruned(
