@@ -424,7 +424,7 @@ def _together(coupling: Coupling, families: Sequence[Sequence[str]]) -> list[lis
 
 
 def _by_scope(coupling: Coupling, value: N | Mapping[str, N], what: str, default: N) -> list[N]:
-    """One number per scope: one for all channels, or from a mapping by globs, of which the first that matches counts."""
+    """One number per scope: one for all channels, or by globs, of which the first that matches counts."""
     by_glob: dict[str, N]
     if isinstance(value, Mapping):
         by_glob = dict(value)
