@@ -98,8 +98,7 @@ def prune(
         like: the module that was captured. Only what its own class can hold is cut, so that ``to_torch(params, spec,
             like=module)`` gives a smaller one of it: `taylorfx.interop.holdable` finds the constraints on the first
             examples, which join the others.
-        branches: residual branches may leave, too, as in `couple`. Not with ``like``: what a class can hold has all of
-            its branches.
+        branches: residual branches may leave, too, as in `couple`; not with ``like``.
         options: the attributes of `Constraints` and of `Measurement` as keywords, instead of the values.
 
     With ``total=taylorfx.distributed.total`` several processes, each with batches of its own, perhaps none, prune as

@@ -193,6 +193,11 @@ class Coupling:
         carried: Mask = inside & ~along[self.presence.holds(gone)].any(0)
         return carried
 
+    def absent(self, keep: Mask) -> set[int]:
+        """The scopes of which all units leave with branches, when these units are kept."""
+        carried = np.bincount(self.scope[self.carried(keep)], minlength=len(self.scopes))
+        return {*np.flatnonzero(carried == self.sizes).tolist()}
+
     def settled(self, keep: Mask) -> Mask:
         """The units that stay when these are kept: what is in a branch that leaves, leaves with it."""
         return keep & ~self.carried(keep)

@@ -151,7 +151,7 @@ def compensate(
             f"Means are of the network itself; received none of what {', '.join(sorted(missing))} read. "
             "Take them again: means(params, spec, batches, plan.coupling)."
         )
-    for group in sharing(plan, "bias"):
+    for group in sharing(plan.coupling.spec, "bias", plan.spec):
         count, shift = 0, torch.zeros(())
         for node, role in group:
             reads, writes = kept_channels(plan, node, role)

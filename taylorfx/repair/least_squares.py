@@ -177,7 +177,7 @@ def reconstruct(
     original, small, spec = plan.coupling.spec, cut(params, plan), plan.spec
     losers = lost(plan) | {branch.node for branch in plan.coupling.branches if not plan.keep[branch.unit]}
     runs = [(_Run(original, inputs), _Run(spec, inputs)) for inputs in batch_inputs]
-    shared = [([node.name for node, _ in group], group) for group in sharing(plan, "weight")]
+    shared = [([node.name for node, _ in group], group) for group in sharing(original, "weight", spec)]
     mended = [(names, x) for names, x in shared if _joint(spec, x) and losers & original.upstream(names)]
     with bar(progress, "reconstruct", len(mended)) as advance:
         for names, group in mended:

@@ -30,10 +30,16 @@ def staying(plan: Plan) -> Iterator[tuple[Node, Mixing]]:
     return ((node, role) for node, role in mixing(plan.coupling.spec) if node.name in plan.spec.by_name)
 
 
-def sharing(plan: Plan, leaf: str) -> list[list[tuple[Node, Mixing]]]:
-    """The nodes that mix and stay; those together that share their parameter ``leaf``: ``"weight"`` or ``"bias"``."""
+def sharing(spec: Spec, leaf: str, smaller: Spec | None = None) -> list[list[tuple[Node, Mixing]]]:
+    """The nodes that mix, in order; those together that share their parameter ``leaf``: ``"weight"`` or ``"bias"``.
+
+    Args:
+        smaller: only those that are in this network, too.
+    """
     groups: dict[str, list[tuple[Node, Mixing]]] = {}
-    for node, role in staying(plan):
+    for node, role in mixing(spec):
+        if smaller is not None and node.name not in smaller.by_name:
+            continue
         groups.setdefault(node.path(role.weight if leaf == "weight" else role.bias), []).append((node, role))
     return list(groups.values())
 

@@ -68,7 +68,7 @@ class Rules(NamedTuple):
 
     def among(self, coupling: Coupling, keep: Mask) -> Rules:
         """The same where these units are kept: a scope that left with a branch need not keep as many as others."""
-        absent = _all_of(coupling, coupling.carried(keep))
+        absent = coupling.absent(keep)
         if not absent:
             return self
         there = [[k for k in group if k not in absent] for group in self.groups]
@@ -106,9 +106,8 @@ class Constraints:
     residual stream, to which every block adds, is meant by its name. A glob that matches nothing in this way stands
     for all scopes that shrink a parameter of that name: ``"*norm.weight"`` for the stream.
 
-    A branch is a scope of one unit, which may leave: plain numbers are of channels, and ``protect``, or a floor of 1 by
-    a glob, keeps it. It stays if something in it is protected. What says how many units of a scope stay does not hold
-    for one that leaves with its branch.
+    A branch is a scope of one unit, which may leave: plain numbers are of channels. It stays if something in it is
+    protected. A scope that leaves with its branch keeps none.
 
     `prune`, `iterate`, `select` and `joint` take one as ``constraints=``, or its attributes as keywords.
 
@@ -199,7 +198,7 @@ class Constraints:
         """What a choice of units to keep, ``(units,)``, does not respect, in words; `select` breaks none."""
         rules, carried = self.on(coupling), coupling.carried(keep)
         gone = rules.protected & ~keep & (coupling.exact | ~carried)
-        absent, groups = _all_of(coupling, carried), rules.among(coupling, keep).groups
+        absent, groups = coupling.absent(keep), rules.among(coupling, keep).groups
         problems = [f"{coupling.names[unit]} has to stay" for unit in np.flatnonzero(gone).tolist()]
         kept = np.bincount(coupling.scope[keep], minlength=len(coupling.scopes)).tolist()
         for scope, (name, size, n, multiple) in enumerate(
@@ -304,12 +303,6 @@ class Constraints:
         )
 
 
-def _all_of(coupling: Coupling, units: Mask) -> set[int]:
-    """The scopes of which these are all units."""
-    counts = np.bincount(coupling.scope[units], minlength=len(coupling.scopes))
-    return {*np.flatnonzero(counts == coupling.sizes).tolist()}
-
-
 def _parts(coupling: Coupling, former: Labels, scope: int) -> tuple[tuple[int, ...], bool]:
     """The former scopes of a scope's units, and whether these are runs of equal length, in the order of the units."""
     units = np.flatnonzero(coupling.scope == scope)
@@ -365,10 +358,7 @@ def _together(coupling: Coupling, families: Sequence[Sequence[str]]) -> list[lis
 
 
 def _by_scope(coupling: Coupling, value: N | Mapping[str, N], what: str, default: N) -> list[N]:
-    """One number per scope, from a number for all or a mapping from globs, of which the first that matches counts.
-
-    A number for all is of the scopes of channels; by default a branch may leave.
-    """
+    """One number per scope: one for all channels, or by globs, of which the first that matches counts."""
     by_glob: dict[str, N]
     if isinstance(value, Mapping):
         by_glob = dict(value)

@@ -275,11 +275,11 @@ def networks(draw: st.DrawFn, kinds: st.SearchStrategy[Spec] | None = None) -> N
     return network(spec, draw(st.integers(0, 2**16)))
 
 
-def network(spec: Spec, seed: int = 0) -> Network:
-    """A spec with random parameters and a random batch, in float64, coupled."""
+def network(spec: Spec, seed: int = 0, *, branches: bool = False) -> Network:
+    """A spec with random parameters and a random batch, in float64, coupled, with its branches as units if asked."""
     generator = torch.Generator().manual_seed(seed)
     params = random_params(spec, generator)
-    return Network(spec, params, batch_for(spec, generator), couple(params, spec))
+    return Network(spec, params, batch_for(spec, generator), couple(params, spec, branches=branches))
 
 
 @st.composite

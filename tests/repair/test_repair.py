@@ -64,7 +64,7 @@ def values(params, spec, inputs):
 def repaired_alone(net, plan, small, spec):
     """Layers with weights of their own: their output before, and after on what is kept of the same input."""
     seen = values(net.params, net.spec, net.batch[0])
-    for ((node, role),) in (group for group in readers.sharing(plan, "weight") if len(group) == 1):
+    for ((node, role),) in (group for group in readers.sharing(net.spec, "weight") if len(group) == 1):
         axis = role.axis
         letters = net.coupling.letters[node.name]
         groups = plan.alive[letters["g"]] if "g" in letters else np.ones(1, bool)
@@ -218,7 +218,7 @@ def test_no_other_weights_reconstruct_a_layer_better(net, seed):
     check(small, spec)
     old, new = values(net.params, net.spec, net.batch[0]), values(small, spec, net.batch[0])
     generator = torch.Generator().manual_seed(seed)
-    for group in readers.sharing(plan, "weight"):
+    for group in readers.sharing(net.spec, "weight"):
         (original, role), node = group[0], spec[group[0][0].name]
         if len(group) > 1 or not role.has_bias:
             continue
