@@ -7,7 +7,7 @@ import hashlib
 import math
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -158,7 +158,7 @@ class Case:
         """By scores that are there, all at once."""
 
         def choose(shares: Sequence[float]) -> Plans:
-            rules = self.constraints if not per_layer else tfx.Constraints(**vars(self.constraints) | {"per_layer": 1})
+            rules = replace(self.constraints, per_layer=per_layer)
             return {
                 share: tfx.select(
                     scores, self.coupling, budget=tfx.Flops(share), constraints=rules, per_cost=per_cost
@@ -191,10 +191,13 @@ def contestants(case: Case) -> dict[str, Contestant]:
     """All of them by name, under the same constraints: what is left is a Llama again."""
     fisher, second = tfx.fisher(case.stats, case.coupling), tfx.criteria.second_order(case.stats, case.coupling)
     draw = torch.Generator().manual_seed(case.seed)
+    narrow = replace(case, constraints=case.constraints.also(tfx.Constraints(protect="stream"), case.coupling))
     return {
         "prune": case.pruned(),
         "prune, repaired at every step": case.pruned(repair=repair),
         "prune by fisher": case.pruned(criterion=tfx.fisher),
+        "prune, stream stays": narrow.pruned(),
+        "prune by fisher, stream stays": narrow.pruned(criterion=tfx.fisher),
         "fisher per FLOP": case.ranked(fisher, per_cost=True),
         "fisher": case.ranked(fisher),
         "second order per FLOP": case.ranked(second, per_cost=True),

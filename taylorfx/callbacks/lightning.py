@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from taylorfx.callbacks.steps import Steps
-from taylorfx.cutting.plan import Plan
+from taylorfx.callbacks.steps import Pruning, Steps
 from taylorfx.network.spec import Spec
 from taylorfx.repair.batches import Batches
 from taylorfx.selection.budget import Budgets
@@ -21,7 +20,7 @@ except ImportError as error:
 __all__ = ["PruneCallback"]
 
 
-class PruneCallback(Callback):
+class PruneCallback(Pruning, Callback):
     """Prunes a network within a ``LightningModule`` at the end of epochs; training goes on with what stays.
 
     ::
@@ -69,21 +68,6 @@ class PruneCallback(Callback):
         self._steps = Steps(
             params, spec, batches, budgets=budgets, every=every, constraints=constraints, options=options
         )
-
-    @property
-    def plans(self) -> tuple[Plan, ...]:
-        """The plans of all cuts until now, each for the network that the one before left."""
-        return tuple(self._steps.plans)
-
-    @property
-    def params(self) -> Params:
-        """The parameters as the last cut left them, before they were trained further."""
-        return self._steps.params
-
-    @property
-    def spec(self) -> Spec:
-        """The network as the last cut left it."""
-        return self._steps.spec
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what cannot be pruned, and find out what the network's class can hold."""

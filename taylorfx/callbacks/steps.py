@@ -22,7 +22,7 @@ from taylorfx.selection.constraints import Constraints
 from taylorfx.sentence import iterate
 from taylorfx.tree import Params, flatten
 
-__all__ = ["Steps"]
+__all__ = ["Pruning", "Steps"]
 
 
 class Steps:
@@ -137,3 +137,24 @@ class _Moved(Iterable[Batch]):
 
     def _moved(self, value: Any) -> Any:
         return optree.tree_map(lambda x: x.to(self.device) if isinstance(x, Tensor) else x, value)
+
+
+class Pruning:
+    """What a callback shows of its steps."""
+
+    _steps: Steps
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """The plans of all cuts until now, each for the network that the one before left."""
+        return tuple(self._steps.plans)
+
+    @property
+    def params(self) -> Params:
+        """The parameters as the last cut left them, before they were trained further."""
+        return self._steps.params
+
+    @property
+    def spec(self) -> Spec:
+        """The network as the last cut left it."""
+        return self._steps.spec

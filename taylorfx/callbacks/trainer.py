@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from taylorfx.callbacks.steps import Steps
-from taylorfx.cutting.plan import Plan
+from taylorfx.callbacks.steps import Pruning, Steps
 from taylorfx.network.spec import Spec
 from taylorfx.repair.batches import Batches
 from taylorfx.selection.budget import Budgets
@@ -21,7 +20,7 @@ except ImportError as error:
 __all__ = ["PruneCallback"]
 
 
-class PruneCallback(TrainerCallback):
+class PruneCallback(Pruning, TrainerCallback):
     """Prunes the model of a ``transformers.Trainer`` at the end of epochs; training goes on with what stays.
 
     ::
@@ -75,21 +74,6 @@ class PruneCallback(TrainerCallback):
         self._steps = Steps(
             params, spec, batches, budgets=budgets, every=every, constraints=constraints, options=options
         )
-
-    @property
-    def plans(self) -> tuple[Plan, ...]:
-        """The plans of all cuts until now."""
-        return tuple(self._steps.plans)
-
-    @property
-    def params(self) -> Params:
-        """The parameters as the last cut left them, before they were trained further."""
-        return self._steps.params
-
-    @property
-    def spec(self) -> Spec:
-        """The network as the last cut left it."""
-        return self._steps.spec
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
