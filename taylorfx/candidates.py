@@ -134,7 +134,7 @@ def best(
         print(found)
 
     Args:
-        batches: what is measured, and what repairs look at, as in `taylorfx.prune`.
+        batches: what is measured, and what repairs look at.
         budget: what may remain, of every candidate.
         held_out: ``(inputs, targets)``, or a list or a loader of such, that candidates are judged by and nothing is
             measured on. The loss is that of ``shared``, also where a candidate is chosen by another.
@@ -179,20 +179,7 @@ def best(
     ways = ours(repair, branches=bool(shared.get("branches"))) if candidates is None else candidates
     sentences = _sentences(ways, batches, budget, shared)
     how = Sentence.of(batches, budget=budget, **{k: v for k, v in shared.items() if k != "choose"}).step.measurement
-    task = _Task(params, spec, batches, held_out, repair, tune, how)
-    whole, winner = task.loss(params, spec), None
-    rows: list[Candidate] = []
-    for name, sentence in _once(sentences, params).items():
-        row, pruned = task.tried(name, sentence)
-        if pruned is not None and row.loss < min((one.loss for one in rows), default=math.inf):
-            winner = Best(name, pruned, (), whole)
-        rows.append(row)
-        LOG.info("best: %s: %s", name, row.problem or f"loss {row.loss:.4g}, {row.seconds:.1f} s")
-    if winner is None:
-        raise SelectionError(
-            "No candidate leaves a network: " + "; ".join(f"{one.name}: {one.problem}" for one in rows)
-        )
-    return winner._replace(candidates=tuple(rows))
+    return _Task(params, spec, batches, held_out, repair, tune, how).winner(sentences)
 
 
 def ours(repair: Repair | None = None, *, branches: bool = False) -> dict[str, dict[str, Any]]:
@@ -231,6 +218,21 @@ class _Task:
     repair: Repair | None
     tune: Tune | None
     measurement: Measurement
+
+    def winner(self, sentences: Mapping[str, Sentence]) -> Best:
+        """Try all of them; the best one so far is kept."""
+        whole, winner = self.loss(self.params, self.spec), None
+        rows: list[Candidate] = []
+        for name, sentence in _once(sentences, self.params).items():
+            row, pruned = self.tried(name, sentence)
+            if pruned is not None and row.loss < min((one.loss for one in rows), default=math.inf):
+                winner = Best(name, pruned, (), whole)
+            rows.append(row)
+            LOG.info("best: %s: %s", name, row.problem or f"loss {row.loss:.4g}, {row.seconds:.1f} s")
+        if winner is None:
+            problems = "; ".join(f"{one.name}: {one.problem}" for one in rows)
+            raise SelectionError(f"No candidate leaves a network: {problems}")
+        return winner._replace(candidates=tuple(rows))
 
     def tried(self, name: str, sentence: Sentence) -> tuple[Candidate, Pruned | None]:
         """Prune, repair, tune, and judge."""
