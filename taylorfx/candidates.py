@@ -177,8 +177,8 @@ def best(
     batches = Kept(batches) if isinstance(batches, Iterator) else batches
     _check(batches, held_out, repair, tune)
     ways = ours(repair, branches=bool(shared.get("branches"))) if candidates is None else candidates
+    how = _judge(batches, budget, shared)
     sentences = _sentences(ways, batches, budget, shared)
-    how = Sentence.of(batches, budget=budget, **{k: v for k, v in shared.items() if k != "choose"}).step.measurement
     return _Task(params, spec, batches, held_out, repair, tune, how).winner(sentences)
 
 
@@ -306,7 +306,7 @@ def _spent(sentence: Sentence, pruned: Pruned) -> float:
     first, last = pruned.plans[0].coupling, pruned.plans[-1]
     limits = [one.limit(one.cost(first)(np.ones(len(first), bool))) for one in sentence.budgets]
     costs = [one.cost(last.coupling)(last.keep) for one in sentence.budgets]
-    return max(cost / limit for cost, limit in zip(costs, limits, strict=True))
+    return max(cost / limit if limit else 1.0 for cost, limit in zip(costs, limits, strict=True))
 
 
 def _check(batches: Batches, held_out: Batches, repair: Repair | None, tune: Tune | None) -> None:
@@ -323,6 +323,12 @@ def _check(batches: Batches, held_out: Batches, repair: Repair | None, tune: Tun
         raise ValueError(
             f"What tunes is a function of (params, spec) that gives parameters; received {name_of(tune)}: {problem}."
         )
+
+
+def _judge(batches: Batches, budget: Budgets, shared: Mapping[str, Any]) -> Measurement:
+    """The measurement that the shared keywords say, whose loss is everyone's judge."""
+    alone = {name: value for name, value in shared.items() if name != "choose"}  # which may need candidates' criteria
+    return Sentence.of(batches, budget=budget, **alone).step.measurement
 
 
 def _sentences(
