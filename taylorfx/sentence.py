@@ -308,7 +308,7 @@ class Step(NamedTuple):
     per_cost: bool
     repair: Repair | None
     branches: bool
-    measuring: Callable[..., Statistics] = measure
+    measuring: Callable[..., Statistics]
 
     @staticmethod
     def of(
@@ -326,7 +326,7 @@ class Step(NamedTuple):
         check_choice(choose, scored=scoring is not None)
         check_repair(repair, batches)
         how = replace(measurement, generator=measurement.generator or torch.Generator().manual_seed(0))
-        return Step(batches, scoring, choose, how, per_cost, repair, branches)
+        return Step(batches, scoring, choose, how, per_cost, repair, branches, measure)
 
     def taken(
         self, params: Params, coupling: Coupling, budgets: tuple[Budget, ...], constraints: Constraints
