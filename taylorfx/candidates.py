@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -32,7 +31,7 @@ from taylorfx.repair import reconstruct
 from taylorfx.repair.batches import Batches, Repair
 from taylorfx.repair.calls import check_repair, mended
 from taylorfx.scoring.batches import Batch, Kept, each_batch
-from taylorfx.scoring.criteria import fisher, per_layer_mean, second_order, weight_l2
+from taylorfx.scoring.criteria import fisher, second_order, weight_l2
 from taylorfx.scoring.fingerprint import of_params
 from taylorfx.scoring.losses import Objective
 from taylorfx.scoring.measure import measure
@@ -194,16 +193,15 @@ def ours(repair: Repair | None = None, *, branches: bool = False) -> dict[str, d
     joint []
     fisher ['criterion']
     second order, at once ['criterion', 'steps']
-    magnitude, at once ['criterion', 'steps', 'branches']
+    magnitude, at once ['criterion', 'per_cost', 'steps', 'branches']
     """
-    magnitude = partial(weight_l2, normalizer=per_layer_mean)
     return {
         "joint": {},
         **({} if repair is None else {"joint, repaired on the way": {"repair": repair}}),
         **({"joint, all branches stay": {"branches": False}} if branches else {}),
         "fisher": {"criterion": fisher},
         "second order, at once": {"criterion": second_order, "steps": 1},
-        "magnitude, at once": {"criterion": magnitude, "steps": 1, "branches": False},
+        "magnitude, at once": {"criterion": weight_l2, "per_cost": False, "steps": 1, "branches": False},
     }
 
 

@@ -210,10 +210,13 @@ def test_training_gives_parameters():
 
 def test_batches_of_an_iterator_are_kept_for_all():
     found, expected = (
-        best(PARAMS, SPEC, batches, budget=BUDGET, held_out=OTHERS) for batches in (iter(BATCHES), BATCHES)
+        best(PARAMS, SPEC, batches, budget=BUDGET, held_out=OTHERS, branches=True)
+        for batches in (iter(BATCHES), BATCHES)
     )
     assert [one.loss for one in found.candidates] == [one.loss for one in expected.candidates]
-    assert [one.name for one in found.candidates] == [*ours(tfx.reconstruct)]
+    assert [one.name for one in found.candidates] == [*ours(tfx.reconstruct, branches=True)]
+    assert not any(one.problem for one in found.candidates)
+    assert len(ours(tfx.reconstruct, branches=True)) == len(ours()) + 2
 
 
 def test_a_class_holds_what_is_repaired():
