@@ -149,7 +149,7 @@ def best(
     What several candidates measure in the same way on the network that comes in is measured once; everything else is
     as `taylorfx.prune` does it, bit by bit. Each draws from a copy of ``generator``. A candidate whose budget or
     constraints cannot be met is listed with its problem. With ``total=`` processes decide as one, each with examples
-    of its own for ``batches`` and ``held_out``, perhaps none. At any time two candidates' parameters are held.
+    of its own for ``batches`` and ``held_out``, perhaps none. Of all that are left, the best so far is held.
 
     With ``like=`` what is repaired is compared with the class again; that of layers without biases is repaired by
     ``repair=functools.partial(tfx.reconstruct, biases=False)``.
