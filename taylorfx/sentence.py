@@ -13,20 +13,19 @@ import torch
 
 from taylorfx.coupling.couple import couple
 from taylorfx.coupling.units import Coupling
-from taylorfx.cutting.cut import cut
 from taylorfx.cutting.plan import Plan
 from taylorfx.cutting.pruned import Interrupted, Pruned
-from taylorfx.distributed import Total, agreed
-from taylorfx.functions import filled_in, name_of, unfit
-from taylorfx.network.parameters import check
+from taylorfx.distributed import agreed
 from taylorfx.network.spec import Spec
 from taylorfx.progress import LOG
 from taylorfx.repair.batches import Batches, Repair
-from taylorfx.scoring.batches import Batch, each_batch
+from taylorfx.repair.calls import check_repair, mended
+from taylorfx.scoring.batches import Kept, each_batch
 from taylorfx.scoring.criterion import Criterion, Score, as_criterion
 from taylorfx.scoring.fingerprint import fingerprint, of_layers, of_params, plain
 from taylorfx.scoring.measure import measure
 from taylorfx.scoring.measurement import Measurement, MeasurementOptions, names_of
+from taylorfx.scoring.statistics import Statistics
 from taylorfx.selection.budget import Budget, BudgetError, Budgets, Remove, SelectionError, Units, each_budget, fixed
 from taylorfx.selection.choice import Choose, check_choice, chosen
 from taylorfx.selection.constraints import ConstraintOptions, Constraints
@@ -115,52 +114,85 @@ def prune(
     Raises:
         Interrupted: at a ``KeyboardInterrupt`` after the first step, with what the last whole step left.
     """
-    budgets, (respected, how) = each_budget(budget), _values(constraints, measurement, options)
-    if steps is None and any(isinstance(one, Units) for one in budgets):
-        steps = 1
-    if isinstance(batch, Iterator) and (steps != 1 or repair is not None or like is not None):
-        batch = _Kept(batch)  # every step measures it
-    step = _Step.of(batch, criterion, choose, how, per_cost, cautious=True, repair=repair, branches=branches)
-    if like is None:
-        return _pruned(params, spec, budgets, steps, respected, step)
-    return _pruned_like(like, params, spec, budgets, steps, respected, step)
+    said = Sentence.of(
+        batch, budget=budget, criterion=criterion, choose=choose, constraints=constraints, measurement=measurement,
+        per_cost=per_cost, steps=steps, repair=repair, like=like, branches=branches, **options,
+    )  # fmt: skip
+    return said(params, spec)
 
 
-def _pruned_like(
-    like: UserModule, params: Params, spec: Spec, budgets: tuple[Budget, ...], steps: int | None,
-    constraints: Constraints, step: _Step,
-) -> Pruned:  # fmt: skip
-    """All steps of `prune`, of what the module's class can hold."""
-    if step.branches:
-        raise SelectionError(
-            "What a class can hold has all of its branches; received like=... and branches=True. Leave one of them out."
-        )
-    from taylorfx.interop import like as classes  # which imports torch.export, slowly
+class Sentence(NamedTuple):
+    """`prune` of a network that is still open: its other arguments, checked as far as they can be without one."""
 
-    how = step.measurement
-    holding = partial(_held, like, params, spec, step.batches, constraints, progress=how.progress)
-    original, respected = agreed(how.total, holding, lambda held: plain(held[1]))
-    pruned = _pruned(params, spec, budgets, steps, respected, step)
+    budgets: tuple[Budget, ...]
+    steps: int | None
+    constraints: Constraints
+    like: UserModule | None
+    step: Step
+
+    @staticmethod
+    def of(
+        batch: Batches, *, budget: Budgets, criterion: Score | None = None, choose: Choose | None = None,
+        constraints: Constraints | None = None, measurement: Measurement | None = None, per_cost: bool = True,
+        steps: int | None = None, repair: Repair | None = None, like: UserModule | None = None, branches: bool = False,
+        **options: object,
+    ) -> Sentence:  # fmt: skip
+        """By the arguments of `prune`, which says what is refused."""
+        budgets, (respected, how) = each_budget(budget), _values(constraints, measurement, options)
+        if steps is None and any(isinstance(one, Units) for one in budgets):
+            steps = 1
+        if isinstance(batch, Iterator) and (steps != 1 or repair is not None or like is not None):
+            batch = Kept(batch)  # every step measures it
+        if like is not None and branches:
+            raise SelectionError(
+                "What a class can hold has all of its branches; received like=... and branches=True. Leave one of them "
+                "out."
+            )
+        step = Step.of(batch, criterion, choose, how, per_cost, cautious=True, repair=repair, branches=branches)
+        return Sentence(budgets, steps, respected, like, step)
+
+    def __call__(self, params: Params, spec: Spec) -> Pruned:
+        """Prune this network."""
+        if self.like is None:
+            return _pruned(params, spec, self.budgets, self.steps, self.constraints, self.step)
+        holding = partial(self._held, self.like, params, spec)
+        original, respected = agreed(self.step.measurement.total, holding, lambda held: plain(held[1]))
+        pruned = _pruned(params, spec, self.budgets, self.steps, respected, self.step)
+        _prove(original, pruned)
+        return pruned
+
+    def check(self, params: Params, spec: Spec, pruned: Pruned) -> None:
+        """Refuse what was changed after all steps, if the class of the module cannot hold it."""
+        if self.like is not None:
+            _prove(self._original(self.like, params, spec), pruned)
+
+    def _held(self, like: UserModule, params: Params, spec: Spec) -> tuple[Original, Constraints]:
+        """The module that was captured, and the constraints with those that its class needs besides."""
+        from taylorfx.interop import trials
+
+        original, coupling = self._original(like, params, spec), couple(params, spec)
+        held = trials.constraints_of(original, params, coupling, progress=self.step.measurement.progress)
+        return original, self.constraints.also(held, coupling)
+
+    def _original(self, like: UserModule, params: Params, spec: Spec) -> Original:
+        """The module that was captured, compared with others on the first examples."""
+        from taylorfx.interop import trials  # which imports torch.export, slowly
+
+        first = next(each_batch(self.step.batches), None)
+        if first is None:
+            raise ValueError("The class is tried on the first examples; received no batch. Give every process some.")
+        return trials.of_batch(like, params, spec, first[0])
+
+
+def _prove(original: Original, pruned: Pruned) -> None:
+    """Refuse what the class of the module cannot hold."""
+    from taylorfx.interop import like as classes
+
     classes.resized(original, pruned.params, pruned.spec, ())
-    return pruned
-
-
-def _held(
-    like: UserModule, params: Params, spec: Spec, batches: Batches, constraints: Constraints, *, progress: bool
-) -> tuple[Original, Constraints]:
-    """The module that was captured, and the constraints with those that its class needs besides."""
-    from taylorfx.interop import trials
-
-    first = next(each_batch(batches), None)
-    if first is None:
-        raise ValueError("The class is tried on the first examples; received no batch. Give every process some.")
-    original, coupling = trials.of_batch(like, params, spec, first[0]), couple(params, spec)
-    held = trials.constraints_of(original, params, coupling, progress=progress)
-    return original, constraints.also(held, coupling)
 
 
 def _pruned(
-    params: Params, spec: Spec, budgets: tuple[Budget, ...], steps: int | None, constraints: Constraints, step: _Step
+    params: Params, spec: Spec, budgets: tuple[Budget, ...], steps: int | None, constraints: Constraints, step: Step
 ) -> Pruned:
     """All steps of `prune`."""
     left = Pruned(params, spec, ())
@@ -197,18 +229,6 @@ def _values(
             "Write the sentence out: measure, select, cut."
         )
     return respected, how
-
-
-class _Kept(Iterable[Batch]):
-    """The batches of an iterator, taken when they are first asked for and kept for the next time."""
-
-    def __init__(self, batches: Iterator[Batch]) -> None:
-        self.batches = batches
-        self.kept: list[Batch] | None = None
-
-    def __iter__(self) -> Iterator[Batch]:
-        self.kept = [*self.batches] if self.kept is None else self.kept
-        return iter(self.kept)
 
 
 def _ways(
@@ -273,11 +293,11 @@ def iterate(
     layer gains from a repair is not in the plan of that step, and the momentum lacks it; plans compose all the same.
     """
     respected, how = _values(constraints, measurement, options)
-    step = _Step.of(batches, criterion, choose, how, per_cost, cautious=cautious, repair=repair, branches=branches)
+    step = Step.of(batches, criterion, choose, how, per_cost, cautious=cautious, repair=repair, branches=branches)
     return _iterated(params, spec, lambda *_: budgets, respected, step)
 
 
-class _Step(NamedTuple):
+class Step(NamedTuple):
     """What every step does, whatever its network and its budget are."""
 
     batches: Batches
@@ -287,12 +307,13 @@ class _Step(NamedTuple):
     per_cost: bool
     repair: Repair | None
     branches: bool
+    measuring: Callable[..., Statistics]
 
     @staticmethod
     def of(
         batches: Batches, criterion: Score | None, choose: Choose | None, measurement: Measurement, per_cost: bool,
         *, cautious: bool, repair: Repair | None, branches: bool,
-    ) -> _Step:  # fmt: skip
+    ) -> Step:  # fmt: skip
         """A step by what `iterate` takes.
 
         Raises:
@@ -302,9 +323,9 @@ class _Step(NamedTuple):
         if choose is None:
             choose = partial(joint, cautious=cautious) if scoring is None else select
         check_choice(choose, scored=scoring is not None)
-        _check_repair(repair, batches)
+        check_repair(repair, batches)
         how = replace(measurement, generator=measurement.generator or torch.Generator().manual_seed(0))
-        return _Step(batches, scoring, choose, how, per_cost, repair, branches)
+        return Step(batches, scoring, choose, how, per_cost, repair, branches, measure)
 
     def taken(
         self, params: Params, coupling: Coupling, budgets: tuple[Budget, ...], constraints: Constraints
@@ -314,20 +335,30 @@ class _Step(NamedTuple):
 
         def taken() -> tuple[Plan, Params, Spec]:
             plan = self.plan(params, coupling, budgets, constraints)
-            return plan, *_mended(self.repair, self.batches, params, plan, total)
+            return plan, *mended(self.repair, self.batches, params, plan, total)
 
         return agreed(total, taken, lambda done: f"plan {done[0].digest}, {of_params(done[1])}, {of_layers(done[2])}")
 
     def plan(self, params: Params, coupling: Coupling, budgets: tuple[Budget, ...], constraints: Constraints) -> Plan:
         """Measure and choose."""
         foresee(coupling, budget=budgets, constraints=constraints, per_cost=self.per_cost)
-        choice = partial(chosen, budgets=budgets, constraints=constraints, per_cost=self.per_cost)
+        worth = self.worth(params, coupling)
+        return chosen(self.choose, worth, coupling, budgets=budgets, constraints=constraints, per_cost=self.per_cost)
+
+    def worth(self, params: Params, coupling: Coupling) -> Statistics | torch.Tensor:
+        """What is chosen by: the criterion's scores; the statistics where there is none."""
+        if self.needs is None:
+            assert self.criterion is not None
+            return _telling(self.criterion.on(params, coupling.spec, self.batches, coupling, self.measurement))
+        stats = self.measuring(params, coupling.spec, self.batches, coupling, measurement=self.needs)
+        return stats if self.criterion is None else _telling(self.criterion(stats, coupling))
+
+    @property
+    def needs(self) -> Measurement | None:
+        """How statistics are measured; none are, where the criterion is of something else."""
         if self.criterion is None:
-            how = replace(self.measurement, rows=True)
-            stats = measure(params, coupling.spec, self.batches, coupling, measurement=how)
-            return choice(self.choose, stats, coupling)
-        scores = self.criterion.on(params, coupling.spec, self.batches, coupling, self.measurement)
-        return choice(self.choose, _telling(scores), coupling)
+            return replace(self.measurement, rows=True)
+        return self.criterion.measured(self.measurement) if self.criterion.of == "statistics" else None
 
 
 def _iterated(
@@ -335,7 +366,7 @@ def _iterated(
     spec: Spec,
     ways: Callable[[Coupling, Constraints, bool], Iterable[Budgets]],
     constraints: Constraints,
-    step: _Step,
+    step: Step,
 ) -> Generator[tuple[Params, Spec, Plan], Params | None, None]:
     """`iterate`, whose budgets may depend on the network: the first step's coupling is theirs, too."""
     whole = agreed(
@@ -351,7 +382,7 @@ def _each(
     budgets: Iterable[Budgets],
     whole: Coupling,
     constraints: tuple[Constraints, Constraints],
-    step: _Step,
+    step: Step,
 ) -> Generator[tuple[Params, Spec, Plan], Params | None, None]:
     """The steps: the first with the constraints as they are, all others with those that last."""
     respected, lasting = constraints
@@ -367,40 +398,6 @@ def _each(
         if trained is not None:
             params = trained
             yield params, spec, plan  # what `send` returns, so that a `for` loop does not miss the next step
-
-
-def _check_repair(repair: Repair | None, batches: Batches) -> None:
-    """Refuse what is no repair, before anything is measured."""
-    if repair is None:
-        return
-    problem = unfit(repair, None, None, None) if callable(repair) else "it is not called"
-    if problem:
-        raise ValueError(
-            "A repair is a function of (params, plan, batches) that gives (params, spec): reconstruct, compensate, "
-            f"recalibrate; received {name_of(repair)}: {problem}."
-        )
-    if isinstance(batches, Iterator):
-        raise ValueError(
-            "A repair looks at the batches that were measured; received an iterator, which measuring uses up. Give a "
-            "list or a loader."
-        )
-
-
-def _mended(
-    repair: Repair | None, batches: Batches, params: Params, plan: Plan, total: Total | None
-) -> tuple[Params, Spec]:
-    """What is cut, and repaired; by sums over the processes, if the repair takes what adds them up."""
-    if repair is None:
-        return cut(params, plan), plan.spec
-    call: Callable[..., object] = repair
-    if total is not None and "total" not in filled_in(repair) and not unfit(repair, None, None, None, total=total):
-        call = partial(call, total=total)
-    repaired = call(params, plan, batches)
-    if not isinstance(repaired, tuple) or len(repaired) != 2 or not isinstance(repaired[1], Spec):
-        kind = type(repaired).__name__
-        raise ValueError(f"A repair gives (params, spec) of the smaller network; {name_of(repair)} gave a {kind}.")
-    check(*repaired)
-    return repaired
 
 
 def _telling(scores: torch.Tensor) -> torch.Tensor:

@@ -27,6 +27,7 @@ from torch.testing import assert_close
 
 import taylorfx as tfx
 from taylorfx import layers as L
+from taylorfx.candidates import best
 from taylorfx.distributed import Same, agreed, alone, total
 from taylorfx.testing.laws import assert_trees_equal
 from taylorfx.testing.strategies import Network, network, random_plan
@@ -50,12 +51,15 @@ def computed(batches: list[Any], total: Any) -> dict[str, Any]:
     net, plan, _ = setting()
     params, spec, coupling = net.params, net.spec, net.coupling
     pruned = functools.partial(tfx.prune, params, spec, budget=tfx.Flops(0.5), steps=2, total=total)
+    compared = functools.partial(best, params, spec, budget=tfx.Flops(0.5), held_out=[*batches], total=total)
+    ways: dict[str, Any] = {"joint": {"steps": 2}, "fisher": {"criterion": tfx.fisher, "steps": 1}}
     return {
         "stats": tfx.measure(params, spec, batches, coupling, rows=True, moments=True, total=total),
         "means": (total or alone)(lambda: tfx.repair.means(params, spec, batches, coupling)),
         **{repair.__name__: repair(params, plan, batches, total=total) for repair in REPAIRS},
         "statistics of norms": (tfx.recalibrate(params, spec, batches, total=total), spec),
         "pruned": pruned(batches),
+        "the best of two": compared(batches, candidates=ways, tune=lambda params, _: params).pruned,
         "pruned by second order": pruned(batches, criterion=tfx.criteria.second_order),
         **{f"pruned and {repair.__name__}": pruned(batches, repair=repair) for repair in REPAIRS},
     }

@@ -31,7 +31,7 @@ STAGES = (
     {"selection", "repair", "truth", "store"},
     {"interop"},
     {"report", "sentence", "testing"},
-    {"callbacks"},
+    {"callbacks", "candidates"},
     {"cli"},
     {"__main__"},
 )

@@ -13,7 +13,19 @@ from torch import Tensor
 from taylorfx.network.run import Inputs, bind_inputs
 from taylorfx.network.spec import Spec
 
-__all__ = ["Batch", "Batches", "Parted", "Split", "Targets", "by_example", "each_batch", "one_by_one", "size", "sliced"]
+__all__ = [
+    "Batch",
+    "Batches",
+    "Kept",
+    "Parted",
+    "Split",
+    "Targets",
+    "by_example",
+    "each_batch",
+    "one_by_one",
+    "size",
+    "sliced",
+]
 
 
 Targets = Any
@@ -129,3 +141,15 @@ def each_batch(batches: Batches) -> Iterator[Batch]:
             kind = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__
             raise ValueError(f"A batch is a pair (inputs, targets), several come in a list; batch {k} is a {kind}.")
         yield batch[0], batch[1]
+
+
+class Kept(Iterable[Batch]):
+    """The batches of an iterator, taken when they are first asked for and kept for the next time."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self.batches = batches
+        self.kept: list[Batch] | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.kept = [*self.batches] if self.kept is None else self.kept
+        return iter(self.kept)
