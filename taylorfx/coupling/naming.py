@@ -123,7 +123,7 @@ def _name(facts: Facts, scope: int, shapes: Mapping[str, tuple[int, ...]], sever
     role = facts.roles.get(scope)
     if scope in facts.streams:
         return _common(writers) if several else "", f"{STREAM}, {role}" if role in GROUPED_ROLES else STREAM
-    if scope in facts.states:
+    if scope in facts.states and role in (None, VALUES):
         return facts.states[scope], HIDDEN
     block = _common(map(_module, paths))
     if role:
