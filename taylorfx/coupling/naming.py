@@ -123,7 +123,7 @@ def _name(facts: Facts, scope: int, shapes: Mapping[str, tuple[int, ...]], sever
     role = facts.roles.get(scope)
     if scope in facts.streams:
         return _common(writers) if several else "", f"{STREAM}, {role}" if role in GROUPED_ROLES else STREAM
-    if scope in facts.states and role in (None, VALUES):
+    if scope in facts.states and role is None:
         return facts.states[scope], HIDDEN
     block = _common(map(_module, paths))
     if role:
@@ -204,7 +204,7 @@ def facts_of(labeling: Labeling, axes: Axes, of_class: Labels) -> Facts:
             facts.write(along(site.labels), _place(spec[site.node]), spec[site.node])
     varies = {name for name, bound in labeling.bounds.items() if any(map(is_example, bound.output))}
     for node in spec.nodes:
-        if node.layer.multiplies and node.name in varies:
+        if node.layer.multiplies and node.name in varies and not node.layer.recurrent:
             _product(labeling, node, varies, along, facts)
         for letter in node.layer.recurrent:
             for scope in along(labeling.bounds[node.name].letters[letter]):

@@ -1,4 +1,4 @@
-"""Hidden units of recurrent layers, beside torch's own layers whose weights are masked, cut or differentiated by hand."""
+"""Hidden units of recurrent layers, beside torch's own layers whose weights are masked, indexed or moved by hand."""
 
 import copy
 
@@ -112,7 +112,7 @@ def test_a_hidden_unit_is_scored_gated_and_cut_as_the_module_without_it(name):
 
 @pytest.mark.parametrize("name", ["LSTM, deep, both ways", "LSTM that gives out its state", "GRU from a given state"])
 def test_the_class_of_the_module_holds_fewer_hidden_units(name):
-    module, x, _, params, spec, coupling = example(name)
+    module, x, _, params, _, coupling = example(name)
     plan = tfx.Plan(coupling, np.arange(SIZE) != 1)
     small = tfx.cut(params, plan)
     like = tfx.to_torch(small, plan.spec, like=module).eval()
