@@ -81,6 +81,12 @@ class Layer:
 
     def __init_subclass__(cls, **options: object) -> None:
         super().__init_subclass__(**options)
+        overridden = [name for name in ("apply", "train") if name in vars(cls)]
+        if cls.recurrent and overridden and "recur" not in vars(cls):
+            raise TypeError(
+                "A recurrent layer computes the same by `recur`, which gates and scores call; "
+                f"{cls.__name__} overrides {' and '.join(overridden)} alone. Override recur as well."
+            )
         LAYERS[kind(cls)] = cls
 
     def signature(self, *shapes: Shape) -> str | None:

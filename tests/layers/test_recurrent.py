@@ -136,3 +136,22 @@ def test_activations_of_a_hidden_unit_are_those_of_all_steps():
     stats = tfx.measure(params, spec, (x, targets), coupling, moments=True)
     assert_close(stats.moments.sum.double(), states.sum((0, 1)) + states[:, :-1].sum((0, 1)), rtol=1e-6, atol=1e-6)
     assert_close(stats.moments.count.double(), torch.full((SIZE,), 2.0 * 3 * STEPS).double())
+
+
+def test_a_layer_that_computes_something_else_says_so_step_by_step_too():
+    with pytest.raises(TypeError, match="Louder overrides apply alone"):
+
+        class Louder(L.LSTM):
+            def apply(self, params, *inputs):
+                return 2 * super().apply(params, *inputs)
+
+
+@pytest.mark.filterwarnings("ignore:Reader draws random numbers")  # torch tags the operator so: it might drop out
+def test_a_layer_with_projections_is_frozen():
+    torch.manual_seed(0)
+    module = Reader(nn.LSTM(3, SIZE, batch_first=True, proj_size=2), "sequence")
+    module.head = nn.Linear(2 * STEPS, 3)
+    module, x = module.double().eval(), torch.randn(3, STEPS, 3, dtype=torch.float64)
+    params, spec = tfx.from_torch(module, x)
+    assert_close(tfx.apply(params, spec, x), module(x), **CLOSE)
+    assert not len(tfx.couple(params, spec))
