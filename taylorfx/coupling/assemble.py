@@ -11,7 +11,7 @@ from taylorfx.coupling.choose import Units
 from taylorfx.coupling.labeling import Labeling
 from taylorfx.coupling.scopes import Scopes
 from taylorfx.coupling.units import Coupling, Place
-from taylorfx.network.labels import Labels, Site, length
+from taylorfx.network.labels import STATE, Labels, Site, length
 
 __all__ = ["assemble"]
 
@@ -65,5 +65,5 @@ def _places(sites: Iterable[Site], labeling: Labeling, axes: Axes, rows: Mapping
         units = rows.get(axes.numbers[id(site.labels)])
         if units is not None:
             bound = labeling.bounds[site.node]
-            shape = bound.inputs[site.slot] if site.slot >= 0 else bound.shape
+            shape = bound.state if site.slot == STATE else bound.inputs[site.slot] if site.slot >= 0 else bound.shape
             yield Place(site.node, site.slot, site.axis, shape, units, site.example)

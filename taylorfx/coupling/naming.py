@@ -8,7 +8,7 @@ names of scopes follow from the module's own names and from what its layers do a
     layers.3.self_attn: query/key dims  an axis along which two activations are contracted
     layers.3.self_attn: value dims      an axis of one of the factors, and of the product
     layers.3.self_attn: head dims       both: one layer writes queries, keys and values
-    layers.3.mlp: hidden                all matrices of the module shrink with it
+    layers.3.mlp: hidden                all matrices of the module shrink with it; also a recurrent layer's state
     layers.3.mlp: experts               linear maps of which a router chooses some at every position
     layer1.0: groups                    the groups of a convolution; also the channels into and out of each group
     layer1.0.conv1                      what one layer alone writes
@@ -70,6 +70,7 @@ class Facts:
         roles: its role in products of activations and in groups, and the nodes where it has the role.
         streams: those that are sums of what several layers write, one after the other.
         stacked: the parameters that have a matrix for every expert.
+        states: the path of the first recurrent layer whose state it is.
     """
 
     paths: dict[int, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))
@@ -78,6 +79,7 @@ class Facts:
     roles: dict[int, str] = field(default_factory=dict)
     streams: set[int] = field(default_factory=set)
     stacked: set[str] = field(default_factory=set)
+    states: dict[int, str] = field(default_factory=dict)
 
     def write(self, scopes: Iterable[int], path: str, node: Node, *weights: Node) -> None:
         """A node writes these scopes, perhaps with weights that other nodes compute."""
@@ -121,6 +123,8 @@ def _name(facts: Facts, scope: int, shapes: Mapping[str, tuple[int, ...]], sever
     role = facts.roles.get(scope)
     if scope in facts.streams:
         return _common(writers) if several else "", f"{STREAM}, {role}" if role in GROUPED_ROLES else STREAM
+    if scope in facts.states and role is None:
+        return facts.states[scope], HIDDEN
     block = _common(map(_module, paths))
     if role:
         return block, role
@@ -200,8 +204,11 @@ def facts_of(labeling: Labeling, axes: Axes, of_class: Labels) -> Facts:
             facts.write(along(site.labels), _place(spec[site.node]), spec[site.node])
     varies = {name for name, bound in labeling.bounds.items() if any(map(is_example, bound.output))}
     for node in spec.nodes:
-        if node.layer.multiplies and node.name in varies:
+        if node.layer.multiplies and node.name in varies and not node.layer.recurrent:
             _product(labeling, node, varies, along, facts)
+        for letter in node.layer.recurrent:
+            for scope in along(labeling.bounds[node.name].letters[letter]):
+                facts.states.setdefault(scope, _place(node))
         if experts := node.layer.role(Experts):
             facts.play(along(labeling.bounds[node.name].letters[experts.letter]), EXPERTS)
             facts.stacked.update(node.paths.values())

@@ -30,7 +30,7 @@ class Place:
 
     Attributes:
         node: the name of the node that reads or writes.
-        slot: the number of the node's input; -1 for its output.
+        slot: the number of the node's input; -1 for its output; -2 for the state that a recurrent layer reads.
         axis: the axis of that tensor.
         shape: the tensor's shape for one example.
         units: ``(factors, size)``, the units that gate each index of the axis, -1 for none; ``(1, 1)`` where one gates

@@ -30,7 +30,8 @@ def of_weights(spec: Spec, bounds: Mapping[str, Bound], units: Callable[[Labeled
         The units of each such read, by the identity of its `Site`.
     """
     varies = {name: any(map(is_example, bound.output)) for name, bound in bounds.items()}
-    sites = [(site, spec.by_name[site.node].inputs[site.slot]) for bound in bounds.values() for site in bound.reads]
+    reads = (site for bound in bounds.values() for site in bound.reads if site.slot >= 0)
+    sites = [(site, spec.by_name[site.node].inputs[site.slot]) for site in reads]
     sites = [(site, source) for site, source in sites if not varies[source]]
     if not sites:
         return {}
@@ -38,8 +39,8 @@ def of_weights(spec: Spec, bounds: Mapping[str, Bound], units: Callable[[Labeled
     along: dict[str, set[int]] = {}
     for name in set[str]().union(*applied.values()):
         along[name] = set[int]().union(*(units(axis) for axis in bounds[name].letters.values()))
-    reads = [(id(site), units(site.labels), applied[source]) for site, source in sites]
-    return {site: read for site, read, names in reads if read and any(read <= along[name] for name in names)}
+    along_units = [(id(site), units(site.labels), applied[source]) for site, source in sites]
+    return {site: read for site, read, names in along_units if read and any(read <= along[name] for name in names)}
 
 
 def _applied(spec: Spec, varies: Mapping[str, bool]) -> dict[str, set[str]]:

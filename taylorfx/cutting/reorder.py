@@ -28,7 +28,7 @@ from taylorfx.coupling.units import Coupling, Place
 from taylorfx.cutting.cut import fits
 from taylorfx.functions import name_of
 from taylorfx.layers import axes as language
-from taylorfx.network.labels import Labels
+from taylorfx.network.labels import STATE, Labels
 from taylorfx.network.spec import Node, Spec
 from taylorfx.scoring.batches import Batches, each_batch
 from taylorfx.scoring.criteria import fisher
@@ -305,7 +305,10 @@ def _units(coupling: Coupling, place: Place) -> NDArray[np.int64]:
     """All units of the axis of a place, also those that are not mixed or made there."""
     signature = coupling.signature(coupling.spec[place.node])
     assert signature is not None, "what is read or made there is read off it"
-    axis = (signature.output if place.slot < 0 else signature.inputs[place.slot])[place.axis]
+    if place.slot == STATE:
+        axis: language.Axis = tuple((letter,) for letter in coupling.spec[place.node].layer.recurrent)
+    else:
+        axis = (signature.output if place.slot < 0 else signature.inputs[place.slot])[place.axis]
     pieces: list[Labels] = []
     for product in axis:
         sizes = [coupling.bounds[place.node].sizes[x] for x in product]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache
 from typing import ClassVar, TypeVar
@@ -55,6 +55,9 @@ class Layer:
     """Rigid letters along which the layer treats every position alone, as it does along those that may shrink."""
     multiplies: ClassVar[tuple[str, ...]] = ()
     """One entry per matrix product: the letters whose sizes multiply to its multiply-adds."""
+    recurrent: ClassVar[Mapping[str, str]] = {}
+    """For a layer that reads its own output again at every step: the letter of the output, by the one along which it is
+    read. The two are one axis. Such a layer has a method `recur`."""
     leaf: ClassVar[bool] = False
     """The layer is one tensor, stored at the node's own path rather than below it."""
 
@@ -78,6 +81,12 @@ class Layer:
 
     def __init_subclass__(cls, **options: object) -> None:
         super().__init_subclass__(**options)
+        overridden = [name for name in ("apply", "train") if name in vars(cls)]
+        if cls.recurrent and overridden and "recur" not in vars(cls):
+            raise TypeError(
+                "A recurrent layer computes the same by `recur`, which gates and scores call; "
+                f"{cls.__name__} overrides {' and '.join(overridden)} alone. Override recur as well."
+            )
         LAYERS[kind(cls)] = cls
 
     def signature(self, *shapes: Shape) -> str | None:
@@ -109,6 +118,21 @@ class Layer:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The layer's value in training, and its new buffers."""
         return self.apply(params, *inputs), {}
+
+    def recur(
+        self,
+        params: Leaves,
+        *inputs: Tensor,
+        read: Callable[[Tensor], Tensor],
+        training: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The value of a `recurrent` layer, step by step.
+
+        ``read`` is called on the state, ``(N, size)``, wherever the layer reads it, and returns what the layer reads
+        instead, which has passed a gate.
+        """
+        raise TypeError(f"{type(self).__name__} is recurrent and does not say how; give it a `recur`.")
 
     def roles(self) -> tuple[Role, ...]:
         """What the layer states of itself for the passes over networks (`taylorfx.layers.roles`); ask for it by `role`.

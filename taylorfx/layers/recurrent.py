@@ -1,4 +1,14 @@
-"""Recurrent layers. Their input may shrink; their state is rigid, because the layer reads it again at every step."""
+"""Recurrent layers. A hidden unit is one number of the state, which the layer itself reads again at every step.
+
+    h_t = step(W_ih x_t, W_hh h_{t-1})          ``weight_hh: (G h) j``, where ``j`` is ``h``
+
+A hidden unit leaves with its rows of every gate (``G`` of them), with its column of the recurrent weight, and with the
+columns of whatever reads the layer's output. Its gate lies at all of these reads: at zero, nothing mixes the unit's
+numbers any more, not even its own next step. So such units are exact. What a cell carries from step to step, ``c_t`` of
+an LSTM and ``z h_{t-1}`` of a GRU, stays within the unit and has no gate.
+
+Torch's layers have one ``hidden_size``: a unit is the same position in every layer and in both directions.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +50,8 @@ class _Recurrent(Layer):
     bidirectional: bool = False
     result: str = "sequence"
 
-    multiplies: ClassVar[tuple[str, ...]] = ("T D G H i", "T D G H J", "T D G H E M", "T D G H J M")
+    multiplies: ClassVar[tuple[str, ...]] = ("T D G h i", "T D G h j", "T D E G h j M", "T D G h j M")
+    recurrent: ClassVar[Mapping[str, str]] = {"j": "h"}
     parts: ClassVar[int] = 1
     """How many matrices of ``hidden_size`` rows a weight is the stack of: one for each gate of the layer."""
     results: ClassVar[tuple[str, ...]] = ("sequence", "hidden")
@@ -60,22 +71,21 @@ class _Recurrent(Layer):
     def signature(self, *shapes: Shape) -> str:
         leaves: list[str] = []
         for suffix in self._suffixes():
-            features = "i" if suffix.startswith("l0") else "E"
-            leaves += [f"weight_ih_{suffix}: R {features}", f"weight_hh_{suffix}: R J"]
-            leaves += [f"bias_ih_{suffix}: R", f"bias_hh_{suffix}: R"] if self.bias else []
+            features = "i" if suffix.startswith("l0") else "(D j)"
+            leaves += [f"weight_ih_{suffix}: (G h) {features}", f"weight_hh_{suffix}: (G h) j"]
+            leaves += [f"bias_ih_{suffix}: (G h)", f"bias_hh_{suffix}: (G h)"] if self.bias else []
         order = "B T" if self.batch_first else "T B"
-        start = ", Y B J" * (len(shapes) - 1)
-        output = f"{order} E" if self.result == "sequence" else "Y B J"
+        start = ", Y B h" * (len(shapes) - 1)
+        output = f"{order} (D h)" if self.result == "sequence" else "Y B h"
         return f"{order} i{start}, {', '.join(leaves)} -> {output}"
 
     def fields(self, *shapes: Shape) -> Mapping[str, str]:
-        return {"input_size": "i", "hidden_size": "J"}
+        return {"input_size": "i", "hidden_size": "h"}
 
     def letters(self, *shapes: Shape) -> dict[str, int]:
         directions = 2 if self.bidirectional else 1
-        sizes = {"E": directions * self.hidden_size, "R": self.parts * self.hidden_size, "M": self.num_layers - 1}
-        sizes["Y"] = directions * self.num_layers
-        return {**super().letters(*shapes), **sizes, "D": directions, "G": self.parts, "H": self.hidden_size}
+        sizes = {"D": directions, "E": directions, "G": self.parts, "M": self.num_layers - 1}
+        return {**super().letters(*shapes), **sizes, "Y": directions * self.num_layers, "j": self.hidden_size}
 
     def init(self, generator: torch.Generator) -> dict[str, Tensor]:
         bound = 1 / math.sqrt(self.hidden_size)
@@ -99,19 +109,29 @@ class _Recurrent(Layer):
         zeros = x.new_zeros(len(self._suffixes()), x.shape[1], self.hidden_size)
         return states or (zeros,) * (len(self.results) - 1)
 
-    def _unrolled(self, x: Tensor, start: tuple[Tensor, ...], params: Leaves) -> tuple[Tensor, ...]:
-        """All results, computed step by step, as ``torch.func.vmap`` needs it; ``x`` is ``(T, N, input_size)``."""
+    def _unrolled(
+        self,
+        x: Tensor,
+        start: tuple[Tensor, ...],
+        params: Leaves,
+        read: Callable[[Tensor], Tensor],
+        drop: Callable[[Tensor], Tensor],
+    ) -> tuple[Tensor, ...]:
+        """All results, step by step, as gates and ``torch.func.vmap`` need it; ``x`` is ``(T, N, input_size)``.
+
+        Every state is ``read`` by the next step, and by the next layer, before which values ``drop`` out.
+        """
         last: list[tuple[Tensor, ...]] = []
         for layer in range(self.num_layers):
-            directions: list[Tensor] = []
+            x, directions = drop(x) if layer else x, list[Tensor]()
             for suffix in self._suffixes(layer):
                 ih, hh, *biases = self._leaves(params, suffix)
                 inputs = F.linear(x, ih, *biases[:1])
                 state = tuple(one[len(last)] for one in start)
                 states: list[Tensor] = []
                 for one in inputs.flip(0) if suffix.endswith("reverse") else inputs:
-                    state = self._step(one, F.linear(state[0], hh, *biases[1:]), state)
-                    states.append(state[0])
+                    state = self._step(one, F.linear(read(state[0]), hh, *biases[1:]), state)
+                    states.append(state[0] if layer == self.num_layers - 1 else read(state[0]))
                 last.append(state)
                 directions.append(torch.stack(states[::-1] if suffix.endswith("reverse") else states))
             x = torch.cat(directions, -1)
@@ -134,8 +154,22 @@ class _Recurrent(Layer):
         x = inputs[0].transpose(0, 1) if self.batch_first else inputs[0]
         start = self._start(x, inputs[1:])
         if any(map(vectorized, (*inputs, *params.values()))):
-            return self._chosen(self._unrolled(x, start, params))
+            return self.recur(params, *inputs, read=lambda state: state)
         return self._chosen(self._layers(x, start, params, range(self.num_layers)))
+
+    def recur(
+        self,
+        params: Leaves,
+        *inputs: Tensor,
+        read: Callable[[Tensor], Tensor],
+        training: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        def drop(x: Tensor) -> Tensor:
+            return Dropout(self.dropout).train({}, x, generator=generator)[0] if training else x
+
+        x = inputs[0].transpose(0, 1) if self.batch_first else inputs[0]
+        return self._chosen(self._unrolled(x, self._start(x, inputs[1:]), params, read, drop))
 
     def train(
         self, params: Leaves, *inputs: Tensor, generator: torch.Generator | None

@@ -23,6 +23,7 @@ from taylorfx.layers import Input, Layer, Shape, ShapeError
 from taylorfx.layers import axes as language
 from taylorfx.network.labels import (
     EXAMPLE,
+    STATE,
     Bound,
     Factor,
     Labeled,
@@ -94,6 +95,8 @@ class _Binder:
         for k, (pattern, axes) in enumerate(zip(signature.inputs, inputs, strict=True)):
             self._unify(pattern, axes, ("input", k))
         self.sizes.update(self.layer.sizes(self.sizes))
+        for again, letter in self.layer.recurrent.items():
+            self.bound[again] = self._product((letter,))
         for leaf, pattern in signature.parameters.items():
             known = ties.parameters.get(paths[leaf])
             if known is None:
@@ -112,6 +115,11 @@ class _Binder:
             for letter in {x for slot, _, _ in signature.read_places for x in signature.reads[slot]}:
                 if is_example(self.bound.get(letter, ())):
                     ties.mixing.append(f"{self.name}: {self.layer.title} sums over the examples of a batch")
+            for letter in self.layer.recurrent:
+                state = self.bound["B"], self.bound[letter]
+                result.state = shape_of(state)
+                if is_labeled(state[1]):
+                    result.reads.append(Site(self.name, STATE, 1, state[1], examples(state)))
         return result
 
     def _unify(self, pattern: language.Pattern, axes: Sequence[Labeled], tensor: Position) -> None:

@@ -30,6 +30,7 @@ from taylorfx.network.limits import Room
 
 __all__ = [
     "EXAMPLE",
+    "STATE",
     "Bound",
     "Factor",
     "Labeled",
@@ -115,8 +116,15 @@ def examples(axes: Sequence[Labeled]) -> tuple[int, int] | None:
     return None
 
 
+STATE = -2
+"""The slot of what a recurrent layer reads of its own output at every step, ``(N, size)``."""
+
+
 class Site(NamedTuple):
-    """A place where a layer reads or writes: along ``axis`` of input ``slot`` of a node, or of its output (slot -1)."""
+    """A place where a layer reads or writes: along ``axis`` of input ``slot`` of a node, or of its output (slot -1).
+
+    A recurrent layer also reads its own state (slot `STATE`).
+    """
 
     node: str
     slot: int
@@ -138,6 +146,7 @@ class Bound:
         reads: where the layer mixes along labels.
         writes: where it creates labels.
         shape: the shape of the output.
+        state: of a recurrent layer, the shape of what it reads of its own output at every step.
     """
 
     output: tuple[Labeled, ...]
@@ -147,6 +156,7 @@ class Bound:
     reads: list[Site] = field(default_factory=list)
     writes: list[Site] = field(default_factory=list)
     shape: Shape = field(init=False)
+    state: Shape = ()
 
     def __post_init__(self) -> None:
         self.shape = shape_of(self.output)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from taylorfx.layers import ShapeError
 from taylorfx.network.errors import explain
+from taylorfx.network.labels import STATE
 from taylorfx.network.optional import chosen
 from taylorfx.network.parameters import gather
 from taylorfx.network.spec import Spec, SpecError, Step
@@ -23,7 +25,11 @@ Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
 
 Tap = Callable[[str, int, Tensor], Tensor]
-"""Called with a node's name, a slot (an input's number, or -1 for its output) and the tensor there; returns it."""
+"""Called with a node's name, a slot and the tensor there; returns it. A slot is an input's number or -1 for the output;
+at -2, `STATE`, it is called for every state that a recurrent layer reads."""
+
+Read = Callable[[Tensor], Tensor]
+"""The tap of one recurrent layer's state."""
 
 
 def apply(
@@ -132,9 +138,11 @@ def run(
     own = list(leaves)
     moved: set[int] = set()
 
-    def compute(step: Step, args: Iterable[Tensor]) -> Tensor:
+    def compute(step: Step, args: Iterable[Tensor], read: Read | None) -> Tensor:
         """The value of a node in training. Nodes that share running statistics move them one after the other."""
         params = {leaf: own[k] for leaf, k in step.leaves}
+        if read is not None:
+            return step.node.layer.recur(params, *args, read=read, training=True, generator=generator)
         value, new = step.node.layer.train(params, *args, generator=generator)
         for leaf, k in step.leaves if new else ():
             if leaf in new:
@@ -150,7 +158,7 @@ def _run(
     spec: Spec,
     steps: Sequence[Step],
     values: dict[str, Any],
-    compute: Callable[[Step, Iterable[Tensor]], Tensor] | None,
+    compute: Callable[[Step, Iterable[Tensor], Read | None], Tensor] | None,
     tap: Tap | None,
 ) -> Any:
     """The nodes in order; a value that no later node uses is let go at once. In inference nothing else computes."""
@@ -164,10 +172,13 @@ def _run(
                 args: Iterable[Tensor] = map(value_of, node.inputs)
                 if tap is not None:
                     args = [tap(name, slot, x) for slot, x in enumerate(args)]
-                if compute is None:
-                    value = node.layer.apply({leaf: leaves[k] for leaf, k in places} if places else {}, *args)
+                read = None if tap is None or not node.layer.recurrent else partial(tap, name, STATE)
+                if compute is not None:
+                    value = compute(step, args, read)
+                elif read is not None:
+                    value = node.layer.recur({leaf: leaves[k] for leaf, k in places}, *args, read=read)
                 else:
-                    value = compute(step, args)
+                    value = node.layer.apply({leaf: leaves[k] for leaf, k in places} if places else {}, *args)
                 values[name] = value if tap is None else tap(name, -1, value)
             except (RuntimeError, IndexError, ValueError, TypeError) as error:
                 if not torch.compiler.is_compiling():

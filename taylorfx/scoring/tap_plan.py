@@ -20,7 +20,7 @@ from torch import Tensor
 
 from taylorfx.coupling.units import Place
 from taylorfx.layers.roles import Memory, Pointwise, Product, Recomputed, Viewing
-from taylorfx.network.labels import Bound, is_example
+from taylorfx.network.labels import STATE, Bound, is_example
 from taylorfx.network.spec import Node, Spec
 from taylorfx.rewrite.draft import StandIn
 from taylorfx.rewrite.fused import Fused
@@ -67,7 +67,7 @@ KEPT = Recipe()
 """The activation itself is kept."""
 
 Where = tuple[str, int]
-"""A stop: a node's name, and the number of one of its inputs or -1 for its output."""
+"""A stop: a node's name, and the number of one of its inputs, -1 for its output, or -2 for the state that it reads."""
 
 
 class Origin(NamedTuple):
@@ -205,7 +205,7 @@ def _reads(
         at.setdefault((place.node, place.slot), []).append(place)
     only = _only(spec)
     for node in spec.nodes:
-        for slot in (*range(len(node.inputs)), -1):
+        for slot in (*range(len(node.inputs)), STATE, -1):
             value = node.name if slot < 0 else node.inputs[slot]
             here = at.get((node.name, slot), ())
             for place in here:

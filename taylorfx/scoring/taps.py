@@ -68,10 +68,12 @@ class Taps:
         place, gate = read.place, self.gates[read.key]
         examples = 1 if place.example is None else len(gate)
         share = 1 if read.only is None else self.shares[read.only]
-        self.spread[read.key] = x.numel() / (place.units.shape[1] * examples) * share
+        self.spread.setdefault(read.key, 0.0)  # a state is read many times
+        self.spread[read.key] += x.numel() / (place.units.shape[1] * examples) * share
         if self.plan.moments:
             rows = x.detach()[None] if place.example is None else examples_first(x.detach(), len(gate), *place.example)
-            self.seen[read.key] = _as_gated(activation_sums(rows, place.axis + 1), place)
+            sums = _as_gated(activation_sums(rows, place.axis + 1), place)
+            self.seen[read.key] = self.seen[read.key] + sums if read.key in self.seen else sums
 
     def _tapped(self, read: Read, x: Tensor) -> Tensor:
         place, gate = read.place, self.gates[read.key]

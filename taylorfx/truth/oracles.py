@@ -231,7 +231,7 @@ def alone(
         raise ValueError(f"At least one unit is left out at a time; received chunk={chunk}.")
 
     def keep(name: str, slot: int, x: Tensor) -> Tensor:
-        if slot < 0 and name in wanted:
+        if slot == -1 and name in wanted:
             values[name] = x
         return x
 
