@@ -119,7 +119,9 @@ class _Binder:
                 state = self.bound["B"], self.bound[letter]
                 result.state = shape_of(state)
                 if is_labeled(state[1]):
-                    result.reads.append(Site(self.name, STATE, 1, state[1], examples(state)))
+                    site = Site(self.name, STATE, 1, state[1], examples(state))
+                    result.reads.append(site)
+                    result.writes.append(site)  # the output that others read is only a part of what the layer writes
         return result
 
     def _unify(self, pattern: language.Pattern, axes: Sequence[Labeled], tensor: Position) -> None:

@@ -99,6 +99,9 @@ def test_a_hidden_unit_is_scored_gated_and_cut_as_the_module_without_it(name):
     slopes = torch.stack([(losses(ones + one) - losses(ones - one)) / (2 * step) for one in steps], 1)
     assert_close(rows, slopes, rtol=1e-6, atol=1e-8)
     assert slopes.abs().min() > 1e-6, "so that no read can be missing"
+    if not module.start:  # which writes hidden units, too, before an activation
+        written = derivatives(params, spec, x, targets, coupling, at_writes=True).summed
+        assert_close(written, rows, **CLOSE)
 
     kept = [0, 2]
     plan = tfx.Plan(coupling, np.isin(np.arange(SIZE), kept))
