@@ -20,8 +20,8 @@ import taylorfx as tfx
 from taylorfx.interop import huggingface
 
 VOCABULARY = 1024
-EXAMPLES, MOST = 64, 0.9
-"""How many sequences are scored and repaired with; the most that a scope loses, as in quality.py."""
+EXAMPLES = 64
+"""How many sequences are scored and repaired with."""
 
 Batch = tuple[dict[str, Tensor], Tensor]
 Plans = dict[float, tfx.Plan]
@@ -141,8 +141,7 @@ class Case:
     def of(model: Any, rows: Tensor, seed: int) -> Case:
         scored = batches(rows, 16)
         model, params, spec = huggingface.from_pretrained(model, scored[0][0], outputs="logits")
-        held = huggingface.holdable(model, params, spec, scored[0][0])
-        return Case(model, params, spec, scored, held.also(tfx.Constraints(most=MOST), tfx.couple(params, spec)), seed)
+        return Case(model, params, spec, scored, huggingface.holdable(model, params, spec, scored[0][0]), seed)
 
     @cached_property
     def coupling(self) -> tfx.Coupling:
@@ -200,6 +199,7 @@ def contestants(case: Case) -> dict[str, Contestant]:
         "prune by fisher, stream stays": narrow.pruned(criterion=tfx.fisher),
         "fisher per FLOP": case.ranked(fisher, per_cost=True),
         "fisher": case.ranked(fisher),
+        "fisher, equal in all layers": case.ranked(fisher, per_layer=True),
         "second order per FLOP": case.ranked(second, per_cost=True),
         "taylor": case.ranked(tfx.taylor(case.stats, case.coupling)),
         "magnitude": case.ranked(tfx.criteria.weight_l2(case.params, case.coupling)),
