@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 import taylorfx as tfx
 from taylorfx.interop import huggingface
+from taylorfx.interop.huggingface.texts import batches
 
-VOCABULARY = 1024
+VOCABULARY, INPUTS = 1024, ("input_ids", "attention_mask")
 EXAMPLES = 64
 """How many sequences are scored and repaired with."""
 
@@ -80,10 +81,6 @@ def sequences(stream: Tensor, count: int, length: int, generator: torch.Generato
     return stream[starts + torch.arange(length)]
 
 
-def batches(rows: Tensor, size: int) -> list[Batch]:
-    return [({"input_ids": part, "attention_mask": torch.ones_like(part)}, part) for part in rows.split(size)]
-
-
 def llama(size: Size, seed: int) -> Any:
     """A Llama with random weights."""
     import transformers
@@ -111,7 +108,7 @@ def learn(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     model.train()
     for _ in range(steps):
-        ((inputs, labels),) = batches(sequences(stream, size.batch, size.length, generator), size.batch)
+        ((inputs, labels),) = batches(sequences(stream, size.batch, size.length, generator), INPUTS, size.batch)
         outputs = model(**inputs)
         loss = huggingface.next_token(outputs, labels).mean()
         if teacher is not None:
@@ -139,7 +136,7 @@ class Case:
 
     @staticmethod
     def of(model: Any, rows: Tensor, seed: int) -> Case:
-        scored = batches(rows, 16)
+        scored = batches(rows, INPUTS, 16)
         model, params, spec = huggingface.from_pretrained(model, scored[0][0], outputs="logits")
         return Case(model, params, spec, scored, huggingface.holdable(model, params, spec, scored[0][0]), seed)
 

@@ -25,7 +25,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from _language import EXAMPLES, Case, Size, batches, contestants, documents, learn, llama, repair, seconds, sequences
+from _language import EXAMPLES, INPUTS, Case, Size, contestants, documents, learn, llama, repair, seconds, sequences
 from _language import tokens as tokenized
 from _tables import interval, markdown
 from _torchvision import library
@@ -33,6 +33,7 @@ from quality import CACHE
 
 import taylorfx as tfx
 from taylorfx.interop import huggingface
+from taylorfx.interop.huggingface.texts import batches
 
 TESTED, ROUNDS = 128, 15
 
@@ -57,7 +58,7 @@ def run(seed: int, options: argparse.Namespace, streams: tuple[torch.Tensor, tor
     model = trained(seed, learned, size, options.train, options.cache / f"{seed}-{options.train}.pt")
     generator = torch.Generator().manual_seed(1000 + seed)
     case = Case.of(model, sequences(learned, EXAMPLES, size.length, generator), seed)
-    test = batches(sequences(judged, TESTED, size.length, torch.Generator().manual_seed(0)), 32)
+    test = batches(sequences(judged, TESTED, size.length, torch.Generator().manual_seed(0)), INPUTS, 32)
     file = options.cache / f"{seed}-{options.train}.json"
     found = json.loads(file.read_text()) if file.exists() else {}
     found["whole"] = found.get("whole") or {"as cut": huggingface.perplexity(model, test)}

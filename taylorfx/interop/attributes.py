@@ -19,17 +19,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from taylorfx.layers import Shape
 
-__all__ = ["Group", "Read", "Resized", "Slot", "groups_of", "guesses", "recorded"]
+__all__ = ["Group", "Read", "Resized", "Slot", "groups_of", "guesses", "recorded", "tensors_of"]
 
 CANDIDATES = 16
 """How many values are tried for an attribute at most, the simplest explanations first."""
 
 BASE = frozenset(vars(nn.Module()))
 """What every module has: no sizes."""
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers of a module; those that are tied under each of their names."""
+    buffers = module.named_buffers(remove_duplicate=False)
+    return {**dict(module.named_parameters(remove_duplicate=False)), **dict(buffers)}
 
 
 class Slot(NamedTuple):

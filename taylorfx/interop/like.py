@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from taylorfx.internals import pytree
-from taylorfx.interop.attributes import Resized, groups_of, guesses
+from taylorfx.interop.attributes import Resized, groups_of, guesses, tensors_of
 from taylorfx.interop.calls import bind, example_of, interface_of, off_path
 from taylorfx.interop.proof import Call, calls_of, copied, differs, truth
 from taylorfx.interop.search import LikeError, settle
@@ -50,10 +50,7 @@ class Original:
         network: tuple[Params, Spec] | None = None,
     ) -> None:
         self.module = module
-        self.tensors: dict[str, Tensor] = {
-            **dict(module.named_parameters(remove_duplicate=False)),
-            **dict(module.named_buffers(remove_duplicate=False)),
-        }
+        self.tensors = tensors_of(module)
         self._network = network
         self._given = params, spec, example_inputs, example_kwargs
         self._certain: dict[tuple[str, str], bool] = {}

@@ -24,6 +24,7 @@ from torch.optim.swa_utils import AveragedModel
 from taylorfx.cutting.cut import Scratch, take
 from taylorfx.cutting.plan import Indices, Plan, PlanError
 from taylorfx.internals import follow
+from taylorfx.interop.attributes import tensors_of
 from taylorfx.layers import Shape
 from taylorfx.tree import Params, flatten
 
@@ -155,8 +156,7 @@ class _Names:
 
     def __init__(self, holder: nn.Module | Params, plan: Plan) -> None:
         if isinstance(holder, nn.Module):
-            buffers = holder.named_buffers(remove_duplicate=False)
-            self.tensors = {**dict(buffers), **dict(holder.named_parameters(remove_duplicate=False))}
+            self.tensors = tensors_of(holder)
         else:
             self.tensors = flatten(holder)
         self._names: dict[int, str] = {}

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from taylorfx.coupling.couple import couple
 from taylorfx.cutting.plan import Plan
+from taylorfx.interop.attributes import tensors_of
 from taylorfx.interop.huggingface.holding import holdable
 from taylorfx.interop.huggingface.making import Source
 from taylorfx.interop.like import LikeError, Original, resized
@@ -46,7 +47,7 @@ class Trained:
 
     def __init__(self, module: nn.Module, params: Params, spec: Spec, inputs: Inputs) -> None:
         self.module, self.plain, self.spec = module, _plain(module), spec
-        tensors = _tensors(module)
+        tensors = tensors_of(module)
         where = next(iter(tensors.values())).device
         self.params = map_paths(lambda path, x: tensors[path].detach() if path in tensors else x.to(where), params)
         self.example = some_of(spec, inputs)
@@ -81,7 +82,7 @@ class Trained:
             PlanError: if the optimizers have states that cannot be carried.
         """
         small = self._smaller(params, spec)
-        old, new = ({**_tensors(module), **others} for module in (self.module, small))
+        old, new = ({**tensors_of(module), **others} for module in (self.module, small))
         carried = [carry(optimizer, plan, new, old=old) for optimizer in optimizers]
         vars(self.module).update(vars(small))
         for optimizer, after in zip(optimizers, carried, strict=True):
@@ -112,17 +113,6 @@ class Trained:
         """The module is a model of transformers, with a config that it is saved by."""
         library = sys.modules.get("transformers")
         return library is not None and isinstance(self.plain, library.PreTrainedModel)
-
-    @property
-    def _source(self) -> Source:
-        return Source(self.plain, self.params, self.spec, *self.example, (self.params, self.spec))
-
-
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers of a module, under each of their names."""
-    return {
-        **dict(module.named_buffers(remove_duplicate=False)), **dict(module.named_parameters(remove_duplicate=False)),
-    }  # fmt: skip
 
 
 def _plain(module: nn.Module) -> nn.Module:

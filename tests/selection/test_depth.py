@@ -239,7 +239,13 @@ def test_prune_takes_branches_and_channels_in_steps(name):
 @pytest.mark.parametrize("criterion", [tfx.taylor, tfx.criteria.activation_std, tfx.criteria.compat])
 def test_criteria_of_statistics_score_branches(criterion):
     net = coupled(SPECS["images"])
-    tfx.prune(net.params, net.spec, net.batch, budget=tfx.Flops(0.5), branches=True, criterion=criterion, steps=2)
+    budget = tfx.Flops(0.5)
+    params, spec = tfx.prune(
+        net.params, net.spec, net.batch, budget=budget, branches=True, criterion=criterion, steps=2
+    )
+    whole, left = (tfx.cost.flops(tfx.couple(p, s)).total for p, s in ((net.params, net.spec), (params, spec)))
+    assert left <= 0.5 * whole
+    assert tfx.apply(params, spec, net.batch[0]).isfinite().all()
 
 
 def test_what_branches_do_not_have_is_refused_by_name():
