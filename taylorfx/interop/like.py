@@ -24,7 +24,7 @@ from taylorfx.network.spec import Spec
 from taylorfx.progress import bar, told
 from taylorfx.tree import Params, flatten
 
-__all__ = ["LikeError", "Original", "UserModule", "renewed", "resized"]
+__all__ = ["LikeError", "Original", "UserModule", "renewed", "resized", "used"]
 
 UserModule: TypeAlias = nn.Module
 """A module of a class of the user's own."""
@@ -68,10 +68,10 @@ class Original:
     @cached_property
     def calls(self) -> list[Call]:
         """The calls, of which the first one is that of the example."""
-        return list(calls_of(self._whole, self._given[1], self._base))
+        return list(calls_of(self.whole, self._given[1], self._base))
 
     @cached_property
-    def _whole(self) -> nn.Module:
+    def whole(self) -> nn.Module:
         """A copy that shares the parameters."""
         return copied(self.module, {id(x): x for x in self.module.parameters()})
 
@@ -95,7 +95,7 @@ class Original:
             network = self._captured
             try:
                 expected = truth(*network, call) if network else None
-                results = call.outputs(self._whole)
+                results = call.outputs(self.whole)
                 self._certain[key] = not expected or not differs(results, expected, call, network[1])
             except Exception:  # whatever the module's own code raises
                 self._certain[key] = False
@@ -133,7 +133,7 @@ def resized(
     with bar(progress, "to_torch", len(calls)) as advance:
         passed = settle(copy, params, spec, groups, told(calls, advance), original.certain)
     if left:
-        _refuse_left_over(module, left - _used(copy, original.calls[0]))
+        _refuse_left_over(module, left - used(copy, replace(original.calls[0], training=True)))
     others = [call for call in original.calls if call.method not in ("forward", *unchanged)]
     settle(copy, params, spec, groups, others, original.certain, passed)
     fresh = copied(module, new)  # without what the module's own code keeps from call to call
@@ -180,12 +180,12 @@ class _Uses(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _used(module: nn.Module, call: Call) -> set[str]:
-    """The parameters that the module uses in training; none if it does not run then."""
+def used(module: nn.Module, call: Call) -> set[str]:
+    """The parameters that the module uses in a call; none if it does not take it."""
     uses = _Uses()
     try:
         with uses:
-            replace(call, training=True).outputs(module)
+            call.outputs(module)
     except Exception:  # whatever the module's own code raises
         return set()
     return {path for path, x in module.named_parameters(remove_duplicate=False) if id(x) in uses.tensors}

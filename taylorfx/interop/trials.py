@@ -24,7 +24,7 @@ from taylorfx.selection.constraints import Constraints
 from taylorfx.selection.order import like_structures
 from taylorfx.tree import Params
 
-__all__ = ["constraints_of", "floors", "held", "holdable", "of_batch", "some_of", "trying"]
+__all__ = ["constraints_of", "failing", "floors", "held", "holdable", "of_batch", "some_of", "trying"]
 
 T = TypeVar("T")
 
@@ -116,14 +116,21 @@ def trying(kind: str, progress: bool) -> Iterator[Callable[[int], None]]:
 
 
 def held(rules: Sequence[Rule], coupling: Coupling) -> Constraints:
-    """What rules allow, as constraints: scopes without a rule are protected."""
+    """What rules allow, as constraints: scopes without a rule are protected.
+
+    Those that lie in a branch keep all of their units as long as it stays: to protect them would keep the branch.
+    """
     lost = {scope for rule in rules for group in rule.groups for scope in group}
     names = [escape(name) for name in coupling.scopes]
+    branches = {int(coupling.scope[branch.unit]) for branch in coupling.branches}
+    rigid = [k for k, size in enumerate(coupling.sizes.tolist()) if k not in lost and (size > 1 or k in branches)]
+    inside = {k for k in rigid if branches and k not in branches}
+    least = floors(coupling) | {k: int(coupling.sizes[k]) for k in inside}
     return Constraints(
-        protect=[name for k, name in enumerate(names) if k not in lost and coupling.sizes[k] > 1],
+        protect=[names[k] for k in rigid if k not in inside],
         uniform=[tuple(names[k] for k in group) for rule in rules for group in rule.groups if len(group) > 1],
         multiple={names[k]: x.multiple for x in rules if x.multiple > 1 for group in x.groups for k in group} or 1,
-        floor={names[k]: n for k, n in floors(coupling).items()} or 1,
+        floor={names[k]: n for k, n in least.items()} or 1,
         chunks={names[k]: x.chunks for x in rules if x.chunks > 1 for group in x.groups for k in group} or 1,
     )
 
@@ -227,7 +234,7 @@ def _allowed(trials: _Trials, rules: Sequence[Rule]) -> list[Rule]:
     """The rules under which the class holds what leaves, of all kinds of scopes."""
     # What fails alone may hold beside another kind that happens to lose as many.
     alone = [rule for rule in rules if not trials.all_hold([rule])]
-    failing = [*alone, *_failing([rule for rule in rules if rule not in alone], trials.all_hold)]
+    failing = [*alone, *failing([rule for rule in rules if rule not in alone], trials.all_hold)]
     allowed = [rule for rule in rules if rule not in failing]
     left: list[Scopes] = []
     for rule in failing:
@@ -244,10 +251,10 @@ def _allowed(trials: _Trials, rules: Sequence[Rule]) -> list[Rule]:
     return _jointly(trials, allowed)
 
 
-def _failing(items: Sequence[T], holds: Callable[[Sequence[T]], bool]) -> list[T]:
+def failing(items: Sequence[T], holds: Callable[[Sequence[T]], bool]) -> list[T]:
     """Those that fail, by halves.
 
-    >>> _failing(range(8), lambda some: not {2, 5} & {*some})
+    >>> failing(range(8), lambda some: not {2, 5} & {*some})
     [2, 5]
     """
     if not items or holds(items):
@@ -255,7 +262,7 @@ def _failing(items: Sequence[T], holds: Callable[[Sequence[T]], bool]) -> list[T
     if len(items) == 1:
         return [*items]
     middle = len(items) // 2
-    return [*_failing(items[:middle], holds), *_failing(items[middle:], holds)]
+    return [*failing(items[:middle], holds), *failing(items[middle:], holds)]
 
 
 def _parted(trials: _Trials, kind: Scopes) -> tuple[Scopes, Scopes]:
@@ -266,7 +273,7 @@ def _parted(trials: _Trials, kind: Scopes) -> tuple[Scopes, Scopes]:
 
     if not holds(kind[:1]) and not holds(kind[-1:]):
         return (), kind
-    bad = _failing(kind, holds)
+    bad = failing(kind, holds)
     return tuple(scope for scope in kind if scope not in bad), tuple(bad)
 
 

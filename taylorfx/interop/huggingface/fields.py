@@ -27,7 +27,10 @@ from torch import nn
 
 from taylorfx.layers import Shape
 
-__all__ = ["Axis", "ConfigError", "Field", "Form", "check_model", "library", "set_fields"]
+__all__ = [
+    "Axis", "ConfigError", "Field", "Form", "check_model", "config_of", "library", "no_size", "numbers_of",
+    "refusal", "set_fields", "shapes_of",
+]  # fmt: skip
 
 Key = tuple[str | int, ...]
 """The place of a number in a config, which may contain other configs and lists."""
@@ -146,7 +149,7 @@ class Form:
         """A config with these fields, made as if it were read from a file."""
         data = self.config.to_dict()
         set_fields(data, changes)
-        return type(self.config).from_dict(data)
+        return config_of(self.config, data)
 
     def shapes(self, changes: Changes) -> Shapes | None:
         """The shapes of all tensors of a model with these fields, by path; None if the class refuses them."""
@@ -161,9 +164,6 @@ class Form:
     def build(self, changes: Changes, device: str) -> nn.Module:
         """A model of the class with these fields; its parameters have no values yet."""
         config, quiet = self.changed(changes), library("transformers.initialization")
-        for name in IMPLEMENTATIONS:
-            if getattr(self.config, name, None) is not None:
-                setattr(config, name, getattr(self.config, name))
         context: AbstractContextManager[object] = quiet.no_init_weights()
         with torch.device(device), context:
             model: nn.Module = self.cls(config)
@@ -180,7 +180,7 @@ class Form:
         if usual is None:
             raise ConfigError(f"{self.cls.__name__} cannot be built from its own config, {type(self.config).__name__}.")
         implied: dict[Key, Number] = {}
-        for key in (key for key, value in _numbers(self.config.to_dict()) if value is None):
+        for key in (key for key, value in numbers_of(self.config.to_dict()) if value is None):
             points: dict[Number, Shapes] = {n: x for n in UNSET if (x := self.shapes({key: n})) is not None}
             lines = _lines(points) if len(points) > 1 else {}
             values = {(usual[path][k] - offset) / slope for (path, k), (slope, offset) in lines.items()}
@@ -194,7 +194,7 @@ class Form:
         """The fields that set an axis, with what those stand for that are not set."""
         data = self.config.to_dict()
         set_fields(data, self.implied)
-        tried = (self._field(key, value) for key, value in _numbers(data) if value is not None)
+        tried = (self._field(key, value) for key, value in numbers_of(data) if value is not None)
         return [x for x in tried if x.axes]
 
     def _field(self, key: Key, value: Number) -> Field:
@@ -291,6 +291,15 @@ def shapes_of(model: nn.Module) -> Shapes:
     return {path: tuple(x.shape) for path, x in model.state_dict().items()}
 
 
+def config_of(config: Any, data: Any) -> Any:
+    """A config like this one, with other entries."""
+    new = type(config).from_dict(data)
+    for name in IMPLEMENTATIONS:
+        if getattr(config, name, None) is not None:
+            setattr(new, name, getattr(config, name))
+    return new
+
+
 def set_fields(data: Any, changes: Changes) -> None:
     """Write new values into a config that is a dict.
 
@@ -306,20 +315,25 @@ def set_fields(data: Any, changes: Changes) -> None:
         place[last] = value
 
 
-def _numbers(data: Any, prefix: Key = ()) -> Iterator[tuple[Key, Number | None]]:
+def numbers_of(data: Any, prefix: Key = ()) -> Iterator[tuple[Key, Number | None]]:
     """The numbers of a config that is a dict, and what is not set.
 
-    >>> [*_numbers({"hidden_size": 8, "tie": True, "depths": [2, 3], "n_inner": None, "name": "x"})]
+    >>> [*numbers_of({"hidden_size": 8, "tie": True, "depths": [2, 3], "n_inner": None, "name": "x"})]
     [(('hidden_size',), 8), (('depths', 0), 2), (('depths', 1), 3), (('n_inner',), None)]
     """
     entries = data.items() if isinstance(data, Mapping) else enumerate(data)
     for name, value in entries:
-        if name in NO_SIZES or str(name).endswith("_token_id") or (isinstance(name, int) and isinstance(data, Mapping)):
+        if no_size(name) or (isinstance(name, int) and isinstance(data, Mapping)):
             continue
         if isinstance(value, (Mapping, list)):
-            yield from _numbers(value, (*prefix, name))
+            yield from numbers_of(value, (*prefix, name))
         elif value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0):
             yield (*prefix, name), value
+
+
+def no_size(name: str | int) -> bool:
+    """Whether an entry of a config is known to be no size, nor to say anything of single layers."""
+    return name in NO_SIZES or str(name).endswith("_token_id")
 
 
 NO_SIZES = frozenset(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,9 +13,10 @@ from taylorfx.coupling.couple import couple
 from taylorfx.coupling.units import Coupling, Mask
 from taylorfx.cutting.cut import cut
 from taylorfx.cutting.plan import Plan, PlanError
+from taylorfx.interop.huggingface.depth import Stack
 from taylorfx.interop.huggingface.fields import ConfigError
 from taylorfx.interop.huggingface.making import Source
-from taylorfx.interop.trials import Rule, floors, held, trying
+from taylorfx.interop.trials import Rule, failing, floors, held, trying
 from taylorfx.network.spec import Spec
 from taylorfx.selection.constraints import Constraints
 from taylorfx.tree import Params, map_paths
@@ -30,6 +31,7 @@ def holdable(
     example_inputs: object = None,
     example_kwargs: Mapping[str, object] | None = None,
     *,
+    branches: bool = False,
     progress: bool = False,
 ) -> Constraints:
     """What a model's class and its config can hold: constraints under which `save_pretrained` takes what is cut.
@@ -44,10 +46,20 @@ def holdable(
     experts as many stay as a router chooses (``floor``).
     Which fields set which axes is found out by building the class from changed configs, without memory.
 
+    With ``branches`` whole layers may leave, too::
+
+        constraints = tfx.interop.huggingface.holdable(model, params, spec, branches=True)
+        params, spec = tfx.prune(..., constraints=constraints, branches=True)
+
+    A config counts whole layers: all branches of one leave together (attention and MLP; in a decoder cross-attention as
+    well), and the first layer stays, as a class has one. The layers that stay keep equal numbers of other units. A
+    layer that is ``norm(x + f(x))``, as in BERT, leaves a norm behind, and no config has that norm alone: it stays.
+
     Args:
         model: the model that was captured; it is left as it is.
         params, spec: its network, before anything is cut.
         example_inputs, example_kwargs: what to compare on, as for `taylorfx.to_torch`.
+        branches: the constraints are for a coupling with branches, of which those of whole layers may leave.
         progress: draw a bar that counts the tries, by rich.
 
     Raises:
@@ -55,8 +67,9 @@ def holdable(
     """
     source = Source(model, params, spec, example_inputs, example_kwargs, (params, spec))
     with trying(type(model).__name__, progress) as advance:
-        trials = _Trials(source, params, spec, advance)
-        return held(_jointly(trials, [*_rules(trials)]), trials.coupling)
+        trials = _Trials(source, params, couple(params, spec, branches=branches), advance)
+        rules = _jointly(trials, [*_rules(trials)])
+        return held([*rules, *_layers(trials, rules)], trials.coupling)
 
 
 TRIED = 12
@@ -66,11 +79,11 @@ TRIED = 12
 class _Trials:
     """Tries: cut a few units, and look for a config of what is left."""
 
-    def __init__(self, source: Source, params: Params, spec: Spec, advance: Callable[[int], None]) -> None:
+    def __init__(self, source: Source, params: Params, coupling: Coupling, advance: Callable[[int], None]) -> None:
         self.source, self.params, self.advance = source, params, advance
         self.blank = map_paths(lambda path, x: x.to("meta"), params)
         """Shapes alone: most trials need no more."""
-        self.coupling = couple(params, spec)
+        self.coupling = coupling
         self.floors = floors(self.coupling)
 
     def holds(
@@ -82,16 +95,18 @@ class _Trials:
             only: which of the rules loses that share; the others lose one step.
             proven: make the model, too, and compare it at the example.
         """
+        shares = [share if only in (None, k) else 0.0 for k in range(len(rules))]
+        return self.stands(self._keep(rules, shares), proven=proven)
+
+    def stands(self, keep: Mask, *, proven: bool) -> bool:
+        """There is a config when only these units are kept."""
         self.advance(1)
         try:
-            plan = Plan(
-                self.coupling, self._keep(rules, [share if only in (None, k) else 0.0 for k in range(len(rules))])
-            )
+            plan = Plan(self.coupling, keep)
             if proven:
                 self.source.make(cut(self.params, plan), plan.spec, every_call=False)
                 return True
-            shapes = {path: tuple(x.shape) for path, x in self.source.tensors(cut(self.blank, plan)).items()}
-            return next(iter(self.source.form.solutions(shapes)), None) is not None
+            return next(self.source.candidates(cut(self.blank, plan)), None) is not None
         except (ConfigError, PlanError):
             return False
 
@@ -106,6 +121,15 @@ class _Trials:
         """
         least = min(int(self.coupling.sizes[rule.groups[0][0]]) // rule.multiple for rule in rules)
         return all(self.holds(rules, k / least) for k in range(min(least, TRIED)))
+
+    def shallower(self, layers: Sequence[_Layer], rules: Sequence[Rule] = ()) -> bool:
+        """There is a config without these layers, proven, where others lose one step of what these rules let leave."""
+        keep = self._keep(rules, [0.0] * len(rules))
+        keep &= ~np.isin(self.coupling.scope, [scope for layer in layers for scope in layer.branches])
+        keep = self.coupling.settled(keep)
+        left = self.source.left(cut(self.blank, Plan(self.coupling, keep)))
+        gone = all(layer.number not in left.get(layer.stack, [layer.number]) for layer in layers)
+        return gone and self.stands(keep, proven=True)
 
     def _keep(self, rules: Sequence[Rule], shares: Sequence[float]) -> Mask:
         keep = np.ones(len(self.coupling), bool)
@@ -160,6 +184,30 @@ def _rules(trials: _Trials) -> Iterator[Rule]:
         size = int(sizes[kind[0]])
         ways = [Rule((kind,), multiple=n) for n in range(2, size // 2 + 1) if size % n == 0]
         yield from [rule for rule in ways if trials.everywhere([rule]) and trials.proven([rule])][:1]
+
+
+class _Layer(NamedTuple):
+    """A layer, and the scopes of its branches."""
+
+    stack: Stack
+    number: int
+    branches: list[int]
+
+
+def _layers(trials: _Trials, rules: Sequence[Rule]) -> Iterator[Rule]:
+    """For every layer that may leave its branches, which leave as one; the first of a stack stays."""
+    coupling, presence = trials.coupling, trials.coupling.presence
+    for stack in trials.source.stacks if coupling.branches else ():
+        layers = [_Layer(stack, k, []) for k in range(stack.count)]
+        for branch in coupling.branches:
+            numbers = {stack.layer(path) for path in presence.needing(presence.parameters, branch.unit)}
+            if len(numbers) == 1 and (number := numbers.pop()) is not None:
+                layers[number].branches.append(int(coupling.scope[branch.unit]))
+        several = layers[1:]
+        bad = [*failing(several[::2], trials.shallower), *failing(several[1::2], trials.shallower)]
+        good = [layer for layer in several if layer not in bad]
+        if good and trials.shallower(good, rules):
+            yield from [Rule((tuple(layer.branches),)) for layer in good]
 
 
 def _jointly(trials: _Trials, rules: Sequence[Rule]) -> list[Rule]:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from taylorfx.interop.huggingface.depth import Layers, Stack, shallower, stacks_of
 from taylorfx.interop.huggingface.fields import (
-    IMPLEMENTATIONS,
     Changes,
     ConfigError,
     Form,
     check_model,
+    config_of,
     refusal,
     shapes_of,
 )
 from taylorfx.interop.huggingface.vocabulary import renumbered
-from taylorfx.interop.like import Original, renewed
+from taylorfx.interop.like import Original, renewed, used
 from taylorfx.interop.proof import Call, copied, differs, truth
 from taylorfx.layers import ShapeError
 from taylorfx.network.spec import Spec
@@ -28,10 +30,18 @@ __all__ = ["Made", "Source"]
 
 
 class Made(NamedTuple):
-    """A smaller model, and the fields of its config that are new."""
+    """A smaller model, and the layers that it still has."""
 
     model: Any
+    layers: Layers
+
+
+class Candidate(NamedTuple):
+    """A config with which the class has the shapes of these tensors, by the paths of that config."""
+
+    layers: Layers
     changes: Changes
+    tensors: Mapping[str, Tensor]
 
 
 class Source:
@@ -63,7 +73,55 @@ class Source:
         self.original = Original(model, params, spec, example_inputs, example_kwargs, network)
         self.usual = shapes_of(model)
 
-    def tensors(self, params: Params) -> dict[str, Tensor]:
+    @cached_property
+    def stacks(self) -> Sequence[Stack]:
+        """The layers that fields of the config count."""
+        return stacks_of(self.form)
+
+    @cached_property
+    def _used(self) -> set[str]:
+        """The parameters that the model uses at the example."""
+        return used(self.original.whole, self.original.calls[0])
+
+    def lost(self, params: Params) -> list[str]:
+        """The parameters that the model uses at the example and a smaller network does not have, under any name."""
+        known = self.original.tensors
+        there = {id(known[path]) for path in flatten(params) if path in known}
+        missing = [path for path in self.usual if id(known[path]) not in there]
+        return [path for path in missing if path in self._used] if missing else []
+
+    def left(self, params: Params) -> dict[Stack, Sequence[int]]:
+        """By stack, the layers that a smaller network still has, where it has not all of them.
+
+        A layer has left without all the parameters that every layer of the stack has.
+        """
+        stay = dict[Stack, Sequence[int]]()
+        if lost := {*self.lost(params)}:
+            for stack in self.stacks:
+                layers = stack.common([path for path in self.usual if path in self._used])
+                here = tuple(k for k, paths in layers.items() if not paths or not lost.issuperset(paths))
+                if len(here) < stack.count:
+                    stay[stack] = here
+        return stay
+
+    def candidates(self, params: Params) -> Iterator[Candidate]:
+        """Configs with which the class has the shapes of a smaller network's parameters.
+
+        Raises:
+            ConfigError: if a field had to have several values, and for parameters that the model does not have.
+        """
+        stay = self.left(params)
+        forms = [*shallower(self.form, stay)] if stay else [Layers(self.form, {})]
+        for layers in forms:
+            try:
+                tensors = self._tensors(params, layers)
+                for changes in layers.form.solutions({path: tuple(x.shape) for path, x in tensors.items()}):
+                    yield Candidate(layers, changes, tensors)
+            except ConfigError:
+                if layers is forms[-1]:
+                    raise
+
+    def _tensors(self, params: Params, layers: Layers) -> dict[str, Tensor]:
         """What the smaller model saves, by path: the network's tensors, under all of their names, and what it left out.
 
         Raises:
@@ -74,7 +132,13 @@ class Source:
             raise ConfigError(foreign)
         new = {id(known[path]): leaf for path, leaf in leaves.items() if path in known}
         detached = {id(x): new.get(id(x), x).detach() for x in known.values()}
-        return {path: detached[id(known[path])] for path in self.usual}
+        if not layers.stay:
+            return {path: detached[id(known[path])] for path in self.usual}
+        former = {path: layers.former(path, self.usual) for path in layers.form.shapes({}) or ()}
+        if not former or (strange := [path for path, old in former.items() if old not in self.usual]):
+            said = f"the class has {', '.join(strange[:6])} besides" if former else "the class cannot be built"
+            raise ConfigError(refusal(self.form.cls, self.form.config, [f"{_said(layers.stay)}: {said}"]))
+        return {path: detached[id(known[old])] for path, old in former.items()}
 
     def make(self, params: Params, spec: Spec, *, every_call: bool = True) -> Made:
         """The smaller model of the same class, by the first config that is right.
@@ -85,19 +149,28 @@ class Source:
         Raises:
             ConfigError: if there is no such config.
         """
-        tensors = self.tensors(params)
         causes: list[str] = []
-        for changes in self.form.solutions({path: tuple(x.shape) for path, x in tensors.items()}):
-            model = self._filled(changes, tensors)
-            wrong = next(self._wrong(model, params, spec, every_call=every_call), "")
+        for candidate in self.candidates(params):
+            wrong = next(self._wrong(self._filled(candidate), params, spec, every_call=every_call), "")
             if not wrong:
-                return Made(self._filled(changes, tensors), changes)  # without what a call may have left in it
-            said = ", ".join(f"{'.'.join(map(str, key))}={value}" for key, value in changes.items())
-            causes.append(f"with {said or 'the same config'} it computes something else, {wrong}")
+                return Made(self._filled(candidate), candidate.layers)  # without what a call may have left in it
+            said = [f"{'.'.join(map(str, key))}={value}" for key, value in candidate.changes.items()]
+            said += [_said(candidate.layers.stay)] * bool(candidate.layers.stay)
+            causes.append(f"with {', '.join(said) or 'the same config'} it computes something else, {wrong}")
+        if lost := [path for path in self.lost(params) if not self._in_layers(path, self.left(params))]:
+            more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+            causes.append(f"it has no {', '.join(lost[:3])}{more}; a config says how many whole layers there are")
         if not causes:
-            changed = [f"{path} of {tuple(x.shape)}" for path, x in tensors.items() if self.usual[path] != x.shape]
-            causes = [f"no values of {', '.join(x.name for x in self.form.fields)} give {', '.join(changed[:6])}"]
+            names = ", ".join(x.name for x in self.form.fields)
+            leaves = flatten(params)
+            changed = [f"{path} of {tuple(x.shape)}" for path, x in leaves.items() if self.usual.get(path) != x.shape]
+            causes = [f"no values of {names} give {', '.join(changed[:6])}"]
         raise ConfigError(refusal(type(self.model), self.model.config, causes))
+
+    def _in_layers(self, path: str, stay: Mapping[Stack, Sequence[int]]) -> bool:
+        """Whether a parameter is in a layer that has left."""
+        numbers = [(stack.layer(path), layers) for stack, layers in stay.items()]
+        return any(k is not None and k not in layers for k, layers in numbers)
 
     def resized(self, params: Params, spec: Spec) -> Any:
         """A copy of the model itself with smaller layers, to be trained on: with its modes, hooks, frozen parameters.
@@ -107,10 +180,13 @@ class Source:
         Raises:
             ConfigError: if there is no such config.
         """
-        made = self.make(params, spec).model
+        made, layers = self.make(params, spec)
         leaves, known = flatten(params), self.original.tensors
         new = {id(known[path]): renewed(known[path], leaf) for path, leaf in leaves.items() if path in known}
         small = copied(self.model, new)
+        for stack, stay in layers.stay.items():
+            for home in stack.homes:
+                _keep_layers(small.get_submodule(home), stay)
         parts: dict[str, Any] = dict(small.named_modules())
         for name, part in made.named_modules():
             _take_numbers(vars(parts[name]), vars(part))
@@ -123,12 +199,13 @@ class Source:
             raise ConfigError(refusal(type(self.model), self.model.config, [f"the model that was trained: {wrong}"]))
         return small
 
-    def _filled(self, changes: Changes, tensors: Mapping[str, Tensor]) -> Any:
+    def _filled(self, candidate: Candidate) -> Any:
         """A model with this config whose parameters are these tensors themselves; those of one tensor are tied.
 
         What the class allocates for its own is never written, and so takes no memory.
         """
-        model: Any = self.form.build(changes, "cpu")
+        tensors = candidate.tensors
+        model: Any = candidate.layers.form.build(candidate.changes, "cpu")
         trained = {path for path, _ in model.named_parameters(remove_duplicate=False)}
         parameters = {id(x): nn.Parameter(x, requires_grad=False) for path, x in tensors.items() if path in trained}
         state = {path: parameters[id(x)] if id(x) in parameters else x.clone() for path, x in tensors.items()}
@@ -179,15 +256,35 @@ def _take_numbers(old: dict[str, Any], new: Mapping[str, Any]) -> None:
     for name, value in new.items():
         if hasattr(value, "to_dict") and name in old and type(old[name]) is type(value):
             _take_numbers(vars(old[name]), vars(value))
-        elif type(value) in (int, float) or (isinstance(value, (tuple, list)) and {*map(type, value)} <= {int, float}):
+        elif type(value) in (int, float) or (
+            isinstance(value, (tuple, list)) and {*map(type, value)} <= {int, float, str}
+        ):
             old[name] = copy.copy(value)
+
+
+def _keep_layers(layers: nn.Module, stay: Sequence[int]) -> None:
+    """Leave only some of a module's numbered parts, which get new numbers.
+
+    >>> module = nn.ModuleList([nn.Linear(k, 1) for k in (1, 2, 3)])
+    >>> _keep_layers(module, (0, 2))
+    >>> module
+    ModuleList(
+      (0): Linear(in_features=1, out_features=1, bias=True)
+      (1): Linear(in_features=3, out_features=1, bias=True)
+    )
+    """
+    parts = [layers.get_submodule(str(k)) for k in stay]
+    for name in [name for name, _ in layers.named_children() if name.isdecimal()]:
+        delattr(layers, name)
+    for k, part in enumerate(parts):
+        layers.add_module(str(k), part)
+
+
+def _said(stay: Mapping[Stack, Sequence[int]]) -> str:
+    """What layers stay, in words."""
+    return ", ".join(f"layers {', '.join(map(str, stay))} of {stack.homes[0]}" for stack, stay in stay.items())
 
 
 def _renumbered(config: Any, tokens: Tensor) -> Any:
     """A copy of a config with the new numbers of its special tokens."""
-    data = renumbered(config.to_dict(), tokens)
-    new = type(config).from_dict(data)
-    for name in IMPLEMENTATIONS:
-        if getattr(config, name, None) is not None:
-            setattr(new, name, getattr(config, name))
-    return new
+    return config_of(config, renumbered(config.to_dict(), tokens))
