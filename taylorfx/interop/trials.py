@@ -118,16 +118,15 @@ def trying(kind: str, progress: bool) -> Iterator[Callable[[int], None]]:
 def held(rules: Sequence[Rule], coupling: Coupling) -> Constraints:
     """What rules allow, as constraints: scopes without a rule are protected.
 
-    Those that lie in a branch keep all of their units as long as it stays: to protect them would keep the branch.
+    Among branches these keep all of their units as long as the branch stays in which they lie: to protect them would
+    keep the branch.
     """
     lost = {scope for rule in rules for group in rule.groups for scope in group}
-    names = [escape(name) for name in coupling.scopes]
-    branches = {int(coupling.scope[branch.unit]) for branch in coupling.branches}
-    rigid = [k for k, size in enumerate(coupling.sizes.tolist()) if k not in lost and (size > 1 or k in branches)]
-    inside = {k for k in rigid if branches and k not in branches}
-    least = floors(coupling) | {k: int(coupling.sizes[k]) for k in inside}
+    names, sizes = [escape(name) for name in coupling.scopes], coupling.sizes.tolist()
+    rigid = [k for k in range(len(names)) if k not in lost and (sizes[k] > 1 or coupling.branches)]
+    least = floors(coupling) | ({k: sizes[k] for k in rigid} if coupling.branches else {})
     return Constraints(
-        protect=[names[k] for k in rigid if k not in inside],
+        protect=[] if coupling.branches else [names[k] for k in rigid],
         uniform=[tuple(names[k] for k in group) for rule in rules for group in rule.groups if len(group) > 1],
         multiple={names[k]: x.multiple for x in rules if x.multiple > 1 for group in x.groups for k in group} or 1,
         floor={names[k]: n for k, n in least.items()} or 1,

@@ -133,7 +133,10 @@ def shallower(form: Form, stay: Mapping[Stack, Sequence[int]]) -> Iterator[Layer
         for stack, layers in stay.items():
             _shorten(one, stack, layers, by_layer=by_layer)
     for one in data[: 1 if data[0] == data[1] else 2]:
-        yield Layers(Form(form.cls, config_of(form.config, one)), stay)
+        try:
+            yield Layers(Form(form.cls, config_of(form.config, one)), stay)
+        except Exception:  # whatever the config's own code raises  # noqa: PERF203
+            continue
 
 
 def _shorten(data: Any, stack: Stack, stay: Sequence[int], *, by_layer: bool) -> None:

@@ -112,6 +112,8 @@ class Source:
         """
         stay = self.left(params)
         forms = [*shallower(self.form, stay)] if stay else [Layers(self.form, {})]
+        if not forms:
+            raise ConfigError(refusal(self.form.cls, self.form.config, [f"{_said(stay)}: no config has them"]))
         for layers in forms:
             try:
                 tensors = self._tensors(params, layers)
