@@ -78,9 +78,20 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
 """By name, the class, its config, and the outputs that are captured, of which the first one is compared."""
 
 
-def made(name: str) -> Any:
+DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
+"""What configs call the number of layers."""
+
+
+def made(name: str, layers: int = LAYERS) -> Any:
     """A random model of a family."""
-    return random_model(*FAMILIES[name][:2])
+    kind, config, _ = FAMILIES[name]
+    return random_model(kind, _deep(config, layers))
+
+
+def _deep(config: dict[str, Any], layers: int) -> dict[str, Any]:
+    """A config with this many layers."""
+    each = ((key, _deep(x, layers) if isinstance(x, dict) else x) for key, x in config.items())
+    return {key: layers if key in DEPTHS else x for key, x in each}
 
 
 def random_model(kind: str, config: dict[str, Any]) -> Any:
@@ -97,12 +108,12 @@ def random_model(kind: str, config: dict[str, Any]) -> Any:
 
 
 @cache
-def captured(name: str) -> tuple[Any, tfx.Params, tfx.Spec, str]:
+def captured(name: str, layers: int = LAYERS) -> tuple[Any, tfx.Params, tfx.Spec, str]:
     """A model, its network, and the name of its output."""
     outputs = FAMILIES[name][2].split()
     with warnings.catch_warnings():  # DINOv2 has a token that only its pretraining uses
         warnings.filterwarnings("ignore", ".* does not use all of its parameters")
-        return *huggingface.from_pretrained(made(name), outputs=outputs), outputs[0]
+        return *huggingface.from_pretrained(made(name, layers), outputs=outputs), outputs[0]
 
 
 def pruned(model: Any, params: tfx.Params, spec: tfx.Spec) -> tuple[tfx.Params, tfx.Plan, tfx.Constraints]:
@@ -121,3 +132,14 @@ def pruned(model: Any, params: tfx.Params, spec: tfx.Spec) -> tuple[tfx.Params, 
             continue
         return tfx.cut(params, plan), plan, constraints
     raise tfx.BudgetError(f"Not one of the {free} units can leave.")
+
+
+def shallower(model: Any, params: tfx.Params, spec: tfx.Spec) -> tuple[tfx.Params, tfx.Plan, tfx.Constraints]:
+    """Without the second layer, if its config lets that leave, and with less width: as `pruned` gives it."""
+    constraints = huggingface.holdable(model, params, spec, branches=True)
+    coupling = tfx.couple(params, spec, branches=True)
+    scores = torch.rand(len(coupling), generator=torch.Generator().manual_seed(0))
+    for branch in coupling.branches:
+        scores[branch.unit] = -1.0 if ".1." in coupling.names[branch.unit] else 2.0
+    plan = tfx.select(scores, coupling, budget=tfx.Parameters(0.6), constraints=constraints)
+    return tfx.cut(params, plan), plan, constraints

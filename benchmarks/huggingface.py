@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _huggingface import FAMILIES, captured, pruned
+from _huggingface import FAMILIES, LAYERS, captured, pruned, shallower
 from _torchvision import library
 
 import taylorfx as tfx
@@ -70,10 +70,13 @@ def read(home: Path, names: list[str]) -> dict[str, tuple[list[torch.Tensor], li
     return results
 
 
-def saved(home: Path, name: str) -> tuple[list[Any], tfx.Plan, tfx.Constraints]:
-    """Prune a family into a folder, with its calls beside it; what its network gives on them."""
-    model, params, spec, output = captured(name)
-    small, plan, constraints = pruned(model, params, spec)
+def saved(home: Path, name: str, layers: int = LAYERS) -> tuple[list[Any], tfx.Plan, tfx.Constraints]:
+    """Prune a family into a folder, with its calls beside it; what its network gives on them.
+
+    Of several layers the second one leaves, if it can.
+    """
+    model, params, spec, output = captured(name, layers)
+    small, plan, constraints = (pruned if layers == 1 else shallower)(model, params, spec)
     example = {key: x for key, x in example_of(model).items() if key in spec.input_layers}
     huggingface.save_pretrained(home / name, small, plan.spec, like=model, example_inputs=example)
     calls = [example]

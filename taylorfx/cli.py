@@ -106,6 +106,7 @@ def parser() -> argparse.ArgumentParser:
     add("--criterion", choices=CRITERIA, default="joint", help="how units are chosen (default: %(default)s)")
     add("--repair", choices=REPAIRS, default="none", help="after every step (default: %(default)s)")
     add("--protect", nargs="+", default=[], metavar="GLOB", help='what stays: "*: hidden", "*q_proj*"')
+    add("--depth", action="store_true", help="whole layers may leave, too, but for the first")
     add("--dtype", choices=DTYPES, help="of the weights (default: that of the folder)")
     add("--seed", type=int, default=0, help="of the sequences that are drawn (default: %(default)s)")
     return whole
@@ -154,6 +155,8 @@ def _check(options: argparse.Namespace) -> None:
     numbers = {"length": (options.length, 2), "examples": (options.examples, 1), "batch-size": (options.batch_size, 1)}
     small = {name: (n, least) for name, (n, least) in numbers.items() if n is not None and n < least}
     reasons = [f"--{name} is {least} or more, received {n}" for name, (n, least) in small.items()]
+    if options.depth and options.criterion.startswith("weight_"):
+        reasons.append(f"--criterion {options.criterion} scores no layers; give another one with --depth")
     weights = [file for kind in ("*.safetensors", "pytorch_model*.bin") for file in folder.glob(kind)]
     if not folder.is_dir():
         reasons.append(f"there is no folder {folder}")
@@ -238,12 +241,12 @@ def _run(options: argparse.Namespace) -> None:
     names, size = [*spec.input_layers], options.batch_size
     tests = texts.batches(held_out, names, size)
     before = huggingface.perplexity(loaded.model, tests)
-    coupling = couple(loaded.params, spec)
+    coupling = couple(loaded.params, spec, branches=options.depth)
     wanted = Constraints(protect=options.protect)
     wanted.on(coupling)  # which refuses globs that match nothing
 
     print("Finding out what the config can hold", flush=True)
-    constraints = wanted.also(huggingface.holdable(*loaded), coupling)
+    constraints = wanted.also(huggingface.holdable(*loaded, branches=options.depth), coupling)
     print(f"Measuring on {len(measured)} sequences of {length} tokens", flush=True)
     plan, small, smaller = _pruned(options, loaded.params, coupling, texts.batches(measured, names, size), constraints)
     print(f"Writing {options.out}", flush=True)
@@ -293,7 +296,8 @@ def _pruned(
     generator = torch.Generator().manual_seed(options.seed)
     small, smaller = prune(
         params, coupling.spec, batches, budget=options.budget, criterion=criterion, choose=chosen,
-        constraints=constraints, measurement=Measurement(loss=next_token, progress=bars, generator=generator),
+        constraints=constraints, branches=options.depth,
+        measurement=Measurement(loss=next_token, progress=bars, generator=generator),
         repair=None if options.repair == "none" else partial(reconstruct, biases=False),
     )  # fmt: skip
     whole = replace(reduce(compose, plans), asked=" and ".join(map(str, options.budget)))

@@ -97,7 +97,8 @@ def prune(
         like: the module that was captured. Only what its own class can hold is cut, so that ``to_torch(params, spec,
             like=module)`` gives a smaller one of it: `taylorfx.interop.holdable` finds the constraints on the first
             examples, which join the others.
-        branches: residual branches may leave, too, as in `couple`; not with ``like``.
+        branches: residual branches may leave, too, as in `couple`; not with ``like``, but with the constraints that
+            `taylorfx.interop.huggingface.holdable` finds for whole layers.
         options: the attributes of `Constraints` and of `Measurement` as keywords, instead of the values.
 
     With ``total=taylorfx.distributed.total`` several processes, each with batches of its own, perhaps none, prune as
@@ -146,7 +147,8 @@ class Sentence(NamedTuple):
         if like is not None and branches:
             raise SelectionError(
                 "What a class can hold has all of its branches; received like=... and branches=True. Leave one of them "
-                "out."
+                "out. Of a model of transformers whole layers may leave: give constraints=taylorfx.interop.huggingface."
+                "holdable(model, params, spec, branches=True) in place of like."
             )
         step = Step.of(batch, criterion, choose, how, per_cost, cautious=True, repair=repair, branches=branches)
         return Sentence(budgets, steps, respected, like, step)

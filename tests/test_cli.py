@@ -42,7 +42,7 @@ def home(tmp_path_factory):
 def once(home, monkeypatch):
     """The Llama of the folder is captured, and its config asked, once for all tests that only look at what follows."""
     monkeypatch.setattr(huggingface, "from_pretrained", lambda *_, **__: captured(home))
-    monkeypatch.setattr(huggingface, "holdable", lambda *_: held(home))
+    monkeypatch.setattr(huggingface, "holdable", lambda *_, **__: held(home))
 
 
 @functools.cache
@@ -92,6 +92,15 @@ def test_every_option_counts(home, capsys):
     assert model.dtype == torch.bfloat16
     assert "at most 90.0% of the FLOPs and at most 97.0% of the parameters" in capsys.readouterr().out
     assert sum(x.numel() for x in model.parameters()) <= 0.97 * 30_112
+
+
+def test_whole_layers_leave_where_the_depth_may_change(home, capsys):
+    assert run(home, *SHORT, "--depth", budget="flops=0.35", out="shallow") == 0
+    model = transformers.AutoModelForCausalLM.from_pretrained(str(home / "shallow"))
+    assert model.config.num_hidden_layers == len(model.model.layers) == 1
+    assert re.search(r"model\.layers\.\*\.mlp: branch +2 +1 +50", capsys.readouterr().out)
+    assert run(home, "--depth", "--criterion", "weight_l1", out="no") == 2
+    assert "weight_l1 scores no layers" in capsys.readouterr().err
 
 
 def test_python_runs_it_and_says_everything_that_is_wrong_at_once(tmp_path):
