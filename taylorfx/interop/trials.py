@@ -233,10 +233,10 @@ def _allowed(trials: _Trials, rules: Sequence[Rule]) -> list[Rule]:
     """The rules under which the class holds what leaves, of all kinds of scopes."""
     # What fails alone may hold beside another kind that happens to lose as many.
     alone = [rule for rule in rules if not trials.all_hold([rule])]
-    failing = [*alone, *failing([rule for rule in rules if rule not in alone], trials.all_hold)]
-    allowed = [rule for rule in rules if rule not in failing]
+    unfit = [*alone, *failing([rule for rule in rules if rule not in alone], trials.all_hold)]
+    allowed = [rule for rule in rules if rule not in unfit]
     left: list[Scopes] = []
-    for rule in failing:
+    for rule in unfit:
         good, bad = _parted(trials, tuple(scope for (scope,) in rule.groups))
         allowed += [Rule(tuple((scope,) for scope in good))] * bool(good)
         left += [bad] * bool(bad)

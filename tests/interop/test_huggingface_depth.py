@@ -7,6 +7,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from _huggingface import captured, random_model
+from huggingface import read, saved
 from torch.testing import assert_close
 
 import taylorfx as tfx
@@ -20,9 +22,6 @@ if importlib.util.find_spec("torchvision"):
     from _torchvision import library
 
     library()
-
-from _huggingface import captured, random_model
-from huggingface import read, saved
 
 DEPTHS = {
     "Llama": ("num_hidden_layers",), "Qwen3": ("num_hidden_layers",), "Qwen3-MoE": ("num_hidden_layers",),
@@ -132,7 +131,7 @@ def test_layers_that_the_model_does_not_use_are_left_in_it():
 
 
 def test_steps_reach_a_budget_that_width_alone_does_not():
-    loaded, coupling = tiny()
+    loaded, _ = tiny()
     held = huggingface.holdable(*loaded, branches=True)
     generator = torch.Generator().manual_seed(0)
     texts = torch.randint(3, 30, (8, 10), generator=generator)

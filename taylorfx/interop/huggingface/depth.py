@@ -102,6 +102,7 @@ def stacks_of(form: Form) -> list[Stack]:
         for fewer in shallower(form, {Stack(key, count, ()): range(count - 1)}):
             gone = usual.keys() - (fewer.form.shapes({}) or usual).keys()
             lost = [home for home in homes if any(path.startswith(f"{home}.{count - 1}.") for path in gone)]
+            lost = [home for home in lost if not any(home.startswith(f"{other}.") for other in lost)]  # inside a layer
             if lost and all(any(path.startswith(f"{home}.{count - 1}.") for home in lost) for path in gone):
                 stacks.append(Stack(key, count, tuple(lost)))
                 break
@@ -135,7 +136,7 @@ def shallower(form: Form, stay: Mapping[Stack, Sequence[int]]) -> Iterator[Layer
     for one in data[: 1 if data[0] == data[1] else 2]:
         try:
             yield Layers(Form(form.cls, config_of(form.config, one)), stay)
-        except Exception:  # whatever the config's own code raises  # noqa: PERF203
+        except Exception:  # whatever the config's own code raises
             continue
 
 
