@@ -2,6 +2,7 @@
 
     python benchmarks/huggingface.py             # all families, 5 to 10 minutes
     python benchmarks/huggingface.py Llama T5    # some
+    python benchmarks/huggingface.py --layers 3 Llama T5    # of three layers, of which the second leaves
 
 Every family is a small random model. It is captured, half of the units that its config can do without leave, and
 the rest is saved. The folder is loaded by a second process, which has not imported taylorfx: its outputs are compared
@@ -22,8 +23,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from _huggingface import FAMILIES, LAYERS, captured, pruned, shallower
+from _huggingface import DEPTHS, FAMILIES, LAYERS, captured, pruned, shallower
 from _torchvision import library
 
 import taylorfx as tfx
@@ -93,40 +95,58 @@ def saved(home: Path, name: str, layers: int = LAYERS) -> tuple[list[Any], tfx.P
 def roles(plan: tfx.Plan, constraints: tfx.Constraints) -> str:
     """What may leave, by role, and how many units of the first such scope stayed."""
     coupling, shown = plan.coupling, {}
-    protected = constraints.on(coupling).protected
+    rules = constraints.on(coupling)
     for k, name in enumerate(coupling.scopes):
         units = coupling.scope == k
-        if not protected[units].all() and units.sum() > 1:
+        whole = rules.protected[units].all() or rules.floors[k] >= coupling.sizes[k]
+        if not whole and units.sum() > 1 and plan.keep[units].any():
             role = name.rpartition(": ")[2] if ": " in name else name.rpartition(".")[2]
             role = ".".join(name.split(".")[-2:]) if role in ("weight", "dense") else role
             shown.setdefault(role, f"{role} {int(units.sum())} to {int(plan.keep[units].sum())}")
     return ", ".join(shown.values())
 
 
+def depths(folder: Path, layers: int) -> str:
+    """What the config of a folder says of the number of layers, and how many there were."""
+    config = json.loads((folder / "config.json").read_text())
+    return ", ".join(f"{name} {layers} to {config[name]}" for name in (*DEPTHS, "num_decoder_layers") if name in config)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help=", ".join(FAMILIES))
-    names = parser.parse_args().names or [*FAMILIES]
+    parser.add_argument("--layers", type=int, default=LAYERS)
+    options = parser.parse_args()
+    names = options.names or [*FAMILIES]
     if importlib.util.find_spec("torchvision"):
         library()
     warnings.simplefilter("ignore")
-    heads = ("family", "what its config lets leave, and what stayed", "units that may leave", "there and back",
+    heads = ("family", "what its config lets leave, and what stayed", "units that may leave", "layers", "there and back",
              "another length", "generate with and without a cache")  # fmt: skip
     print(f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}")
     with tempfile.TemporaryDirectory() as folder:
         home, results = Path(folder), {}
         for name in names:
             try:
-                results[name] = saved(home, name)
+                results[name] = (*saved(home, name, options.layers), depths(home / name, options.layers))
             except Exception as error:  # the table shows what fails, and goes on
                 print(f"| {name} | {type(error).__name__}: {str(error).splitlines()[0]} |", flush=True)
         outputs = read(home, [*results])
-    for name, (expected, plan, constraints) in results.items():
+    for name, (expected, plan, constraints, layers) in results.items():
         received, texts = outputs[name]
         errors = [f"{float((a - b).abs().max()):.0e}" for a, b in zip(expected, received, strict=True)]
-        share = 1 - constraints.on(plan.coupling).protected.mean()
+        rules, coupling = constraints.on(plan.coupling), plan.coupling
+        whole = np.array(rules.floors)[coupling.scope] >= coupling.sizes[coupling.scope]
+        share = 1 - (rules.protected | whole & (len(coupling.branches) > 0)).mean()
         equal = ("equal" if torch.equal(*texts) else "different") if texts else "no"
-        row = (name, roles(plan, constraints), f"{share:.0%}", errors[0], errors[1] if len(errors) > 1 else "fixed")
+        row = (
+            name,
+            roles(plan, constraints),
+            f"{share:.0%}",
+            layers,
+            errors[0],
+            errors[1] if len(errors) > 1 else "fixed",
+        )
         print(f"| {' | '.join((*row, equal))} |")
 
 
