@@ -121,8 +121,8 @@ def main() -> None:
     if importlib.util.find_spec("torchvision"):
         library()
     warnings.simplefilter("ignore")
-    heads = ("family", "what its config lets leave, and what stayed", "units that may leave", "layers", "there and back",
-             "another length", "generate with and without a cache")  # fmt: skip
+    heads = ("family", "what its config lets leave, and what stayed", "units that may leave", "layers",
+             "there and back", "another length", "generate with and without a cache")  # fmt: skip
     print(f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}")
     with tempfile.TemporaryDirectory() as folder:
         home, results = Path(folder), {}
