@@ -110,6 +110,8 @@ class Source:
         Raises:
             ConfigError: if a field had to have several values, and for parameters that the model does not have.
         """
+        if foreign := self.original.foreign(flatten(params)):
+            raise ConfigError(foreign)
         stay = self.left(params)
         forms = [*shallower(self.form, stay)] if stay else [Layers(self.form, {})]
         if not forms:
@@ -127,11 +129,9 @@ class Source:
         """What the smaller model saves, by path: the network's tensors, under all of their names, and what it left out.
 
         Raises:
-            ConfigError: for parameters that the model does not have.
+            ConfigError: for parameters of the class that the model does not have.
         """
         leaves, known = flatten(params), self.original.tensors
-        if foreign := self.original.foreign(leaves):
-            raise ConfigError(foreign)
         new = {id(known[path]): leaf for path, leaf in leaves.items() if path in known}
         detached = {id(x): new.get(id(x), x).detach() for x in known.values()}
         if not layers.stay:
