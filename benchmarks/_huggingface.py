@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from dataclasses import replace
 from functools import cache
@@ -82,6 +83,10 @@ DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_lay
 """What configs call the number of layers."""
 
 
+SECOND = re.compile(r"\.(layers?|h|block)\.1[.:](?!DenseReluDense|EncDec)")
+"""What the names of scopes of the second layer have in them; the parts of a T5's layers have numbers, too."""
+
+
 def made(name: str, layers: int = LAYERS) -> Any:
     """A random model of a family."""
     kind, config, _ = FAMILIES[name]
@@ -140,6 +145,6 @@ def shallower(model: Any, params: tfx.Params, spec: tfx.Spec) -> tuple[tfx.Param
     coupling = tfx.couple(params, spec, branches=True)
     scores = torch.rand(len(coupling), generator=torch.Generator().manual_seed(0))
     for branch in coupling.branches:
-        scores[branch.unit] = -1.0 if ".1." in coupling.names[branch.unit] else 2.0
+        scores[branch.unit] = -1.0 if SECOND.search(coupling.names[branch.unit]) else 2.0
     plan = tfx.select(scores, coupling, budget=tfx.Parameters(0.6), constraints=constraints)
     return tfx.cut(params, plan), plan, constraints

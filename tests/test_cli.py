@@ -95,7 +95,8 @@ def test_every_option_counts(home, capsys):
 
 
 def test_whole_layers_leave_where_the_depth_may_change(home, capsys):
-    assert run(home, *SHORT, "--depth", budget="flops=0.35", out="shallow") == 0
+    # Without depth no less than 55 % would be left: the head has 43 %, and each layer one head and one hidden unit.
+    assert run(home, *SHORT, "--depth", "--protect", "stream", budget="flops=0.52", out="shallow") == 0
     model = transformers.AutoModelForCausalLM.from_pretrained(str(home / "shallow"))
     assert model.config.num_hidden_layers == len(model.model.layers) == 1
     assert re.search(r"model\.layers\.\*\.mlp: branch +2 +1 +50", capsys.readouterr().out)
