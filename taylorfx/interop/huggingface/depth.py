@@ -27,13 +27,13 @@ class Stack(NamedTuple):
 
     Attributes:
         key: the field.
-        count: its value.
+        size: its value.
         homes: the paths of the modules whose numbered parts they are: ``model.layers``. Encoder and decoder, if they
             have one field together.
     """
 
     key: Key
-    count: int
+    size: int
     homes: tuple[str, ...]
 
     def layer(self, path: str) -> int | None:
@@ -57,7 +57,7 @@ class Stack(NamedTuple):
         >>> stack.common(["h.0.up", "h.0.positions", "h.1.up", "head"])
         {0: ['h.0.up'], 1: ['h.1.up']}
         """
-        by_layer: dict[int, dict[tuple[str, str], str]] = {k: {} for k in range(self.count)}
+        by_layer: dict[int, dict[tuple[str, str], str]] = {k: {} for k in range(self.size)}
         for home in self.homes:
             for path in (path for path in paths if path.startswith(f"{home}.")):
                 number, _, rest = path.removeprefix(f"{home}.").partition(".")
@@ -154,7 +154,7 @@ def _shorten(data: Any, stack: Stack, stay: Sequence[int], *, by_layer: bool) ->
         for name, value in place.items():
             if no_size(name):
                 continue
-            if isinstance(value, (list, tuple)) and len(value) == stack.count:
+            if isinstance(value, (list, tuple)) and len(value) == stack.size:
                 place[name] = [value[k] for k in stay]
             elif isinstance(value, dict) and value and all(str(k).isdecimal() for k in value):
                 known = {int(k): x for k, x in value.items()}

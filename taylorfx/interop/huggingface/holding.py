@@ -198,7 +198,7 @@ def _layers(trials: _Trials, rules: Sequence[Rule]) -> Iterator[Rule]:
     """For every layer that may leave its branches, which leave as one; the first of a stack stays."""
     coupling, presence = trials.coupling, trials.coupling.presence
     for stack in trials.source.stacks if coupling.branches else ():
-        layers = [_Layer(stack, k, []) for k in range(stack.count)]
+        layers = [_Layer(stack, k, []) for k in range(stack.size)]
         for branch in coupling.branches:
             numbers = {stack.layer(path) for path in presence.needing(presence.parameters, branch.unit)}
             if len(numbers) == 1 and (number := numbers.pop()) is not None:

@@ -100,7 +100,7 @@ class Source:
             for stack in self.stacks:
                 layers = stack.common([path for path in self.usual if path in self._used])
                 here = tuple(k for k, paths in layers.items() if not paths or not lost.issuperset(paths))
-                if len(here) < stack.count:
+                if len(here) < stack.size:
                     stay[stack] = here
         return stay
 
