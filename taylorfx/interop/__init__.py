@@ -5,6 +5,7 @@ from taylorfx.interop.capture.export import from_torch
 from taylorfx.interop.capture.optional import Call
 from taylorfx.interop.capture.reader import CaptureError
 from taylorfx.interop.capture.rules import Value, rule
+from taylorfx.interop.deployment import Deployed, deploy
 from taylorfx.interop.like import LikeError
 from taylorfx.interop.module import to_torch
 from taylorfx.interop.optim import carry, reschedule
@@ -12,6 +13,6 @@ from taylorfx.interop.rows import Rows, keep_rows
 from taylorfx.interop.trials import holdable
 
 __all__ = [
-    "Call", "CaptureError", "LikeError", "Rows", "Value", "carry", "from_torch", "holdable", "huggingface", "keep_rows",
-    "reschedule", "rule", "to_torch",
+    "Call", "CaptureError", "Deployed", "LikeError", "Rows", "Value", "carry", "deploy", "from_torch", "holdable",
+    "huggingface", "keep_rows", "reschedule", "rule", "to_torch",
 ]  # fmt: skip
