@@ -144,7 +144,7 @@ class Timings:
         Parameters and inputs are random, tokens are 0 and masks are true; a runner may replace them by its own.
         """
         if (spec, whole) not in self.shares:
-            seconds = race([self._ready(spec), self._ready(whole)], self.pace, self._wait)
+            seconds = race([self.ready(spec), self.ready(whole)], self.pace, self._wait)
             self.shares[spec, whole] = float(np.median(seconds[:, 0] / seconds[:, 1]))
             LOG.info("timings: %.3f of the whole network, %d rounds", self.shares[spec, whole], len(seconds))
         return 1.0 if spec == whole else self.shares[spec, whole]
@@ -152,10 +152,10 @@ class Timings:
     def whole(self, spec: Spec) -> float:
         """Microseconds of a network, run whole, measured if nobody asked before."""
         if (spec, None) not in self.shares:
-            self.shares[spec, None] = 1e6 * float(np.median(race([self._ready(spec)], self.pace, self._wait)))
+            self.shares[spec, None] = 1e6 * float(np.median(race([self.ready(spec)], self.pace, self._wait)))
         return self.shares[spec, None]
 
-    def _ready(self, spec: Spec) -> Callable[[], object]:
+    def ready(self, spec: Spec) -> Callable[[], object]:
         """The network on random parameters and inputs, ready to run."""
         if self.runner is None:
             raise ValueError("Networks are timed whole by a runner; received runner=None. Give one, or time layers.")
@@ -229,10 +229,10 @@ class Timings:
         """By scope, multiples of how many units are free on this machine; ``multiple=`` of `select` takes them.
 
         Kernels work on channels in blocks, so that a width between two multiples may take as long as the wider one. It
-        is measured for every kind of layer that mixes channels, along each of its axes, at widths just below a round
-        one. Of 16, 8 and 4 a scope gets the largest by which its layers together take less than half of the time that
-        they would if time were proportional to the width; 1 otherwise, where the scope is narrow, and for heads and
-        their dimensions. Scopes without any are left out.
+        is measured for every kind of layer that mixes channels, along each of its axes, just below a round width. Of
+        16, 8 and 4 a scope gets the largest of which a half less saves less than half of what it would if time were
+        proportional to the width, in all of its layers together. Scopes without any are left out: narrow ones, and
+        heads and their dimensions.
         """
         times: dict[int, list[tuple[float, NDArray[np.float64], int]]] = {}
         kinds = self._kinds(coupling)
@@ -341,15 +341,13 @@ def _round(size: int) -> int:
 
 
 def _free(layers: Sequence[tuple[float, NDArray[np.float64], int]], multiple: int) -> bool:
-    """Whether layers cost less than half of what they would in proportion, when widths are rounded up to a multiple."""
-    below = np.array(BELOW)
-    saved = np.sum([weight * (1 - shares) for weight, shares, _ in layers], 0)
-    linear = np.sum([weight * below / base for weight, _, base in layers], 0)
-    some = below < multiple
-    return bool(saved[some].mean() < 0.5 * linear[some].mean())
+    """Whether layers that lose half of a multiple save less than half of what they would in proportion."""
+    lost = multiple // 2
+    saved = sum(weight * (1 - shares[BELOW.index(lost)]) for weight, shares, _ in layers)
+    return bool(saved < 0.5 * sum(weight * lost / base for weight, _, base in layers))
 
 
-BELOW = (1, 3, 5, 7, 11, 15)
+BELOW = (2, 4, 8)
 """How far below a round width layers are measured."""
 
 ROUNDS, LONG = 7, 1000.0

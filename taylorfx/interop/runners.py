@@ -1,0 +1,36 @@
+"""Networks run by other libraries, as runners of `taylorfx.cost.Timings`."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from taylorfx.interop.module import to_torch
+from taylorfx.network.spec import Spec
+from taylorfx.tree import Params
+
+__all__ = ["onnx_runtime"]
+
+
+def onnx_runtime(params: Params, spec: Spec, inputs: tuple[Tensor, ...]) -> Callable[[], object]:
+    """The network as ``torch.onnx.export`` writes it, run by ONNX Runtime on the processor, by as many threads as torch.
+
+    Raises:
+        ImportError: without onnxruntime and onnxscript.
+    """
+    import onnxruntime
+
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's exporter uses names that torch deprecates
+        torch.onnx.export(to_torch(params, spec).eval(), inputs, file, dynamo=True, verbose=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
+    names = [argument.name for argument in session.get_inputs()]
+    feeds = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
+    return lambda: session.run(None, feeds)
