@@ -39,8 +39,8 @@ def runners() -> dict[str, Any]:
 
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "ResNet-18": (lambda: library().resnet18(), (3, 224, 224)),
-    "MobileNetV2": (lambda: library().mobilenet_v2(), (3, 224, 224)),
+    "ResNet-18": (lambda: library().resnet18(), (3, 112, 112)),
+    "MobileNetV2": (lambda: library().mobilenet_v2(), (3, 112, 112)),
     "encoder": (Encoder, (64, 256)),
 }
 
@@ -60,8 +60,8 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.5)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    pace = Pace(clock=time.process_time)
-    table = Table("network", "batch", "runner", "budget", "asked", "table", "measured", "FLOPs", "networks run", "seconds")
+    pace = Pace(error=0.01, seconds=5, clock=time.process_time)
+    table = Table("network", "batch", "runner", "budget", "asked", "table", "measured", "FLOPs", "runs", "seconds")
     for name in options.networks:
         make, shape = NETWORKS[name]
         torch.manual_seed(0)

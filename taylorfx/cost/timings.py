@@ -374,7 +374,7 @@ def rising(values: NDArray[np.float64]) -> NDArray[np.float64]:
             moved = result + shift
             result = np.apply_along_axis(lambda line: isotonic_regression(line).x, axis, moved)
             added[axis] = moved - result
-        if np.allclose(result, before, rtol=1e-6, atol=0):
+        if np.allclose(result, before, rtol=1e-4, atol=0):
             break
     for axis in range(values.ndim):  # what the last few projections would still change
         result = np.maximum.accumulate(result, axis)

@@ -17,7 +17,7 @@ __all__ = ["onnx_runtime"]
 
 
 def onnx_runtime(params: Params, spec: Spec, inputs: tuple[Tensor, ...]) -> Callable[[], object]:
-    """The network as ``torch.onnx.export`` writes it, run by ONNX Runtime on the processor, by as many threads as torch.
+    """The network as ``torch.onnx.export`` writes it, run by ONNX Runtime on as many threads as torch.
 
     Raises:
         ImportError: without onnxruntime and onnxscript.
