@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import warnings
 from collections.abc import Callable
 
@@ -24,13 +23,13 @@ def onnx_runtime(params: Params, spec: Spec, inputs: tuple[Tensor, ...]) -> Call
     """
     import onnxruntime
 
-    file = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's exporter uses names that torch deprecates
-        torch.onnx.export(to_torch(params, spec).eval(), inputs, file, dynamo=True, verbose=False)
+        program = torch.onnx.export(to_torch(params, spec).eval(), inputs, dynamo=True, verbose=False)
+    assert program is not None, "torch.onnx.export gives a program where it is given no file"
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     names = [argument.name for argument in session.get_inputs()]
     feeds = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
     return lambda: session.run(None, feeds)
