@@ -2,8 +2,8 @@
 
 A small network of grouped convolutions and attention learns scikit-learn's digits. First every group of channels and
 every head is put into an order of its own, so that all stay of equal size and each loses what it needs least. Then
-units are chosen by the time that the network takes on this very machine, by the values that are alive at once, by both, in
-multiples of four and evenly over the blocks, within like structures only. About a minute of one core:
+units are chosen by the time that the network takes on this very machine, by the values that are alive at once, by both,
+in multiples of four and evenly over the blocks, within like structures only. A few minutes of one core:
 
     python examples/to_fit_a_device.py
 """

@@ -29,7 +29,9 @@ def onnx_runtime(params: Params, spec: Spec, inputs: tuple[Tensor, ...]) -> Call
     assert program is not None, "torch.onnx.export gives a program where it is given no file"
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        program.model_proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
     names = [argument.name for argument in session.get_inputs()]
     feeds = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
     return lambda: session.run(None, feeds)
