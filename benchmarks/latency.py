@@ -85,7 +85,7 @@ def main() -> None:
                     row = (
                         name, f"{batch}", runner, budget, f"{options.share:.3f}", f"{sums(plan.keep) / sums.total:.3f}",
                         f"{share:.3f} ± {spread:.3f}", f"{flops(plan.keep) / flops.total:.3f}",
-                        f"{max(0, len(timings.shares) - 1)}", f"{took:.0f}",
+                        f"{len(timings.shares)}", f"{took:.0f}",
                     )  # fmt: skip
                     print(*row, sep=" | ", flush=True)
                     table.add_row(*row)
