@@ -62,7 +62,7 @@ class Pace(NamedTuple):
     """
 
     error: float = 0.005
-    seconds: float = 20.0
+    seconds: float = 10.0
     clock: Callable[[], float] = time.perf_counter
     """The seconds so far: of the wall by default. ``time.process_time`` is of this process alone, which on a machine
     that others use is steadier; it adds up the threads."""
@@ -75,30 +75,29 @@ LEAST, TURN = 9, 0.003
 def race(runs: Sequence[Run], pace: Pace, wait: Run = lambda: None) -> NDArray[np.float64]:
     """The seconds of each run, by turns, ``(rounds, runs)``: what slows the machine for a while slows all of them.
 
-    The ratio of two is the median of their ratios in each round. A turn is one run that does not count and as many that
-    do as take a few milliseconds.
+    The ratio of two is the median of their ratios in each round. A turn is as many runs as take a few milliseconds,
+    after one that does not count where that warms caches.
 
     Args:
         wait: waits until the device has finished its work.
     """
-    pace_of = [1] * len(runs)
 
-    def turn(k: int) -> float:
-        runs[k]()
+    def turn(run: Run, times: int = 1, warm: bool = True) -> float:
+        if warm:
+            run()
         wait()
         start = pace.clock()
-        for _ in range(pace_of[k]):
-            runs[k]()
+        for _ in range(times):
+            run()
         wait()
-        return (pace.clock() - start) / pace_of[k]
+        return (pace.clock() - start) / times
 
-    first = [turn(k) for k in range(len(runs))]
-    pace_of = [max(1, min(1000, math.ceil(TURN / max(seconds, 1e-9)))) for seconds in first]
+    first = [turn(run) for run in runs]
+    times = [max(1, min(1000, math.ceil(TURN / max(seconds, 1e-9)))) for seconds in first]
     rounds: list[list[float]] = []
-    spent = 0.0
-    while len(rounds) < LEAST or (spent < pace.seconds and _error(np.array(rounds)) > pace.error):
-        rounds.append([turn(k) for k in range(len(runs))])
-        spent += sum(seconds * (n + 1) for seconds, n in zip(rounds[-1], pace_of, strict=True))
+    start = pace.clock()
+    while len(rounds) < LEAST or (pace.clock() - start < pace.seconds and _error(np.array(rounds)) > pace.error):
+        rounds.append([turn(run, n, s < 5 * TURN) for run, n, s in zip(runs, times, first, strict=True)])
     return np.array(rounds)
 
 

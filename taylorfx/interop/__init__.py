@@ -10,9 +10,10 @@ from taylorfx.interop.like import LikeError
 from taylorfx.interop.module import to_torch
 from taylorfx.interop.optim import carry, reschedule
 from taylorfx.interop.rows import Rows, keep_rows
+from taylorfx.interop.runners import onnx_runtime
 from taylorfx.interop.trials import holdable
 
 __all__ = [
     "Call", "CaptureError", "Deployed", "LikeError", "Rows", "Value", "carry", "deploy", "from_torch", "holdable",
-    "huggingface", "keep_rows", "reschedule", "rule", "to_torch",
+    "huggingface", "keep_rows", "onnx_runtime", "reschedule", "rule", "to_torch",
 ]  # fmt: skip

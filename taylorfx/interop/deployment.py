@@ -19,6 +19,7 @@ from taylorfx.cost.runners import Pace, race
 from taylorfx.internals import alike_sizes, pytree
 from taylorfx.interop.calls import example_of, interface_of
 from taylorfx.interop.module import to_torch
+from taylorfx.interop.runners import session_of
 from taylorfx.network.run import Inputs, bind_inputs
 from taylorfx.network.spec import Spec
 from taylorfx.network.tables import columns
@@ -184,11 +185,7 @@ class _Session:
     """An ONNX file in ONNX Runtime, called as the network that was exported."""
 
     def __init__(self, path: Path, program: torch.export.ExportedProgram) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        self.session = onnxruntime.InferenceSession(str(path), options)
+        self.session = session_of(str(path))
         self.taken = {x.name for x in self.session.get_inputs()}
         self.names, self.outputs = program.graph_signature.user_inputs, program.call_spec.out_spec
 
