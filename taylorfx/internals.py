@@ -39,8 +39,8 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 __all__ = [
-    "Attended", "Function", "OpOverload", "alike_sizes", "attended", "attended_backward", "attends", "attends_in", "differentiated",
-    "equal_sizes", "file_names", "follow", "in_order", "pytree", "schemas", "vectorized", "wrapped",
+    "Attended", "Function", "OpOverload", "alike_sizes", "attended", "attended_backward", "attends", "attends_in",
+    "differentiated", "equal_sizes", "file_names", "follow", "in_order", "pytree", "schemas", "vectorized", "wrapped",
 ]  # fmt: skip
 
 

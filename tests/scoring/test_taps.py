@@ -109,9 +109,9 @@ def test_what_is_kept_is_what_the_activation_can_be_made_from(name):
 @pytest.mark.parametrize("name", KEPT_AT)
 def test_what_is_made_again_has_the_derivatives_of_autograd(name):
     net = network(KEPT_AT[name][0])
-    gates = torch.ones(len(net.coupling), dtype=torch.float64)
-    expected = tfx.truth.gradient(net.params, net.spec, *net.batch, net.coupling, gates)
-    assert_close(tfx.derivatives(net.params, net.spec, *net.batch, net.coupling).summed.sum(0), expected)
+    gates, loss = torch.ones(len(net.coupling), dtype=torch.float64), lambda outputs, _: outputs.sin().sum()
+    expected = tfx.truth.gradient(net.params, net.spec, *net.batch, net.coupling, gates, loss=loss)
+    assert_close(tfx.derivatives(net.params, net.spec, *net.batch, net.coupling, loss=loss).summed.sum(0), expected)
 
 
 def test_the_plan_says_what_is_let_go_when():
