@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from taylorfx.layers.base import Layer, Leaves, Shape, ShapeError, broadcast, names
 from taylorfx.layers.operators import COUNT, DEVICE, DTYPE, DTYPES, SLOT, check_arguments, operator
-from taylorfx.layers.roles import Role, Viewing
+from taylorfx.layers.roles import Memory, Recomputed, Role, Viewing
 from taylorfx.layers.shape import refine
 from taylorfx.layers.sizes import Size, rescaled
 
@@ -130,6 +130,10 @@ class Elementwise(_Operator):
 
     def signature(self, *shapes: Shape) -> str | None:
         return broadcast(*shapes)
+
+    def roles(self) -> tuple[Role, ...]:
+        square = self.op == "pow.Tensor_Scalar" and self.args == ((SLOT, 0), 2) and not self.kwargs
+        return (Recomputed(),) if square else ()
 
 
 @dataclass(frozen=True)
@@ -338,6 +342,9 @@ class Reduce(Layer):
     @property
     def inexact(self) -> tuple[str, ...]:  # type: ignore[override]
         return () if self.op == "sum" else tuple(f"s{k}" for k in range(8))
+
+    def roles(self) -> tuple[Role, ...]:
+        return (Memory(keeps_input=False),) if self.op in ("mean", "sum") else ()
 
     def signature(self, *shapes: Shape) -> str | None:
         rank = len(shapes[0])
