@@ -200,8 +200,12 @@ def index(c: Convert, node: fx.Node) -> None:
         raise Unmapped
     indices = {k: tensor_node(entry) for k, entry in enumerate(entries) if entry is not None}
     axis = measured(x)[1]
-    if axis in indices and indices[axis].name in c.counting:
-        c.captured(node, apart=True)  # each example looks at positions of its own
+    if axis in indices and indices[axis].name in c.counting:  # each example looks at positions of its own
+        single = axis == 0 and [*indices] == [0, 1] and all(measured(i) == ((1,), 0) for i in indices.values())
+        if single and indices[1].meta["val"].dtype == torch.long:
+            c.add(node, L.Gather(1, by_example=True), (c.tensor(x), c.tensor(indices[1])))
+        else:
+            c.captured(node, apart=True)
         return
     if len(indices) != 1 or axis in indices:
         raise Unmapped
