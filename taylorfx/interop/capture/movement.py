@@ -134,13 +134,25 @@ def slice_axis(c: Convert, node: fx.Node) -> None:
     if measured(node) == (shape, axis):
         c.alias(node)
         return
-    if step != 1:
-        along(1, "dim")(c, node)
-        return
     if dim == axis:
         raise Unmapped
     begin = _start(start, shape[dim])
+    if isinstance(step, int) and step > 1 and shape[dim] == step * measured(node)[0][dim]:
+        _every(c, node, x, dim, step, begin)
+        return
+    if step != 1:
+        along(1, "dim")(c, node)
+        return
     c.slice(node, x, dim, begin, begin + measured(node)[0][dim])
+
+
+def _every(c: Convert, node: fx.Node, x: fx.Node, dim: int, step: int, first: int) -> None:
+    """``x[..., first::step]`` of an axis of pairs, triples, ...: the same place of each, as of interleaved halves."""
+    shape, axis = measured(x)
+    pairs = (*shape[:dim], shape[dim] // step, step, *shape[dim + 1 :])
+    name = c.add(node, L.View(pairs, axis, axis + (axis > dim)), (c.tensor(x),), tag="_pairs")
+    name = c.add(node, L.Slice(dim + 1, first, first + 1), (name,), tag="_slice")
+    c.add(node, L.View(measured(node)[0], axis + (axis > dim), axis), (name,))
 
 
 def _start(start: object, size: int) -> int:
