@@ -153,7 +153,8 @@ class ExpertLinear(Layer):
     multiplies: ClassVar[tuple[str, ...]] = ("... K o i",)
 
     def signature(self, *shapes: Shape) -> str:
-        return f"... e, ... e, ... K i{', e' * (len(shapes) > 3)}, weight: e {'i o' if self.transposed else 'o i'} -> ... K o"
+        bias, matrix = ", e" * (len(shapes) > 3), "i o" if self.transposed else "o i"
+        return f"... e, ... e, ... K i{bias}, weight: e {matrix} -> ... K o"
 
     def fields(self, *shapes: Shape) -> Mapping[str, str]:
         return {"num_experts": "e", "in_features": "i", "out_features": "o", "top_k": "K"}

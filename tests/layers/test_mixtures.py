@@ -22,7 +22,9 @@ def mixture(experts, top_k, score="softmax", biased=False):
     With a bias, the router chooses by the sum with it, and the experts' outputs have biases of their own.
     """
     spread, shift = (1, TOKENS, 1, WIDTH), ("shift",) * biased
-    down = [tfx.Node("down", L.ExpertLinear(experts, HIDDEN, WIDTH, top_k, score), ("ones", "router", "hidden", *shift))]
+    down = [
+        tfx.Node("down", L.ExpertLinear(experts, HIDDEN, WIDTH, top_k, score), ("ones", "router", "hidden", *shift))
+    ]
     if biased:
         down = [
             tfx.Node("turned", L.ExpertLinear(experts, HIDDEN, WIDTH, top_k, score, transposed=True),
