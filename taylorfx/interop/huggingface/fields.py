@@ -49,7 +49,7 @@ UNSET = (6, 12)
 """What is tried for fields that are not set, as ``n_inner`` of GPT-2."""
 
 UNLISTED = ("head_dim",)
-"""Fields that classes look for in configs that need not have them: ``getattr(config, "head_dim", ...)``, as in a ViT."""
+"""Fields that a config need not have, and that classes look for, as a ViT: ``getattr(config, "head_dim", ...)``."""
 
 IMPLEMENTATIONS = ("_attn_implementation", "_experts_implementation")
 """What a config says about how its model computes, and writes into no file."""
