@@ -391,20 +391,30 @@ class Gather(Layer):
     """Positions of axis ``dim``, looked up by their numbers in the second input, whose axes take the place of ``dim``.
 
     The axis itself is rigid, because its positions are known by number.
+
+    Attributes:
+        by_example: every example has one number of its own, ``x[torch.arange(N), index]``, and ``dim`` is 1; as where
+            the last token of each text is taken.
     """
 
     dim: int
+    by_example: bool = False
 
     def signature(self, *shapes: Shape) -> str | None:
         table, index = shapes
+        if self.by_example:
+            return "B V ..., B -> B ..."
         before, numbers = names(len(table)), [f"y{k}" for k in range(len(index))]
         after = [*before[: self.dim], *numbers, *before[self.dim + 1 :]]
         before[self.dim] = "V"
         return f"{' '.join(before)}, {' '.join(numbers)} -> {' '.join(after)}"
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        x, numbers = inputs
+        if self.by_example:
+            return x[torch.arange(len(x), device=x.device), numbers]
         index: list[Tensor | None] = [None] * self.dim
-        value: Tensor = torch.ops.aten.index(inputs[0], [*index, inputs[1]])
+        value: Tensor = torch.ops.aten.index(x, [*index, numbers])
         return value
 
 
