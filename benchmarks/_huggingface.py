@@ -72,6 +72,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
     "Granite-MoE": ("GraniteMoeForCausalLM", {
         **DECODER, "num_local_experts": 4, "num_experts_per_tok": 2}, "logits"),
     "DeepSeek-V2": ("DeepseekV2ForCausalLM", {**LATENT, **ROUTED}, "logits"),
+    "DeepSeek-V3": ("DeepseekV3ForCausalLM", {**LATENT, **ROUTED}, "logits"),
+    "GLM-4-MoE": ("Glm4MoeForCausalLM", {**DECODER, **ROUTED}, "logits"),
+    "ERNIE-4.5-MoE": ("Ernie4_5_MoeForCausalLM", {
+        **DECODER, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24, "moe_num_shared_experts": 1,
+        "moe_layer_start_index": 0, "moe_layer_end_index": 0, "moe_layer_interval": 1}, "logits"),
+    "GPT-OSS": ("GptOssForCausalLM", {
+        **DECODER, "num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["full_attention"]}, "logits"),
     "ALBERT": ("AlbertForSequenceClassification", {**TEXT, "embedding_size": 16}, "logits"),
     "Mamba": ("MambaForCausalLM", {
         "hidden_size": 32, "num_hidden_layers": LAYERS, "state_size": 4, "vocab_size": 60, **SPECIAL}, "logits"),

@@ -5,23 +5,30 @@
 The networks and their inputs are so small that the time goes into Python, not into kernels; the batch is one example,
 in training two. The module, ``apply`` and the module that ``to_torch`` gives run one after the other, over and over;
 every number is a median, and the overhead per node is the difference to the module's time over the number of nodes.
-A difference below zero says that the spec is faster than the module. Prints Markdown.
+A difference below zero says that the spec is faster than the module. Then networks of torchvision, at one image of
+32 x 32: the plain module by the user's own, both as they are and compiled, and what each step of `deploy` gave. Prints
+Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 
+import numpy as np
 import torch
 from _networks import After, Inverted, Stages, VisionTransformer
+from _tables import markdown
+from _torchvision import library
 from torch import Tensor, nn
 
 import taylorfx as tfx
+from taylorfx.cost.runners import Pace, race
 
 NETWORKS: Mapping[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "small ResNet": (lambda: Stages(After, 8, 2, bare=False), (1, 8, 8)),
@@ -66,9 +73,32 @@ def timed(runs: Mapping[str, Callable[[Tensor], object]], x: Tensor, times: int)
     return medians({name: lambda run=run: run(x) for name, run in runs.items()}, times)
 
 
+def deployed(title: str, module: nn.Module, seconds: float) -> list[list[str]]:
+    """One image of 32 x 32: the plain module by the user's own, eager and compiled, and the steps of `deploy`."""
+    for norm in (m for m in module.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.running_mean.normal_(0, 0.1), norm.running_var.uniform_(0.5, 2)
+    x, pace = torch.randn(2, 3, 32, 32), Pace(seconds=seconds, clock=time.process_time)
+    params, spec = tfx.from_torch(module.eval(), x)
+    plain, made = tfx.to_torch(params, spec), []
+    for way, ready in {"plain module": lambda m: m, "plain module, compiled": torch.compile}.items():
+        with torch.no_grad():
+            both = [lambda network=network: network(x[:1]) for network in map(ready, (plain, module))]
+            times = race(both, pace)
+        low, share, high = (
+            torch.tensor(times[:, 0] / times[:, 1]).quantile(torch.tensor([0.25, 0.5, 0.75]).double()).tolist()
+        )
+        made.append([title, f"{way}, by the module's own time", f"{share:.3f}", f"{low:.3f} to {high:.3f}"])
+    with tempfile.TemporaryDirectory() as folder:
+        ready = tfx.interop.deploy(params, spec, x[:1], path=f"{folder}/network.onnx", compiled=True, pace=pace)
+    for step in ready.steps:
+        made.append([title, f"deploy: {step.name}", f"{step.time:.3f}", f"{step.low:.3f} to {step.high:.3f}"])
+    return [*made, [title, "deploy, together", f"{ready.time:.3f}", ""]]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=500, help="runs of which the median is taken")
+    parser.add_argument("--seconds", type=float, default=10.0, help="for every comparison of the second table")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
@@ -76,6 +106,14 @@ def main() -> None:
     print("| --- " * 6 + "|")
     for title, (make, shape) in NETWORKS.items():
         print(*rows(title, make(), shape, options.times), sep="\n", flush=True)
+    models = library()
+    networks = {
+        "ResNet-18": models.resnet18(num_classes=10),
+        "MobileNetV2": models.mobilenet_v2(num_classes=10),
+        "small vision transformer": models.VisionTransformer(32, 4, 4, 4, 64, 128, num_classes=10),
+    }
+    table = [row for title, module in networks.items() for row in deployed(title, module, options.seconds)]
+    print(f"\n{markdown(['network', 'what', 'time', 'quartiles'], table)}")
 
 
 if __name__ == "__main__":

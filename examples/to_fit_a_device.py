@@ -2,8 +2,8 @@
 
 A small network of grouped convolutions and attention learns scikit-learn's digits. First every group of channels and
 every head is put into an order of its own, so that all stay of equal size and each loses what it needs least. Then
-units are chosen by what the layers take on this very machine, by the values that are alive at once, by both, in
-multiples of four and evenly over the blocks, within like structures only. About a minute of one core:
+units are chosen by the time that the network takes on this very machine, by the values that are alive at once, by both,
+in multiples of four and evenly over the blocks, within like structures only. A few minutes of one core:
 
     python examples/to_fit_a_device.py
 """
@@ -59,7 +59,8 @@ def network(width: int = 64, heads: int = 4, blocks: int = 3) -> tfx.Spec:
 
 def main() -> None:
     options = arguments(
-        __doc__, {"epochs": 6, "width": 32, "share": 0.9},
+        __doc__, {"epochs": 6, "width": 32, "share": 0.9, "seconds": 1.0},
+        seconds=(10.0, "for which two networks are timed beside each other, at most"),
         share=(0.7, "of time or memory that may remain"),
         epochs=(20, "epochs of training"),
         width=(64, "channels of the stream"),
@@ -76,7 +77,8 @@ def main() -> None:
     print(order, end="\n\n")
     coupling = tfx.couple(params, spec)
     scores = tfx.fisher(tfx.measure(params, spec, batches, coupling), coupling)
-    timings, share = tfx.cost.Timings(batch=len(test[0])), options.share
+    pace = tfx.cost.Pace(error=0.01, seconds=options.seconds)
+    timings, share = tfx.cost.Timings(batch=len(test[0]), pace=pace), options.share
     time, memory = tfx.Latency(share, timings), tfx.Memory(share)
     asked: dict[str, dict[str, Any]] = {
         "time": {"budget": time},

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -302,9 +301,8 @@ def _checked(params: Params, spec: Spec) -> Params:
 def _spent(sentence: Sentence, pruned: Pruned) -> float:
     """The share of what may remain that remains; of several budgets, that of the fullest."""
     first, last = pruned.plans[0].coupling, pruned.plans[-1]
-    limits = [one.limit(one.cost(first)(np.ones(len(first), bool))) for one in sentence.budgets]
-    costs = [one.cost(last.coupling)(last.keep) for one in sentence.budgets]
-    return max(cost / limit if limit else 1.0 for cost, limit in zip(costs, limits, strict=True))
+    compared = [one.fixed(first).compared(last) for one in sentence.budgets]
+    return max(cost / limit if limit else 1.0 for limit, cost in compared)
 
 
 def _check(batches: Batches, held_out: Batches, repair: Repair | None, tune: Tune | None) -> None:

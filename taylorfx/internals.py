@@ -14,6 +14,7 @@ Tested with torch 2.13. For each, what is public does not do:
 - ``torch._check``: tells ``torch.export`` that two sizes are equal.
 - ``_scaled_dot_product_flash_attention_for_cpu``: the kernel behind ``scaled_dot_product_attention``. It takes a mask
   and causality at once, and a mask for its derivative that is made when that is computed.
+- ``_is_mkldnn_bf16_supported``: whether the processor has instructions for products in bfloat16.
 - ``torch.utils._pytree``: the trees of arguments and results that ``torch.export`` itself makes.
 
 More are kept where they are used, in `taylorfx.interop.capture`, which is imported when a module is captured:
@@ -38,8 +39,8 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 __all__ = [
-    "Attended", "Function", "OpOverload", "alike_sizes", "attended", "attended_backward", "attends", "differentiated",
-    "equal_sizes", "file_names", "follow", "in_order", "pytree", "schemas", "vectorized", "wrapped",
+    "Attended", "Function", "OpOverload", "alike_sizes", "attended", "attended_backward", "attends", "attends_in",
+    "differentiated", "equal_sizes", "file_names", "follow", "in_order", "pytree", "schemas", "vectorized", "wrapped",
 ]  # fmt: skip
 
 
@@ -119,6 +120,17 @@ def attends(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not any(map(vectorized, tensors))
     )
+
+
+def attends_in(dtype: torch.dtype) -> bool:
+    """`attended` is as fast in this dtype as in single precision: there are instructions for its products.
+
+    >>> attends_in(torch.float32), attends_in(torch.float16)
+    (True, False)
+    """
+    if dtype == torch.bfloat16:
+        return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype != torch.float16
 
 
 def attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool, scale: float) -> Attended:

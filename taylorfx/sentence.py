@@ -8,7 +8,6 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
 
 from taylorfx.coupling.couple import couple
@@ -242,7 +241,7 @@ def _ways(
     foresee(coupling, budget=budgets, constraints=constraints, per_cost=per_cost)  # an error names what was asked for
     if any(isinstance(one, Remove) for one in budgets):
         raise BudgetError("Steps lead down to what may remain; received a budget of what leaves, Remove.")
-    totals = [one.cost(coupling)(np.ones(len(coupling), bool)) for one in budgets]
+    totals = [one.total(coupling) for one in budgets]
     if steps is None:
         least = min(one.limit(n) / n if n else 1.0 for one, n in zip(budgets, totals, strict=True))
         steps = max(1, math.ceil(math.log(least) / math.log(LEFT) - 1e-9))

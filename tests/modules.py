@@ -213,6 +213,7 @@ MODULES = {
     "best of the channels": net(lambda m, x: m.head(flat(m.a(x).topk(2, 1)[0])), 0, a=conv(), head=head(32)),
     "best in space": net(lambda m, x: m.head(flat(m.a(x).flatten(2).topk(2, 2)[0])), 4, a=conv(), head=head(8)),
     "looked up by example": net(lambda m, x: m.head((m.a(x) + m.a(x)[torch.arange(x.shape[0])[:, None], torch.tensor([2, 1, 0])]).flatten(1)), 0, x=(3, 4), a=nn.Linear(4, 5), head=head(15)),
+    "one row of each example": net(lambda m, x: m.head(m.norm(m.a(x))[torch.arange(len(x)), x[..., 0].argmax(-1)]), 5, x=(3, 4), a=nn.Linear(4, 5), norm=nn.Tanh(), head=head(5)),
     "positions for every example": net(lambda m, x: m.head(flat(m.a(x) + m.table.repeat(x.shape[0], 1, 1))), 5, x=(3, 4), a=nn.Linear(4, 5), table=P(3, 5), head=head(15)),
     "pooled along one axis": net(lambda m, x: m.head(F.adaptive_avg_pool2d(m.a(x).permute(0, 3, 1, 2), (None, 1)).flatten(1)), 4, a=conv(), head=head(16)),
     "instance norm of sequences": net(lambda m, x: m.head(flat(m.b(m.a(x)))), 4, x=(2, 6), a=nn.Conv1d(2, 4, 3), b=nn.InstanceNorm1d(4), head=head(16)),

@@ -316,6 +316,8 @@ OTHERS: list[tuple[str, Any, Reference, tuple[Any, ...]]] = [
      lambda leaves, x: leaves["layer.p"].expand(3, 2, 5), ((3, 4),)),
     ("gather", graph("p x", p=L.Parameter((7, 5)), out=L.Gather(0)), lambda leaves, x: leaves["layer.p"][x],
      (torch.arange(12).reshape(3, 4) % 7,)),
+    ("gather, by example", L.Gather(1, by_example=True), lambda _, x, numbers: x[range(len(x)), numbers],
+     ((3, 4, 5), torch.tensor([2, 0, 3]))),
     ("reduce", L.Reduce("mean", (2, -1), True), lambda _, x: x.mean((2, 3), True), ((3, 4, 5, 2),)),
     ("reduce, sum", L.Reduce("sum", (1,)), lambda _, x: x.sum(1), ((3, 4, 5),)),
     ("reduce, largest", L.Reduce("amax", (-1,)), lambda _, x: x.amax(-1), ((3, 4, 5),)),

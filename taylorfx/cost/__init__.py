@@ -2,6 +2,7 @@
 
 from taylorfx.cost.algebra import Cost, CostFunction
 from taylorfx.cost.counts import flops, memory, parameters
+from taylorfx.cost.runners import Pace, compiled, eager
 from taylorfx.cost.timings import Timings
 
-__all__ = ["Cost", "CostFunction", "Timings", "flops", "memory", "parameters"]
+__all__ = ["Cost", "CostFunction", "Pace", "Timings", "compiled", "eager", "flops", "memory", "parameters"]

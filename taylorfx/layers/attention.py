@@ -9,7 +9,9 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from taylorfx.internals import wrapped
 from taylorfx.layers.activation import Dropout
 from taylorfx.layers.base import Layer, Leaves, Shape, ShapeError, names
 from taylorfx.layers.roles import Attending, Role
@@ -131,15 +133,23 @@ class ScaledDotProduct(Layer):
         return (Attending(self.scale, self.causal, self.grouped),)
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
-        return self._attend(inputs)
+        (q, k, v), mask = inputs[:3], inputs[3] if len(inputs) == 4 else None
+        # torch.func may ask for derivatives that the operator does not have, or may not know it.
+        if (self.causal and mask is not None) or (not torch.compiler.is_compiling() and any(map(wrapped, inputs))):
+            return self._by_parts(inputs)
+        return F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=self.causal, scale=self.scale, enable_gqa=self.grouped
+        )
 
     def train(
         self, params: Leaves, *inputs: Tensor, generator: torch.Generator | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        if not self.dropout:
+            return self.apply(params, *inputs), {}
         drop = Dropout(self.dropout)
-        return self._attend(inputs, lambda weights: drop.train({}, weights, generator=generator)[0]), {}
+        return self._by_parts(inputs, lambda weights: drop.train({}, weights, generator=generator)[0]), {}
 
-    def _attend(self, inputs: tuple[Tensor, ...], drop: Callable[[Tensor], Tensor] = lambda weights: weights) -> Tensor:
+    def _by_parts(self, inputs: tuple[Tensor, ...], drop: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
         q, k, v, *mask = inputs
         if self.grouped:
             q, k, v = torch.unflatten(q, -3, (k.shape[-3], -1)), k.unsqueeze(-3), v.unsqueeze(-3)

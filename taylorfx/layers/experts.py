@@ -16,8 +16,12 @@ is not small. It multiplies the *ones*, which multiply the exponentials of the s
 ``log m`` to the logit. At one this is the network; at zero the logit is minus infinity, and the router chooses among
 the others, just as the router without this expert. The derivative at one is that of the loss by the logit.
 
+Other routers have sigmoids instead of the softmax, and choose by these and a bias that the weights do not get
+(DeepSeek-V3, 2412.19437, eq. 16). There, too, a gate adds its logarithm to the logit; at zero the expert is not chosen,
+whatever its bias.
+
 Which experts are chosen is no value of the network: numbers of experts would be others when some leave. Each layer
-finds them from the ones and the logits.
+finds them from the ones and the logits, and from the bias where there is one.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -35,7 +39,10 @@ from taylorfx.internals import vectorized
 from taylorfx.layers.base import Layer, Leaves, Shape, names, uniform
 from taylorfx.layers.roles import Experts, Role
 
-__all__ = ["ExpertLinear", "Ones", "TopKWeights"]
+__all__ = ["ExpertBias", "ExpertLinear", "Ones", "TopKWeights"]
+
+Score = Literal["softmax", "sigmoid"]
+"""What a router makes of its logits."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,11 @@ class TopKWeights(Layer):
     """The ``top_k`` largest numbers of a softmax over the last axis: of ones and logits ``(..., e)``, ``(..., top_k)``.
 
     The ones multiply the exponentials; of other numbers, the magnitudes do. Where fewer than ``top_k`` experts are
-    left, the rest of the weights are zero.
+    left, the rest of the weights are zero. A third input ``(e,)`` is added where experts are chosen, and not to their
+    weights.
+
+    Attributes:
+        score: ``"sigmoid"`` of every logit in place of the softmax of all.
 
     >>> logits = torch.tensor([[2.0, 0.5, 1.0], [0.1, 0.7, 0.3]])
     >>> TopKWeights(2).apply({}, torch.ones(2, 3), logits)
@@ -69,31 +80,48 @@ class TopKWeights(Layer):
     """
 
     top_k: int
+    score: Score = "softmax"
 
     def signature(self, *shapes: Shape) -> str:
-        return "... e, ... e -> ... K"
+        return f"... e, ... e{', e' * (len(shapes) > 2)} -> ... K"
 
     def letters(self, *shapes: Shape) -> dict[str, int]:
         return {"K": self.top_k}
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
-        weights, _ = _chosen(*inputs, top_k=self.top_k)
+        weights, _ = _chosen(*inputs, top_k=self.top_k, score=self.score)
         return F.pad(weights, (0, self.top_k - weights.shape[-1]))
 
 
-def _chosen(ones: Tensor, logits: Tensor, *, top_k: int) -> tuple[Tensor, Tensor]:
-    """The largest weights and the numbers of their experts, ``top_k`` of them if there are as many.
+def _chosen(
+    ones: Tensor, logits: Tensor, bias: Tensor | None = None, *, top_k: int, score: Score
+) -> tuple[Tensor, Tensor]:
+    """The weights of the best experts and their numbers, ``top_k`` of them if there are as many."""
+    magnitudes = ones.where(ones >= 0, -ones)  # whose derivative at zero is that from above
+    scores = _softmax(magnitudes, logits) if score == "softmax" else _sigmoid(magnitudes, logits)
+    rank = (scores if bias is None else scores + bias).detach().masked_fill(ones.detach() == 0, -math.inf)
+    experts = rank.topk(min(top_k, logits.shape[-1]), -1)[1]
+    return scores.gather(-1, experts), experts
 
-    The softmax subtracts the largest logit of those that may be chosen: an expert that may not be could have one
-    beside which all others vanish. Its own exponential is kept finite, since it is multiplied by zero.
+
+def _softmax(magnitudes: Tensor, logits: Tensor) -> Tensor:
+    """Exponentials times magnitudes, divided by their sum.
+
+    The largest logit of those that may be chosen is subtracted: an expert that may not be could have one beside which
+    all others vanish. Its own exponential is kept finite, since it is multiplied by zero.
     """
     most = math.log(torch.finfo(logits.dtype).max) - 1
-    largest = logits.detach().masked_fill(ones.detach() == 0, -math.inf).amax(-1, keepdim=True)
-    magnitudes = ones.where(ones >= 0, -ones)  # whose derivative at zero is that from above
+    largest = logits.detach().masked_fill(magnitudes.detach() == 0, -math.inf).amax(-1, keepdim=True)
     parts = magnitudes * (logits - largest).clamp(max=most).exp()
     total = parts.sum(-1, keepdim=True)
-    weights, experts = (parts / total.where(total > 0, 1)).topk(min(top_k, logits.shape[-1]), -1)
-    return weights, experts
+    return parts / total.where(total > 0, 1)
+
+
+def _sigmoid(magnitudes: Tensor, logits: Tensor) -> Tensor:
+    """``sigmoid(logits + log(magnitudes))``, exactly the sigmoids of the logits where the magnitudes are one."""
+    scores = logits.sigmoid()
+    total = 1 + (magnitudes - 1) * scores
+    return magnitudes * scores / total.where(total > 0, 1)
 
 
 @dataclass(frozen=True)
@@ -105,20 +133,28 @@ class ExpertLinear(Layer):
         ones      (..., num_experts), as for `TopKWeights`
         logits    (..., num_experts)
         x         (..., top_k, in_features): what is given to each of the chosen experts
+        bias      (num_experts,), of the router, as for `TopKWeights`; may be missing
 
     The output is ``(..., top_k, out_features)``, in the order of `TopKWeights`. An expert that is chosen nowhere
     computes nothing. Where fewer than ``top_k`` experts are left, the rest of the rows are zero.
+
+    Attributes:
+        score: as for `TopKWeights`.
+        transposed: matrices lie as ``(in_features, out_features)``.
     """
 
     num_experts: int
     in_features: int
     out_features: int
     top_k: int
+    score: Score = "softmax"
+    transposed: bool = False
 
     multiplies: ClassVar[tuple[str, ...]] = ("... K o i",)
 
     def signature(self, *shapes: Shape) -> str:
-        return "... e, ... e, ... K i, weight: e o i -> ... K o"
+        bias, matrix = ", e" * (len(shapes) > 3), "i o" if self.transposed else "o i"
+        return f"... e, ... e, ... K i{bias}, weight: e {matrix} -> ... K o"
 
     def fields(self, *shapes: Shape) -> Mapping[str, str]:
         return {"num_experts": "e", "in_features": "i", "out_features": "o", "top_k": "K"}
@@ -128,7 +164,8 @@ class ExpertLinear(Layer):
         return {name: uniform(shape, bound, generator) for name, shape in self.shapes().items()}
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
-        x, weight, numbers = inputs[2], params["weight"], self._numbers(*inputs)
+        x, numbers = inputs[2], self._numbers(*inputs)
+        weight = params["weight"].mT if self.transposed else params["weight"]
         if torch.compiler.is_compiling() or weight.is_meta or any(map(vectorized, inputs)):
             # How many positions an expert has is not known: a matrix for every position.
             y = (weight[numbers.clamp(min=0)] @ x.unsqueeze(-1)).squeeze(-1)
@@ -144,6 +181,37 @@ class ExpertLinear(Layer):
         return (Experts("e", self._numbers),)
 
     def _numbers(self, *inputs: Tensor) -> Tensor:
-        """The number of the expert of each row, ``(..., top_k)``; -1 for none, whose weight is zero."""
-        weights, experts = _chosen(*inputs[:2], top_k=self.top_k)
-        return F.pad(experts.masked_fill(weights == 0, -1), (0, self.top_k - experts.shape[-1]), value=-1)
+        return _numbers(*inputs[:2], *inputs[3:], top_k=self.top_k, score=self.score)
+
+
+@dataclass(frozen=True)
+class ExpertBias(Layer):
+    """A vector for every expert, ``(..., top_k, out_features)``: at each position those of the chosen ones.
+
+    The inputs are those of `TopKWeights`: ones, logits, and the router's bias where it has one. Where fewer than
+    ``top_k`` experts are left, the rest of the rows are zero.
+    """
+
+    num_experts: int
+    out_features: int
+    top_k: int
+    score: Score = "softmax"
+
+    def signature(self, *shapes: Shape) -> str:
+        return f"... e, ... e{', e' * (len(shapes) > 2)}, bias: e o -> ... K o"
+
+    def fields(self, *shapes: Shape) -> Mapping[str, str]:
+        return {"num_experts": "e", "out_features": "o", "top_k": "K"}
+
+    def init(self, generator: torch.Generator) -> dict[str, Tensor]:
+        return {"bias": torch.zeros(self.num_experts, self.out_features)}
+
+    def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        numbers = _numbers(*inputs, top_k=self.top_k, score=self.score)
+        return params["bias"][numbers.clamp(min=0)].masked_fill((numbers < 0).unsqueeze(-1), 0)
+
+
+def _numbers(*inputs: Tensor, top_k: int, score: Score) -> Tensor:
+    """The number of the expert of each row, ``(..., top_k)``; -1 for none, whose weight is zero."""
+    weights, experts = _chosen(*inputs, top_k=top_k, score=score)
+    return F.pad(experts.masked_fill(weights == 0, -1), (0, top_k - experts.shape[-1]), value=-1)

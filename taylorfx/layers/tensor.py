@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from taylorfx.layers.base import Layer, Leaves, Shape, ShapeError, broadcast, names
 from taylorfx.layers.operators import COUNT, DEVICE, DTYPE, DTYPES, SLOT, check_arguments, operator
-from taylorfx.layers.roles import Role, Viewing
+from taylorfx.layers.roles import Memory, Recomputed, Role, Viewing
 from taylorfx.layers.shape import refine
 from taylorfx.layers.sizes import Size, rescaled
 
@@ -130,6 +130,10 @@ class Elementwise(_Operator):
 
     def signature(self, *shapes: Shape) -> str | None:
         return broadcast(*shapes)
+
+    def roles(self) -> tuple[Role, ...]:
+        square = self.op == "pow.Tensor_Scalar" and self.args == ((SLOT, 0), 2) and not self.kwargs
+        return (Recomputed(),) if square else ()
 
 
 @dataclass(frozen=True)
@@ -339,6 +343,9 @@ class Reduce(Layer):
     def inexact(self) -> tuple[str, ...]:  # type: ignore[override]
         return () if self.op == "sum" else tuple(f"s{k}" for k in range(8))
 
+    def roles(self) -> tuple[Role, ...]:
+        return (Memory(keeps_input=False),) if self.op in ("mean", "sum") else ()
+
     def signature(self, *shapes: Shape) -> str | None:
         rank = len(shapes[0])
         before, after = names(rank), names(rank)
@@ -384,20 +391,30 @@ class Gather(Layer):
     """Positions of axis ``dim``, looked up by their numbers in the second input, whose axes take the place of ``dim``.
 
     The axis itself is rigid, because its positions are known by number.
+
+    Attributes:
+        by_example: every example has one number of its own, ``x[torch.arange(N), index]``, and ``dim`` is 1; as where
+            the last token of each text is taken.
     """
 
     dim: int
+    by_example: bool = False
 
     def signature(self, *shapes: Shape) -> str | None:
         table, index = shapes
+        if self.by_example:
+            return "B V ..., B -> B ..."
         before, numbers = names(len(table)), [f"y{k}" for k in range(len(index))]
         after = [*before[: self.dim], *numbers, *before[self.dim + 1 :]]
         before[self.dim] = "V"
         return f"{' '.join(before)}, {' '.join(numbers)} -> {' '.join(after)}"
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
+        x, numbers = inputs
+        if self.by_example:
+            return x[torch.arange(len(x), device=x.device), numbers]
         index: list[Tensor | None] = [None] * self.dim
-        value: Tensor = torch.ops.aten.index(inputs[0], [*index, inputs[1]])
+        value: Tensor = torch.ops.aten.index(x, [*index, numbers])
         return value
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from taylorfx import layers as L
-from taylorfx.internals import Attended, Function, attended, attended_backward, attends
+from taylorfx.internals import Attended, Function, attended, attended_backward, attends, attends_in
 from taylorfx.layers import Leaves, Shape
 from taylorfx.layers.indices import CAUSAL, Condition, Index, Whole, constant, known, unknown
 from taylorfx.layers.roles import Attending, Constant
@@ -91,7 +91,8 @@ def _allowed(
 class _Attention(Function):
     """Attention on the CPU. It keeps masks as they are, where torch's operator keeps one number per score.
 
-    Half precision without kernels of its own is computed in single precision: torch's are ten times slower.
+    Half precision without instructions of its own is computed in single precision: torch's kernels are up to ten times
+    slower there.
     """
 
     @staticmethod
@@ -125,7 +126,7 @@ class _Attention(Function):
 
 def _working(q: Tensor) -> torch.dtype:
     """The dtype in which attention is computed."""
-    return torch.float32 if q.dtype == torch.float16 else q.dtype
+    return q.dtype if attends_in(q.dtype) else torch.float32
 
 
 def _added(q: Tensor, k: Tensor, bounds: Sequence[Whole], masks: Sequence[Tensor]) -> Tensor | None:

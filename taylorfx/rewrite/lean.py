@@ -8,6 +8,8 @@ It is the result of some passes, each of which rewrites a network into one with 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ from taylorfx.rewrite.scales import norms_as_scales
 from taylorfx.rewrite.unused import unused_positions
 from taylorfx.tree import Params, flatten
 
-__all__ = ["PASSES", "lean"]
+__all__ = ["PASSES", "in_channels_last", "lean"]
 
 
 def lean(
@@ -60,13 +62,18 @@ def folded(draft: Draft) -> Draft:
 
 def weights_in_channels_last(draft: Draft) -> Draft:
     """Lay the weights of convolutions of images out in ``torch.channels_last``; the numbers are the same."""
-    leaves: dict[str, Tensor] = {}
-    for node in draft.spec.nodes:
+    return draft.rewritten(draft.spec.nodes, in_channels_last(draft.leaves, draft.spec))
+
+
+def in_channels_last(leaves: Mapping[str, Tensor], spec: Spec) -> dict[str, Tensor]:
+    """The weights of convolutions of images, by their paths, in ``torch.channels_last``."""
+    weights: dict[str, Tensor] = {}
+    for node in spec.nodes:
         mixing, memory = node.layer.role(Mixing), node.layer.role(Memory)
         if mixing is not None and memory is not None and memory.channels_last:
             path = node.path(mixing.weight)
-            leaves[path] = draft.leaves[path].contiguous(memory_format=torch.channels_last)
-    return draft.rewritten(draft.spec.nodes, leaves)
+            weights[path] = leaves[path].contiguous(memory_format=torch.channels_last)
+    return weights
 
 
 PASSES: tuple[Pass, ...] = (

@@ -212,16 +212,22 @@ def _reads(
                 source, recipe = None, KEPT
                 if slot >= 0 and value in origins and _remakes(node, origins[value].recipe):
                     source, recipe = origins[value]
-                    if spec.uses[value] > 1 or len(here) > 1:  # more than one gradient comes back to the activation
+                    if spec.uses[value] > 1 or len(here) > 1 or not _alone(node):
                         recipe = replace(recipe, slope=None)
                 center = around.get(place.key)
                 yield (node.name, slot), Read(place, source, recipe, center, only=only.get(value))
 
 
 def _remakes(node: Node, recipe: Recipe) -> bool:
-    """What a node reads is to be made again: it is not kept anyway, and the gradient by it may be written over."""
+    """What a node reads is to be made again: it is not kept anyway."""
     memory = node.layer.role(Memory)
-    return memory is not None and memory.new_gradient and not (memory.keeps_input and recipe.steps)
+    return memory is not None and not (memory.keeps_input and recipe.steps)
+
+
+def _alone(node: Node) -> bool:
+    """The gradient by what a node reads may be written over."""
+    memory = node.layer.role(Memory)
+    return memory is not None and memory.new_gradient
 
 
 def _only(spec: Spec) -> dict[str, str]:

@@ -20,9 +20,13 @@ from taylorfx.functions import name_of
 from taylorfx.network.spec import Spec
 
 __all__ = [
-    "Budget", "BudgetError", "Budgets", "Flops", "Latency", "Measured", "Memory", "Parameters", "Remove",
+    "TOLERANCE", "Budget", "BudgetError", "Budgets", "Flops", "Latency", "Measured", "Memory", "Parameters", "Remove",
     "SelectionError", "Units", "each_budget", "fixed", "pricing",
 ]  # fmt: skip
+
+
+TOLERANCE = 0.03
+"""How far the time of a network may be from what `Latency` was asked for, as a share of that."""
 
 
 class SelectionError(ValueError):
@@ -68,6 +72,20 @@ class Budget(ABC):
     def limit(self, total: float) -> float:
         """The most that may remain, of a network that costs ``total``."""
         return self.amount * total * (1 + 1e-12) if isinstance(self.amount, float) else self.amount
+
+    def total(self, coupling: Coupling) -> float:
+        """What the whole network costs."""
+        return self.cost(coupling)(np.ones(len(coupling), bool))
+
+    def compared(self, plan: Plan) -> tuple[float, float]:
+        """The most that may remain of the plan's network, and what the plan leaves."""
+        return self.limit(self.total(plan.coupling)), self.cost(plan.coupling)(plan.keep)
+
+    def fixed(self, coupling: Coupling) -> Budget:
+        """The same for what is left of this network: a share of it as a number."""
+        if not isinstance(self.amount, float):
+            return self
+        return replace(self, amount=max(1, math.floor(self.limit(self.total(coupling)))))
 
     @property
     def what(self) -> str:
@@ -124,13 +142,24 @@ class Memory(Budget):
 
 @dataclass(frozen=True)
 class Latency(Budget):
-    """At most this share of the time, or number of microseconds, that the layers take on this machine.
+    """At most this share of the time, or number of microseconds, that the network takes on this machine.
 
-    It is interpolated from a few widths of every layer (`Timings.over`). Give budgets the same ``timings`` to measure
-    each layer once.
+    Units are chosen by what a few widths of every layer take (`Timings.over`). Then the network that is left is run
+    whole beside the original, by the runner of the timings, and units are chosen again by a corrected limit, until the
+    measured share is within 3 % of what was asked, or none of the networks that fit is slower; the plan says what was
+    measured. Give budgets the same ``timings``
+    to measure each layer and each network once.
+
+    Attributes:
+        timings: the batch, the runner, and what was measured. With ``runner=None`` the layers' sum alone counts.
+        multiples: layers keep multiples that cost nothing on this machine (`Timings.multiple`), besides those of the
+            constraints.
+        original: the network whose time the share is of; by default the one that is cut.
     """
 
     timings: Timings = field(default_factory=Timings)
+    multiples: bool = True
+    original: Spec | None = None
 
     @property
     def what(self) -> str:
@@ -138,6 +167,34 @@ class Latency(Budget):
 
     def cost(self, coupling: Coupling) -> Callable[[Mask], float]:
         return self.timings.over(coupling)
+
+    @property
+    def whole(self) -> bool:
+        """Whether networks are run whole, so that the limit on what the layers take is corrected."""
+        return self.timings.runner is not None
+
+    def total(self, coupling: Coupling) -> float:
+        return self.timings.whole(coupling.spec) if self.whole else super().total(coupling)
+
+    def compared(self, plan: Plan) -> tuple[float, float]:
+        if not self.whole:
+            return super().compared(plan)
+        return self.asked(plan.coupling) * (1 + TOLERANCE), self.share(plan)
+
+    def fixed(self, coupling: Coupling) -> Budget:
+        """Still a share: the whole network is timed beside the smaller ones, as a machine's pace changes."""
+        if not self.whole:
+            return super().fixed(coupling)
+        return replace(self, original=self.original or coupling.spec) if isinstance(self.amount, float) else self
+
+    def asked(self, coupling: Coupling) -> float:
+        """What may remain as a share of the whole network's time."""
+        whole = self.original or coupling.spec
+        return self.amount if isinstance(self.amount, float) else self.amount / self.timings.whole(whole)
+
+    def share(self, plan: Plan) -> float:
+        """What a plan leaves, as it is measured, as a share of the whole network's time."""
+        return self.timings.share(plan.spec, self.original or plan.coupling.spec)
 
 
 @dataclass(frozen=True)
@@ -182,6 +239,9 @@ class Remove(Units):
 
     def limit(self, total: float) -> float:
         return total - math.floor(self.amount * total if isinstance(self.amount, float) else self.amount)
+
+    def fixed(self, coupling: Coupling) -> Budget:
+        return self
 
     def __str__(self) -> str:
         if isinstance(self.amount, float):
@@ -236,12 +296,5 @@ def each_budget(budget: Budgets) -> tuple[Budget, ...]:
 
 
 def fixed(budget: Budgets, coupling: Coupling) -> tuple[Budget, ...]:
-    """The budgets as numbers: their shares are of this network. What leaves (`Remove`) stays a share."""
-    everything = np.ones(len(coupling), bool)
-
-    def number(one: Budget) -> Budget:
-        if isinstance(one, Remove) or not isinstance(one.amount, float):
-            return one
-        return replace(one, amount=max(1, math.floor(one.limit(one.cost(coupling)(everything)))))
-
-    return tuple(map(number, each_budget(budget)))
+    """The budgets for what is left of a network: their shares are of it. What leaves (`Remove`) stays a share."""
+    return tuple(one.fixed(coupling) for one in each_budget(budget))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 from torch import Tensor
 
 from taylorfx.coupling.units import Coupling
@@ -81,9 +80,7 @@ def chosen(
 
 def _refuse_over(plan: Plan, budgets: tuple[Budget, ...], name: str) -> None:
     """Refuse a plan that costs more than may remain."""
-    everything = np.ones(len(plan.coupling), bool)
-    costs = [(budget, budget.cost(plan.coupling)) for budget in budgets]
-    compared = [(budget, budget.limit(cost(everything)), cost(plan.keep)) for budget, cost in costs]
+    compared = [(budget, *budget.compared(plan)) for budget in budgets]
     over = [
         f"{budget}, a limit of {limit:,.6g}; it costs {value:,.6g}"
         for budget, limit, value in compared

@@ -31,6 +31,7 @@ from taylorfx.network.labels import Labels
 from taylorfx.scoring.statistics import Statistics
 from taylorfx.selection.budget import Budget, BudgetError, Budgets, SelectionError, Units, pricing
 from taylorfx.selection.constraints import Constraints
+from taylorfx.selection.corrected import corrected
 from taylorfx.selection.select import Asked, first_that_fit
 
 if TYPE_CHECKING:
@@ -72,9 +73,22 @@ def joint(
     Raises:
         SelectionError: if the statistics have no rows or are of other units; and what `select` raises.
     """
-    respected = Constraints.of(constraints, options)
-    asked = Asked.of(coupling, budget, respected)
-    rows = _rows(stats, coupling)
+
+    def choose(budgets: tuple[Budget, ...], constraints: Constraints) -> Plan:
+        asked = Asked.of(coupling, budgets, constraints)
+        free = coupling.exact if constraints.exact_only else np.ones(len(coupling), bool)
+        return _together(_rows(stats, coupling), asked, free, rounds, per_cost, swaps, cautious)
+
+    return corrected(choose, coupling, budget, Constraints.of(constraints, options))
+
+
+def _together(rows: Tensor, asked: Asked, free: Mask, rounds: int, per_cost: bool, swaps: bool, cautious: bool) -> Plan:
+    """`joint`, of rows, for budgets that need no correction.
+
+    Args:
+        free: ``(units,)``, those that may change places at the end.
+    """
+    coupling = asked.coupling
     if rounds < 1:
         raise SelectionError(f"Joint selection takes at least one round; received {rounds}.")
     prices = pricing(asked.budgets, asked.costs) if per_cost else None
@@ -105,7 +119,6 @@ def joint(
             continue
         keep = plan.keep
     if swaps and not cautious:
-        free = coupling.exact if respected.exact_only else np.ones(len(coupling), bool)
         plan = _exchanged(rows, asked, plan, free, whole)
     return asked.plan(asked.spent(plan.keep, asked.ranked(worth(plan.keep).numpy())))
 

@@ -32,12 +32,14 @@ from taylorfx.selection.budget import (
     BudgetError,
     Budgets,
     Flops,
+    Latency,
     Remove,
     Units,
     each_budget,
     pricing,
 )
 from taylorfx.selection.constraints import Constraints, Rules
+from taylorfx.selection.corrected import corrected
 from taylorfx.selection.order import finite, last_of_axis, like_structures, quantiles, returned, steps
 
 if TYPE_CHECKING:
@@ -80,15 +82,19 @@ def select(
         SelectionError: for scores that are not finite, globs that match nothing, keywords that no constraint has, or
             keywords beside ``constraints``.
     """
-    asked = Asked.of(coupling, budget, Constraints.of(constraints, options))
-    values = finite(scores, coupling)
-    prices = pricing(asked.budgets, asked.costs) if per_cost else None
 
-    def rank(values: NDArray[np.float64]) -> Mask:
-        values = asked.ranked(values)
-        return asked.spent(first_that_fit(values, asked), values)
+    def choose(budgets: tuple[Budget, ...], constraints: Constraints) -> Plan:
+        asked = Asked.of(coupling, budgets, constraints)
+        values = finite(scores, coupling)
+        prices = pricing(asked.budgets, asked.costs) if per_cost else None
 
-    return asked.plan(_search(values, prices, rank, coupling) if prices else rank(values))
+        def rank(values: NDArray[np.float64]) -> Mask:
+            values = asked.ranked(values)
+            return asked.spent(first_that_fit(values, asked), values)
+
+        return asked.plan(_search(values, prices, rank, coupling) if prices else rank(values))
+
+    return corrected(choose, coupling, budget, Constraints.of(constraints, options))
 
 
 @dataclass(frozen=True)
@@ -176,11 +182,14 @@ def foresee(coupling: Coupling, *, budget: Budgets, constraints: Constraints, pe
     least[: len(whole)] = np.where(whole, np.maximum(least[: len(whole)], 1), 1)
 
     def lowest(one: Budget, cost: Callable[[Mask], float]) -> tuple[float, float]:
+        if isinstance(one, Latency) and one.whole:
+            return 0.0, 0.0
         if isinstance(cost, Cost):
             return cost.of(least), cost.total
         return (cost(keep), float(len(coupling))) if isinstance(one, Units) else (0.0, 0.0)
 
     bounds = [(one, *lowest(one, cost)) for one, cost in zip(budgets, costs, strict=True)]
+    _refuse_too_slow(coupling, budgets, keep)
     if any(low > one.limit(total) for one, low, total in bounds if total):
         select(torch.zeros(len(coupling)), coupling, budget=budgets, constraints=constraints)
     all_stay = [isinstance(one.amount, float) and one.amount == 1 and not isinstance(one, Remove) for one in budgets]
@@ -188,6 +197,22 @@ def foresee(coupling: Coupling, *, budget: Budgets, constraints: Constraints, pe
         raise BudgetError(
             f"The network has no unit that could leave; the budget is {' and '.join(map(str, budgets))}. "
             f"{held_by(coupling)}".rstrip()
+        )
+
+
+def _refuse_too_slow(coupling: Coupling, budgets: Sequence[Budget], keep: Mask) -> None:
+    """Run the smallest network that the constraints allow, and refuse budgets of `Latency` that it does not meet."""
+    real = [one for one in budgets if isinstance(one, Latency) and one.whole]
+    if not real or coupling.empty(keep):
+        return
+    compared = [(one, *one.compared(Plan(coupling, keep))) for one in real]
+    missed = [
+        f"{one}; run whole, the smallest network takes {share:.1%}" for one, most, share in compared if share > most
+    ]
+    if missed:
+        raise BudgetError(
+            f"The budget is {', and '.join(missed)}. Loosen floor, most, multiple, uniform or protect, or ask for no "
+            "less."
         )
 
 

@@ -404,6 +404,30 @@ def test_only_the_outputs_that_are_asked_for_are_captured(named, outputs, expect
     assert ("other.weight" in tfx.tree.flatten(params)) == (2 in expected.values())
 
 
+class Contrastive(torch.nn.Module):
+    """As CLIP gives out the features of every example, and the products of all pairs of examples."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)
+
+    def forward(self, x):
+        features = self.b(self.a(x).relu())
+        return {"pairs": (features @ features.T).t(), "features": features}
+
+
+def test_outputs_that_are_not_asked_for_may_mix_the_examples():
+    module, x = Contrastive().eval(), torch.randn(3, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        params, spec = from_torch(module, x, outputs="features")
+    more = torch.randn(5, 3)
+    assert_close(tfx.apply(params, spec, more)["features"], module(more)["features"])
+    assert not tfx.couple(params, spec).mixing
+    with pytest.warns(UserWarning, match="captured for one example at a time"):
+        from_torch(module, x)
+
+
 def test_outputs_that_the_module_does_not_have_are_refused_with_those_that_it_has():
     x = torch.randn(2, 3)
     with pytest.raises(

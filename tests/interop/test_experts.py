@@ -17,7 +17,7 @@ if importlib.util.find_spec("torchvision"):
 
     library()
 
-from _huggingface import DECODER, random_model
+from _huggingface import DECODER, FAMILIES, random_model
 from modules import captured
 
 SIZES = DECODER | {"intermediate_size": 16, "num_experts_per_tok": 2}
@@ -88,6 +88,38 @@ def test_a_gate_of_zero_is_the_model_without_the_expert(network):
     assert_close(logits(params, spec, inputs, plan.gates), expected, rtol=1e-4, atol=1e-5)
     assert_close(logits(tfx.cut(params, plan), plan.spec, inputs), expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(expected, logits(params, spec, inputs), atol=1e-3)
+
+
+@pytest.mark.parametrize(("family", "router"), [("GLM-4-MoE", "gate"), ("GPT-OSS", "router")])
+def test_experts_leave_a_router_with_a_bias_and_experts_with_biases(family, router, tmp_path):
+    kind, config, _ = FAMILIES[family]
+    model, by_hand = (random_model(kind, config) for _ in range(2))
+    for each in (model, by_hand):
+        for path, x in each.named_buffers():
+            if path.endswith("e_score_correction_bias"):
+                x.copy_(torch.tensor([0.3, 0.0, -0.2, 0.1]))
+    _, params, spec = huggingface.from_pretrained(model, outputs="logits")
+    coupling, inputs, stay = tfx.couple(params, spec), text(3, 6), [1, 2, 3]
+    units = coupling.unit_ids(f"model.layers.0.mlp.{router}.weight", 0)[0]
+    keep = np.ones(len(coupling), bool)
+    keep[units] = np.isin(np.arange(4), stay)
+    plan = tfx.Plan(coupling, keep)
+    for part in (getattr(by_hand.model.layers[0].mlp, router), by_hand.model.layers[0].mlp.experts):
+        for name, x in [*part.named_parameters()]:
+            setattr(part, name, torch.nn.Parameter(x[stay].detach()))
+        for name, x in [*part.named_buffers()]:
+            setattr(part, name, x[stay])
+        part.num_experts = len(stay)
+    with torch.no_grad():
+        expected, whole = by_hand(**inputs).logits, model(**inputs).logits
+    assert_close(logits(params, spec, inputs), whole, rtol=1e-4, atol=1e-5)
+    assert_close(logits(params, spec, inputs, plan.gates), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(expected, whole, atol=1e-4)
+    small = tfx.cut(params, plan)
+    again = huggingface.save_pretrained(tmp_path / "x", small, plan.spec, like=model, example_inputs=inputs)
+    assert again.config.num_local_experts == len(stay)
+    with torch.no_grad():
+        assert_close(again(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -25,6 +25,7 @@ from huggingface import read, saved
 
 FAMILIES = (
     "Llama", "Qwen3", "GPT-2", "BERT", "DistilBERT", "OPT", "T5", "ViT", "DINOv2", "ALBERT", "Whisper", "Mixtral",
+    "CLIP",
 )  # fmt: skip
 """Those that are tried here; `benchmarks/huggingface.py` tries more."""
 

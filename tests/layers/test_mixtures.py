@@ -16,22 +16,36 @@ from taylorfx.testing.strategies import random_params
 TOKENS, WIDTH, HIDDEN = 4, 5, 3
 
 
-def mixture(experts, top_k):
-    """A network of one mixture of gated experts between two linear layers; the largest weights are not normalized."""
-    spread = (1, TOKENS, 1, WIDTH)
+def mixture(experts, top_k, score="softmax", biased=False):
+    """A network of one mixture of gated experts between two linear layers; the largest weights are not normalized.
+
+    With a bias, the router chooses by the sum with it, and the experts' outputs have biases of their own.
+    """
+    spread, shift = (1, TOKENS, 1, WIDTH), ("shift",) * biased
+    down = [
+        tfx.Node("down", L.ExpertLinear(experts, HIDDEN, WIDTH, top_k, score), ("ones", "router", "hidden", *shift))
+    ]
+    if biased:
+        down = [
+            tfx.Node("turned", L.ExpertLinear(experts, HIDDEN, WIDTH, top_k, score, transposed=True),
+                     ("ones", "router", "hidden", "shift")),
+            tfx.Node("bias", L.ExpertBias(experts, WIDTH, top_k, score), ("ones", "router", "shift")),
+            tfx.Node("down", L.Add(), ("turned", "bias")),
+        ]  # fmt: skip
     nodes = [
         tfx.Node("x", L.Input((TOKENS, 6))),
         tfx.Node("stream", L.Linear(6, WIDTH), ("x",)),
         tfx.Node("router", L.Linear(WIDTH, experts), ("stream",)),
         tfx.Node("ones", L.Ones(), ("router",)),
-        tfx.Node("weights", L.TopKWeights(top_k), ("ones", "router")),
+        *[tfx.Node("shift", L.Parameter((experts,)))] * biased,
+        tfx.Node("weights", L.TopKWeights(top_k, score), ("ones", "router", *shift)),
         tfx.Node("thin", L.View(spread), ("stream",)),
         tfx.Node("rows", L.Expand((-1, -1, top_k, -1)), ("thin",)),
-        tfx.Node("gate", L.ExpertLinear(experts, WIDTH, HIDDEN, top_k), ("ones", "router", "rows")),
-        tfx.Node("up", L.ExpertLinear(experts, WIDTH, HIDDEN, top_k), ("ones", "router", "rows")),
+        tfx.Node("gate", L.ExpertLinear(experts, WIDTH, HIDDEN, top_k, score), ("ones", "router", "rows", *shift)),
+        tfx.Node("up", L.ExpertLinear(experts, WIDTH, HIDDEN, top_k, score), ("ones", "router", "rows", *shift)),
         tfx.Node("silu", L.SiLU(), ("gate",)),
         tfx.Node("hidden", L.Multiply(), ("silu", "up")),
-        tfx.Node("down", L.ExpertLinear(experts, HIDDEN, WIDTH, top_k), ("ones", "router", "hidden")),
+        *down,
         tfx.Node("column", L.View((1, TOKENS, top_k, 1)), ("weights",)),
         tfx.Node("weighted", L.Multiply(), ("down", "column")),
         tfx.Node("sum", L.Reduce("sum", (2,)), ("weighted",)),
@@ -42,32 +56,43 @@ def mixture(experts, top_k):
     return tfx.Spec(tuple(nodes), ("mean",))
 
 
-def by_hand(params, x, top_k, without=(), weigh=lambda weight, y: weight * y):
-    """The mixture with loops over tokens and experts, the logits of some at minus infinity."""
+def by_hand(params, x, top_k, without=(), score="softmax"):
+    """The mixture with loops over tokens and experts, some of which are not there."""
     stream = F.linear(x, params["stream"]["weight"], params["stream"]["bias"])
     logits = F.linear(stream, params["router"]["weight"], params["router"]["bias"])
-    logits[..., [*without]] = -torch.inf
+    others = [e for e in range(logits.shape[-1]) if e not in without]
     total = stream.clone()
     for place in np.ndindex(x.shape[:2]):
-        probabilities = logits[place].softmax(0)
-        for e in probabilities.argsort(descending=True)[:top_k].tolist():
-            gate, up, down = (params[name]["weight"][e] for name in ("gate", "up", "down"))
-            total[place] += weigh(probabilities[e], down @ (F.silu(gate @ stream[place]) * (up @ stream[place])))
+        left = logits[place][others]
+        scores = left.softmax(0) if score == "softmax" else left.sigmoid()
+        rank = scores + params["shift"][others] if "shift" in params else scores
+        for k in rank.argsort(descending=True)[:top_k].tolist():
+            e = others[k]
+            gate, up = (params[name]["weight"][e] @ stream[place] for name in ("gate", "up"))
+            hidden = F.silu(gate) * up
+            if "down" in params:
+                y = params["down"]["weight"][e] @ hidden
+            else:
+                y = hidden @ params["turned"]["weight"][e] + params["bias"]["bias"][e]
+            total[place] += scores[k] * y
     return F.linear(total, params["head"]["weight"], params["head"]["bias"]).mean(1)
 
 
-def case(experts, top_k, seed):
+def case(experts, top_k, seed, *kind):
     generator = torch.Generator().manual_seed(seed)
-    spec = mixture(experts, top_k)
+    spec = mixture(experts, top_k, *kind)
     params = random_params(spec, generator)
     x = torch.randn(3, TOKENS, 6, generator=generator, dtype=torch.float64)
     return params, spec, x, tfx.couple(params, spec)
 
 
-@given(st.data(), st.integers(2, 6), st.integers(1, 3), st.integers(0, 2**16))
-def test_what_is_cut_is_what_is_gated_and_what_a_router_without_these_experts_does(data, experts, top_k, seed):
+KINDS = st.tuples(st.sampled_from(["softmax", "sigmoid"]), st.booleans())
+
+
+@given(st.data(), st.integers(2, 6), st.integers(1, 3), st.integers(0, 2**16), KINDS)
+def test_what_is_cut_is_what_is_gated_and_what_a_router_without_these_experts_does(data, experts, top_k, seed, kind):
     top_k = min(top_k, experts)
-    params, spec, x, coupling = case(experts, top_k, seed)
+    params, spec, x, coupling = case(experts, top_k, seed, *kind)
     assert coupling.exact.all()
     keep = np.array(data.draw(st.lists(st.booleans(), min_size=len(coupling), max_size=len(coupling))))
     for scope in range(len(coupling.scopes)):
@@ -78,17 +103,18 @@ def test_what_is_cut_is_what_is_gated_and_what_a_router_without_these_experts_do
     alone = keep | (coupling.scope != coupling.scopes.index("router"))
     left = int((keep & ~(coupling.scope != coupling.scopes.index("router"))).sum())
     without = np.flatnonzero(~alone[coupling.scope == coupling.scopes.index("router")])
-    expected = by_hand(params, x, min(top_k, left), without)
+    expected = by_hand(params, x, min(top_k, left), without, kind[0])
     assert_close(tfx.apply(params, spec, x, gates=tfx.Plan(coupling, alone).gates), expected, rtol=1e-11, atol=1e-11)
 
 
-def test_the_derivative_by_an_experts_gate_is_that_by_its_logit():
-    params, spec, x, coupling = case(5, 2, 0)
+@pytest.mark.parametrize("kind", [("softmax", False), ("sigmoid", False), ("sigmoid", True), ("softmax", True)])
+def test_the_derivative_by_an_experts_gate_is_that_by_its_logit(kind):
+    params, spec, x, coupling = case(5, 2, 0, *kind)
     targets = torch.tensor([0, 1, 0])
     stats = tfx.measure(params, spec, (x, targets), coupling)
     bias = params["router"]["bias"].clone().requires_grad_()  # every token's logit moves with it
     moved = {**params, "router": {**params["router"], "bias": bias}}
-    F.cross_entropy(by_hand(moved, x, 2), targets, reduction="sum").backward()
+    F.cross_entropy(by_hand(moved, x, 2, score=kind[0]), targets, reduction="sum").backward()
     units = coupling.unit_ids("router.bias", 0)[0]
     assert_close(stats.sum[units], bias.grad)
 

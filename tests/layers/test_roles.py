@@ -210,6 +210,11 @@ STATED = {
     L.Buffer((4,), expand=True): set(),
     L.ScaledDotProduct(0.5): {R.Attending},
     L.ExpertLinear(4, 3, 5, 2): {R.Experts},
+    L.Elementwise("pow.Tensor_Scalar", (("$", 0), 2)): {R.Recomputed},
+    L.Elementwise("pow.Tensor_Scalar", (("$", 0), 3)): set(),
+    L.Reduce("mean", (1,)): {R.Memory},
+    L.Reduce("sum", (1,)): {R.Memory},
+    L.Reduce("amax", (1,)): set(),
     L.Softmax(): set(),
 }
 KINDS_OF_ROLES = {getattr(R, name) for name in R.__all__} - {R.Role}

@@ -100,7 +100,10 @@ RULES: list[tuple[tfx.Layer, tuple]] = [
     (L.Attention(2, 2), ((2, 4), (3, 4), (3, 4), MASK[:, None, None].expand(3, 2, 2, 3))),
     (L.Ones(), ((3, 4),)),
     (L.TopKWeights(2), ((3, 4), (3, 4))),
+    (L.TopKWeights(2, "sigmoid"), ((3, 4), (3, 4))),
     (L.ExpertLinear(4, 3, 5, 2), ((3, 4), (3, 4), (3, 2, 3))),
+    (L.ExpertLinear(4, 3, 5, 2, "sigmoid", transposed=True), ((3, 4), (3, 4), (3, 2, 3))),
+    (L.ExpertBias(4, 5, 2), ((3, 4), (3, 4))),
 ]  # fmt: skip
 
 

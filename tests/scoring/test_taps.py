@@ -70,6 +70,8 @@ def read_of(plan: TapPlan, name: str):
     return read
 
 
+SQUARE = L.Elementwise("pow.Tensor_Scalar", (("$", 0), 2))
+
 # Layers between two linear ones; at which stop is kept what the second reads, by how many steps it is made from that,
 # and whether the tap multiplies the gradient by a slope.
 KEPT_AT = {
@@ -88,6 +90,9 @@ KEPT_AT = {
     "gelu before a convolution, which keeps what it reads": (
         serial(Input((2, 4, 4)), up=L.Conv2d(2, 4, 1), gelu=L.GELU(), down=L.Conv2d(4, 2, 1)), None, 0, False,
     ),
+    "a square before a mean": (
+        serial(Input((3, 4)), up=L.Linear(4, 4), square=SQUARE, down=L.Reduce("mean", (2,))), ("square", 0), 1, False,
+    ),
     "read by two layers": (shared(L.Linear(4, 4), L.GELU()), ("a", 0), 1, False),
 }  # fmt: skip
 
@@ -99,6 +104,14 @@ def test_what_is_kept_is_what_the_activation_can_be_made_from(name):
     read = read_of(plan, "read0" if "read0" in spec.by_name else "down")
     assert (read.source, len(read.recipe.steps), read.recipe.slope is not None) == (source, steps, slope)
     assert source is None or plan.stops[source].kept
+
+
+@pytest.mark.parametrize("name", KEPT_AT)
+def test_what_is_made_again_has_the_derivatives_of_autograd(name):
+    net = network(KEPT_AT[name][0])
+    gates, loss = torch.ones(len(net.coupling), dtype=torch.float64), lambda outputs, _: outputs.sin().sum()
+    expected = tfx.truth.gradient(net.params, net.spec, *net.batch, net.coupling, gates, loss=loss)
+    assert_close(tfx.derivatives(net.params, net.spec, *net.batch, net.coupling, loss=loss).summed.sum(0), expected)
 
 
 def test_the_plan_says_what_is_let_go_when():

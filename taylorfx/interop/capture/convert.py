@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,10 +24,11 @@ from taylorfx.interop.capture.arguments import (
 )
 from taylorfx.interop.capture.symbols import Open, OpenRatio
 from taylorfx.layers import Layer, Shape
+from taylorfx.layers.experts import Score
 from taylorfx.layers.operators import COUNT, DEVICE, DTYPE, SLOT
 from taylorfx.network.spec import Node
 
-__all__ = ["Convert", "Converter", "Operand"]
+__all__ = ["Convert", "Converter", "Operand", "Router"]
 
 Operand = bool | int | float | str | None | tuple["Operand", ...]
 """An argument as a layer keeps it: a plain value, or a tuple; ``("$", 0)`` stands for the first input."""
@@ -59,6 +61,18 @@ SEPARATE = {
 """Operators without a rule that treat every example alone, and which argument names the axis that they work along."""
 
 
+class Router(NamedTuple):
+    """How experts are chosen.
+
+    Attributes:
+        inputs: the nodes that give their gates, their logits, and the bias of the choice where there is one.
+        score: what the logits become.
+    """
+
+    inputs: tuple[str, ...]
+    score: Score = "softmax"
+
+
 class Convert:
     """The network so far: nodes, and where the graph's values are found among them."""
 
@@ -78,8 +92,8 @@ class Convert:
         self.reference: str | None = None
         self.first: str | None = None
         """The first input, on whose device tensors are made."""
-        self.routers: dict[str, tuple[str, str]] = {}
-        """By ``topk`` that chooses experts, the nodes that give their gates and their logits."""
+        self.routers: dict[str, Router] = {}
+        """By ``topk`` that chooses experts, how it does."""
         self.counting: set[str] = set()
         """The graph's values that number the examples."""
 

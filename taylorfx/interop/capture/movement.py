@@ -134,13 +134,25 @@ def slice_axis(c: Convert, node: fx.Node) -> None:
     if measured(node) == (shape, axis):
         c.alias(node)
         return
-    if step != 1:
-        along(1, "dim")(c, node)
-        return
     if dim == axis:
         raise Unmapped
     begin = _start(start, shape[dim])
+    if isinstance(step, int) and step > 1 and shape[dim] == step * measured(node)[0][dim]:
+        _every(c, node, x, dim, step, begin)
+        return
+    if step != 1:
+        along(1, "dim")(c, node)
+        return
     c.slice(node, x, dim, begin, begin + measured(node)[0][dim])
+
+
+def _every(c: Convert, node: fx.Node, x: fx.Node, dim: int, step: int, first: int) -> None:
+    """``x[..., first::step]`` of an axis of pairs, triples, ...: the same place of each, as of interleaved halves."""
+    shape, axis = measured(x)
+    pairs = (*shape[:dim], shape[dim] // step, step, *shape[dim + 1 :])
+    name = c.add(node, L.View(pairs, axis, axis + (axis > dim)), (c.tensor(x),), tag="_pairs")
+    name = c.add(node, L.Slice(dim + 1, first, first + 1), (name,), tag="_slice")
+    c.add(node, L.View(measured(node)[0], axis + (axis > dim), axis), (name,))
 
 
 def _start(start: object, size: int) -> int:
@@ -200,8 +212,12 @@ def index(c: Convert, node: fx.Node) -> None:
         raise Unmapped
     indices = {k: tensor_node(entry) for k, entry in enumerate(entries) if entry is not None}
     axis = measured(x)[1]
-    if axis in indices and indices[axis].name in c.counting:
-        c.captured(node, apart=True)  # each example looks at positions of its own
+    if axis in indices and indices[axis].name in c.counting:  # each example looks at positions of its own
+        single = axis == 0 and [*indices] == [0, 1] and all(measured(i) == ((1,), 0) for i in indices.values())
+        if single and indices[1].meta["val"].dtype == torch.long:
+            c.add(node, L.Gather(1, by_example=True), (c.tensor(x), c.tensor(indices[1])))
+        else:
+            c.captured(node, apart=True)
         return
     if len(indices) != 1 or axis in indices:
         raise Unmapped

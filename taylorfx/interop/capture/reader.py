@@ -64,8 +64,10 @@ class Reader:
             CaptureError: if a node cannot be followed or has no derivative, or an output is no tensor.
         """
         self._read_inputs()
+        results = self._results()
+        wanted = _above(self.program.graph, results)
         for node in self.program.graph.nodes:
-            if node.op == "call_function":
+            if node.op == "call_function" and node in wanted:
                 try:
                     self._call(node)
                 except CaptureError:
@@ -75,7 +77,7 @@ class Reader:
                     raise CaptureError(f"from_torch follows shapes that are multiples of the batch; {where}") from error
             elif node.op == "get_attr":
                 self.convert.constant(node, getattr(self.program.graph_module, node.target), node.target)
-        outputs = self._outputs()
+        outputs = self._outputs(results)
         used = _reachable(self.convert.nodes, list(outputs.values()))
         nodes = tuple(node for node in self.convert.nodes if node.name in used or isinstance(node.layer, Input))
         named = all(isinstance(key, str) for key in outputs)
@@ -87,8 +89,7 @@ class Reader:
             interface = replace(interface, results=tuple(int(key) for key in outputs))
         spec = replace(spec, interface=interface)
         _warn_of_randomness(module, spec)
-        wanted = set(spec.shapes)
-        leaves = {path: self.convert.tensors[path] for path in self.convert.tensors if path in wanted}
+        leaves = {path: x for path, x in self.convert.tensors.items() if path in spec.shapes}
         return unflatten(leaves), self._sized(spec)
 
     def _sized(self, spec: Spec) -> Spec:
@@ -139,8 +140,12 @@ class Reader:
         if any(operator_of(new.layer) for new in self.convert.nodes[before:]):
             _refuse_rigid(tensor_node(node.args[0]) if node.target is operator.getitem else node)
 
-    def _outputs(self) -> dict[str | int, str]:
-        """The nodes of the wanted outputs, by name if the module names them, otherwise by number."""
+    def _results(self) -> dict[str | int, str | _Number]:
+        """The values of the wanted outputs in the graph, by name if the module names them, otherwise by number.
+
+        Raises:
+            CaptureError: if the module returns no tensor.
+        """
         items = self.program.graph_signature.output_specs
         values = [_output(item.arg) for item in items if item.kind is OutputKind.USER_OUTPUT]
         tree = pytree.tree_unflatten(values, self.program.call_spec.out_spec)
@@ -148,13 +153,19 @@ class Reader:
         if not leaves:
             raise CaptureError("A captured module returns at least one tensor; this one returns none.")
         named = isinstance(tree, Mapping) or is_dataclass(tree)
-        outputs: dict[str | int, str] = {}
-        strange: list[str] = []
         keys = [dotted(path) if named else k for k, (path, _) in enumerate(leaves)]
         wanted = _chosen(keys, self.wanted)
-        for key, (_, x) in zip(keys, leaves, strict=True):
-            if key not in wanted:
-                continue
+        return {key: x for key, (_, x) in zip(keys, leaves, strict=True) if key in wanted}
+
+    def _outputs(self, results: Mapping[str | int, str | _Number]) -> dict[str | int, str]:
+        """The nodes of the wanted outputs.
+
+        Raises:
+            CaptureError: for those that are no tensors of the network.
+        """
+        outputs: dict[str | int, str] = {}
+        strange: list[str] = []
+        for key, x in results.items():
             if x in self.convert.names:
                 outputs[key] = self.convert.names[x]
             else:
@@ -267,6 +278,16 @@ def _warn_of_randomness(module: nn.Module, spec: Spec) -> None:
             "are of one draw each, and so are scores. Pass noise as an input, or draw it in training mode only.",
             stacklevel=5,
         )
+
+
+def _above(graph: fx.Graph, results: Mapping[str | int, str | _Number]) -> set[fx.Node]:
+    """The nodes of a graph that some of its outputs depend on: what only the others need may be of any kind."""
+    names = {*results.values()}
+    above: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.name in names or any(user in above for user in node.users):
+            above.add(node)
+    return above
 
 
 def _reachable(nodes: Sequence[Node], outputs: Sequence[str]) -> set[str]:

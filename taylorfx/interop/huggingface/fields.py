@@ -51,6 +51,9 @@ Shapes = Mapping[str, Shape]
 UNSET = (6, 12)
 """What is tried for fields that are not set, as ``n_inner`` of GPT-2."""
 
+UNLISTED = ("head_dim",)
+"""Fields that a config need not have, and that classes look for, as a ViT: ``getattr(config, "head_dim", ...)``."""
+
 IMPLEMENTATIONS = ("_attn_implementation", "_experts_implementation")
 """What a config says about how its model computes, and writes into no file."""
 
@@ -180,7 +183,9 @@ class Form:
         if usual is None:
             raise ConfigError(f"{self.cls.__name__} cannot be built from its own config, {type(self.config).__name__}.")
         implied: dict[Key, Number] = {}
-        for key in (key for key, value in numbers_of(self.config.to_dict()) if value is None):
+        data = self.config.to_dict()
+        unset = [key for key, value in numbers_of(data) if value is None]
+        for key in [*unset, *((name,) for name in UNLISTED if name not in data)]:
             points: dict[Number, Shapes] = {n: x for n in UNSET if (x := self.shapes({key: n})) is not None}
             lines = _lines(points) if len(points) > 1 else {}
             values = {(usual[path][k] - offset) / slope for (path, k), (slope, offset) in lines.items()}
