@@ -20,7 +20,6 @@ import warnings
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 
-import numpy as np
 import torch
 from _networks import After, Inverted, Stages, VisionTransformer
 from _tables import markdown
