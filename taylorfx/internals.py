@@ -40,8 +40,8 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 __all__ = [
-    "Attended", "Function", "OpOverload", "alike_sizes", "attended", "attended_backward", "attends", "below", "differentiated",
-    "equal_sizes", "file_names", "follow", "in_order", "pytree", "schemas", "vectorized",
+    "Attended", "Function", "OpOverload", "alike_sizes", "attended", "attended_backward", "attends", "below",
+    "differentiated", "equal_sizes", "file_names", "follow", "in_order", "pytree", "schemas", "vectorized",
     "without_transforms", "wrapped",
 ]  # fmt: skip
 

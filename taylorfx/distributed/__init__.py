@@ -29,6 +29,7 @@ from taylorfx.distributed.shards import (
     gathered,
     indexed,
     is_shared,
+    placed,
     refuse_alone,
     sharded,
     sharing,
@@ -36,6 +37,6 @@ from taylorfx.distributed.shards import (
 )
 
 __all__ = [
-    "Deferred", "Same", "Total", "agreed", "alike", "alone", "computed", "gathered", "indexed", "is_shared", "refuse_alone",
-    "sharded", "sharing", "total", "whole",
+    "Deferred", "Same", "Total", "agreed", "alike", "alone", "computed", "gathered", "indexed", "is_shared", "placed",
+    "refuse_alone", "sharded", "sharing", "total", "whole",
 ]  # fmt: skip

@@ -239,8 +239,8 @@ def refuse_alone(params: Params) -> None:
     shared = [*_shared(params)]
     if shared:
         raise ValueError(
-            f"Parameters of which every process has a shard are measured by all of them together; received {len(shared)} "
-            f"of them ({', '.join(shared[:3])}{', ...' * (len(shared) > 3)}) without total=. Give "
+            f"Parameters of which every process has a shard are measured by all of them together; received "
+            f"{len(shared)} of them ({', '.join(shared[:3])}{', ...' * (len(shared) > 3)}) without total=. Give "
             "total=taylorfx.distributed.total to measure, prune or the repair, in every process."
         )
 
@@ -306,16 +306,19 @@ def indexed(leaf: DTensor, indices: Sequence[Tensor | None], take: Callable[[Ten
         stride = torch.empty(shape, device="meta").stride()
         result = DTensor.from_local(part, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
         if any(index is not None for index in outer):
-            result = _placed(take(result.full_tensor(), outer), leaf)
+            result = placed(take(result.full_tensor(), outer), leaf)
     return result
 
 
-def _placed(tensor: Tensor, like: DTensor) -> DTensor:
-    """A tensor that all processes have, of which each keeps the shard that it has of another one."""
+def placed(tensor: Tensor, like: Any) -> Tensor:
+    """A tensor that all processes have, of which each keeps the shard that it has of another one, if it has one."""
+    if not is_shared(like):
+        return tensor
     from torch.distributed.tensor import DTensor, Replicate
 
-    mesh, placements = like.device_mesh, like.placements
-    return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False).redistribute(mesh, placements)
+    mesh, everywhere = like.device_mesh, [Replicate()] * like.device_mesh.ndim
+    with torch.no_grad():
+        return DTensor.from_local(tensor, mesh, everywhere, run_check=False).redistribute(mesh, like.placements)
 
 
 def gathered(params: Params, *, device: torch.device | str = "cpu") -> Params:

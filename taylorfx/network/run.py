@@ -173,7 +173,7 @@ def _run(
     compute: Callable[[Step, Iterable[Tensor], Read | None], Tensor] | None,
     tap: Tap | None,
 ) -> Any:
-    """The nodes in order; a value that no later node uses is let go at once. The layers compute unless ``compute`` does."""
+    """The nodes in order; a value that no later node uses is let go at once. Nodes compute unless ``compute`` does."""
     inputs = dict(values)
     value_of = values.__getitem__
     for step in steps:
