@@ -19,7 +19,7 @@ from taylorfx.coupling.couple import couple
 from taylorfx.coupling.units import Coupling
 from taylorfx.cutting.plan import PlanError
 from taylorfx.cutting.pruned import Pruned
-from taylorfx.distributed import agreed, alone
+from taylorfx.distributed import agreed, alone, sharing
 from taylorfx.functions import name_of, unfit
 from taylorfx.network.parameters import check
 from taylorfx.network.run import apply
@@ -270,10 +270,10 @@ class _Task:
 
         def summed() -> Tensor:
             sums = torch.zeros(3, dtype=torch.float64)
-            for batch in each_batch(self.held_out):
-                sums += sum(
-                    _losses(params, one, coupling, objective) for one in observations(batch, coupling, objective)
-                )
+            with sharing(params) as own:
+                for batch in each_batch(self.held_out):
+                    some = observations(batch, coupling, objective)
+                    sums += sum(_losses(own, one, coupling, objective) for one in some)
             return sums
 
         loss, strange, count = (self.measurement.total or alone)(summed).tolist()

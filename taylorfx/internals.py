@@ -4,6 +4,7 @@ Tested with torch 2.13. For each, what is public does not do:
 
 - ``torch._C._functorch``: whether ``torch.func.vmap`` or ``grad`` sees a tensor. Layers choose an operator that vmap
   has, and what writes over tensors refuses or avoids those that a transform still looks at.
+- ``temporarily_clear_interpreter_stack``: what a transform differentiates communicates with other processes.
 - ``_SingleLevelFunction``: an autograd function at the cost of one, see `Function`.
 - ``OpOverload`` and the list of schemas: operators that a network names are looked up without running any code.
 - ``torch._logging.structured``: the file names behind the numbers in a report of ``torch.export``.
@@ -25,13 +26,14 @@ that they come from.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch._C import _functorch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch._ops import OpOverload
 from torch.autograd.function import _SingleLevelFunction
@@ -40,7 +42,8 @@ from torch.utils import _pytree as pytree
 
 __all__ = [
     "Attended", "Function", "OpOverload", "alike_sizes", "attended", "attended_backward", "attends", "attends_in",
-    "differentiated", "equal_sizes", "file_names", "follow", "in_order", "pytree", "schemas", "vectorized", "wrapped",
+    "below", "differentiated", "equal_sizes", "file_names", "follow", "in_order", "pytree", "schemas", "vectorized",
+    "without_transforms", "wrapped",
 ]  # fmt: skip
 
 
@@ -71,6 +74,16 @@ def _layers(x: Tensor) -> Iterator[Tensor]:
     while _functorch.is_functorch_wrapped_tensor(x):
         yield x
         x = _functorch.get_unwrapped(x)
+
+
+def below(x: Tensor) -> Tensor:
+    """A tensor as autograd has it: without the transforms of ``torch.func`` that see it."""
+    return _functorch.get_unwrapped([*_layers(x)][-1]) if wrapped(x) else x
+
+
+def without_transforms() -> AbstractContextManager[object]:
+    """No transform of ``torch.func`` sees what is computed inside, of tensors that none of them has seen."""
+    return temporarily_clear_interpreter_stack()
 
 
 if TYPE_CHECKING:
@@ -129,7 +142,8 @@ def attends_in(dtype: torch.dtype) -> bool:
     (True, False)
     """
     if dtype == torch.bfloat16:
-        return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        mkldnn: Any = torch.backends.mkldnn
+        return bool(mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return dtype != torch.float16
 
 

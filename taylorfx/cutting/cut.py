@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from taylorfx.cutting.plan import Indices, Plan, PlanError
+from taylorfx.distributed import alike, indexed, is_shared
 from taylorfx.internals import wrapped
 from taylorfx.layers import Shape
 from taylorfx.layers.roles import Mixing
@@ -42,6 +44,8 @@ def cut(tree: Params, plan: Plan) -> Params:
 
     Returns:
         A new tree, without what is of branches that leave. Leaves that lose nothing are the same tensors, not copies.
+        Parameters that processes share (``DTensor``) are cut by all of them together, one after the other, and are
+        placed as they were; the processes compare their plans first.
 
     Raises:
         PlanError: listing every leaf that is not one of the plan's parameters or not of its original shape.
@@ -58,7 +62,13 @@ def cut(tree: Params, plan: Plan) -> Params:
     indices, scratch = plan.indices, Scratch()
     if plan.gone:
         tree = unflatten((path, leaf) for path, leaf in flatten(tree).items() if path not in plan.gone)
-    return map_paths(lambda path, leaf: take(leaf, indices[path], scratch), tree)
+    alike(tree, f"plan {plan.digest}")
+    return map_paths(lambda path, leaf: _taken(leaf, indices[path], scratch), tree)
+
+
+def _taken(leaf: Tensor, indices: Indices, scratch: Scratch) -> Tensor:
+    """What stays of one tensor, which processes may share."""
+    return indexed(leaf, indices, partial(take, scratch=scratch)) if is_shared(leaf) else take(leaf, indices, scratch)
 
 
 class Scratch(dict[torch.dtype, Tensor]):

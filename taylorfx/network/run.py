@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taylorfx.layers import ShapeError
+from taylorfx.distributed import computed, is_shared
+from taylorfx.layers import Leaves, ShapeError
 from taylorfx.network.errors import explain
 from taylorfx.network.labels import STATE
 from taylorfx.network.optional import chosen
@@ -138,9 +139,8 @@ def run(
     own = list(leaves)
     moved: set[int] = set()
 
-    def compute(step: Step, args: Iterable[Tensor], read: Read | None) -> Tensor:
+    def train(step: Step, args: Iterable[Tensor], read: Read | None, params: Leaves) -> Tensor:
         """The value of a node in training. Nodes that share running statistics move them one after the other."""
-        params = {leaf: own[k] for leaf, k in step.leaves}
         if read is not None:
             return step.node.layer.recur(params, *args, read=read, training=True, generator=generator)
         value, new = step.node.layer.train(params, *args, generator=generator)
@@ -150,7 +150,19 @@ def run(
                 moved.add(k)
         return value
 
-    return _run(own, spec, steps, values, compute if training else None, tap), {k: own[k] for k in moved}
+    def compute(step: Step, args: Iterable[Tensor], read: Read | None) -> Tensor:
+        """The value of a node in training, or of shared parameters, which are whole meanwhile."""
+        one = train if training else _infer
+        return computed({leaf: own[k] for leaf, k in step.leaves}, partial(one, step, args, read))
+
+    special = training or (not torch.compiler.is_compiling() and any(map(is_shared, leaves)))
+    return _run(own, spec, steps, values, compute if special else None, tap), {k: own[k] for k in moved}
+
+
+def _infer(step: Step, args: Iterable[Tensor], read: Read | None, params: Leaves) -> Tensor:
+    """The value of a node in inference."""
+    layer = step.node.layer
+    return layer.apply(params, *args) if read is None else layer.recur(params, *args, read=read)
 
 
 def _run(
@@ -161,7 +173,7 @@ def _run(
     compute: Callable[[Step, Iterable[Tensor], Read | None], Tensor] | None,
     tap: Tap | None,
 ) -> Any:
-    """The nodes in order; a value that no later node uses is let go at once. In inference nothing else computes."""
+    """The nodes in order; a value that no later node uses is let go at once. Nodes compute unless ``compute`` does."""
     inputs = dict(values)
     value_of = values.__getitem__
     for step in steps:
@@ -175,10 +187,8 @@ def _run(
                 read = None if tap is None or not node.layer.recurrent else partial(tap, name, STATE)
                 if compute is not None:
                     value = compute(step, args, read)
-                elif read is not None:
-                    value = node.layer.recur({leaf: leaves[k] for leaf, k in places}, *args, read=read)
                 else:
-                    value = node.layer.apply({leaf: leaves[k] for leaf, k in places} if places else {}, *args)
+                    value = _infer(step, args, read, {leaf: leaves[k] for leaf, k in places} if places else {})
                 values[name] = value if tap is None else tap(name, -1, value)
             except (RuntimeError, IndexError, ValueError, TypeError) as error:
                 if not torch.compiler.is_compiling():

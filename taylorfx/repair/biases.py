@@ -32,7 +32,8 @@ from torch import Tensor
 from taylorfx.coupling.units import Coupling
 from taylorfx.cutting.cut import cut
 from taylorfx.cutting.plan import Plan
-from taylorfx.distributed import Total, agreed, alone
+from taylorfx.distributed import Total, agreed, alone, refuse_alone, whole
+from taylorfx.distributed import sharing as gathering
 from taylorfx.layers.roles import Mixing
 from taylorfx.network.run import evaluate
 from taylorfx.network.spec import Spec
@@ -117,8 +118,9 @@ def means(params: Params, spec: Spec, batches: Batches, coupling: Coupling) -> M
             count[name] += len(rows)
         return x
 
-    for inputs in inputs_of(batches):
-        evaluate(params, spec, (inputs,), tap=tap)
+    with gathering(params) as own:
+        for inputs in inputs_of(batches):
+            evaluate(own, spec, (inputs,), tap=tap)
     return Means(count if total else {}, total)
 
 
@@ -142,6 +144,8 @@ def compensate(
     Raises:
         ValueError: for no batches, and for means of another network.
     """
+    if total is None:
+        refuse_alone(params)
     agreed(total, lambda: told(params, plan), str)
     sums = batches if isinstance(batches, Means) else _means_of_all(params, plan, batches, total or alone)
     small, spec, leaves = cut(params, plan), plan.spec, flatten(params)
@@ -160,7 +164,7 @@ def compensate(
             n = sums.count[node.name]
             mean = sums.sum[node.name] / n
             removed = (~reads).to(mean).reshape(-1, *[1] * (mean.ndim - 1))
-            weight = leaves[node.path(role.weight)].detach().to(mean)
+            weight = whole(leaves[node.path(role.weight)].detach()).to(mean)
             rows = role.rows(role.product(weight, (mean * removed)[None])).flatten(1)  # (positions, channels)
             count += n * len(rows)
             shift = shift.to(rows) + n * rows.sum(0)[writes.to(rows.device)]

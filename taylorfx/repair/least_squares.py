@@ -11,7 +11,8 @@ from torch import Tensor
 
 from taylorfx.cutting.cut import cut
 from taylorfx.cutting.plan import Plan
-from taylorfx.distributed import Total, agreed, alone
+from taylorfx.distributed import Total, agreed, alone, placed, refuse_alone, whole
+from taylorfx.distributed import sharing as gathering
 from taylorfx.layers.roles import Mixing
 from taylorfx.network.run import Inputs, apply, bind_inputs, fitted
 from taylorfx.network.spec import Node, Spec
@@ -173,6 +174,8 @@ def reconstruct(
         raise ValueError(
             f"A ridge is above 0, as dead inputs would leave their weights undetermined; received {ridge}."
         )
+    if total is None:
+        refuse_alone(params)
     batch_inputs = agreed(total, lambda: [*inputs_of(batches)], lambda _: told(params, plan))
     original, small, spec = plan.coupling.spec, cut(params, plan), plan.spec
     losers = lost(plan) | {branch.node for branch in plan.coupling.branches if not plan.keep[branch.unit]}
@@ -201,13 +204,14 @@ def _summed(
     original = plan.coupling.spec
     nothing = LeastSquares.neutral(next(iter(flatten(small).values())).device)
     sums = Halves(nothing, nothing)
-    for before, after in runs:
-        if len(group) > 1:  # later places consume what is not solved yet, which must not stay
-            before, after = _Run(original, before.inputs), _Run(spec, after.inputs)
-        for node, role in group:
-            x = after.value(small, spec, spec[node.name].inputs[0])
-            y = before.value(params, original, node.name)
-            sums = sums + _rows(plan, spec[node.name], node, role, x, y)
+    with gathering({"before": params, "after": small}) as trees:
+        for before, after in runs:
+            if len(group) > 1:  # later places consume what is not solved yet, which must not stay
+                before, after = _Run(original, before.inputs), _Run(spec, after.inputs)
+            for node, role in group:
+                x = after.value(trees["after"], spec, spec[node.name].inputs[0])
+                y = before.value(trees["before"], original, node.name)
+                sums = sums + _rows(plan, spec[node.name], node, role, x, y)
     return sums
 
 
@@ -228,11 +232,12 @@ def _solved(
     role = node.layer.role(Mixing)
     assert role is not None
     path = node.path(role.weight)
-    start = role.matrix(leaves[path].detach()).double()
+    weight = whole(leaves[path].detach())
+    start = role.matrix(weight).double()
     chosen = sums.ridge(start, intercept=intercept) if ridge is None else ridge
     matrix, bias = sums.whole.solve(start, chosen, intercept=intercept)
-    past = leaves[node.path(role.bias)].detach() if role.has_bias else 0.0
-    params = merge(params, {path: role.as_weight(matrix, leaves[path])})
+    past = whole(leaves[node.path(role.bias)].detach()) if role.has_bias else 0.0
+    params = merge(params, {path: placed(role.as_weight(matrix, weight), leaves[path])})
     if not intercept:
         return params, spec
     return shifted(params, spec, names, bias.flatten() - past)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from typing import overload
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from taylorfx.cutting.cut import cut
 from taylorfx.cutting.plan import Plan
-from taylorfx.distributed import Total, agreed, alone
+from taylorfx.distributed import Total, agreed, alone, placed, refuse_alone, sharing, whole
 from taylorfx.layers.roles import RunningStatistics
 from taylorfx.network.run import Inputs, evaluate
 from taylorfx.network.spec import Node, Spec
@@ -53,6 +53,8 @@ def recalibrate(
     Raises:
         ValueError: for no batches.
     """
+    if total is None:
+        refuse_alone(params)
     if isinstance(spec, Plan):
         plan = spec
         agreed(total, lambda: told(params, plan), str)
@@ -87,7 +89,8 @@ def _recalibrated(params: Params, spec: Spec, batches: Batches, total: Total) ->
     norms = {node.name: replace(node, layer=role.average) for node, role in roles if role is not None}
     if not norms:
         return params
-    leaves = flatten(params)
+    leaves, own = flatten(params), {path for node in norms.values() for path in node.paths.values()}
+    leaves |= {path: whole(leaves[path]) for path in leaves if path in own}
     zeros = {path: torch.zeros_like(leaves[path]) for node in norms.values() for path in _buffers(node)}
     inputs_by_norm: dict[str, Tensor] = {}
     seen: dict[str, Tensor] = {}
@@ -104,14 +107,18 @@ def _recalibrated(params: Params, spec: Spec, batches: Batches, total: Total) ->
         seen.update({node.path(leaf): tensor for leaf, tensor in new.items()})
         return value
 
-    def of_batch(inputs: Inputs) -> Averages:
+    def of_batch(params: Params, inputs: Inputs) -> Averages:
         seen.clear()
         evaluate(params, spec, (inputs,), tap=tap)
         return Averages(dict.fromkeys(seen, 1), {path: _wide(tensor.detach()) for path, tensor in seen.items()})
 
-    sums = total(lambda: reduce(operator.add, map(of_batch, inputs_of(batches)), Averages({}, {})))
+    def mine() -> Averages:
+        with sharing(params) as gathered:
+            return reduce(operator.add, map(partial(of_batch, gathered), inputs_of(batches)), Averages({}, {}))
+
+    sums, before = total(mine), flatten(params)
     refuse_none(sums.sum)
-    return merge(params, {path: sums.of(path).to(leaves[path]) for path in sums.sum})
+    return merge(params, {path: placed(sums.of(path).to(leaves[path]), before[path]) for path in sums.sum})
 
 
 def _wide(x: Tensor) -> Tensor:

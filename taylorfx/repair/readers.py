@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from taylorfx.cutting.plan import Plan
+from taylorfx.distributed import placed, whole
 from taylorfx.layers.roles import Mixing, RunningStatistics
 from taylorfx.network.spec import Node, Spec
 from taylorfx.tree import Params, flatten, merge, unflatten
@@ -83,15 +84,20 @@ def shifted(params: Params, spec: Spec, names: Sequence[str], shift: Tensor) -> 
     nodes = [(node, role) for node, role in mixing(spec) if node.name in names]
     path, weight = nodes[0][0].path(nodes[0][1].bias), leaves[nodes[0][0].path(nodes[0][1].weight)]
     if nodes[0][1].has_bias:
-        return merge(params, {path: leaves[path] + shift.to(leaves[path])}), spec
+        return merge(params, {path: _plus(leaves[path], shift)}), spec
     means = _means(spec, nodes)
     if means is not None:
-        return merge(params, {mean: leaves[mean] - shift.to(leaves[mean]) for mean in means}), spec
+        return merge(params, {mean: _plus(leaves[mean], -shift) for mean in means}), spec
     biased = {node.name: replace(node, layer=role.with_bias()) for node, role in nodes}
     return (
-        unflatten({**leaves, path: shift.to(weight)}),
+        unflatten({**leaves, path: placed(shift.to(weight.device, weight.dtype), weight)}),
         replace(spec, nodes=tuple(biased.get(node.name, node) for node in spec)),
     )
+
+
+def _plus(leaf: Tensor, shift: Tensor) -> Tensor:
+    vector = whole(leaf)
+    return placed(vector + shift.to(vector), leaf)
 
 
 def _means(spec: Spec, nodes: Sequence[tuple[Node, Mixing]]) -> list[str] | None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from taylorfx.coupling.units import Coupling
+from taylorfx.distributed import is_shared
 from taylorfx.layers.roles import Memory, Mixing
 from taylorfx.network.parameters import check
 from taylorfx.network.spec import Spec
@@ -45,8 +46,13 @@ def lean(
     """
     check(params, coupling.spec)
     draft = Draft.of(params, coupling)
+    left = {unused_positions} if whole else set[Pass]()
+    if not channels_last:
+        left.add(weights_in_channels_last)
+    if any(map(is_shared, flatten(params).values())):  # whose numbers are not at hand
+        left.update((folded, weights_in_channels_last))
     for rewrite in PASSES:
-        if not (whole and rewrite is unused_positions) and (channels_last or rewrite is not weights_in_channels_last):
+        if rewrite not in left:
             draft = rewrite(draft)
     return draft.params, draft.spec
 

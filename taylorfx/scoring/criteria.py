@@ -19,7 +19,7 @@ as the paper prints it, which needs the paper's normalizer, `per_layer_l2`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import numpy as np
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from taylorfx.coupling.units import Coupling
+from taylorfx.distributed import sharing, whole
 from taylorfx.layers.roles import Normalizing
 from taylorfx.network.parameters import check
 from taylorfx.scoring.criterion import Criterion
@@ -194,8 +195,14 @@ def _weights(params: Params, coupling: Coupling, power: int) -> Tensor:
             f"A norm is that of the weights that write a unit, and none writes a branch; received {scopes}. Take a "
             "criterion of statistics, or couple without branches."
         )
-    leaves = flatten(params)
-    total: Tensor = next(iter(leaves.values())).new_zeros(len(coupling) + 1, dtype=torch.float64)
+    with sharing(params) as own:
+        return _written(flatten(own), coupling, power)
+
+
+def _written(leaves: Mapping[str, Tensor], coupling: Coupling, power: int) -> Tensor:
+    """Of every unit, the sum of powers of the weights that write it."""
+    device = next(iter(leaves.values())).device
+    total = torch.zeros(len(coupling) + 1, dtype=torch.float64, device=device)
     seen: set[str] = set()
     for node in coupling.spec:
         signature = coupling.signature(node)
@@ -205,7 +212,8 @@ def _weights(params: Params, coupling: Coupling, power: int) -> Tensor:
             path = node.path(leaf)
             for axis, named in enumerate(pattern):
                 if len(pattern) > 1 and path not in seen and {*named[0]} & {*signature.written}:
-                    weight = leaves[path].detach().to(torch.float64).abs().pow(power).movedim(axis, 0).flatten(1).sum(1)
+                    powers = whole(leaves[path]).detach().to(torch.float64).abs().pow(power)
+                    weight = powers.movedim(axis, 0).flatten(1).sum(1)
                     for row in coupling.unit_ids(path, axis):
                         total.index_add_(0, torch.as_tensor(row % len(total), device=total.device), weight)
             seen.add(path)
@@ -230,7 +238,8 @@ def batchnorm_scale(params: Params, coupling: Coupling, *, normalizer: Normalize
         ValueError: if units pass no batch norm; all their scopes are listed.
     """
     _parameters(params, coupling)
-    leaves = flatten(params)
+    with sharing(params) as own:
+        leaves = flatten(own)  # where vectors are whole
     scales = [node.path(role.scale) for node in coupling.spec if (role := node.layer.role(Normalizing))]
     total = torch.zeros(2, len(coupling) + 1, dtype=torch.float64)
     for path in dict.fromkeys(scales):

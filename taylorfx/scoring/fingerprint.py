@@ -6,8 +6,10 @@ import hashlib
 import re
 
 import torch
+from torch import Tensor
 
 from taylorfx.coupling.units import Coupling
+from taylorfx.distributed import sharing, whole
 from taylorfx.network.spec import Spec
 from taylorfx.tree import Params, flatten
 
@@ -27,14 +29,20 @@ def of_params(params: Params) -> str:
 
     Of a parameter the shape and some 4,000 of its numbers count, evenly spread, so that this costs next to nothing.
     """
-    leaves, values = flatten(params), hashlib.sha256()
-    for path, leaf in leaves.items():
-        flat = leaf.detach().resolve_conj().resolve_neg().flatten()
-        some = flat[:: max(1, -(-len(flat) // 2**12))].contiguous()
-        values.update(f"{path} {leaf.dtype} {tuple(leaf.shape)} ".encode())
-        values.update(some.view(torch.uint8).cpu().numpy().tobytes())
+    values = hashlib.sha256()
+    with sharing(params) as own:
+        leaves = flatten(own)
+        for path, leaf in leaves.items():
+            _add(values, path, whole(leaf))
     dtypes = "/".join(sorted({str(leaf.dtype).removeprefix("torch.") for leaf in leaves.values()}))
     return f"{dtypes}, parameters {values.hexdigest()[:12]}"
+
+
+def _add(values: hashlib._Hash, path: str, leaf: Tensor) -> None:
+    flat = leaf.detach().resolve_conj().resolve_neg().flatten()
+    some = flat[:: max(1, -(-len(flat) // 2**12))].contiguous()
+    values.update(f"{path} {leaf.dtype} {tuple(leaf.shape)} ".encode())
+    values.update(some.view(torch.uint8).cpu().numpy().tobytes())
 
 
 def plain(value: object) -> str:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from taylorfx.coupling.couple import own
 from taylorfx.coupling.units import Coupling, Place
-from taylorfx.distributed import Same, Total
+from taylorfx.distributed import Same, Total, refuse_alone, sharing
 from taylorfx.internals import differentiated
 from taylorfx.layers import ShapeError
 from taylorfx.layers.roles import Memory
@@ -100,6 +100,12 @@ def measure(
     how = Measurement.of(measurement, options)
     if how.total is not None:
         return _of_all(params, spec, batches, coupling, replace(how, total=None), how.total)
+    refuse_alone(params)
+    return _of_one(params, spec, batches, coupling, how)
+
+
+def _of_one(params: Params, spec: Spec, batches: Batches, coupling: Coupling, how: Measurement) -> Statistics:
+    """What one process measures; parameters that it shares with others are gathered when they are used."""
     run = _Scorer.of(params, spec, coupling, how)
     total, first = Statistics.neutral(coupling.names), None
     finite: list[Tensor] = []
@@ -132,7 +138,12 @@ def _of_all(
         ValueError: if no process has a batch.
     """
     total(lambda: Same(f"{fingerprint(params, coupling)}, {measurement.told()}"))
-    stats = total(lambda: measure(params, spec, batches, coupling, measurement=measurement))
+
+    def mine() -> Statistics:
+        with sharing(params, small={node.path(leaf) for node in spec for leaf in node.paths if node.layer.leaf}) as own:
+            return _of_one(own, spec, batches, coupling, measurement)
+
+    stats = total(mine)
     if not stats.n:
         raise ValueError("There is nothing to measure: none of the processes received a batch.")
     return stats
@@ -187,6 +198,7 @@ def derivatives(
     Raises:
         ValueError: as `measure`, or if ``torch.func.grad``, ``jvp`` or the like follow the parameters or inputs.
     """
+    refuse_alone(params)
     return _Scorer.of(params, spec, coupling, Measurement.of(measurement, options))(inputs, targets)
 
 
