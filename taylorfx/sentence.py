@@ -16,15 +16,18 @@ from taylorfx.coupling.units import Coupling
 from taylorfx.cutting.plan import Plan
 from taylorfx.cutting.pruned import Interrupted, Pruned
 from taylorfx.distributed import agreed
+from taylorfx.functions import innermost
 from taylorfx.network.spec import Spec
 from taylorfx.progress import LOG
 from taylorfx.repair.batches import Batches, Repair
 from taylorfx.repair.calls import check_repair, mended
+from taylorfx.repair.least_squares import reconstruct
 from taylorfx.scoring.batches import Kept, each_batch
 from taylorfx.scoring.criterion import Criterion, Score, as_criterion
 from taylorfx.scoring.fingerprint import fingerprint, of_layers, of_params, plain
 from taylorfx.scoring.measure import measure
 from taylorfx.scoring.measurement import Measurement, MeasurementOptions, names_of
+from taylorfx.scoring.products import Products, products
 from taylorfx.scoring.statistics import Statistics
 from taylorfx.selection.budget import Budget, BudgetError, Budgets, Remove, SelectionError, Units, each_budget, fixed
 from taylorfx.selection.choice import Choose, check_choice, chosen
@@ -32,6 +35,7 @@ from taylorfx.selection.constraints import ConstraintOptions, Constraints
 from taylorfx.selection.joint import joint
 from taylorfx.selection.schedule import exponential
 from taylorfx.selection.select import foresee, select
+from taylorfx.selection.surgeon import surgeon
 from taylorfx.tree import Params
 
 if TYPE_CHECKING:
@@ -197,7 +201,7 @@ def _pruned(
     """All steps of `prune`."""
     left = Pruned(params, spec, ())
     try:
-        for small, smaller, plan in _iterated(params, spec, partial(_ways, budgets, steps), constraints, step):
+        for small, smaller, plan in _iterated(params, spec, partial(_ways, budgets, steps, step.left), constraints, step):
             left = Pruned(small, smaller, (*left.plans, plan))
     except KeyboardInterrupt as stop:
         if not left.plans:
@@ -232,7 +236,12 @@ def _values(
 
 
 def _ways(
-    budgets: tuple[Budget, ...], steps: int | None, coupling: Coupling, constraints: Constraints, per_cost: bool
+    budgets: tuple[Budget, ...],
+    steps: int | None,
+    left: float,
+    coupling: Coupling,
+    constraints: Constraints,
+    per_cost: bool,
 ) -> Iterable[tuple[Budget, ...]]:
     """The budgets of every step, in equal ratios down to these."""
     if steps == 1:
@@ -243,13 +252,16 @@ def _ways(
     totals = [one.cost(coupling)(np.ones(len(coupling), bool)) for one in budgets]
     if steps is None:
         least = min(one.limit(n) / n if n else 1.0 for one, n in zip(budgets, totals, strict=True))
-        steps = max(1, math.ceil(math.log(least) / math.log(LEFT) - 1e-9))
+        steps = max(1, math.ceil(math.log(least) / math.log(left) - 1e-9))
     starts = (None if isinstance(one.amount, float) else round(n) for one, n in zip(budgets, totals, strict=True))
     return zip(*(exponential(one, steps, start=start) for one, start in zip(budgets, starts, strict=True)), strict=True)
 
 
 LEFT = 0.9
 """What each step of `prune` leaves at least."""
+
+LEFT_SOLVED = 0.6
+"""What each step leaves at least that chooses by what the repair after it cannot undo."""
 
 
 def iterate(
@@ -307,7 +319,7 @@ class Step(NamedTuple):
     per_cost: bool
     repair: Repair | None
     branches: bool
-    measuring: Callable[..., Statistics]
+    measuring: Callable[..., Statistics | Products]
 
     @staticmethod
     def of(
@@ -320,11 +332,14 @@ class Step(NamedTuple):
             ValueError: for what is no criterion, no choice or no repair.
         """
         scoring = None if criterion is None else as_criterion(criterion)
+        check_repair(repair, batches)
+        how = replace(measurement, generator=measurement.generator or torch.Generator().manual_seed(0))
+        solved = innermost(repair) is reconstruct and not (branches or how.at_writes or how.training)
+        if solved and scoring is None and choose is None:
+            return Step(batches, None, surgeon, how, per_cost, repair, branches, products)
         if choose is None:
             choose = partial(joint, cautious=cautious) if scoring is None else select
         check_choice(choose, scored=scoring is not None)
-        check_repair(repair, batches)
-        how = replace(measurement, generator=measurement.generator or torch.Generator().manual_seed(0))
         return Step(batches, scoring, choose, how, per_cost, repair, branches, measure)
 
     def taken(
@@ -345,13 +360,18 @@ class Step(NamedTuple):
         worth = self.worth(params, coupling)
         return chosen(self.choose, worth, coupling, budgets=budgets, constraints=constraints, per_cost=self.per_cost)
 
-    def worth(self, params: Params, coupling: Coupling) -> Statistics | torch.Tensor:
-        """What is chosen by: the criterion's scores; the statistics where there is none."""
+    def worth(self, params: Params, coupling: Coupling) -> Statistics | Products | torch.Tensor:
+        """What is chosen by: the criterion's scores; the statistics where there is none, or the products."""
         if self.needs is None:
             assert self.criterion is not None
             return _telling(self.criterion.on(params, coupling.spec, self.batches, coupling, self.measurement))
         stats = self.measuring(params, coupling.spec, self.batches, coupling, measurement=self.needs)
         return stats if self.criterion is None else _telling(self.criterion(stats, coupling))
+
+    @property
+    def left(self) -> float:
+        """What each step leaves at least, where nobody says how many there are."""
+        return LEFT_SOLVED if self.choose is surgeon else LEFT
 
     @property
     def needs(self) -> Measurement | None:

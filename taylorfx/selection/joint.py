@@ -97,7 +97,7 @@ def joint(
         lowest = scores.min()
         scores[torch.from_numpy(~keep)] = lowest - 1 - lowest.abs()  # what has left stays away
         try:
-            now = _between(asked, totals, step / rounds).among(keep)
+            now = between(asked, totals, step / rounds).among(keep)
             plan = asked.plan(first_that_fit(asked.ranked(scores.numpy()), now))
         except BudgetError:  # on the way, where multiples cannot be met exactly
             if step == rounds:
@@ -154,7 +154,7 @@ def _added(rows: Tensor, coupling: Coupling, keep: Mask, whole: tuple[Tensor, Te
     return cross, mean, half
 
 
-def _between(asked: Asked, totals: Sequence[float], share: float) -> Asked:
+def between(asked: Asked, totals: Sequence[float], share: float) -> Asked:
     """The same with the budgets when this share of the way is done."""
 
     def budget(one: Budget, total: float) -> Budget:
