@@ -197,7 +197,7 @@ def ours(repair: Repair | None = None, *, branches: bool = False) -> dict[str, d
     """
     return {
         "joint": {},
-        **({} if repair is None else {"joint, repaired on the way": {"repair": repair}}),
+        **({} if repair is None else {"repaired on the way": {"repair": repair}}),
         **({"joint, all branches stay": {"branches": False}} if branches else {}),
         "fisher": {"criterion": fisher},
         "second order, at once": {"criterion": second_order, "steps": 1},

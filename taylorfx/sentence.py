@@ -79,7 +79,8 @@ def prune(
             or several of them.
         criterion: a function of ``(statistics, coupling)``, or a `Criterion`, which says what else it is a function of:
             any of ours, or one of your own. What it needs is measured. Without one, units are chosen together, by
-            `joint`, cautiously.
+            `joint`, cautiously; with ``repair=reconstruct`` by what that cannot undo, see
+            `taylorfx.selection.surgeon`, from the products of the activations and of the loss's derivatives by them.
         choose: what decides which units leave, a function of ``(scores, coupling, budget=..., constraints=...,
             per_cost=...)`` that gives a `Plan`; without a criterion it gets the statistics, with rows, in place of
             scores. ``budget`` is a tuple of budgets, ``constraints`` a `Constraints`; a plan that misses or breaks
@@ -92,12 +93,14 @@ def prune(
             latency. The loss grows far less that way. A kind of budget of your own has none if its cost is no `Cost`,
             and is then refused.
         steps: in how many cuts of equal ratio the budget is reached, each chosen by what is measured on what the one
-            before has left: scores are of small changes. By default so many that each leaves nine tenths; one where an
-            exact number of units is asked for (`Units`, `Remove`).
+            before has left: scores are of small changes. By default so many that each leaves nine tenths, or six
+            where units are chosen by what the repair cannot undo; one where an exact number of units is asked for
+            (`Units`, `Remove`).
         repair: what makes up for every cut on the same batches: `reconstruct`, `compensate`, `recalibrate`, or a
-            function of your own of ``(params, plan, batches)``. None by default, as `reconstruct`, which is best where
-            nothing is trained afterwards, takes double precision and memory for the square of what a layer reads (5 GB
-            for the first linear layer of VGG16).
+            function of your own of ``(params, plan, batches)``. `reconstruct` is best where nothing is trained
+            afterwards. It is not the default, as layers gain biases that a class may not have, as it takes double
+            precision and memory for the square of what a layer reads (5 GB for the first linear layer of VGG16), and
+            as what it leaves is no longer the gated network.
         like: the module that was captured. Only what its own class can hold is cut, so that ``to_torch(params, spec,
             like=module)`` gives a smaller one of it: `taylorfx.interop.holdable` finds the constraints on the first
             examples, which join the others.
@@ -201,7 +204,9 @@ def _pruned(
     """All steps of `prune`."""
     left = Pruned(params, spec, ())
     try:
-        for small, smaller, plan in _iterated(params, spec, partial(_ways, budgets, steps, step.left), constraints, step):
+        for small, smaller, plan in _iterated(
+            params, spec, partial(_ways, budgets, steps, step.left), constraints, step
+        ):
             left = Pruned(small, smaller, (*left.plans, plan))
     except KeyboardInterrupt as stop:
         if not left.plans:

@@ -80,9 +80,7 @@ def key_of(spec: Spec, place: Place) -> str:
     return f"{value}, axis {place.axis}{'' if spec[place.node].layer.role(Mixing) else ', as it is'}"
 
 
-def products(
-    params: Params, spec: Spec, batches: Batches, coupling: Coupling, *, measurement: Measurement
-) -> Products:
+def products(params: Params, spec: Spec, batches: Batches, coupling: Coupling, *, measurement: Measurement) -> Products:
     """Sum the products of all batches: one forward and one backward pass each, no weight gradients.
 
     Raises:

@@ -119,7 +119,7 @@ def test_prune_with_reconstruct_chooses_by_what_it_cannot_undo():
     assert joint.plan != pruned.plan
 
 
-@pytest.mark.parametrize("share, steps", [(0.6, 1), (0.5, 2), (0.3, 3)])
+@pytest.mark.parametrize(("share", "steps"), [(0.6, 1), (0.5, 2), (0.3, 3)])
 def test_steps_that_are_repaired_leave_six_tenths_at_least(share, steps):
     params, spec, _, batch = tangled(0, units=24)
     pruned = tfx.prune(params, spec, batch, budget=tfx.Parameters(share), repair=tfx.reconstruct)
