@@ -301,7 +301,7 @@ def iterate(
         batches: measured again at every step; a list or a loader rather than an iterator, which one step would use up.
         budgets: what may remain after each step; shares are of the network that comes in, but for `Remove`, which
             counts from step to step.
-        cautious: how `joint` chooses by default, where there is neither a criterion nor ``choose``.
+        cautious: how `joint` chooses by default, where there is no criterion, no ``choose`` and no `reconstruct`.
         constraints: as in `select`; ``most`` is the largest share of the network that comes in that a scope loses, and
             what has become too small to lose anything needs no constraint any more.
 

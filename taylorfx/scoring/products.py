@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from taylorfx.coupling.units import Coupling, Place
+from taylorfx.distributed import Same
 from taylorfx.internals import Function
 from taylorfx.layers.roles import Mixing
 from taylorfx.network.run import bind_inputs, evaluate, fitted
 from taylorfx.network.spec import Spec
 from taylorfx.scoring.batches import Batch, Batches, each_batch, one_by_one, sliced
+from taylorfx.scoring.fingerprint import fingerprint
 from taylorfx.scoring.losses import Objective, Unvectorized, refuse_flat
 from taylorfx.scoring.measurement import Measurement
 from taylorfx.tree import Params, flatten, unflatten
@@ -88,6 +90,7 @@ def products(params: Params, spec: Spec, batches: Batches, coupling: Coupling, *
     """
     if measurement.total is not None:
         alone = replace(measurement, total=None)
+        measurement.total(lambda: Same(f"{fingerprint(params, coupling)}, {measurement.told()}"))
         return measurement.total(lambda: products(params, spec, batches, coupling, measurement=alone))
     detached = unflatten({path: leaf.detach() for path, leaf in flatten(params).items()})
     run, objective = _Pass(detached, spec, coupling), measurement.objective
@@ -145,10 +148,11 @@ class _Pass:
             if not losses.isfinite().all():
                 raise ValueError("Losses have to be finite; some are not. Check the inputs and the parameters.")
             wanted = [sink for _, sink in sinks]
-            found = torch.autograd.grad(losses.sum(), wanted, materialize_grads=True) if wanted else ()
+            follows = bool(wanted) and losses.requires_grad  # or the loss does not change with the outputs
+            found = torch.autograd.grad(losses.sum(), wanted, materialize_grads=True) if follows else wanted
         slopes: dict[str, Tensor] = {}
         for (key, _), dd in zip(sinks, found, strict=True):
-            slopes[key] = slopes[key] + dd if key in slopes else dd
+            slopes[key] = slopes[key] + dd.detach() if key in slopes else dd.detach()
         return Products(len(losses), {key: Sums(*seen[key], slopes[key]) for key in seen}, self.coupling.names)
 
 
