@@ -27,7 +27,7 @@ def tangled(seed, units=8, copies=0, inputs=5):
     weight, bias = 2 * leaves["a.weight"], leaves["a.bias"].clone()
     if copies:
         weight[-copies:], bias[-copies:] = weight[:copies], bias[:copies]
-    scale = torch.rand(units, generator=generator).double() * 3
+    scale = 1 + 2 * torch.rand(units, generator=generator).double()
     changed = {"a.weight": weight, "a.bias": bias, "b.weight": leaves["b.weight"] * scale}
     params = tfx.tree.unflatten(leaves | changed)
     x = torch.randn(256, inputs, generator=generator, dtype=torch.float64)
