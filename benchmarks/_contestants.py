@@ -10,7 +10,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property, partial
 from itertools import accumulate
@@ -151,6 +151,24 @@ class Prune:
         return [*Stepwise(self.case).along(budgets)][-1]
 
 
+@dataclass(frozen=True)
+class Repaired:
+    """What `tfx.prune` does with a repair after every step; ``options`` are its other keywords."""
+
+    case: Case
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self, shares: Sequence[float]) -> Plans:
+        case = self.case
+        return {
+            share: tfx.prune(
+                case.params, case.spec, case.batches, loss=case.loss, repair=tfx.reconstruct, **self.options,
+                **case.asked(share),
+            ).plan
+            for share in shares
+        }  # fmt: skip
+
+
 def of_outputs(case: Case, generator: torch.Generator) -> Case:
     """The same with outputs for the loss: each example's are projected at random (on a normal vector).
 
@@ -191,6 +209,9 @@ def contestants(case: Case, seed: int) -> dict[str, Contestant]:
     outputs = of_outputs(case, generator)
     return {
         "prune": Prune(case),
+        "prune, repaired at every step": Repaired(case),
+        "prune, repaired once": Repaired(case, {"steps": 1}),
+        "joint, repaired at every step": Repaired(case, {"steps": 4, "choose": partial(tfx.joint, cautious=True)}),
         "joint": Joint(case, stats),
         "joint, cautious": Joint(case, stats, cautious=True),
         "joint without swaps": Joint(case, stats, swaps=False),

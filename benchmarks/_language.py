@@ -191,6 +191,8 @@ def contestants(case: Case) -> dict[str, Contestant]:
     return {
         "prune": case.pruned(),
         "prune, repaired at every step": case.pruned(repair=repair),
+        "prune, repaired once": case.pruned(repair=repair, steps=1),
+        "joint, repaired at every step": case.pruned(repair=repair, steps=4, choose=partial(tfx.joint, cautious=True)),
         "prune by fisher": case.pruned(criterion=tfx.fisher),
         "prune, stream stays": narrow.pruned(),
         "prune by fisher, stream stays": narrow.pruned(criterion=tfx.fisher),

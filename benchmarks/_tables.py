@@ -18,7 +18,8 @@ REPAIRS = ("as cut", "compensated", "recalibrated", "reconstructed", "fine-tuned
 RIVAL = "Torch-Pruning"
 STEPS, ON_OUTPUTS = "joint, cautious, measured at every step", "joint on outputs, cautious, measured at every step"
 OURS = (
-    "prune", "joint", STEPS, "joint on outputs", ON_OUTPUTS, "joint, cautious",
+    "prune", "prune, repaired at every step", "prune, repaired once", "joint, repaired at every step",
+    "joint", STEPS, "joint on outputs", ON_OUTPUTS, "joint, cautious",
     "joint, measured at every step", "joint on outputs, measured at every step",
     "joint without swaps", "joint around the mean",
     "fisher per FLOP", "fisher per FLOP, measured at every step", "fisher",

@@ -196,7 +196,7 @@ def ours(repair: Repair | None = None, *, branches: bool = False) -> dict[str, d
     """
     return {
         "joint": {},
-        **({} if repair is None else {"joint, repaired on the way": {"repair": repair}}),
+        **({} if repair is None else {"repaired on the way": {"repair": repair}}),
         **({"joint, all branches stay": {"branches": False}} if branches else {}),
         "fisher": {"criterion": fisher},
         "second order, at once": {"criterion": second_order, "steps": 1},
@@ -355,9 +355,10 @@ def _own(keywords: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _once(sentences: Mapping[str, Sentence], params: Params) -> dict[str, Sentence]:
     """The same candidates, which share what they measure on the network that comes in."""
-    needs = [need for sentence in sentences.values() if (need := sentence.step.needs) is not None]
-    once = _Once(params, needs)
-    return {name: said._replace(step=said.step._replace(measuring=once)) for name, said in sentences.items()}
+    by_rows = {name: said for name, said in sentences.items() if said.step.measuring is measure}
+    once = _Once(params, [need for said in by_rows.values() if (need := said.step.needs) is not None])
+    shared = {name: said._replace(step=said.step._replace(measuring=once)) for name, said in by_rows.items()}
+    return {**sentences, **shared}
 
 
 class _Once:

@@ -15,15 +15,18 @@ from taylorfx.coupling.units import Coupling
 from taylorfx.cutting.plan import Plan
 from taylorfx.cutting.pruned import Interrupted, Pruned
 from taylorfx.distributed import agreed
+from taylorfx.functions import innermost
 from taylorfx.network.spec import Spec
 from taylorfx.progress import LOG
 from taylorfx.repair.batches import Batches, Repair
 from taylorfx.repair.calls import check_repair, mended
+from taylorfx.repair.least_squares import reconstruct
 from taylorfx.scoring.batches import Kept, each_batch
 from taylorfx.scoring.criterion import Criterion, Score, as_criterion
 from taylorfx.scoring.fingerprint import fingerprint, of_layers, of_params, plain
 from taylorfx.scoring.measure import measure
 from taylorfx.scoring.measurement import Measurement, MeasurementOptions, names_of
+from taylorfx.scoring.products import Products, products
 from taylorfx.scoring.statistics import Statistics
 from taylorfx.selection.budget import Budget, BudgetError, Budgets, Remove, SelectionError, Units, each_budget, fixed
 from taylorfx.selection.choice import Choose, check_choice, chosen
@@ -31,6 +34,7 @@ from taylorfx.selection.constraints import ConstraintOptions, Constraints
 from taylorfx.selection.joint import joint
 from taylorfx.selection.schedule import exponential
 from taylorfx.selection.select import foresee, select
+from taylorfx.selection.surgeon import surgeon
 from taylorfx.tree import Params
 
 if TYPE_CHECKING:
@@ -74,7 +78,8 @@ def prune(
             or several of them.
         criterion: a function of ``(statistics, coupling)``, or a `Criterion`, which says what else it is a function of:
             any of ours, or one of your own. What it needs is measured. Without one, units are chosen together, by
-            `joint`, cautiously.
+            `joint`, cautiously; with ``repair=reconstruct`` by what that cannot undo, see
+            `taylorfx.selection.surgeon`, from the products of the activations and of the loss's derivatives by them.
         choose: what decides which units leave, a function of ``(scores, coupling, budget=..., constraints=...,
             per_cost=...)`` that gives a `Plan`; without a criterion it gets the statistics, with rows, in place of
             scores. ``budget`` is a tuple of budgets, ``constraints`` a `Constraints`; a plan that misses or breaks
@@ -87,12 +92,14 @@ def prune(
             latency. The loss grows far less that way. A kind of budget of your own has none if its cost is no `Cost`,
             and is then refused.
         steps: in how many cuts of equal ratio the budget is reached, each chosen by what is measured on what the one
-            before has left: scores are of small changes. By default so many that each leaves nine tenths; one where an
-            exact number of units is asked for (`Units`, `Remove`).
+            before has left: scores are of small changes. By default so many that each leaves nine tenths, or six
+            where units are chosen by what the repair cannot undo; one where an exact number of units is asked for
+            (`Units`, `Remove`).
         repair: what makes up for every cut on the same batches: `reconstruct`, `compensate`, `recalibrate`, or a
-            function of your own of ``(params, plan, batches)``. None by default, as `reconstruct`, which is best where
-            nothing is trained afterwards, takes double precision and memory for the square of what a layer reads (5 GB
-            for the first linear layer of VGG16).
+            function of your own of ``(params, plan, batches)``. `reconstruct` is best where nothing is trained
+            afterwards. It is not the default, as layers gain biases that a class may not have, as it takes double
+            precision and memory for the square of what a layer reads (5 GB for the first linear layer of VGG16), and
+            as what it leaves is no longer the gated network.
         like: the module that was captured. Only what its own class can hold is cut, so that ``to_torch(params, spec,
             like=module)`` gives a smaller one of it: `taylorfx.interop.holdable` finds the constraints on the first
             examples, which join the others.
@@ -198,7 +205,9 @@ def _pruned(
     """All steps of `prune`."""
     left = Pruned(params, spec, ())
     try:
-        for small, smaller, plan in _iterated(params, spec, partial(_ways, budgets, steps), constraints, step):
+        for small, smaller, plan in _iterated(
+            params, spec, partial(_ways, budgets, steps, step.left), constraints, step
+        ):
             left = Pruned(small, smaller, (*left.plans, plan))
     except KeyboardInterrupt as stop:
         if not left.plans:
@@ -233,7 +242,12 @@ def _values(
 
 
 def _ways(
-    budgets: tuple[Budget, ...], steps: int | None, coupling: Coupling, constraints: Constraints, per_cost: bool
+    budgets: tuple[Budget, ...],
+    steps: int | None,
+    left: float,
+    coupling: Coupling,
+    constraints: Constraints,
+    per_cost: bool,
 ) -> Iterable[tuple[Budget, ...]]:
     """The budgets of every step, in equal ratios down to these."""
     if steps == 1:
@@ -244,13 +258,16 @@ def _ways(
     totals = [one.total(coupling) for one in budgets]
     if steps is None:
         least = min(one.limit(n) / n if n else 1.0 for one, n in zip(budgets, totals, strict=True))
-        steps = max(1, math.ceil(math.log(least) / math.log(LEFT) - 1e-9))
+        steps = max(1, math.ceil(math.log(least) / math.log(left) - 1e-9))
     starts = (None if isinstance(one.amount, float) else round(n) for one, n in zip(budgets, totals, strict=True))
     return zip(*(exponential(one, steps, start=start) for one, start in zip(budgets, starts, strict=True)), strict=True)
 
 
 LEFT = 0.9
 """What each step of `prune` leaves at least."""
+
+LEFT_SOLVED = 0.6
+"""What each step leaves at least that chooses by what the repair after it cannot undo."""
 
 
 def iterate(
@@ -285,7 +302,7 @@ def iterate(
         batches: measured again at every step; a list or a loader rather than an iterator, which one step would use up.
         budgets: what may remain after each step; shares are of the network that comes in, but for `Remove`, which
             counts from step to step.
-        cautious: how `joint` chooses by default, where there is neither a criterion nor ``choose``.
+        cautious: how `joint` chooses by default, where there is no criterion, no ``choose`` and no `reconstruct`.
         constraints: as in `select`; ``most`` is the largest share of the network that comes in that a scope loses, and
             what has become too small to lose anything needs no constraint any more.
 
@@ -308,7 +325,7 @@ class Step(NamedTuple):
     per_cost: bool
     repair: Repair | None
     branches: bool
-    measuring: Callable[..., Statistics]
+    measuring: Callable[..., Statistics | Products]
 
     @staticmethod
     def of(
@@ -321,11 +338,14 @@ class Step(NamedTuple):
             ValueError: for what is no criterion, no choice or no repair.
         """
         scoring = None if criterion is None else as_criterion(criterion)
+        check_repair(repair, batches)
+        how = replace(measurement, generator=measurement.generator or torch.Generator().manual_seed(0))
+        solved = innermost(repair) is reconstruct and not (branches or how.at_writes or how.training)
+        if solved and scoring is None and choose is None:
+            return Step(batches, None, surgeon, how, per_cost, repair, branches, products)
         if choose is None:
             choose = partial(joint, cautious=cautious) if scoring is None else select
         check_choice(choose, scored=scoring is not None)
-        check_repair(repair, batches)
-        how = replace(measurement, generator=measurement.generator or torch.Generator().manual_seed(0))
         return Step(batches, scoring, choose, how, per_cost, repair, branches, measure)
 
     def taken(
@@ -346,13 +366,18 @@ class Step(NamedTuple):
         worth = self.worth(params, coupling)
         return chosen(self.choose, worth, coupling, budgets=budgets, constraints=constraints, per_cost=self.per_cost)
 
-    def worth(self, params: Params, coupling: Coupling) -> Statistics | torch.Tensor:
-        """What is chosen by: the criterion's scores; the statistics where there is none."""
+    def worth(self, params: Params, coupling: Coupling) -> Statistics | Products | torch.Tensor:
+        """What is chosen by: the criterion's scores; the statistics where there is none, or the products."""
         if self.needs is None:
             assert self.criterion is not None
             return _telling(self.criterion.on(params, coupling.spec, self.batches, coupling, self.measurement))
         stats = self.measuring(params, coupling.spec, self.batches, coupling, measurement=self.needs)
         return stats if self.criterion is None else _telling(self.criterion(stats, coupling))
+
+    @property
+    def left(self) -> float:
+        """What each step leaves at least, where nobody says how many there are."""
+        return LEFT_SOLVED if self.choose is surgeon else LEFT
 
     @property
     def needs(self) -> Measurement | None:

@@ -9,11 +9,13 @@ from torch import Tensor
 from taylorfx.coupling.units import Coupling
 from taylorfx.cutting.plan import Plan
 from taylorfx.functions import filled_in, innermost, name_of, unfit
+from taylorfx.scoring.products import Products
 from taylorfx.scoring.statistics import Statistics
 from taylorfx.selection.budget import Budget, BudgetError, SelectionError
 from taylorfx.selection.constraints import Constraints
 from taylorfx.selection.joint import joint
 from taylorfx.selection.select import select
+from taylorfx.selection.surgeon import surgeon
 
 __all__ = ["Choose", "check_choice", "chosen"]
 
@@ -51,7 +53,7 @@ def check_choice(choose: Choose, *, scored: bool) -> None:
 
 def chosen(
     choose: Choose,
-    worth: Tensor | Statistics,
+    worth: Tensor | Statistics | Products,
     coupling: Coupling,
     *,
     budgets: tuple[Budget, ...],
@@ -91,5 +93,5 @@ def _refuse_over(plan: Plan, budgets: tuple[Budget, ...], name: str) -> None:
 
 
 def _ours(choose: Choose) -> Choose | None:
-    """`joint` or `select`, if that is what a ``functools.partial`` calls in the end."""
-    return next((one for one in (joint, select) if one is innermost(choose)), None)
+    """`joint`, `select` or `surgeon`, if that is what a ``functools.partial`` calls in the end."""
+    return next((one for one in (joint, select, surgeon) if one is innermost(choose)), None)

@@ -111,7 +111,7 @@ def _together(rows: Tensor, asked: Asked, free: Mask, rounds: int, per_cost: boo
         lowest = scores.min()
         scores[torch.from_numpy(~keep)] = lowest - 1 - lowest.abs()  # what has left stays away
         try:
-            now = _between(asked, totals, step / rounds).among(keep)
+            now = between(asked, totals, step / rounds).among(keep)
             plan = asked.plan(first_that_fit(asked.ranked(scores.numpy()), now))
         except BudgetError:  # on the way, where multiples cannot be met exactly
             if step == rounds:
@@ -167,7 +167,7 @@ def _added(rows: Tensor, coupling: Coupling, keep: Mask, whole: tuple[Tensor, Te
     return cross, mean, half
 
 
-def _between(asked: Asked, totals: Sequence[float], share: float) -> Asked:
+def between(asked: Asked, totals: Sequence[float], share: float) -> Asked:
     """The same with the budgets when this share of the way is done."""
 
     def budget(one: Budget, total: float) -> Budget:
