@@ -21,7 +21,7 @@ import hashlib
 import sys
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from taylorfx.internals import below, without_transforms
 from taylorfx.tree import Params, flatten, map_paths, unflatten
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup  # type: ignore[attr-defined]
+    from torch.distributed import ProcessGroup
     from torch.distributed.tensor import DTensor
 
 __all__ = [
@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 
-def is_shared(leaf: object) -> bool:
+def is_shared(leaf: object) -> TypeGuard[DTensor]:
     """Whether a leaf is gathered before it is used: a ``DTensor``, or what stands for one."""
     if type(leaf) in (Tensor, torch.nn.Parameter):
         return False
@@ -131,7 +131,7 @@ class _Pool:
             engine computes the derivatives of what was computed last first, and of one layer after the other.
     """
 
-    def __init__(self, leaves: Sequence[DTensor], group: ProcessGroup | None) -> None:
+    def __init__(self, leaves: Sequence[Any], group: ProcessGroup | None) -> None:
         self.leaves, self.group = leaves, group
         self.full: list[Tensor] = []
         self.broken = False
@@ -140,6 +140,7 @@ class _Pool:
         """One of the parameters, as a tensor with memory of its own."""
         with torch.no_grad(), without_transforms():
             tensor = self._round(number)[number]
+            assert tensor is not None, "what is asked for is kept"
             return tensor.clone() if _same_memory(tensor, self.leaves[number].to_local()) else tensor
 
     def refill(self, parameters: Sequence[tuple[Deferred, Tensor]]) -> None:
@@ -225,7 +226,7 @@ def alike(params: Params, what: str) -> ProcessGroup | None:
         return None
     group = _group(shared)
     kinds = hashlib.sha256(repr([(path, leaf.shape, leaf.placements) for path, leaf in shared.items()]).encode())
-    total(lambda: Same(f"{len(shared)} shared parameters {kinds.hexdigest()[:12]}, {what}"), group)
+    total(Same(f"{len(shared)} shared parameters {kinds.hexdigest()[:12]}, {what}"), group)
     return group
 
 
@@ -304,7 +305,9 @@ def indexed(leaf: DTensor, indices: Sequence[Tensor | None], take: Callable[[Ten
         part = take(leaf.to_local(), inner)
         shape = [n if index is None else len(index) for n, index in zip(leaf.shape, inner, strict=True)]
         stride = torch.empty(shape, device="meta").stride()
-        result = DTensor.from_local(part, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+        result: Any = DTensor.from_local(
+            part, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+        )
         if any(index is not None for index in outer):
             result = placed(take(result.full_tensor(), outer), leaf)
     return result

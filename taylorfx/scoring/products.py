@@ -123,7 +123,7 @@ class _Pass:
     def __call__(self, batch: Batch, objective: Objective) -> Products:
         inputs, targets = batch
         places = {(place.node, place.slot): place for place in self.coupling.reads if place.units.shape[1] > 1}
-        seen: dict[str, tuple[Tensor, ...]] = {}
+        seen: dict[str, Sums] = {}
         sinks: list[tuple[str, Tensor]] = []
 
         def tap(name: str, slot: int, x: Tensor) -> Tensor:
@@ -133,9 +133,10 @@ class _Pass:
             key, some = key_of(self.spec, place), _some(x, place.axis)
             if key not in seen or slot < 0:  # a state is read many times
                 rows = _rows(x.detach(), place.axis, some)
-                new = rows.new_tensor(len(rows)), rows.sum(0), rows.T @ rows
-                seen[key] = tuple(map(torch.add, seen[key], new)) if key in seen else new
-            sinks.append((key, seen[key][2].new_zeros(seen[key][2].shape).requires_grad_()))
+                square = rows.T @ rows
+                new = Sums(rows.new_tensor(len(rows)), rows.sum(0), square, torch.zeros_like(square))
+                seen[key] = seen[key] + new if key in seen else new
+            sinks.append((key, torch.zeros_like(seen[key].aa).requires_grad_()))
             tapped: Tensor = _Tap.apply(x, sinks[-1][1], place.axis, some)
             return tapped
 
@@ -150,10 +151,9 @@ class _Pass:
             wanted = [sink for _, sink in sinks]
             follows = bool(wanted) and losses.requires_grad  # or the loss does not change with the outputs
             found = torch.autograd.grad(losses.sum(), wanted, materialize_grads=True) if follows else wanted
-        slopes: dict[str, Tensor] = {}
         for (key, _), dd in zip(sinks, found, strict=True):
-            slopes[key] = slopes[key] + dd.detach() if key in slopes else dd.detach()
-        return Products(len(losses), {key: Sums(*seen[key], slopes[key]) for key in seen}, self.coupling.names)
+            seen[key] = replace(seen[key], dd=seen[key].dd + dd.detach())
+        return Products(len(losses), seen, self.coupling.names)
 
 
 class _Tap(Function):
