@@ -27,7 +27,7 @@ def mask_of(positions: Positions | None, inputs: Inputs) -> Tensor | None:
     if not isinstance(mask, Tensor) or mask.ndim < 2 or not ((mask == 0) | (mask == 1)).all():
         received = f"a tensor {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
-            "Positions are a function of a batch's inputs that gives a mask (N, T), ones where positions count and zeros "
+            "Positions are a function of the inputs that gives a mask (N, T), ones where positions count and zeros "
             f"elsewhere; received {received}. Give the mask of the tokens, not what is added to scores."
         )
     return mask.detach() != 0
