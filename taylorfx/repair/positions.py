@@ -36,6 +36,7 @@ def mask_of(positions: Positions | None, inputs: Inputs) -> Tensor | None:
 def counting(mask: Tensor | None, axes: Shape) -> Tensor | None:
     """Which rows of a layer count, ``(rows,)``; ``None`` if all do, as where they lie along other axes (pooled).
 
+    >>> import torch
     >>> mask = torch.tensor([[True, True, False]])
     >>> counting(mask, (1, 3, 2))  # positions, and heads
     tensor([ True,  True,  True,  True, False, False])
