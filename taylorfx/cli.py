@@ -282,7 +282,7 @@ def _pruned(
     options: argparse.Namespace, params: Params, coupling: Coupling, batches: list[Any], constraints: Constraints
 ) -> tuple[Plan, Params, Any]:
     """The plan of all steps, and what they leave."""
-    next_token = importlib.import_module("taylorfx.interop.huggingface").next_token
+    huggingface = importlib.import_module("taylorfx.interop.huggingface")
     criterion = None if options.criterion == "joint" else getattr(criteria, options.criterion)
     choose: Callable[..., Plan] = partial(joint, cautious=True) if criterion is None else select
     plans: list[Plan] = []
@@ -297,8 +297,8 @@ def _pruned(
     small, smaller = prune(
         params, coupling.spec, batches, budget=options.budget, criterion=criterion, choose=chosen,
         constraints=constraints, branches=options.depth,
-        measurement=Measurement(loss=next_token, progress=bars, generator=generator),
-        repair=None if options.repair == "none" else partial(reconstruct, biases=False),
+        measurement=Measurement(loss=huggingface.next_token, progress=bars, generator=generator),
+        repair=None if options.repair == "none" else partial(reconstruct, biases=False, positions=huggingface.attended),
     )  # fmt: skip
     whole = replace(reduce(compose, plans), asked=" and ".join(map(str, options.budget)))
     return whole, small, smaller

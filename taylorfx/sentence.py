@@ -98,8 +98,8 @@ def prune(
         repair: what makes up for every cut on the same batches: `reconstruct`, `compensate`, `recalibrate`, or a
             function of your own of ``(params, plan, batches)``. `reconstruct` is best where nothing is trained
             afterwards. It is not the default, as layers gain biases that a class may not have, as it takes double
-            precision and memory for the square of what a layer reads (5 GB for the first linear layer of VGG16), and
-            as what it leaves is no longer the gated network.
+            precision and memory for two squares of what a layer still reads (or for its rows, if they are few), and as
+            what it leaves is no longer the gated network.
         like: the module that was captured. Only what its own class can hold is cut, so that ``to_torch(params, spec,
             like=module)`` gives a smaller one of it: `taylorfx.interop.holdable` finds the constraints on the first
             examples, which join the others.

@@ -33,7 +33,10 @@ def inputs_of(batches: Batches) -> Iterator[Inputs]:
 def refuse_none(received: object) -> None:
     """Refuse batches, of all processes together, of which there are none."""
     if not received:
-        raise ValueError("There is nothing to repair from: received no batch. Was the iterator already used up?")
+        raise ValueError(
+            "There is nothing to repair from: received no batch, or none with a position that counts. Was the iterator "
+            "already used up?"
+        )
 
 
 def told(params: Params, plan: Plan) -> str:

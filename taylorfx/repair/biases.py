@@ -38,6 +38,7 @@ from taylorfx.layers.roles import Mixing
 from taylorfx.network.run import evaluate
 from taylorfx.network.spec import Spec
 from taylorfx.repair.batches import Batches, inputs_of, refuse_none, told
+from taylorfx.repair.positions import Positions, counting, mask_of
 from taylorfx.repair.readers import kept_channels, lost, sharing, shifted
 from taylorfx.scoring.gates import Gates
 from taylorfx.tree import Params, flatten
@@ -89,25 +90,31 @@ class Means:
         return result
 
 
-def means(params: Params, spec: Spec, batches: Batches, coupling: Coupling) -> Means:
+def means(
+    params: Params, spec: Spec, batches: Batches, coupling: Coupling, *, positions: Positions | None = None
+) -> Means:
     """The mean activations where linear layers and convolutions read units: one forward pass per batch.
 
     Args:
         batches: ``(inputs, targets)``, or an iterable of such; the targets are not looked at. A list without a batch
             gives means without entries.
+        positions: which positions of linear layers count, as in `reconstruct`; of convolutions all count.
 
     Raises:
-        ValueError: for an iterator that is used up.
+        ValueError: for an iterator that is used up, and for a mask that is none.
         ShapeError: for batches of images of several sizes.
     """
     nodes = {place.node: spec[place.node].layer.role(Mixing) for place in coupling.reads}
     roles = {name: role for name, role in nodes.items() if role is not None}
     count: dict[str, int] = dict.fromkeys(roles, 0)
     total: dict[str, Tensor] = {}
+    mask: Tensor | None = None
 
     def tap(name: str, slot: int, x: Tensor) -> Tensor:
         if name in roles and slot == 0:
-            rows = x if roles[name].unfold is not None else roles[name].windows(x).flatten(1)
+            rows = x if (role := roles[name]).unfold is not None else role.windows(x).flatten(1)
+            chosen = counting(mask, x.movedim(role.input_axis, -1).shape[:-1]) if role.unfold is None else None
+            rows = rows if chosen is None else rows[chosen]
             new = rows.detach().to(torch.promote_types(x.dtype, torch.float32)).sum(0)
             if new.shape != total.get(name, new).shape:
                 raise ValueError(
@@ -120,12 +127,18 @@ def means(params: Params, spec: Spec, batches: Batches, coupling: Coupling) -> M
 
     with gathering(params) as own:
         for inputs in inputs_of(batches):
+            mask = mask_of(positions, inputs)
             evaluate(own, spec, (inputs,), tap=tap)
     return Means(count if total else {}, total)
 
 
 def compensate(
-    params: Params, plan: Plan, batches: Batches | Means, *, total: Total | None = None
+    params: Params,
+    plan: Plan,
+    batches: Batches | Means,
+    *,
+    positions: Positions | None = None,
+    total: Total | None = None,
 ) -> tuple[Params, Spec]:
     """Cut, and fold the mean of what every removed read contributed into the bias of the layer that read it.
 
@@ -136,18 +149,20 @@ def compensate(
     Args:
         params: the original parameters.
         batches: ``(inputs, targets)``, or an iterable of such; or their `means`, of all processes.
+        positions: which positions of linear layers count, as in `reconstruct`; of convolutions all count. Means were
+            told when they were taken.
         total: adds up the means of several processes that each have batches of their own (`distributed.total`).
 
     Returns:
         Parameters and spec of the smaller network.
 
     Raises:
-        ValueError: for no batches, and for means of another network.
+        ValueError: for no batches, no positions that count, and for means of another network.
     """
     if total is None:
         refuse_alone(params)
     agreed(total, lambda: told(params, plan), str)
-    sums = batches if isinstance(batches, Means) else _means_of_all(params, plan, batches, total or alone)
+    sums = batches if isinstance(batches, Means) else _means_of_all(params, plan, batches, positions, total or alone)
     small, spec, leaves = cut(params, plan), plan.spec, flatten(params)
     missing = lost(plan) - sums.sum.keys()
     if missing:
@@ -173,7 +188,7 @@ def compensate(
     return small, spec
 
 
-def _means_of_all(params: Params, plan: Plan, batches: Batches, total: Total) -> Means:
-    sums = total(lambda: means(params, plan.coupling.spec, batches, plan.coupling))
-    refuse_none(sums.sum or not lost(plan))
+def _means_of_all(params: Params, plan: Plan, batches: Batches, positions: Positions | None, total: Total) -> Means:
+    sums = total(lambda: means(params, plan.coupling.spec, batches, plan.coupling, positions=positions))
+    refuse_none(not lost(plan) or (sums.sum and all(sums.count.values())))
     return sums

@@ -17,7 +17,7 @@ from taylorfx.layers.roles import Mixing, RunningStatistics
 from taylorfx.network.parameters import check
 from taylorfx.network.run import evaluate
 from taylorfx.repair import LeastSquares, readers
-from taylorfx.repair.least_squares import RIDGES, Halves
+from taylorfx.repair.regression import RIDGES, Halves
 from taylorfx.scoring.measure import derivatives
 from taylorfx.testing.laws import assert_trees_equal
 from taylorfx.testing.strategies import batch_for, network, networks, random_params, random_plan, token_specs

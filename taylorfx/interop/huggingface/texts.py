@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,16 @@ from torch import Tensor
 from taylorfx.interop.huggingface.fields import ConfigError, library
 from taylorfx.interop.huggingface.loading import class_of
 
-__all__ = ["Sequences", "batches", "causal_class_of", "foresees", "positions_of", "sequences", "tokenizer_of"]
+__all__ = [
+    "Sequences",
+    "attended",
+    "batches",
+    "causal_class_of",
+    "foresees",
+    "positions_of",
+    "sequences",
+    "tokenizer_of",
+]
 
 HELD_OUT = 10
 """One of so many sequences is held out."""
@@ -63,6 +72,15 @@ def batches(rows: Tensor, names: Sequence[str], size: int) -> list[tuple[dict[st
     return [
         ({name: x if name == "input_ids" else torch.ones_like(x) for name in names}, x) for x in torch.split(rows, size)
     ]
+
+
+def attended(inputs: Any) -> Tensor | None:
+    """The positions of a batch that a model attends to, for ``positions=`` of repairs, so that padding does not count.
+
+    Args:
+        inputs: of a batch; all positions count where they have no ``"attention_mask"`` by name.
+    """
+    return inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
 
 
 def causal_class_of(folder: Path) -> Any:
