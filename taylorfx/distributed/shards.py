@@ -74,7 +74,8 @@ class Deferred(Tensor):
     @property
     def device(self) -> torch.device:  # type: ignore[override]
         """Where the parameter will be."""
-        return self.pool.leaves[self.numbered].device
+        device: torch.device = self.pool.leaves[self.numbered].device
+        return device
 
     def detach(self) -> Deferred:
         """Itself: nothing follows it."""
@@ -305,12 +306,10 @@ def indexed(leaf: DTensor, indices: Sequence[Tensor | None], take: Callable[[Ten
         part = take(leaf.to_local(), inner)
         shape = [n if index is None else len(index) for n, index in zip(leaf.shape, inner, strict=True)]
         stride = torch.empty(shape, device="meta").stride()
-        result: Any = DTensor.from_local(
-            part, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
-        )
-        if any(index is not None for index in outer):
-            result = placed(take(result.full_tensor(), outer), leaf)
-    return result
+        result = DTensor.from_local(part, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+        if all(index is None for index in outer):
+            return result
+        return placed(take(result.full_tensor(), outer), leaf)
 
 
 def placed(tensor: Tensor, like: Any) -> Tensor:
