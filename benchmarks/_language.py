@@ -189,7 +189,7 @@ def contestants(case: Case) -> dict[str, Contestant]:
     """All of them by name, under the same constraints: what is left is a Llama again."""
     fisher, second = tfx.fisher(case.stats, case.coupling), tfx.criteria.second_order(case.stats, case.coupling)
     draw = torch.Generator().manual_seed(case.seed)
-    slopes, squares = weights_times_slopes(case), tfx.criteria.weight_l2(case.params, case.coupling).square()
+    slopes, squares = weights_times_slopes(case), leaving(case, torch.square)
     check_torch_pruning(case, slopes, squares)
     narrow = replace(case, constraints=case.constraints.also(tfx.Constraints(protect="stream"), case.coupling))
     return {
@@ -227,11 +227,16 @@ def weights_times_slopes(case: Case) -> Tensor:
     case.model.zero_grad()
     for inputs, labels in case.batches:
         (huggingface.next_token(case.model(**inputs), labels).mean() / len(case.batches)).backward()
+    return leaving(case, lambda leaf: (leaf * leaf.grad).abs())
+
+
+def leaving(case: Case, value: Callable[[Tensor], Tensor]) -> Tensor:
+    """The sum of a value of each weight over those that leave with a unit, be they written or read."""
     scores = torch.zeros(len(case.coupling) + 1)
     for path, leaf in case.model.named_parameters():
-        if leaf.grad is None or path not in case.coupling.parameters:
+        if path not in case.coupling.parameters:
             continue
-        each = (leaf * leaf.grad).detach().abs()
+        each = value(leaf).detach()
         for axis, _ in enumerate(each.shape):
             sums = each.movedim(axis, 0).flatten(1).sum(1) if each.ndim > 1 else each
             for ids in case.coupling.unit_ids(path, axis):
