@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import importlib.util
 import math
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -187,6 +189,8 @@ def contestants(case: Case) -> dict[str, Contestant]:
     """All of them by name, under the same constraints: what is left is a Llama again."""
     fisher, second = tfx.fisher(case.stats, case.coupling), tfx.criteria.second_order(case.stats, case.coupling)
     draw = torch.Generator().manual_seed(case.seed)
+    slopes, squares = weights_times_slopes(case), leaving(case, torch.square)
+    check_torch_pruning(case, slopes, squares)
     narrow = replace(case, constraints=case.constraints.also(tfx.Constraints(protect="stream"), case.coupling))
     return {
         "prune": case.pruned(),
@@ -205,8 +209,12 @@ def contestants(case: Case) -> dict[str, Contestant]:
         "magnitude, equal in all layers": case.ranked(
             tfx.criteria.weight_l2(case.params, case.coupling), per_layer=True
         ),
-        "LLM-Pruner": case.ranked(weights_times_slopes(case), per_layer=True),
+        "LLM-Pruner": case.ranked(slopes, per_layer=True),
+        "Torch-Pruning GroupTaylor": case.ranked(tfx.criteria.per_layer_mean(slopes, case.coupling)),
+        "Torch-Pruning GroupTaylor, stream stays": narrow.ranked(tfx.criteria.per_layer_mean(slopes, case.coupling)),
+        "Torch-Pruning GroupMagnitude": case.ranked(tfx.criteria.per_layer_mean(squares, case.coupling)),
         "FLAP": case.ranked(fluctuation(case)),
+        "ShortGPT": partial(without_layers, case, influence(case)),
         "random": case.ranked(tfx.criteria.random(case.coupling, draw)),
     }
 
@@ -219,11 +227,16 @@ def weights_times_slopes(case: Case) -> Tensor:
     case.model.zero_grad()
     for inputs, labels in case.batches:
         (huggingface.next_token(case.model(**inputs), labels).mean() / len(case.batches)).backward()
+    return leaving(case, lambda leaf: (leaf * leaf.grad).abs())
+
+
+def leaving(case: Case, value: Callable[[Tensor], Tensor]) -> Tensor:
+    """The sum of a value of each weight over those that leave with a unit, be they written or read."""
     scores = torch.zeros(len(case.coupling) + 1)
     for path, leaf in case.model.named_parameters():
-        if leaf.grad is None or path not in case.coupling.parameters:
+        if path not in case.coupling.parameters:
             continue
-        each = (leaf * leaf.grad).detach().abs()
+        each = value(leaf).detach()
         for axis, _ in enumerate(each.shape):
             sums = each.movedim(axis, 0).flatten(1).sum(1) if each.ndim > 1 else each
             for ids in case.coupling.unit_ids(path, axis):
@@ -261,6 +274,66 @@ def fluctuation(case: Case) -> Tensor:
     scores = scores[:-1]
     scores[scores == -math.inf] = scores.max() + 1
     return scores
+
+
+def influence(case: Case) -> list[float]:
+    """How much every layer turns the stream, its block influence: ``1 - E[cos(x, y)]`` over all positions.
+
+    Here ``x`` is what the layer takes in, ``y`` what it gives out (Men et al. 2024, ShortGPT, arXiv 2403.03853, eq. 1).
+    """
+    layers = case.model.model.layers
+    cosines: list[list[Tensor]] = [[] for _ in layers]
+
+    def keep(k: int) -> Callable[..., None]:
+        return lambda _, args, y: cosines[k].append(torch.cosine_similarity(args[0], y, -1).flatten())
+
+    hooks = [layer.register_forward_hook(keep(k)) for k, layer in enumerate(layers)]
+    with torch.no_grad():
+        for batch, _ in case.batches:
+            case.model(**batch)
+    for hook in hooks:
+        hook.remove()
+    return [1 - torch.cat(each).mean().item() for each in cosines]
+
+
+def without_layers(case: Case, influences: Sequence[float], shares: Sequence[float]) -> Plans:
+    """The layers of least influence leave; for each share the nearest network, be it above or below."""
+    coupling = tfx.couple(case.params, case.spec, branches=True)
+    cost, plans = tfx.cost.flops(coupling), []
+    keep = np.ones(len(coupling), bool)
+    for layer in sorted(range(len(influences)), key=influences.__getitem__)[:-1]:
+        for branch in coupling.branches:
+            if coupling.names[branch.unit].startswith(f"model.layers.{layer}."):
+                keep[branch.unit] = False
+        plans.append(tfx.Plan(coupling, coupling.settled(keep.copy())))
+    return {
+        share: min(plans, key=lambda plan: abs(cost(plan.keep) / cost.total - share)) for share in shares
+    }  # fmt: skip
+
+
+def check_torch_pruning(case: Case, slopes: Tensor, squares: Tensor) -> None:
+    """Where Torch-Pruning is installed, its importances of the first MLP are ours, up to a factor.
+
+    It sums over the weights that leave with a unit, too, and divides by the mean of a group. Its own pruner is not
+    used: what it leaves of a Llama is of other sizes in every layer, which no config says.
+    """
+    if not importlib.util.find_spec("torch_pruning"):
+        return
+    import torch_pruning
+
+    model, mlp = case.model, case.model.model.layers[0].mlp
+    example = {name: x[:1] for name, x in case.batches[0][0].items()}
+    graph = torch_pruning.DependencyGraph().build_dependency(
+        model, example_inputs=example, output_transform=lambda out: out.logits
+    )  # fmt: skip
+    group = graph.get_pruning_group(
+        mlp.up_proj, torch_pruning.prune_linear_out_channels, [*range(len(mlp.up_proj.weight))]
+    )
+    units = torch.from_numpy(case.coupling.unit_ids("model.layers.0.mlp.up_proj.weight", 0)[0])
+    for kind, scores in (("Taylor", slopes), ("Magnitude", squares)):
+        theirs = getattr(torch_pruning.importance, f"Group{kind}Importance")()(group)
+        ours = scores[units]
+        torch.testing.assert_close(theirs / theirs.mean(), ours / ours.mean(), rtol=1e-4, atol=1e-4)
 
 
 def seconds(network: Callable[..., Any], inputs: Mapping[str, Tensor]) -> Iterator[float]:

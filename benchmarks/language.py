@@ -19,13 +19,27 @@ import argparse
 import importlib.util
 import json
 import time
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from _language import EXAMPLES, INPUTS, Case, Size, contestants, documents, learn, llama, repair, seconds, sequences
+from _language import (
+    EXAMPLES,
+    INPUTS,
+    Case,
+    Contestant,
+    Size,
+    contestants,
+    documents,
+    learn,
+    llama,
+    repair,
+    seconds,
+    sequences,
+)
 from _language import tokens as tokenized
 from _tables import interval, markdown
 from _torchvision import library
@@ -53,17 +67,16 @@ def trained(seed: int, stream: torch.Tensor, size: Size, steps: int, file: Path)
 
 def run(seed: int, options: argparse.Namespace, streams: tuple[torch.Tensor, torch.Tensor]) -> None:
     """All that is asked for and not yet known of one seed."""
-    size = Size()
+    size = Size(options.width, intermediate=options.width * 11 // 4)
     learned, judged = streams
-    model = trained(seed, learned, size, options.train, options.cache / f"{seed}-{options.train}.pt")
+    file = results(seed, options)
+    model = trained(seed, learned, size, options.train, file.with_suffix(".pt"))
     generator = torch.Generator().manual_seed(1000 + seed)
     case = Case.of(model, sequences(learned, EXAMPLES, size.length, generator), seed)
     test = batches(sequences(judged, TESTED, size.length, torch.Generator().manual_seed(0)), INPUTS, 32)
-    file = options.cache / f"{seed}-{options.train}.json"
     found = json.loads(file.read_text()) if file.exists() else {}
     found["whole"] = found.get("whole") or {"as cut": huggingface.perplexity(model, test)}
-    cost = tfx.cost.flops(case.coupling)
-    for name, choose in contestants(case).items():
+    for name, choose in chosen(contestants(case), options.contestants).items():
         for share in options.shares:
             known = found.setdefault(f"{name} @ {share}", {})
             wanted = ["as cut", "repaired", *variants(options)]
@@ -72,6 +85,7 @@ def run(seed: int, options: argparse.Namespace, streams: tuple[torch.Tensor, tor
             plan = choose([share])[share]
             small = tfx.cut(case.params, plan), plan.spec
             repaired = repair(case.params, plan, case.batches)
+            cost = tfx.cost.flops(plan.coupling)
             known["FLOPs"], known["time"] = cost(plan.keep) / cost.total, relative(case, small, test)
             for variant in [x for x in wanted if x not in known]:
                 network = tfx.to_torch(*(small if variant == "as cut" else repaired))
@@ -83,6 +97,19 @@ def run(seed: int, options: argparse.Namespace, streams: tuple[torch.Tensor, tor
                 known[variant] = huggingface.perplexity(network, test)
                 file.write_text(json.dumps(found, indent=1))
             print(f"seed {seed}, {name} @ {share}: {known}", flush=True)
+
+
+def results(seed: int, options: argparse.Namespace) -> Path:
+    """The file of what is known of one seed."""
+    path: Path = options.cache / f"{options.width}-{options.train}-{seed}.json"
+    return path
+
+
+def chosen(every: dict[str, Contestant], names: Sequence[str]) -> dict[str, Contestant]:
+    """Those with these names, or all if there are none."""
+    if unknown := [name for name in names if name not in every]:
+        raise SystemExit(f"No contestants: {unknown}. There are: {[*every]}.")
+    return {name: every[name] for name in names or every}
 
 
 def variants(options: argparse.Namespace) -> list[str]:
@@ -116,9 +143,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.5])
-    parser.add_argument("--steps", type=int, nargs="+", default=[100], help="of training after the cut")
+    parser.add_argument("--steps", type=int, nargs="*", default=[100], help="of training after the cut")
     parser.add_argument("--teacher", action="store_true", help="train with the unpruned model as a teacher, too")
     parser.add_argument("--train", type=int, default=1500, help="steps of training of the model itself")
+    parser.add_argument("--width", type=int, default=128, help="of the model's stream")
+    parser.add_argument("--contestants", nargs="+", default=[], help="only these")
     parser.add_argument("--cache", type=Path, default=CACHE.parent / "language")
     options = parser.parse_args()
     if importlib.util.find_spec("torchvision"):
@@ -129,12 +158,11 @@ def main() -> None:
     print(f"{len(streams[0]):,} tokens to learn from, {len(streams[1]):,} others", flush=True)
     for seed in options.seeds:
         run(seed, options, streams)
-    files = {seed: options.cache / f"{seed}-{options.train}.json" for seed in options.seeds}
-    results = {seed: json.loads(file.read_text()) for seed, file in files.items()}
-    whole = interval([kept["whole"]["as cut"] for kept in results.values()])
+    kept = {seed: json.loads(results(seed, options).read_text()) for seed in options.seeds}
+    whole = interval([one["whole"]["as cut"] for one in kept.values()])
     print(f"\nThe unpruned models have a perplexity of {whole.value:.2f}.")
     for share in options.shares:
-        print(f"\n{share:.0%} of the FLOPs:\n\n{table(results, share, ['as cut', 'repaired', *variants(options)])}")
+        print(f"\n{share:.0%} of the FLOPs:\n\n{table(kept, share, ['as cut', 'repaired', *variants(options)])}")
 
 
 if __name__ == "__main__":
