@@ -189,7 +189,7 @@ def faults(wrong: bool, mine: list[Any]) -> Iterator[tuple[str, Fault]]:
     yield (
         "prune whose repairs fail",
         Fault(
-            lambda: prune(repair=if_wrong(unlucky, tfx.reconstruct)),
+            lambda: prune(repair=if_wrong(unlucky, tfx.compensate)),
             "^no space left",
             "process {}: OSError: no space left",
         ),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from taylorfx.coupling.units import Coupling, Place
-from taylorfx.distributed import Same
+from taylorfx.distributed import Same, refuse_alone, sharing
 from taylorfx.internals import Function
 from taylorfx.layers.roles import Mixing
 from taylorfx.network.run import bind_inputs, evaluate, fitted
@@ -88,10 +88,23 @@ def products(params: Params, spec: Spec, batches: Batches, coupling: Coupling, *
     Raises:
         ValueError: for no batch, losses that are not finite, and what `measure` refuses in a loss.
     """
-    if measurement.total is not None:
-        alone = replace(measurement, total=None)
-        measurement.total(lambda: Same(f"{fingerprint(params, coupling)}, {measurement.told()}"))
-        return measurement.total(lambda: products(params, spec, batches, coupling, measurement=alone))
+    if measurement.total is None:
+        refuse_alone(params)
+        return _of_one(params, spec, batches, coupling, measurement)
+    measurement.total(lambda: Same(f"{fingerprint(params, coupling)}, {measurement.told()}"))
+
+    def mine() -> Products:
+        with sharing(params, small={node.path(leaf) for node in spec for leaf in node.paths if node.layer.leaf}) as own:
+            return _of_one(own, spec, batches, coupling, measurement)
+
+    total = measurement.total(mine)
+    if not total.n:
+        raise ValueError("There is nothing to measure: none of the processes received a batch.")
+    return total
+
+
+def _of_one(params: Params, spec: Spec, batches: Batches, coupling: Coupling, measurement: Measurement) -> Products:
+    """The products of one process's batches."""
     detached = unflatten({path: leaf.detach() for path, leaf in flatten(params).items()})
     run, objective = _Pass(detached, spec, coupling), measurement.objective
     total = Products(0, units=coupling.names)
