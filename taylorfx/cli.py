@@ -12,15 +12,16 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import logging
 import os
 import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,18 +31,16 @@ import torch
 from taylorfx.cost.counts import flops, parameters
 from taylorfx.coupling.couple import couple
 from taylorfx.coupling.units import Coupling
-from taylorfx.cutting.cut import compose
 from taylorfx.cutting.plan import Plan
 from taylorfx.layers import ShapeError
 from taylorfx.network.spec import SpecError
 from taylorfx.network.tables import columns
+from taylorfx.progress import LOG
 from taylorfx.repair import reconstruct
 from taylorfx.scoring import criteria
 from taylorfx.scoring.measurement import Measurement
 from taylorfx.selection.budget import Budget, BudgetError, Flops, Memory, Parameters, SelectionError
 from taylorfx.selection.constraints import Constraints
-from taylorfx.selection.joint import joint
-from taylorfx.selection.select import select
 from taylorfx.sentence import prune
 from taylorfx.tree import Params
 
@@ -103,7 +102,12 @@ def parser() -> argparse.ArgumentParser:
     add("--length", type=int, help=f"tokens of a sequence (default: {LENGTH}, or all positions)")
     add("--examples", type=int, default=64, help="sequences to measure on (default: %(default)s)")
     add("--batch-size", type=int, default=8, help="sequences at a time (default: %(default)s)")
-    add("--criterion", choices=CRITERIA, default="joint", help="how units are chosen (default: %(default)s)")
+    add(
+        "--criterion",
+        choices=CRITERIA,
+        default="joint",
+        help="how units are chosen (default: %(default)s; with --repair by what the repair cannot undo)",
+    )
     add("--repair", choices=REPAIRS, default="none", help="after every step (default: %(default)s)")
     add("--protect", nargs="+", default=[], metavar="GLOB", help='what stays: "*: hidden", "*q_proj*"')
     add("--depth", action="store_true", help="whole layers may leave, too, but for the first")
@@ -284,24 +288,31 @@ def _pruned(
     """The plan of all steps, and what they leave."""
     huggingface = importlib.import_module("taylorfx.interop.huggingface")
     criterion = None if options.criterion == "joint" else getattr(criteria, options.criterion)
-    choose: Callable[..., Plan] = partial(joint, cautious=True) if criterion is None else select
-    plans: list[Plan] = []
-
-    def chosen(scores: Any, coupling: Coupling, **how: Any) -> Plan:
-        plans.append(choose(scores, coupling, **how))
-        print(f"  step {len(plans)}: {plans[-1]!r}", flush=True)
-        return plans[-1]
-
     bars = sys.stdout.isatty() and importlib.util.find_spec("rich") is not None
     generator = torch.Generator().manual_seed(options.seed)
-    small, smaller = prune(
-        params, coupling.spec, batches, budget=options.budget, criterion=criterion, choose=chosen,
-        constraints=constraints, branches=options.depth,
-        measurement=Measurement(loss=huggingface.next_token, progress=bars, generator=generator),
-        repair=None if options.repair == "none" else partial(reconstruct, biases=False, positions=huggingface.attended),
-    )  # fmt: skip
-    whole = replace(reduce(compose, plans), asked=" and ".join(map(str, options.budget)))
-    return whole, small, smaller
+    repair = partial(reconstruct, biases=False, positions=huggingface.attended)
+    with _steps_printed():
+        pruned = prune(
+            params, coupling.spec, batches, budget=options.budget, criterion=criterion, constraints=constraints,
+            branches=options.depth, repair=None if options.repair == "none" else repair,
+            measurement=Measurement(loss=huggingface.next_token, progress=bars, generator=generator),
+        )  # fmt: skip
+    return replace(pruned.plan, asked=" and ".join(map(str, options.budget))), *pruned
+
+
+@contextmanager
+def _steps_printed() -> Iterator[None]:
+    """Print what the log says of every step."""
+    handler, level = logging.StreamHandler(sys.stdout), LOG.level
+    handler.setFormatter(logging.Formatter("  %(message)s"))
+    handler.addFilter(lambda record: str(record.msg).startswith("step"))
+    LOG.addHandler(handler)
+    LOG.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        LOG.removeHandler(handler)
+        LOG.setLevel(level)
 
 
 def _report(plan: Plan, quality: _Sides) -> str:

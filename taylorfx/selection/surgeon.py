@@ -27,8 +27,9 @@ from torch import Tensor
 from taylorfx.coupling.units import Coupling, Mask, Place
 from taylorfx.cutting.plan import Plan
 from taylorfx.scoring.products import Products, key_of
-from taylorfx.selection.budget import BudgetError, Budgets, SelectionError, pricing
+from taylorfx.selection.budget import Budget, BudgetError, Budgets, SelectionError, pricing
 from taylorfx.selection.constraints import Constraints
+from taylorfx.selection.corrected import corrected
 from taylorfx.selection.joint import between
 from taylorfx.selection.select import Asked, first_that_fit
 
@@ -61,22 +62,30 @@ def surgeon(
     Raises:
         SelectionError: for products of other units or of no example; and what `select` raises.
     """
-    asked = Asked.of(coupling, budget, constraints or Constraints())
     if products.units != coupling.names or not products.n:
         raise SelectionError(
             f"Products are of the coupling's {len(coupling)} units and of one example at least; received those of "
             f"{len(products.units)} units and {products.n} examples."
         )
+    values = _values(products, coupling)
+
+    def choose(budgets: tuple[Budget, ...], rules: Constraints) -> Plan:
+        return _in_rounds(values, Asked.of(coupling, budgets, rules), per_cost)
+
+    return corrected(choose, coupling, budget, constraints or Constraints())
+
+
+def _in_rounds(values: list[_Value], asked: Asked, per_cost: bool) -> Plan:
     prices = pricing(asked.budgets, asked.costs) if per_cost else None
-    keep = np.ones(len(coupling), bool)
-    totals, values = [cost(keep) for cost in asked.costs], _values(products, coupling)
+    keep = np.ones(len(asked.coupling), bool)
+    totals = [cost(keep) for cost in asked.costs]
 
     def worth(keep: Mask) -> Tensor:
         scores = _residual(values, keep)
         return scores / prices(keep) if prices else scores
 
     first_that_fit(asked.ranked(worth(keep).numpy()), asked)  # an error names what was asked for
-    for step in range(1, ROUNDS + 1) if len(coupling) else ():
+    for step in range(1, ROUNDS + 1) if len(keep) else ():
         scores = worth(keep)
         scores[torch.from_numpy(~keep)] = scores.min() - 1  # what has left stays away
         try:

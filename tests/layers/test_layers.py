@@ -122,7 +122,7 @@ def test_a_layer_is_a_value_that_can_be_written_down(case: Case) -> None:
 def test_the_table_covers_every_layer() -> None:
     ours = {name for name, cls in LAYERS.items() if cls.__module__.startswith("taylorfx.layers.") and name[0] != "_"}
     # A network of several calls has Choose, tests/interop/test_optional.py; mixtures of experts, test_mixtures.py.
-    elsewhere = {"Choose", "Ones", "TopKWeights", "ExpertLinear"}
+    elsewhere = {"Choose", "Ones", "TopKWeights", "ExpertBias", "ExpertLinear"}
     assert ours == elsewhere | {type(node.layer).__name__ for case in CASES for node in case.spec}
     assert ours == {name for name in vars(L) if name in LAYERS}
 

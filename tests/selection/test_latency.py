@@ -94,7 +94,11 @@ def last_step(budget: tfx.Budget, **options) -> tfx.Plan:
     return tfx.prune(NET.params, NET.spec, NET.batch, budget=budget, criterion=tfx.taylor, **options).plan
 
 
-WAYS = {"select": by_scores, "joint": together, "prune in steps": last_step}
+def repaired(budget: tfx.Budget, **options) -> tfx.Plan:
+    return tfx.prune(NET.params, NET.spec, NET.batch, budget=budget, repair=tfx.reconstruct, **options).plan
+
+
+WAYS = {"select": by_scores, "joint": together, "prune in steps": last_step, "prune, repaired": repaired}
 
 
 def least(machine: Machine) -> float:
