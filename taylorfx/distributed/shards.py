@@ -35,17 +35,8 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 __all__ = [
-    "Deferred",
-    "alike",
-    "computed",
-    "gathered",
-    "indexed",
-    "is_shared",
-    "refuse_alone",
-    "sharded",
-    "sharing",
-    "whole",
-]
+    "Deferred", "alike", "computed", "gathered", "indexed", "is_shared", "refuse_alone", "sharded", "sharing", "whole",
+]  # fmt: skip
 
 
 def is_shared(leaf: object) -> TypeGuard[DTensor]:
@@ -153,6 +144,7 @@ class _Pool:
             again = leaf.whole()
             x.untyped_storage().resize_(again.untyped_storage().nbytes())
             x.data.copy_(again)  # to autograd, it is the tensor that it was
+            again.untyped_storage().resize_(0)  # which a thread of the gathering may hold for a moment
             self.full.append(x)
 
     def serve(self) -> None:
