@@ -6,6 +6,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.testing import assert_close
+
 TOKENS = 300
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 
@@ -35,7 +38,6 @@ def tokenizer() -> Any:
 
 def saved(folder: Path, kind: str = "LlamaForCausalLM", **config: Any) -> Path:
     """A random model in a folder, with the tokenizer."""
-    import torch
     import transformers
 
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
@@ -46,3 +48,11 @@ def saved(folder: Path, kind: str = "LlamaForCausalLM", **config: Any) -> Path:
     cls(cls.config_class(**given)).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
+
+
+def comes_back(outputs: list[Any], texts: list[Any], wanted: list[Any]) -> None:
+    """What a second process computes is what was saved, and it generates the same with a cache and without."""
+    for one, other in zip(outputs, wanted, strict=True):
+        assert_close(one, other, rtol=1e-4, atol=1e-5)
+    if texts:
+        assert torch.equal(*texts), "with a cache and without"

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from taylorfx.cost.runners import Pace, race
 from taylorfx.internals import alike_sizes, pytree
 from taylorfx.interop.calls import example_of, interface_of
+from taylorfx.interop.capture.programs import tensors
 from taylorfx.interop.module import to_torch
-from taylorfx.interop.runners import session_of
+from taylorfx.interop.runners import in_onnx, session_of
 from taylorfx.network.run import Inputs, bind_inputs
 from taylorfx.network.spec import Spec
 from taylorfx.network.tables import columns
@@ -155,7 +156,7 @@ class _Trial:
         self, whole: Network, args: tuple[object, ...], kwargs: Mapping[str, object], tolerance: float, pace: Pace
     ) -> None:
         self.best, self.args, self.kwargs, self.tolerance, self.pace = whole, args, kwargs, tolerance, pace
-        self.expected = _tensors(self._run(whole))
+        self.expected = tensors(self._run(whole))
         self.steps: list[Step] = []
         self.time = 1.0
 
@@ -163,9 +164,9 @@ class _Trial:
         """Time this network beside the best one, and make it the best if it is faster and computes the same."""
         if not changed:
             return False
-        pairs = zip(_tensors(self._run(network)), self.expected, strict=True)
+        pairs = zip(tensors(self._run(network)), self.expected, strict=True)
         difference = max((_difference(y, expected) for y, expected in pairs), default=0.0)
-        device = next((x.device for x in _tensors((self.args, self.kwargs))), torch.device("cpu"))
+        device = next((x.device for x in tensors((self.args, self.kwargs))), torch.device("cpu"))
         wait = partial(torch.accelerator.synchronize, device) if device.type != "cpu" else _nothing
         seconds = race([partial(self._run, network), partial(self._run, self.best)], self.pace, wait)
         low, share, high = np.quantile(seconds[:, 0] / seconds[:, 1], (0.25, 0.5, 0.75)).tolist()
@@ -190,17 +191,13 @@ class _Session:
         self.names, self.outputs = program.graph_signature.user_inputs, program.call_spec.out_spec
 
     def __call__(self, *args: object, **kwargs: object) -> object:
-        tensors = zip(self.names, _tensors((args, kwargs)), strict=True)
-        values = self.session.run(None, {str(name): x.numpy() for name, x in tensors if name in self.taken})
+        inputs = zip(self.names, tensors((args, kwargs)), strict=True)
+        values = self.session.run(None, {str(name): x.numpy() for name, x in inputs if name in self.taken})
         return pytree.tree_unflatten([torch.from_numpy(y) for y in values], self.outputs)
 
 
 def _nothing() -> None:
     """The device is never behind."""
-
-
-def _tensors(value: object) -> list[Tensor]:
-    return [x for x in pytree.tree_leaves(value) if isinstance(x, Tensor)]
 
 
 def _difference(one: Tensor, other: Tensor) -> float:
@@ -240,10 +237,8 @@ def _archive(path: Path, network: tuple[Params, Spec], program: torch.export.Exp
 
 
 def _onnx(path: Path, network: tuple[Params, Spec], program: torch.export.ExportedProgram) -> None:
-    made = torch.onnx.export(program, dynamo=True, verbose=False)
-    assert made is not None
     with replacing(path) as out:
-        made.save(out.name)
+        in_onnx(program).save(out.name)
 
 
 def _saved(path: Path, network: tuple[Params, Spec], program: torch.export.ExportedProgram) -> None:

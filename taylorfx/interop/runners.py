@@ -7,13 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from taylorfx.interop.module import to_torch
 from taylorfx.network.spec import Spec
 from taylorfx.tree import Params
 
-__all__ = ["onnx_runtime", "session_of"]
+__all__ = ["in_onnx", "onnx_runtime", "session_of"]
 
 
 def onnx_runtime(params: Params, spec: Spec, inputs: tuple[Tensor, ...]) -> Callable[[], object]:
@@ -22,14 +22,17 @@ def onnx_runtime(params: Params, spec: Spec, inputs: tuple[Tensor, ...]) -> Call
     Raises:
         ImportError: without onnxruntime and onnxscript.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch's exporter uses names that torch deprecates
-        program = torch.onnx.export(to_torch(params, spec).eval(), inputs, dynamo=True, verbose=False)
-    assert program is not None, "torch.onnx.export gives a program where it is given no file"
-    session = session_of(program.model_proto.SerializeToString())
+    session = session_of(in_onnx(to_torch(params, spec), inputs).model_proto.SerializeToString())
     names = [argument.name for argument in session.get_inputs()]
     feeds = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
     return lambda: session.run(None, feeds)
+
+
+def in_onnx(network: nn.Module | torch.export.ExportedProgram, inputs: tuple[Tensor, ...] = ()) -> Any:
+    """A module on these inputs, or a program that is already exported, as a program of ONNX."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's exporter uses names that torch deprecates
+        return torch.onnx.export(network, inputs, dynamo=True, verbose=False)
 
 
 def session_of(model: str | bytes) -> Any:

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -23,7 +24,7 @@ BLOCK = 1024
 """How many columns of a square are treated at once."""
 
 
-class _Sums:
+class _Sums(ABC):
     """A regression by sums over its rows."""
 
     n: int
@@ -31,9 +32,9 @@ class _Sums:
     y: Tensor
     xy: Tensor
 
+    @abstractmethod
     def square(self) -> Tensor:
         """The sums of the products of inputs, ``(g, k, k)``, to be written over."""
-        raise NotImplementedError
 
     def solve(self, start: Tensor, ridge: float, *, intercept: bool = True) -> tuple[Tensor, Tensor]:
         """The weights ``W`` ``(g, k, o)`` and intercepts ``(g, o)`` of the least ``|y - x W - b|^2``, near ``start``.

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from taylorfx.coupling.couple import own
 from taylorfx.coupling.units import Coupling, Place
-from taylorfx.distributed import Same, Total, refuse_alone, sharing
+from taylorfx.distributed import refuse_alone
 from taylorfx.internals import differentiated
 from taylorfx.layers import ShapeError
 from taylorfx.layers.roles import Memory
@@ -98,10 +98,7 @@ def measure(
         ImportError: if a progress bar is asked for without rich.
     """
     how = Measurement.of(measurement, options)
-    if how.total is not None:
-        return _of_all(params, spec, batches, coupling, replace(how, total=None), how.total)
-    refuse_alone(params)
-    return _of_one(params, spec, batches, coupling, how)
+    return how.of_all(params, coupling, lambda own: _of_one(own, spec, batches, coupling, how))
 
 
 def _of_one(params: Params, spec: Spec, batches: Batches, coupling: Coupling, how: Measurement) -> Statistics:
@@ -127,26 +124,6 @@ def _of_one(params: Params, spec: Spec, batches: Batches, coupling: Coupling, ho
         refuse_flat(how.objective, params, spec, whole, total.sum_abs.max() / total.n, total.loss / total.n)
     LOG.info("measure: %r", total)
     return replace(total, networks=(fingerprint(params, coupling),))
-
-
-def _of_all(
-    params: Params, spec: Spec, batches: Batches, coupling: Coupling, measurement: Measurement, total: Total
-) -> Statistics:
-    """The sum of what several processes measure; before they spend time on it, they compare what they measure, and how.
-
-    Raises:
-        ValueError: if no process has a batch.
-    """
-    total(lambda: Same(f"{fingerprint(params, coupling)}, {measurement.told()}"))
-
-    def mine() -> Statistics:
-        with sharing(params, small={node.path(leaf) for node in spec for leaf in node.paths if node.layer.leaf}) as own:
-            return _of_one(own, spec, batches, coupling, measurement)
-
-    stats = total(mine)
-    if not stats.n:
-        raise ValueError("There is nothing to measure: none of the processes received a batch.")
-    return stats
 
 
 def _refuse_infinite(finite: Tensor, per_example: bool) -> None:

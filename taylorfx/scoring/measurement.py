@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypedDict, TypeVar
 
 import torch
 
-from taylorfx.distributed import Total
+from taylorfx.coupling.units import Coupling
+from taylorfx.distributed import Same, Total, refuse_alone, sharing
 from taylorfx.scoring.batches import Split
-from taylorfx.scoring.fingerprint import plain
+from taylorfx.scoring.fingerprint import fingerprint, plain
 from taylorfx.scoring.gates import Gates
 from taylorfx.scoring.losses import Loss, Objective, cross_entropy
+from taylorfx.tree import Params
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -20,6 +22,14 @@ if TYPE_CHECKING:
 __all__ = ["Measurement", "MeasurementOptions", "ObjectiveOptions", "names_of", "objective_of", "one_of"]
 
 T = TypeVar("T", bound="DataclassInstance")
+M = TypeVar("M", bound="Measured")
+
+
+class Measured(Protocol):
+    """Sums over examples, of which it knows the number."""
+
+    @property
+    def n(self) -> int: ...
 
 
 class ObjectiveOptions(TypedDict, total=False):
@@ -131,6 +141,31 @@ class Measurement:
         of = "by example" if self.per_example else "of whole batches"
         loss = getattr(self.loss, "__name__", None) or plain(self.loss)
         return f"{loss} {of}{' with ' * bool(asked)}{', '.join(asked)}"
+
+    def of_all(self, params: Params, coupling: Coupling, one: Callable[[Params], M]) -> M:
+        """What this process measures; with ``total`` the sum of what all do, once they know that they measure alike.
+
+        Args:
+            one: measures the batches of this process; parameters that are shared are gathered when it uses them.
+
+        Raises:
+            ValueError: if no process has a batch; for shared parameters without ``total``.
+        """
+        total = self.total
+        if total is None:
+            refuse_alone(params)
+            return one(params)
+        total(lambda: Same(f"{fingerprint(params, coupling)}, {self.told()}"))
+        leaves = {node.path(leaf) for node in coupling.spec for leaf in node.paths if node.layer.leaf}
+
+        def mine() -> M:
+            with sharing(params, small=leaves) as own:
+                return one(own)
+
+        measured = total(mine)
+        if not measured.n:
+            raise ValueError("There is nothing to measure: none of the processes received a batch.")
+        return measured
 
     @property
     def objective(self) -> Objective:

@@ -15,13 +15,11 @@ import torch
 from torch import Tensor
 
 from taylorfx.coupling.units import Coupling, Place
-from taylorfx.distributed import Same, refuse_alone, sharing
 from taylorfx.internals import Function
 from taylorfx.layers.roles import Mixing
 from taylorfx.network.run import bind_inputs, evaluate, fitted
 from taylorfx.network.spec import Spec
 from taylorfx.scoring.batches import Batch, Batches, each_batch, one_by_one, sliced
-from taylorfx.scoring.fingerprint import fingerprint
 from taylorfx.scoring.losses import Objective, Unvectorized, refuse_flat
 from taylorfx.scoring.measurement import Measurement
 from taylorfx.tree import Params, flatten, unflatten
@@ -88,19 +86,7 @@ def products(params: Params, spec: Spec, batches: Batches, coupling: Coupling, *
     Raises:
         ValueError: for no batch, losses that are not finite, and what `measure` refuses in a loss.
     """
-    if measurement.total is None:
-        refuse_alone(params)
-        return _of_one(params, spec, batches, coupling, measurement)
-    measurement.total(lambda: Same(f"{fingerprint(params, coupling)}, {measurement.told()}"))
-
-    def mine() -> Products:
-        with sharing(params, small={node.path(leaf) for node in spec for leaf in node.paths if node.layer.leaf}) as own:
-            return _of_one(own, spec, batches, coupling, measurement)
-
-    total = measurement.total(mine)
-    if not total.n:
-        raise ValueError("There is nothing to measure: none of the processes received a batch.")
-    return total
+    return measurement.of_all(params, coupling, lambda own: _of_one(own, spec, batches, coupling, measurement))
 
 
 def _of_one(params: Params, spec: Spec, batches: Batches, coupling: Coupling, measurement: Measurement) -> Products:

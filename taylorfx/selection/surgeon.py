@@ -84,9 +84,9 @@ def _in_rounds(values: list[_Value], asked: Asked, per_cost: bool) -> Plan:
         scores = _residual(values, keep)
         return scores / prices(keep) if prices else scores
 
-    first_that_fit(asked.ranked(worth(keep).numpy()), asked)  # an error names what was asked for
+    scores = worth(keep)
+    first_that_fit(asked.ranked(scores.numpy()), asked)  # an error names what was asked for
     for step in range(1, ROUNDS + 1) if len(keep) else ():
-        scores = worth(keep)
         scores[torch.from_numpy(~keep)] = scores.min() - 1  # what has left stays away
         try:
             now = between(asked, totals, step / ROUNDS).among(keep)
@@ -94,7 +94,8 @@ def _in_rounds(values: list[_Value], asked: Asked, per_cost: bool) -> Plan:
         except BudgetError:  # on the way, where multiples cannot be met exactly
             if step == ROUNDS:
                 raise
-    return asked.plan(asked.spent(keep, asked.ranked(worth(keep).numpy())))
+        scores = worth(keep)
+    return asked.plan(asked.spent(keep, asked.ranked(scores.numpy())))
 
 
 def residual(products: Products, coupling: Coupling, keep: Mask | None = None) -> Tensor:

@@ -13,15 +13,8 @@ from taylorfx.interop.huggingface.fields import ConfigError, library
 from taylorfx.interop.huggingface.loading import class_of
 
 __all__ = [
-    "Sequences",
-    "attended",
-    "batches",
-    "causal_class_of",
-    "foresees",
-    "positions_of",
-    "sequences",
-    "tokenizer_of",
-]
+    "Sequences", "attended", "batches", "causal_class_of", "foresees", "positions_of", "sequences", "tokenizer_of",
+]  # fmt: skip
 
 HELD_OUT = 10
 """One of so many sequences is held out."""
