@@ -8,14 +8,17 @@ accelerate:
 
 The network of the quickstart learns scikit-learn's digits. Every process measures its share of the examples. The
 statistics, and later what layers read and gave out, are added up, so that all decide and repair alike: that is what
-``total=`` is for. The first one prints. In one word, the sentence is ``tfx.prune(params, spec, mine, budget=...,
-repair=tfx.reconstruct, total=tfx.distributed.total)``.
+``total=`` is for. With ``--sharded`` every process holds a part of each parameter only, as `fully_shard` leaves them;
+the rest of the program is the same. The first one prints. In one word, the sentence is ``tfx.prune(params, spec, mine,
+budget=..., repair=tfx.reconstruct, total=tfx.distributed.total)``.
 """
 
 from __future__ import annotations
 
 import torch
 from quickstart import digits, network
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from training import accuracy, arguments, learn, some
 
 import taylorfx as tfx
@@ -27,6 +30,7 @@ def main() -> None:
         flops=(0.4, "share of the FLOPs that may remain"),
         epochs=(12, "epochs of training"),
         width=(16, "channels of the first stage"),
+        sharded=(False, "give every process a part of each parameter"),
     )  # fmt: skip
     torch.set_num_threads(1)
     if torch.distributed.is_torchelastic_launched():
@@ -41,10 +45,14 @@ def main() -> None:
     coupling = tfx.couple(params, spec)
     batches = some(images, targets, 512, generator)
     mine = batches[rank * len(batches) // size : (rank + 1) * len(batches) // size]
+    if options.sharded and together:
+        mesh = init_device_mesh("cpu", (size,))
+        params = tfx.tree.map_paths(lambda _, x: distribute_tensor(x, mesh, [Shard(0)]) if x.ndim else x, params)
 
     stats = tfx.measure(params, spec, mine, coupling, rows=True, total=tfx.distributed.total)
     plan = tfx.joint(stats, coupling, budget=tfx.Flops(options.flops), floor=2, cautious=True)
     small, smaller = tfx.reconstruct(params, plan, mine, total=tfx.distributed.total)
+    params, small = tfx.distributed.gathered(params), tfx.distributed.gathered(small)  # whole, in the first process
 
     digests = [plan.digest] * size
     if together:

@@ -140,6 +140,8 @@ def arguments(doc: str | None, smoke: Mapping[str, Any], **options: tuple[Any, s
     for name, (default, text) in {"seed": (0, "of all that is random"), **options}.items():
         if isinstance(default, type):
             parser.add_argument(f"--{name}", type=default, help=text)
+        elif isinstance(default, bool):
+            parser.add_argument(f"--{name}", action="store_true", help=text)
         elif isinstance(default, list):
             parser.add_argument(f"--{name}", type=type(default[0]), nargs="+", default=default, help=text)
         else:

@@ -245,12 +245,12 @@ def test_a_network_fits_the_device() -> None:
 def test_two_and_four_processes_prune_as_one() -> None:
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
     accelerate = ("-m", "accelerate.commands.launch", "--multi_gpu", "--main_process_port", "0", "--num_processes")
-    ways = [(1, ()), (2, (*torchrun, "2")), (4, (*torchrun, "4"))]
+    ways = [(1, (), ()), (2, (*torchrun, "2"), ("--sharded",)), (4, (*torchrun, "4"), ())]
     if not missing("accelerate"):
-        ways.append((2, (*accelerate, "2")))
+        ways.append((2, (*accelerate, "2"), ()))
     plans = set()
-    for count, launcher in ways:
-        printed = run("several_processes.py", "--smoke", launcher=launcher)
+    for count, launcher, options in ways:
+        printed = run("several_processes.py", "--smoke", *options, launcher=launcher)
         assert f"{count} process{'es' * (count > 1)}, 512 examples, {8 // count} batches" in printed
         plans |= {*re.findall(r"one plan: (\w+), \d+ of \d+ units", printed)}
         before, after = map(float, re.findall(r"0\.\d{4}", printed))

@@ -31,6 +31,7 @@ from taylorfx.distributed.shards import (
     is_shared,
     placed,
     refuse_alone,
+    refuse_shards,
     sharded,
     sharing,
     whole,
@@ -38,5 +39,5 @@ from taylorfx.distributed.shards import (
 
 __all__ = [
     "Deferred", "Same", "Total", "agreed", "alike", "alone", "computed", "gathered", "indexed", "is_shared", "placed",
-    "refuse_alone", "sharded", "sharing", "total", "whole",
+    "refuse_alone", "refuse_shards", "sharded", "sharing", "total", "whole",
 ]  # fmt: skip

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 __all__ = [
-    "Deferred", "alike", "computed", "gathered", "indexed", "is_shared", "refuse_alone", "sharded", "sharing", "whole",
+    "Deferred", "alike", "computed", "gathered", "indexed", "is_shared", "refuse_alone", "refuse_shards", "sharded",
+    "sharing", "whole",
 ]  # fmt: skip
 
 
@@ -230,13 +231,26 @@ def _shared(params: Params) -> dict[str, DTensor]:
 
 def refuse_alone(params: Params) -> None:
     """Refuse parameters that other processes have shards of, where nothing adds up what they measure."""
-    shared = [*_shared(params)]
-    if shared:
+    if shared := _shared(params):
         raise ValueError(
             f"Parameters of which every process has a shard are measured by all of them together; received "
-            f"{len(shared)} of them ({', '.join(shared[:3])}{', ...' * (len(shared) > 3)}) without total=. Give "
-            "total=taylorfx.distributed.total to measure, prune or the repair, in every process."
+            f"{_some(shared)} without total=. Give total=taylorfx.distributed.total to measure, prune or the repair, "
+            "in every process."
         )
+
+
+def refuse_shards(params: Params) -> None:
+    """Refuse parameters that other processes have shards of, where a network is written or deployed."""
+    if shared := _shared(params):
+        raise ValueError(
+            f"Files and deployed networks hold parameters that are whole; received {_some(shared)} of which every "
+            "process has a shard. Call taylorfx.distributed.gathered(params) in every process, and go on in the first."
+        )
+
+
+def _some(shared: Mapping[str, DTensor]) -> str:
+    """How many there are, and the first of them."""
+    return f"{len(shared)} of them ({', '.join([*shared][:3])}{', ...' * (len(shared) > 3)})"
 
 
 def _group(shared: Mapping[str, DTensor]) -> ProcessGroup | None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from taylorfx.cost.runners import Pace, race
+from taylorfx.distributed import refuse_shards
 from taylorfx.internals import alike_sizes, pytree
 from taylorfx.interop.calls import example_of, interface_of
 from taylorfx.interop.capture.programs import tensors
@@ -121,12 +122,13 @@ def deploy(
         pace: how precisely it is timed.
 
     Raises:
-        ValueError: for a path with another ending.
+        ValueError: for a path with another ending, and parameters of which every process has a shard.
         ImportError: for an ONNX file without onnx and onnxscript.
         FileNotFoundError: for a path in a folder that does not exist.
         SpecError, ShapeError: if the parameters or the inputs do not fit the network.
     """
     target = _target(path)
+    refuse_shards(params)
     args, kwargs = example_of(interface_of(spec), bind_inputs(spec, (inputs,)))
     trial = _Trial(to_torch(params, spec), args, kwargs, tolerance, pace or Pace())
     network, folded = (params, spec), fold(params, spec)

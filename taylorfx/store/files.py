@@ -30,6 +30,7 @@ from torch import Tensor
 
 from taylorfx.cutting.cut import Scratch, take
 from taylorfx.cutting.plan import Indices, Plan, PlanError
+from taylorfx.distributed import refuse_shards
 from taylorfx.layers import Shape
 from taylorfx.layers.tensor import operator_of
 from taylorfx.network.parameters import check
@@ -95,9 +96,11 @@ def save(path: str | PathLike[str], params: Params, spec: Spec) -> None:
     Raises:
         SpecError: if parameters do not fit the spec or cannot be stored; lists all of them.
         FileError: if `load` would refuse the spec, because it is too large or its names are too long.
+        ValueError: for parameters of which every process has a shard.
         OSError: if the file cannot be written; an older one is then unchanged.
     """
     check(params, spec)
+    refuse_shards(params)
     leaves = flatten(params)
     errors = [f"{name}: {problem}" for name, leaf in leaves.items() if (problem := _unstorable(name, leaf))]
     if errors:

@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
+from taylorfx.distributed import refuse_shards
 from taylorfx.interop.huggingface.making import Source
 from taylorfx.interop.huggingface.vocabulary import write_tokenizer
 from taylorfx.network.spec import Spec
@@ -62,11 +63,13 @@ def save_pretrained(
     Raises:
         ConfigError: if no config of the class describes the network, with the fields that stand against it.
         FileExistsError: if the folder exists; before anything else.
+        ValueError: for parameters of which every process has a shard.
         OSError: if it cannot be written, as on a full disk. What was there is as it was.
     """
     target = Path(path)
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} exists; give another path, or overwrite=True to replace it.")
+    refuse_shards(params)
     tokens = None if tokens is None else tokens.cpu()
     made = Source(like, params, spec, example_inputs, example_kwargs, tokens=tokens).make(params, spec)
     with _beside(target) as folder:
