@@ -195,6 +195,7 @@ def contestants(case: Case) -> dict[str, Contestant]:
     return {
         "prune": case.pruned(),
         "prune, repaired at every step": case.pruned(repair=repair),
+        "prune, repaired at every step, stream stays": narrow.pruned(repair=repair),
         "prune, repaired once": case.pruned(repair=repair, steps=1),
         "joint, repaired at every step": case.pruned(repair=repair, steps=4, choose=partial(tfx.joint, cautious=True)),
         "prune by fisher": case.pruned(criterion=tfx.fisher),
