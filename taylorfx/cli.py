@@ -39,6 +39,7 @@ from taylorfx.progress import LOG
 from taylorfx.repair import reconstruct
 from taylorfx.scoring import criteria
 from taylorfx.scoring.measurement import Measurement
+from taylorfx.scoring.products import memory_of_products
 from taylorfx.selection.budget import Budget, BudgetError, Flops, Memory, Parameters, SelectionError
 from taylorfx.selection.constraints import Constraints
 from taylorfx.sentence import prune
@@ -106,9 +107,11 @@ def parser() -> argparse.ArgumentParser:
         "--criterion",
         choices=CRITERIA,
         default="joint",
-        help="how units are chosen (default: %(default)s; with --repair by what the repair cannot undo)",
+        help="how units are chosen (default: %(default)s, or with the repair by what it cannot undo)",
     )
-    add("--repair", choices=REPAIRS, default="none", help="after every step (default: %(default)s)")
+    add("--repair", choices=REPAIRS, default="reconstruct",
+        help="after every step; it holds squares of all widths, which large models have no memory for "
+        "(default: %(default)s)")  # fmt: skip
     add("--protect", nargs="+", default=[], metavar="GLOB", help='what stays: "*: hidden", "*q_proj*"')
     add("--depth", action="store_true", help="whole layers may leave, too, but for the first")
     add("--dtype", choices=DTYPES, help="of the weights (default: that of the folder)")
@@ -250,6 +253,7 @@ def _run(options: argparse.Namespace) -> None:
     wanted.on(coupling)  # which refuses globs that match nothing
 
     print("Finding out what the config can hold", flush=True)
+    _check_memory(options, coupling)
     constraints = wanted.also(huggingface.holdable(*loaded, branches=options.depth), coupling)
     print(f"Measuring on {len(measured)} sequences of {length} tokens", flush=True)
     plan, small, smaller = _pruned(options, loaded.params, coupling, texts.batches(measured, names, size), constraints)
@@ -257,6 +261,22 @@ def _run(options: argparse.Namespace) -> None:
     model = huggingface.save_pretrained(options.out, small, smaller, like=loaded.model)
     quality = _Sides("perplexity, held out", before, huggingface.perplexity(model, tests))
     print(f"\n{plan}\n\n{_report(plan, quality)}\n\n{options.out} was written in {time.perf_counter() - start:.0f} s")
+
+
+def _check_memory(options: argparse.Namespace, coupling: Coupling) -> None:
+    """Refuse a repair whose second moments do not fit into the memory of this machine, where that is known.
+
+    Raises:
+        Refusal: with the bytes that are needed, and that are there.
+    """
+    if options.repair == "none" or "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
+        return
+    needed, there = memory_of_products(coupling), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        raise Refusal(
+            f"--repair {options.repair} holds the second moments of all widths, {needed:,} bytes; this machine has "
+            f"{there:,}. Give --repair none."
+        )
 
 
 def _loaded(options: argparse.Namespace, length: int, rows: torch.Tensor) -> tuple[Pretrained, Any]:

@@ -85,13 +85,22 @@ def test_a_folder_becomes_a_smaller_folder_and_the_report_is_true(home, capsys):
 
 
 def test_every_option_counts(home, capsys):
-    options = ("--criterion", "weight_l2", "--repair", "reconstruct", "--dtype", "bfloat16", "--protect", "*: hidden")
+    options = ("--criterion", "weight_l2", "--repair", "none", "--dtype", "bfloat16", "--protect", "*: hidden")
     assert run(home, *SHORT, *options, "--budget", "parameters=0.97", budget="flops=0.9", out="other") == 0
     model = transformers.AutoModelForCausalLM.from_pretrained(str(home / "other"))
     assert model.config.intermediate_size == 24, "protected"
     assert model.dtype == torch.bfloat16
     assert "at most 90.0% of the FLOPs and at most 97.0% of the parameters" in capsys.readouterr().out
     assert sum(x.numel() for x in model.parameters()) <= 0.97 * 30_112
+
+
+def test_a_repair_that_does_not_fit_into_memory_is_refused(home, capsys, monkeypatch):
+    monkeypatch.setattr("os.sysconf", lambda name: 1000 if name == "SC_PHYS_PAGES" else 4)
+    assert run(home, *SHORT, out="large") == 2
+    assert re.search(
+        r"moments of all widths, [\d,]{6,} bytes; this machine has 4,000. Give --repair none", capsys.readouterr().err
+    )
+    assert not (home / "large").exists()
 
 
 def test_whole_layers_leave_where_the_depth_may_change(home, capsys):

@@ -24,7 +24,7 @@ from taylorfx.scoring.losses import Objective, Unvectorized, refuse_flat
 from taylorfx.scoring.measurement import Measurement
 from taylorfx.tree import Params, flatten, unflatten
 
-__all__ = ["Products", "Sums", "key_of", "products"]
+__all__ = ["Products", "Sums", "key_of", "memory_of_products", "products"]
 
 ROWS = 4096
 """How many positions of a batch are looked at, at most; the others are taken to be like them."""
@@ -80,6 +80,16 @@ def key_of(spec: Spec, place: Place) -> str:
     return f"{value}, axis {place.axis}{'' if spec[place.node].layer.role(Mixing) else ', as it is'}"
 
 
+def memory_of_products(coupling: Coupling) -> int:
+    """About how many bytes are in use at once, at most, while products are summed and chosen by.
+
+    Of every value two squares of its width in single precision and two in double, and some of the widest.
+    """
+    places = {key_of(coupling.spec, place): place for place in coupling.reads if place.units.shape[1] > 1}
+    squares = [int(place.units.shape[1]) ** 2 for place in places.values()]
+    return sum(squares) * (2 * 4 + 2 * 8) + max(squares, default=0) * 8 * 5
+
+
 def products(params: Params, spec: Spec, batches: Batches, coupling: Coupling, *, measurement: Measurement) -> Products:
     """Sum the products of all batches: one forward and one backward pass each, no weight gradients.
 
@@ -102,7 +112,7 @@ def _of_one(params: Params, spec: Spec, batches: Batches, coupling: Coupling, me
         if coupling.mixing and objective.per_example:
             parts = one_by_one(batch, spec)
         for part in parts:
-            total = total + run(part, objective)
+            total = run(part, objective, total)
         steepest = max((sums.dd.diagonal().max().sqrt() for sums in total.sums.values()), default=torch.ones(()))
         if not steepest:
             refuse_flat(objective, params, spec, batch, steepest, torch.ones(()))
@@ -113,16 +123,16 @@ def _of_one(params: Params, spec: Spec, batches: Batches, coupling: Coupling, me
 
 @dataclass(frozen=True, eq=False)
 class _Pass:
-    """One forward and one backward pass of a network, as a function of the batch."""
+    """One forward and one backward pass of a network, as a function of the batch and of the sums before."""
 
     params: Params
     spec: Spec
     coupling: Coupling
 
-    def __call__(self, batch: Batch, objective: Objective) -> Products:
+    def __call__(self, batch: Batch, objective: Objective, before: Products) -> Products:
         inputs, targets = batch
         places = {(place.node, place.slot): place for place in self.coupling.reads if place.units.shape[1] > 1}
-        seen: dict[str, Sums] = {}
+        sums, read = dict(before.sums), set[str]()
         sinks: list[tuple[str, Tensor]] = []
 
         def tap(name: str, slot: int, x: Tensor) -> Tensor:
@@ -130,12 +140,13 @@ class _Pass:
             if place is None:
                 return x
             key, some = key_of(self.spec, place), _some(x, place.axis)
-            if key not in seen or slot < 0:  # a state is read many times
+            if key not in read or slot < 0:  # a state is read many times
                 rows = _rows(x.detach(), place.axis, some)
                 square = rows.T @ rows
-                new = Sums(rows.new_tensor(len(rows)), rows.sum(0), square, torch.zeros_like(square))
-                seen[key] = seen[key] + new if key in seen else new
-            sinks.append((key, torch.zeros_like(seen[key].aa).requires_grad_()))
+                new = Sums(rows.new_tensor(len(rows)), rows.sum(0), square, _none(square))
+                sums[key] = sums[key] + new if key in sums else new
+                read.add(key)
+            sinks.append((key, _none(sums[key].aa).requires_grad_()))
             tapped: Tensor = _Tap.apply(x, sinks[-1][1], place.axis, some)
             return tapped
 
@@ -151,8 +162,8 @@ class _Pass:
             follows = bool(wanted) and losses.requires_grad  # or the loss does not change with the outputs
             found = torch.autograd.grad(losses.sum(), wanted, materialize_grads=True) if follows else wanted
         for (key, _), dd in zip(sinks, found, strict=True):
-            seen[key] = replace(seen[key], dd=seen[key].dd + dd.detach())
-        return Products(len(losses), seen, self.coupling.names)
+            sums[key] = replace(sums[key], dd=sums[key].dd + dd.detach())
+        return Products(before.n + len(losses), sums, self.coupling.names)
 
 
 class _Tap(Function):
@@ -172,6 +183,11 @@ class _Tap(Function):
         rows = _rows(grad, ctx.axis, ctx.some)
         share = grad.numel() / max(1, rows.numel())
         return grad, share * (rows.T @ rows), None, None
+
+
+def _none(square: Tensor) -> Tensor:
+    """Zeros of this shape, which take no memory."""
+    return square.new_zeros(()).expand_as(square)
 
 
 def _some(x: Tensor, axis: int) -> Tensor | None:

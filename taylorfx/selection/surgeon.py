@@ -18,6 +18,7 @@ so a channel that others predict exactly costs nothing. It is summed over all va
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from taylorfx.coupling.units import Coupling, Mask, Place
 from taylorfx.cutting.plan import Plan
-from taylorfx.scoring.products import Products, key_of
+from taylorfx.scoring.products import Products, Sums, key_of
 from taylorfx.selection.budget import Budget, BudgetError, Budgets, SelectionError, pricing
 from taylorfx.selection.constraints import Constraints
 from taylorfx.selection.corrected import corrected
@@ -75,13 +76,15 @@ def surgeon(
     return corrected(choose, coupling, budget, constraints or Constraints())
 
 
-def _in_rounds(values: list[_Value], asked: Asked, per_cost: bool) -> Plan:
+def _in_rounds(whole: Sequence[_Value], asked: Asked, per_cost: bool) -> Plan:
+    """The plan after all rounds. What stays of the values is updated by what leaves, not solved anew."""
+    values = whole
     prices = pricing(asked.budgets, asked.costs) if per_cost else None
     keep = np.ones(len(asked.coupling), bool)
     totals = [cost(keep) for cost in asked.costs]
 
     def worth(keep: Mask) -> Tensor:
-        scores = _residual(values, keep)
+        scores = _residual(values, len(keep))
         return scores / prices(keep) if prices else scores
 
     scores = worth(keep)
@@ -90,10 +93,12 @@ def _in_rounds(values: list[_Value], asked: Asked, per_cost: bool) -> Plan:
         scores[torch.from_numpy(~keep)] = scores.min() - 1  # what has left stays away
         try:
             now = between(asked, totals, step / ROUNDS).among(keep)
-            keep = asked.plan(first_that_fit(asked.ranked(scores.numpy()), now)).keep
+            before, keep = keep, asked.plan(first_that_fit(asked.ranked(scores.numpy()), now)).keep
         except BudgetError:  # on the way, where multiples cannot be met exactly
             if step == ROUNDS:
                 raise
+        returned = (keep & ~before).any()  # as part of a bundle
+        values = [value.among(keep) for value in (whole if returned else values)]
         scores = worth(keep)
     return asked.plan(asked.spent(keep, asked.ranked(scores.numpy())))
 
@@ -104,55 +109,76 @@ def residual(products: Products, coupling: Coupling, keep: Mask | None = None) -
     Args:
         keep: which units stay; by default all of them. One that has left costs nothing.
     """
-    return _residual(_values(products, coupling), np.ones(len(coupling), bool) if keep is None else keep)
+    keep = np.ones(len(coupling), bool) if keep is None else keep
+    return _residual([value.among(keep) for value in _values(products, coupling)], len(coupling))
 
 
 @dataclass(frozen=True, eq=False)
 class _Value:
-    """One value that layers read, in double precision.
+    """The channels that stay of one value that layers read, in double precision.
 
     Attributes:
         units: ``(factors, size)``, as those of a `Place`.
-        spread: the covariance of its channels; their second moments, where no repair can put a prediction in their
-            place (products of two activations).
-        steepness: ``E[d d']``, summed over the positions of an example.
-        mends: layers that mix channels read it, and can be repaired.
+        precision: the inverse of their covariance, ``(size, size)``; of their second moments alone, ``(size,)``, where
+            no repair can put a prediction in a channel's place (products of two activations).
+        steepness: ``E[d d']``, summed over the positions of an example, where they carry what has left; of the same
+            shape.
     """
 
     units: np.ndarray
-    spread: Tensor
+    precision: Tensor
     steepness: Tensor
-    mends: bool
+
+    @staticmethod
+    def of(units: np.ndarray, sums: Sums, examples: int, *, mends: bool) -> _Value:
+        """All channels. Those that ``mends``, by layers that mix them, can be predicted."""
+        count, steepness = sums.count.double().cpu(), sums.dd.double().cpu() / examples
+        spread = sums.aa.double().cpu() / count
+        if not mends:
+            return _Value(units, 1 / spread.diagonal().clamp(min=1e-300), steepness.diagonal())
+        mean = sums.a.double().cpu() / count
+        spread -= mean[:, None] * mean
+        spread.diagonal().add_((RIDGE * spread.diagonal().mean()).clamp(min=1e-30))
+        return _Value(units, torch.linalg.inv(spread), steepness)
+
+    def among(self, keep: Mask) -> _Value:
+        """Those channels whose units all stay. They predict the others, ``B = -(P_RR)^-1 P_RK``, and carry them."""
+        stays = np.append(keep, True)[self.units].all(0)  # unit -1 always does
+        if stays.all():
+            return self
+        kept, gone = torch.from_numpy(stays), torch.from_numpy(~stays)
+        units, precision, steepness = self.units[:, stays], self.precision, self.steepness
+        if precision.ndim == 1:
+            return _Value(units, precision[kept], steepness[kept])
+        across = precision[gone][:, kept]
+        predicted = -torch.linalg.solve(precision[gone][:, gone], across)
+        cross = steepness[kept][:, gone] @ predicted
+        carried = cross + cross.mT + predicted.mT @ (steepness[gone][:, gone] @ predicted)
+        return _Value(
+            units, precision[kept][:, kept] + across.mT @ predicted, steepness[kept][:, kept] + carried
+        )  # fmt: skip
 
 
 def _values(products: Products, coupling: Coupling) -> list[_Value]:
     places: dict[str, Place] = {}
     for place in coupling.reads:
         places.setdefault(key_of(coupling.spec, place), place)
-    found = []
-    for key, sums in products.sums.items():
-        mends, count = not key.endswith(", as it is"), sums.count.double()
-        mean = sums.a.double().cpu() / count.cpu() * mends
-        spread = sums.aa.double().cpu() / count.cpu() - mean[:, None] * mean
-        found.append(_Value(places[key].units, spread, sums.dd.double().cpu() / products.n, mends))
-    return found
+    return [
+        _Value.of(places[key].units, sums, products.n, mends=not key.endswith(", as it is"))
+        for key, sums in products.sums.items()
+    ]
 
 
-def _residual(values: list[_Value], keep: Mask) -> Tensor:
-    total = torch.zeros(len(keep) + 1, dtype=torch.float64)
+def _residual(values: Sequence[_Value], count: int) -> Tensor:
+    """What each of the units costs. A channel of several units costs each of them all of it."""
+    total = torch.zeros(count + 1, dtype=torch.float64)  # the last one is for what has no unit, and is dropped
     for value in values:
-        stays = np.append(keep, True)[value.units].all(0)  # unit -1 always does
-        units = value.units[:, stays]
-        if value.mends:
-            precision, steepness = _conditional(value, torch.from_numpy(stays))
-        else:
-            precision, steepness = 1 / value.spread.diagonal()[torch.from_numpy(stays)].clamp(min=1e-300), None
-        for row in units:
-            ids, inverse, counts = np.unique(row, return_inverse=True, return_counts=True)
-            if steepness is None:
-                each = value.steepness.diagonal()[torch.from_numpy(stays)] / precision
-                total.index_add_(0, torch.from_numpy(row % len(total)), each)
+        precision, steepness = value.precision, value.steepness
+        for row in value.units:
+            if precision.ndim == 1:
+                total.index_add_(0, torch.from_numpy(row % len(total)), steepness / precision)
                 continue
+            ids, inverse, counts = np.unique(row, return_inverse=True, return_counts=True)
             single = torch.from_numpy(np.flatnonzero(counts[inverse] == 1))
             each = steepness.diagonal()[single] / precision.diagonal()[single]
             total.index_add_(0, torch.from_numpy(row)[single] % len(total), each)
@@ -161,16 +187,3 @@ def _residual(values: list[_Value], keep: Mask) -> Tensor:
                 block = torch.linalg.inv(precision[mine][:, mine])
                 total[ids[k]] += (steepness[mine][:, mine] * block).sum()
     return 0.5 * total[:-1]
-
-
-def _conditional(value: _Value, stays: Tensor) -> tuple[Tensor, Tensor]:
-    """The inverse covariance of the channels that stay, and ``E[d d']`` by them where they carry what has left."""
-    spread, steepness = value.spread[stays][:, stays], value.steepness[stays][:, stays]
-    variance = value.spread.diagonal()
-    least = torch.maximum(RIDGE * variance.mean(), torch.tensor(1e-30, dtype=torch.float64))
-    precision = torch.linalg.inv(spread + least * torch.eye(len(spread), dtype=torch.float64))
-    if not stays.all():
-        predicted = value.spread[~stays][:, stays] @ precision  # B
-        cross = value.steepness[stays][:, ~stays] @ predicted
-        steepness = steepness + cross + cross.mT + predicted.mT @ value.steepness[~stays][:, ~stays] @ predicted
-    return precision, steepness

@@ -5,13 +5,15 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.testing import assert_close
 
 import taylorfx as tfx
 from taylorfx import layers as L
 from taylorfx.scoring.products import Products, products
-from taylorfx.selection.surgeon import residual, surgeon
+from taylorfx.selection.surgeon import RIDGE, _residual, _values, residual, surgeon
 
 
 def tangled(seed, units=8, copies=0, inputs=5):
@@ -81,6 +83,28 @@ def test_copies_cost_nothing_leave_first_and_are_repaired_exactly(seed, monkeypa
     assert all(plan.keep[k] != plan.keep[5 + k] for k in range(3)), "one of either pair stays"
     small, smaller = tfx.reconstruct(params, plan, batch, ridge=1e-9)
     assert_close(tfx.apply(small, smaller, batch[0]), tfx.apply(params, spec, batch[0]), rtol=1e-5, atol=1e-5)
+
+
+@given(seed=st.integers(0, 9), order=st.permutations(range(8)), sizes=st.lists(st.integers(1, 3), min_size=1))
+def test_what_is_updated_as_units_leave_is_the_formula_for_all_that_have_left(seed, order, sizes):
+    params, spec, coupling, batch = tangled(seed)
+    found = looked_at(params, spec, batch, coupling)
+    values, keep = _values(found, coupling), np.ones(len(coupling), bool)
+    for size in sizes:
+        keep[[unit for unit in order if keep[unit]][: min(size, keep.sum() - 1)]] = False
+        values = [value.among(keep) for value in values]
+
+    sums, left = found.sums["s, axis 1"], ~keep
+    covariance = sums.aa / sums.count - torch.outer(sums.a, sums.a) / sums.count**2
+    covariance += RIDGE * covariance.diagonal().mean() * torch.eye(len(keep))
+    inverse = torch.linalg.inv(covariance[keep][:, keep])
+    carries = torch.eye(len(keep), dtype=torch.float64)[:, keep]
+    carries[left] = covariance[left][:, keep] @ inverse
+    steepness = carries.T @ (sums.dd / found.n) @ carries
+    expected = torch.zeros(len(keep), dtype=torch.float64)
+    expected[keep] = 0.5 * steepness.diagonal() / inverse.diagonal()
+    assert_close(_residual(values, len(keep)), expected)
+    assert_close(residual(found, coupling, keep), expected)
 
 
 def test_the_products_are_those_of_activations_and_of_derivatives_by_them():
