@@ -96,6 +96,31 @@ class Rules(NamedTuple):
         multiples = [self.multiples[k] // math.gcd(self.multiples[k], self.chunks[k]) for k in owner]
         return part, Rules(groups, floors, [self.most[k] for k in owner], multiples, self.protected)
 
+    def broken(self, coupling: Coupling, keep: Mask) -> list[str]:
+        """What a choice of units to keep, ``(units,)``, does not respect, in words."""
+        keep, carried = coupling.settled(keep), coupling.carried(keep)
+        gone = self.protected & ~keep & (coupling.exact | ~carried)
+        absent, groups = coupling.absent(keep), self.among(coupling, keep).groups
+        problems = [f"{coupling.names[unit]} has to stay" for unit in np.flatnonzero(gone).tolist()]
+        kept = np.bincount(coupling.scope[keep], minlength=len(coupling.scopes)).tolist()
+        for scope, (name, size, n, multiple) in enumerate(
+            zip(coupling.scopes, coupling.sizes.tolist(), kept, self.multiples, strict=True)
+        ):
+            if scope in absent:
+                continue
+            least = min(self.least(scope, size), size)
+            problems += [f"{name} keeps {n} of {size}, fewer than {least}"] * (n < least)
+            problems += [f"{name} keeps {n}, no multiple of {multiple}"] * (n not in (size, n // multiple * multiple))
+        for group in groups:
+            if len({kept[k] for k in group}) > 1:
+                problems.append(f"{', '.join(f'{coupling.scopes[k]} keeps {kept[k]}' for k in group)}, not as many")
+        part, _ = self.parts(coupling)
+        for scope, name in enumerate(coupling.scopes):
+            parts = np.unique(part[coupling.scope == scope])
+            counts = [int(keep[part == k].sum()) for k in parts]
+            problems += [f"{name} keeps {counts} in its chunks, not as many"] * (len({*counts}) > 1)
+        return problems
+
 
 @dataclass(frozen=True)
 class Constraints:
@@ -196,28 +221,7 @@ class Constraints:
 
     def broken(self, coupling: Coupling, keep: Mask) -> list[str]:
         """What a choice of units to keep, ``(units,)``, does not respect, in words; `select` breaks none."""
-        rules, carried = self.on(coupling), coupling.carried(keep)
-        gone = rules.protected & ~keep & (coupling.exact | ~carried)
-        absent, groups = coupling.absent(keep), rules.among(coupling, keep).groups
-        problems = [f"{coupling.names[unit]} has to stay" for unit in np.flatnonzero(gone).tolist()]
-        kept = np.bincount(coupling.scope[keep], minlength=len(coupling.scopes)).tolist()
-        for scope, (name, size, n, multiple) in enumerate(
-            zip(coupling.scopes, coupling.sizes.tolist(), kept, rules.multiples, strict=True)
-        ):
-            if scope in absent:
-                continue
-            least = min(rules.least(scope, size), size)
-            problems += [f"{name} keeps {n} of {size}, fewer than {least}"] * (n < least)
-            problems += [f"{name} keeps {n}, no multiple of {multiple}"] * (n not in (size, n // multiple * multiple))
-        for group in groups:
-            if len({kept[k] for k in group}) > 1:
-                problems.append(f"{', '.join(f'{coupling.scopes[k]} keeps {kept[k]}' for k in group)}, not as many")
-        part, _ = rules.parts(coupling)
-        for scope, name in enumerate(coupling.scopes):
-            parts = np.unique(part[coupling.scope == scope])
-            counts = [int(keep[part == k].sum()) for k in parts]
-            problems += [f"{name} keeps {counts} in its chunks, not as many"] * (len({*counts}) > 1)
-        return problems
+        return self.on(coupling).broken(coupling, keep)
 
     def lasting(self, coupling: Coupling) -> Constraints:
         """The same by the names of this network's scopes, with ``floor`` and ``most`` as one floor for every scope.

@@ -105,22 +105,22 @@ def _together(rows: Tensor, asked: Asked, free: Mask, rounds: int, per_cost: boo
         scores = (torch.maximum(cross, -0.5 * half) if cautious else cross) + half - mean
         return scores / prices(keep) if prices else scores
 
-    plan = asked.plan(first_that_fit(asked.ranked(worth(keep).numpy()), asked))  # an error names what was asked for
+    first_that_fit(asked.ranked(worth(keep).numpy()), asked)  # an error names what was asked for
     for step in range(1, rounds + 1) if len(coupling) else ():
-        scores = worth(keep)
+        scores, carried = worth(keep), coupling.carried(keep)
         lowest = scores.min()
-        scores[torch.from_numpy(~keep)] = lowest - 1 - lowest.abs()  # what has left stays away
+        scores[torch.from_numpy(~keep | carried)] = lowest - 1 - lowest.abs()  # what has left stays away
         try:
             now = between(asked, totals, step / rounds).among(keep)
-            plan = asked.plan(first_that_fit(asked.ranked(scores.numpy()), now))
+            stays = first_that_fit(asked.ranked(scores.numpy()), now)
         except BudgetError:  # on the way, where multiples cannot be met exactly
             if step == rounds:
                 raise
             continue
-        keep = plan.keep
+        keep = np.where(carried, keep, stays)  # which units would come back with a branch is as it was when it left
     if swaps and not cautious:
-        plan = _exchanged(rows, asked, plan, free, whole)
-    return asked.plan(asked.spent(plan.keep, asked.ranked(worth(plan.keep).numpy())))
+        keep = _exchanged(rows, asked, keep, free, whole)
+    return asked.plan(asked.spent(keep, asked.ranked(worth(keep).numpy())))
 
 
 def expected_change(stats: Statistics, plan: Plan) -> Tensor:
@@ -149,17 +149,20 @@ def _rows(stats: Statistics, coupling: Coupling) -> Tensor:
 def _added(rows: Tensor, coupling: Coupling, keep: Mask, whole: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """``E[s g_u]`` of every unit, ``s`` the sum over those that have left, and ``E[g_u]`` and ``E[g_u^2] / 2``.
 
-    For a branch that stays ``g_u`` is its own derivative less those of the units in it that have left.
+    For a branch ``g_u`` is its own derivative less those of the units in it that have left by themselves; of one that
+    has left, of the units that would not come back with it.
 
     Args:
+        keep: of the units in a branch that has left it says which would come back with it.
         whole: the last two where nothing has left.
     """
     leaving = coupling.leaving(keep)
     away = rows @ torch.from_numpy(leaving).to(rows.dtype)
     cross = (away @ rows / len(rows)).to(torch.float64)
     mean, half = (x.clone() for x in whole) if coupling.branches else whole
-    for unit in (branch.unit for branch in coupling.branches if keep[branch.unit]):
-        inside = np.flatnonzero(leaving & coupling.carried(keep & (np.arange(len(keep)) != unit)))
+    for unit in (branch.unit for branch in coupling.branches):
+        itself = np.arange(len(keep)) == unit
+        inside = np.flatnonzero(coupling.leaving(keep | itself) & coupling.carried(keep & ~itself))
         if len(inside):
             own = rows[:, unit] - rows[:, torch.from_numpy(inside)].sum(1)
             cross[unit] = away @ own / len(rows)
@@ -186,23 +189,24 @@ EXCHANGES = 256
 """How often units of one scope change places at most."""
 
 
-def _exchanged(rows: Tensor, asked: Asked, plan: Plan, free: Mask, whole: tuple[Tensor, Tensor]) -> Plan:
-    """The plan after exchanges of these units, if what it keeps then still fits."""
-    coupling, keep = asked.coupling, plan.keep
+def _exchanged(rows: Tensor, asked: Asked, keep: Mask, free: Mask, whole: tuple[Tensor, Tensor]) -> Mask:
+    """The units that stay after exchanges of these free ones, if what is kept then still fits."""
+    coupling = asked.coupling
     _, mean, half = _added(rows, coupling, keep, whole)
-    better = _swap(rows, asked.rules.parts(coupling)[0], plan, mean, half, free & ~coupling.carried(keep))
+    gone = rows @ torch.from_numpy(coupling.leaving(keep)).to(rows.dtype)  # s
+    free = free & ~coupling.carried(keep)
+    better = _swap(rows, gone, asked.rules.parts(coupling)[0], keep, mean, half, free)
     everything = np.ones(len(coupling), bool)
     fits = all(
         cost(better) <= max(one.limit(cost(everything)), cost(keep))
         for one, cost in zip(asked.budgets, asked.costs, strict=True)
     )
-    return asked.plan(better) if fits and not coupling.empty(better) else plan
+    return better if fits and not coupling.empty(better) else keep
 
 
-def _swap(rows: Tensor, part: Labels, plan: Plan, mean: Tensor, half: Tensor, free: Mask) -> Mask:
+def _swap(rows: Tensor, gone: Tensor, part: Labels, keep: Mask, mean: Tensor, half: Tensor, free: Mask) -> Mask:
     """Exchange units within their scopes, or chunks of them, while that lowers ``J``."""
-    keep = plan.keep.copy()
-    gone = rows @ torch.from_numpy(plan.leaving).to(rows.dtype)  # s
+    keep = keep.copy()
     for number in np.unique(part):
         members = np.flatnonzero((part == number) & free)
         columns = rows[:, torch.from_numpy(members)]

@@ -64,7 +64,7 @@ def select(
     The last unit that leaves is often a large one, after which smaller ones fit again: they come back, best first, in
     the bundles of the constraints. In the end no bundle that has left fits. Budgets of a function of your own
     (`Measured`, or a cost that is no `Cost`) are left with the prefix, since every bundle would have to be measured.
-    A branch that has left stays away, with what is in it.
+    A branch comes back with those of its units that had not left by themselves.
 
     Args:
         scores: ``(units,)``, higher means keep.
@@ -131,19 +131,52 @@ class Asked:
         return Plan(self.coupling, keep, " and ".join(map(str, self.budgets)))
 
     def spent(self, keep: Mask, values: NDArray[np.float64]) -> Mask:
-        """These units, and of the others what still fits: the highest values first. Branches stay away.
+        """These units, and of the others what still fits: the highest values first.
 
         Only where all costs are counted: one that a function of the user's measures is asked as seldom as possible.
+
+        Args:
+            keep: of the units in a branch that has left it says which would come back with it.
         """
-        both = [*zip(self.budgets, self.costs, strict=True)]
+        coupling, both = self.coupling, [*zip(self.budgets, self.costs, strict=True)]
         if not all(isinstance(cost, Cost) or isinstance(one, Units) for one, cost in both):
             return keep
         everything = np.ones(len(keep), bool)
         limits = [(cost, one.limit(cost(everything))) for one, cost in both]
-        away = self.coupling.leaving(keep)
-        away[[branch.unit for branch in self.coupling.branches]] = False
-        parts = self.among(keep).rules.parts(self.coupling)
-        return returned(keep, away, values, parts, lambda mask: all(cost(mask) <= n for cost, n in limits))
+        branches = [branch.unit for branch in coupling.branches]
+
+        def fits(mask: Mask) -> bool:
+            if any(cost(mask) > limit for cost, limit in limits):
+                return False
+            back = (mask & ~keep)[branches].any()  # the other constraints are those of the bundles
+            return not back or not (coupling.empty(mask) or self.rules.broken(coupling, mask))
+
+        while True:
+            keep = self._evened(keep, values)
+            parts = self.among(keep).rules.parts(coupling)
+            more = returned(keep, coupling.leaving(keep), values, parts, fits)
+            if not branches or np.array_equal(more, keep):
+                return more
+            keep = more  # with a branch that is back its units may come back, too
+
+    def _evened(self, keep: Mask, values: NDArray[np.float64]) -> Mask:
+        """The same where as many units of scopes that left with a branch would come back as others of their group keep.
+
+        ::
+
+            group of 3 scopes, the last of which left with its branch     a a a .    b b b .    c c c c
+            of that the three of the highest values would come back                             c c . c
+        """
+        absent, keep = self.coupling.absent(keep), keep.copy()
+        part, rules = self.rules.parts(self.coupling)
+        for group in rules.groups if absent else ():
+            members = [np.flatnonzero(part == k) for k in group]
+            left = [int(self.coupling.scope[units[0]]) in absent for units in members]
+            counts = [int(keep[units].sum()) for units, gone in zip(members, left, strict=True) if not gone]
+            for units in [units for units, gone in zip(members, left, strict=True) if gone and counts]:
+                keep[units] = False
+                keep[units[values[units].argsort()[::-1][: counts[0]]]] = True
+        return keep
 
 
 def first_that_fit(values: NDArray[np.float64], asked: Asked) -> Mask:
