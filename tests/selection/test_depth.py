@@ -15,6 +15,7 @@ import taylorfx as tfx
 from taylorfx import Input, residual, serial
 from taylorfx import layers as L
 from taylorfx.selection.joint import _added
+from taylorfx.selection.select import Asked, first_that_fit
 from taylorfx.testing.strategies import network, random_plan
 
 SEEDS = st.integers(0, 2**16)
@@ -94,6 +95,87 @@ def test_a_branch_costs_what_it_still_has_and_its_score_counts_once():
     scores[unit_of(coupling, "b0: branch")] = 20.0
     plan = tfx.select(scores, coupling, budget=tfx.Flops(0.75), per_cost=True, protect=["stem", "b1*"])
     assert {coupling.scopes[k] for k in coupling.scope[~plan.keep]} == {"b0.up"}
+
+
+# What comes back.
+
+UNEVEN = (2, 9, 4, 6)
+"""Hidden units of blocks, so that small branches fit where large ones do not."""
+
+
+def uneven() -> tfx.Spec:
+    """Blocks of different sizes, the last of them within another branch."""
+    bodies = [serial(up=L.Linear(4, n), act=L.Tanh(), down=L.Linear(n, 4)) for n in UNEVEN]
+    bodies[3] = serial(inner=residual(bodies[3]), out=L.Linear(4, 4))
+    named = {f"b{k}": residual(body) for k, body in enumerate(bodies)}
+    return serial(Input((3,)), stem=L.Linear(3, 4), **named, head=L.Linear(4, 2))
+
+
+def returns(coupling, keep):
+    """Every branch that left by itself, and the units in it, ``(units,)`` each."""
+    for branch in coupling.branches:
+        itself = np.arange(len(coupling)) == branch.unit
+        if coupling.leaving(keep)[branch.unit]:
+            yield itself, coupling.carried(~itself)
+
+
+@settings(max_examples=20)
+@given(SEEDS, st.floats(0.15, 0.9), st.sampled_from([tfx.Flops, tfx.Parameters, tfx.Memory]), st.booleans())
+def test_no_branch_that_left_still_fits(seed, share, kind, per_cost):
+    coupling = coupled(uneven()).coupling
+    budget, stats = kind(share), statistics(coupling, rows_of(coupling, seed))
+    cost, scores = budget.cost(coupling), tfx.fisher(stats, coupling)
+    limit = budget.limit(cost.total)
+    asked = Asked.of(coupling, budget, tfx.Constraints())
+    try:
+        prefix = first_that_fit(scores.numpy(), asked)
+    except tfx.BudgetError:
+        return
+    plans = [tfx.select(scores, coupling, budget=budget)]
+    for itself, inside in returns(coupling, plans[0].keep):
+        assert cost(plans[0].keep | itself | inside & prefix) > limit  # as it was when it left
+    plans.append(tfx.select(scores, coupling, budget=budget, per_cost=True))
+    plans += [tfx.joint(stats, coupling, budget=budget, per_cost=per_cost, rounds=6, cautious=x) for x in (True, False)]
+    for plan in plans:
+        assert cost(plan.keep) <= limit
+        for itself, inside in returns(coupling, plan.keep):
+            assert cost(plan.keep | itself | inside) > limit
+        for unit in np.flatnonzero(plan.leaving):
+            more = plan.keep | (np.arange(len(coupling)) == unit)
+            assert coupling.empty(more) or cost(more) > limit or unit in [x.unit for x in coupling.branches]
+
+
+def test_the_best_branch_that_fits_comes_back_without_what_left_by_itself():
+    coupling = coupled(uneven()).coupling
+    scores, cost = torch.full((len(coupling),), 50.0, dtype=torch.float64), tfx.cost.flops(coupling)
+    narrow = int(np.flatnonzero(coupling.scope == coupling.scopes.index("b2.up"))[2])
+    b0, b2, b1 = (unit_of(coupling, f"{name}: branch") for name in ("b0", "b2", "b1"))
+    for score, unit in enumerate((narrow, b0, b2, b1)):  # they leave in this order
+        scores[unit] = score
+
+    def leaving(*units):
+        """What leaves of a network that has room for what is left without these."""
+        limit = tfx.Flops(int(cost(~np.isin(np.arange(len(coupling)), units))))
+        return {*np.flatnonzero(tfx.select(scores, coupling, budget=limit).leaving)}
+
+    assert leaving(b0, b1, narrow) == {b0, b1, narrow}  # the second comes back, with three of its four hidden units
+    assert leaving(b1, b2) == {b1, b2}  # those do not fit, and the first does
+
+
+@settings(max_examples=10)
+@given(SEEDS, st.floats(0.3, 0.8))
+def test_branches_come_back_as_wide_as_the_others_of_their_family(seed, share):
+    coupling = coupled(blocks(5, hidden=8)).coupling
+    stats, budget = statistics(coupling, rows_of(coupling, seed)), tfx.Flops(share)
+    rules = tfx.Constraints(uniform="*.up", multiple={"*.up": 2}, floor={"*.up": 2})
+    cost = budget.cost(coupling)
+    for cautious in (True, False):
+        plan = tfx.joint(stats, coupling, budget=budget, rounds=6, constraints=rules, cautious=cautious)
+        assert not rules.broken(coupling, plan.keep)
+        widths = [plan.keep[coupling.scope == coupling.scopes.index(f"b{k}.up")].sum() for k in range(5)]
+        for itself, inside in returns(coupling, plan.keep):
+            back = plan.keep | itself | inside & (np.cumsum(inside) <= (max(widths) or 8))
+            assert cost(back) > budget.limit(cost.total)
 
 
 # Constraints.
