@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from constructs import CONSTRUCTS
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from test_joint import statistics
 from torch.testing import assert_close
 
@@ -164,6 +164,8 @@ def test_the_best_branch_that_fits_comes_back_without_what_left_by_itself():
 
 @settings(max_examples=10)
 @given(SEEDS, st.floats(0.3, 0.8))
+@example(14, 0.3)
+@example(53, 0.5857)
 def test_branches_come_back_as_wide_as_the_others_of_their_family(seed, share):
     coupling = coupled(blocks(5, hidden=8)).coupling
     stats, budget = statistics(coupling, rows_of(coupling, seed)), tfx.Flops(share)
