@@ -107,7 +107,7 @@ def random_plan(coupling: Coupling, generator: torch.Generator, share: float = 0
 
 def _conv_block(draw: st.DrawFn, channels: int, homogeneous: bool) -> tuple[Part, int]:
     """A random part that keeps the spatial size, and the number of channels of its output."""
-    kinds = ["plain", "residual", "projected", "dense", "branches", "grouped", "depthwise", "pool"]
+    kinds = ["plain", "residual", "nested", "projected", "dense", "branches", "grouped", "depthwise", "pool"]
     if not homogeneous:
         kinds += ["norm", "groupnorm", "excite", "shuffle", "slices", "transposed", "shared", "pixels"]
     kind = draw(st.sampled_from(kinds))
@@ -123,6 +123,9 @@ def _conv_block(draw: st.DrawFn, channels: int, homogeneous: bool) -> tuple[Part
     if kind == "residual":
         inner = L.Conv2d(channels, width, 3, padding=1), act, L.Conv2d(width, channels, 1, bias=bias)
         return serial(residual(serial(*inner)), act), channels
+    if kind == "nested":
+        inner = residual(serial(L.Conv2d(channels, width, 1), act, L.Conv2d(width, channels, 1, bias=bias)))
+        return residual(serial(inner, L.Conv2d(channels, channels, 3, padding=1, bias=bias), act)), channels
     if kind == "projected":
         body = serial(L.Conv2d(channels, width, 3, padding=1), act)
         return residual(body, L.Conv2d(channels, width, 1, bias=bias)), width
@@ -265,14 +268,18 @@ def token_specs(draw: st.DrawFn, *, any_length: bool = False) -> Spec:
 
 
 @st.composite
-def networks(draw: st.DrawFn, kinds: st.SearchStrategy[Spec] | None = None) -> Network:
+def networks(
+    draw: st.DrawFn, kinds: st.SearchStrategy[Spec] | None = None, *, branches: bool | None = None
+) -> Network:
     """A random spec with random parameters and a random batch, in float64, coupled.
 
     Args:
         kinds: the strategy for the spec; by default `specs` or `token_specs`.
+        branches: whether residual branches are units, too; by default they are in some of the networks.
     """
     spec = draw(st.one_of(specs(), token_specs()) if kinds is None else kinds)
-    return network(spec, draw(st.integers(0, 2**16)))
+    seed = draw(st.integers(0, 2**16))
+    return network(spec, seed, branches=draw(st.booleans()) if branches is None else branches)
 
 
 def network(spec: Spec, seed: int = 0, *, branches: bool = False) -> Network:
