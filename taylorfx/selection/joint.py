@@ -12,12 +12,13 @@ matrix is never formed. With ``s_n = sum_{u in R} g_nu``, what one more unit add
 
 one product of the vector ``s`` with the ``(N, units)`` rows. A branch takes the units in it along: it adds its own
 derivative less theirs, of those that have left before. So the cheapest units leave in rounds, each as `select`
-has it (budgets, floors, multiples, globs), and at the end units of one scope change places while that lowers ``J``.
+has it (budgets, floors, multiples, globs), and at the end units of one scope change places, and branches leave and come
+back in pairs, while that lowers ``J``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -63,7 +64,8 @@ def joint(
             are better and slower. Time is ``rounds * N * units``.
         per_cost: rank by the change of the loss for what leaves with a unit, as in `select`.
         swaps: at the end, let a unit that left and one of its scope that stayed change places, as long as that lowers
-            the forecast (of the best few on either side, and a few hundred times for each scope).
+            the forecast (of the best few on either side, and a few hundred times for each scope). Branches leave and
+            come back by ones and twos, as long as the forecast is lower once what they leave of the budget is spent.
         cautious: do not believe a forecast that the loss falls. Far from the network, units do not cancel each other
             as the expansion says (where the loss does not depend on the scale of a layer, all of it could leave for
             nothing), nor do those help that promise to. So ``-E[g_u]`` counts only where it is a loss, and ``E[s g_u]``
@@ -118,9 +120,16 @@ def _together(rows: Tensor, asked: Asked, free: Mask, rounds: int, per_cost: boo
                 raise
             continue
         keep = np.where(carried, keep, stays)  # which units would come back with a branch is as it was when it left
+
+    def spent(keep: Mask) -> Mask:
+        return asked.spent(keep, asked.ranked(worth(keep).numpy()))
+
     if swaps and not cautious:
         keep = _exchanged(rows, asked, keep, free, whole)
-    return asked.plan(asked.spent(keep, asked.ranked(worth(keep).numpy())))
+    keep = spent(keep)
+    if swaps and not cautious and coupling.branches and asked.counted:
+        keep = _moved(rows, asked, keep, spent)
+    return asked.plan(keep)
 
 
 def expected_change(stats: Statistics, plan: Plan) -> Tensor:
@@ -161,13 +170,17 @@ def _added(rows: Tensor, coupling: Coupling, keep: Mask, whole: tuple[Tensor, Te
     cross = (away @ rows / len(rows)).to(torch.float64)
     mean, half = (x.clone() for x in whole) if coupling.branches else whole
     for unit in (branch.unit for branch in coupling.branches):
-        itself = np.arange(len(keep)) == unit
-        inside = np.flatnonzero(coupling.leaving(keep | itself) & coupling.carried(keep & ~itself))
-        if len(inside):
-            own = rows[:, unit] - rows[:, torch.from_numpy(inside)].sum(1)
-            cross[unit] = away @ own / len(rows)
-            mean[unit], half[unit] = own.mean(dtype=torch.float64), 0.5 * own.square().mean(dtype=torch.float64)
+        own = _own(rows, coupling, keep, unit)
+        cross[unit] = away @ own / len(rows)
+        mean[unit], half[unit] = own.mean(dtype=torch.float64), 0.5 * own.square().mean(dtype=torch.float64)
     return cross, mean, half
+
+
+def _own(rows: Tensor, coupling: Coupling, keep: Mask, unit: int) -> Tensor:
+    """``(N,)``, a branch's derivative less those of the units in it that have left, or would not come back with it."""
+    itself = np.arange(len(keep)) == unit
+    inside = np.flatnonzero(coupling.leaving(keep | itself) & coupling.carried(keep & ~itself))
+    return rows[:, unit] - rows[:, torch.from_numpy(inside)].sum(1) if len(inside) else rows[:, unit]
 
 
 def between(asked: Asked, totals: Sequence[float], share: float) -> Asked:
@@ -232,3 +245,53 @@ def _lowest(values: Tensor, among: Mask) -> Tensor:
     """Where the lowest of these values are."""
     places = torch.from_numpy(np.flatnonzero(among))
     return places[values[places].argsort()[:CANDIDATES]]
+
+
+MOVES = 16
+"""How many moves of branches are tried, of those that are allowed: those that lower the forecast most by themselves."""
+
+
+def _moved(rows: Tensor, asked: Asked, keep: Mask, spent: Callable[[Mask], Mask]) -> Mask:
+    """The units that stay after one or two branches at a time have left or come back, while that lowers ``J``.
+
+    Of two branches that cancel each other, each is vital and both are nothing. With ``p_b`` what a branch adds to ``s``
+    when it leaves, or takes from it when it comes back, a move of two changes the forecast by
+
+        E[s (p_b + p_c)] - E[p_b + p_c] + 1/2 E[(p_b + p_c)^2].
+
+    Args:
+        keep: units for which the budgets are spent.
+        spent: spends what a move leaves of the budgets; what counts is the forecast after that.
+    """
+    coupling = asked.coupling
+    units = [branch.unit for branch in coupling.branches if not asked.rules.protected[branch.unit]]
+
+    def gone(keep: Mask) -> Tensor:
+        return rows @ torch.from_numpy(coupling.leaving(keep)).to(rows.dtype)  # s
+
+    def forecast(keep: Mask) -> float:
+        s = gone(keep)
+        return float(0.5 * s.square().mean(dtype=torch.float64) - s.mean(dtype=torch.float64))
+
+    def lower(keep: Mask) -> Mask | None:
+        """The first move that lowers the forecast."""
+        p = torch.stack([_own(rows, coupling, keep, unit) * (1 if keep[unit] else -1) for unit in units], 1)
+        gram, alone = p.T @ p / len(p), (gone(keep)[:, None] * p - p + 0.5 * p.square()).mean(0)
+        change = alone[:, None] + alone + gram
+        change.diagonal().copy_(alone)  # of one branch
+        tried, now = 0, forecast(keep)
+        for place in change.flatten().argsort().tolist():
+            one, other = divmod(place, len(units))
+            moved = keep.copy()
+            moved[[units[one], units[other]]] ^= True
+            if one <= other and asked.allows(moved):
+                tried += 1
+                if forecast(better := spent(moved)) < now - 1e-12:
+                    return better
+            if tried == MOVES:
+                break
+        return None
+
+    while units and (better := lower(keep)) is not None:
+        keep = better
+    return keep

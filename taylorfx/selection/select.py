@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -130,34 +130,46 @@ class Asked:
         """The plan that keeps these units."""
         return Plan(self.coupling, keep, " and ".join(map(str, self.budgets)))
 
-    def spent(self, keep: Mask, values: NDArray[np.float64]) -> Mask:
-        """These units, and of the others what still fits: the highest values first.
+    @property
+    def counted(self) -> bool:
+        """Whether no cost is measured by a function of the user's, which is asked as seldom as possible."""
+        both = zip(self.budgets, self.costs, strict=True)
+        return all(isinstance(cost, Cost) or isinstance(one, Units) for one, cost in both)
 
-        Only where all costs are counted: one that a function of the user's measures is asked as seldom as possible.
+    def allows(self, keep: Mask, *, bundles: bool = False) -> bool:
+        """Whether a choice of units to keep meets the budgets, leaves no layer empty, and respects the constraints.
+
+        Args:
+            bundles: bundles of a choice that does the last two have come back, so that this one does as well.
+        """
+        if any(cost(keep) > limit for cost, limit in zip(self.costs, self._limits, strict=True)):
+            return False
+        return bundles or not (self.coupling.empty(keep) or self.rules.broken(self.coupling, keep))
+
+    @cached_property
+    def _limits(self) -> list[float]:
+        everything = np.ones(len(self.coupling), bool)
+        return [one.limit(cost(everything)) for one, cost in zip(self.budgets, self.costs, strict=True)]
+
+    def spent(self, keep: Mask, values: NDArray[np.float64]) -> Mask:
+        """These units, and of the others what still fits: the highest values first. Only where all costs are counted.
 
         Args:
             keep: of the units in a branch that has left it says which would come back with it.
         """
-        coupling, both = self.coupling, [*zip(self.budgets, self.costs, strict=True)]
-        if not all(isinstance(cost, Cost) or isinstance(one, Units) for one, cost in both):
+        if not self.counted:
             return keep
-        everything = np.ones(len(keep), bool)
-        limits = [(cost, one.limit(cost(everything))) for one, cost in both]
-        branches = [branch.unit for branch in coupling.branches]
-
-        def fits(mask: Mask) -> bool:
-            if any(cost(mask) > limit for cost, limit in limits):
-                return False
-            back = (mask & ~keep)[branches].any()  # the other constraints are those of the bundles
-            return not back or not (coupling.empty(mask) or self.rules.broken(coupling, mask))
-
+        branches = [branch.unit for branch in self.coupling.branches]
         while True:
-            keep = self._evened(keep, values)
-            parts = self.among(keep).rules.parts(coupling)
-            more = returned(keep, coupling.leaving(keep), values, parts, fits)
-            if not branches or np.array_equal(more, keep):
-                return more
-            keep = more  # with a branch that is back its units may come back, too
+            keep = before = self._evened(keep, values)
+            parts = self.among(keep).rules.parts(self.coupling)
+
+            def fits(mask: Mask, before: Mask = before) -> bool:
+                return self.allows(mask, bundles=not (mask & ~before)[branches].any())
+
+            keep = returned(keep, self.coupling.leaving(keep), values, parts, fits)
+            if not branches or np.array_equal(keep, before):
+                return keep  # else units in a branch that is back may come back, too
 
     def _evened(self, keep: Mask, values: NDArray[np.float64]) -> Mask:
         """The same where as many units of scopes that left with a branch would come back as others of their group keep.

@@ -1,6 +1,7 @@
 """Branches chosen beside channels: prices, constraints, and what leaves together."""
 
 from functools import partial
+from itertools import combinations
 
 import hypothesis.strategies as st
 import numpy as np
@@ -103,10 +104,11 @@ UNEVEN = (2, 9, 4, 6)
 """Hidden units of blocks, so that small branches fit where large ones do not."""
 
 
-def uneven() -> tfx.Spec:
+def uneven(*, nested: bool = True) -> tfx.Spec:
     """Blocks of different sizes, the last of them within another branch."""
     bodies = [serial(up=L.Linear(4, n), act=L.Tanh(), down=L.Linear(n, 4)) for n in UNEVEN]
-    bodies[3] = serial(inner=residual(bodies[3]), out=L.Linear(4, 4))
+    if nested:
+        bodies[3] = serial(inner=residual(bodies[3]), out=L.Linear(4, 4))
     named = {f"b{k}": residual(body) for k, body in enumerate(bodies)}
     return serial(Input((3,)), stem=L.Linear(3, 4), **named, head=L.Linear(4, 2))
 
@@ -306,6 +308,40 @@ def test_joint_keeps_one_of_two_blocks_that_matter_together():
     assert one_by_one == trap.without(0, 1)
     assert together == trap.without(0, 2)
     assert trap.true(0, 1) > 2 * trap.true(0, 2)
+
+
+def test_joint_lets_two_blocks_that_cancel_each_other_leave_together():
+    trap = Trap((0, 0.3), (0, -0.29), (2, 0.3))
+    choose = partial(tfx.joint, trap.stats, trap.coupling, budget=tfx.Flops(0.5), floor=ONLY_BRANCHES)
+    one_by_one, together = choose(swaps=False), choose()
+    assert not one_by_one.keep[unit_of(trap.coupling, "b2: branch")]  # the least of the three, and then a vital one
+    assert together == trap.without(0, 1)
+    assert trap.loss(together) < trap.loss(one_by_one) - 0.1
+
+
+@settings(max_examples=20)
+@given(SEEDS, st.floats(0.2, 0.9))
+@example(0, 0.5)
+def test_no_move_of_one_or_two_branches_lowers_the_forecast(seed, share):
+    coupling = coupled(uneven(nested=False)).coupling
+    stats, budget = statistics(coupling, rows_of(coupling, seed, count=3)), tfx.Flops(share)
+    plan = tfx.joint(stats, coupling, budget=budget, floor={"*.up": 9, "stem": 4}, rounds=6)
+    free = [branch.unit for branch in coupling.branches]
+    cost, least = budget.cost(coupling), tfx.expected_change(stats, plan)
+
+    def without(units):
+        return coupling.settled(~np.isin(np.arange(len(coupling)), list(units)))
+
+    def fits(units):
+        return cost(without(units)) <= budget.limit(cost.total)
+
+    every = [{*units} for n in range(len(free) + 1) for units in combinations(free, n)]
+    full = [units for units in every if fits(units) and not any(fits(units - {unit}) for unit in units)]
+    gone = {*np.flatnonzero(plan.leaving).tolist()}
+    assert gone in full
+    for units in full:
+        if len(gone ^ units) <= 2:
+            assert tfx.expected_change(stats, tfx.Plan(coupling, without(units))) >= least - 1e-9
 
 
 # The sentence.
