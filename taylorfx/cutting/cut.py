@@ -161,21 +161,27 @@ def _plain(leaf: Tensor) -> bool:
     return leaf.device.type == "cpu" and not leaf.is_complex() and not traced
 
 
-def expand(tree: Params, plan: Plan) -> Params:
+def expand(tree: Params, plan: Plan, *, like: Params | None = None) -> Params:
     """Bring a cut tree back to its original shapes, with zeros where something was taken out.
 
     What left as a whole, with a branch, comes back as zeros: on the device of the first leaf and in its dtype, unless
     the layer's own are whole numbers. With ``gates=plan.gates`` the original network then computes what the smaller one
     does; without them, where a branch of zeros gives out zeros.
 
+    Args:
+        like: the original parameters. What left as a whole then has their dtypes and devices, and buffers have their
+            numbers: a captured module may have tables of whole numbers (positions to look up, masks), of which no layer
+            knows, and which are no such tables as zeros of the first leaf's dtype.
+
     Raises:
-        PlanError: listing every leaf that is not of the shape that the plan cuts to.
+        PlanError: listing every leaf that is not of the shape that the plan cuts to, or of ``like`` cuts from.
     """
     shapes: dict[str, Shape] = {}
     for path, indices in plan.indices.items():
         sizes = _sizes(plan, path)
         shapes[path] = tuple(n if i is None else len(i) for n, i in zip(sizes, indices, strict=True))
     fits(tree, shapes, "A plan expands what it has cut of")
+    fits(like or {}, plan.coupling.spec.shapes, "A plan expands a tree like")
 
     def fill(path: str, leaf: Tensor) -> Tensor:
         for axis, (size, index) in enumerate(zip(_sizes(plan, path), plan.indices[path], strict=True)):
@@ -185,19 +191,22 @@ def expand(tree: Params, plan: Plan) -> Params:
         return leaf
 
     expanded = map_paths(fill, tree)
-    return unflatten({**flatten(expanded), **_zeros(tree, plan)}) if plan.gone else expanded
+    return unflatten({**flatten(expanded), **_zeros(tree, plan, flatten(like or {}))}) if plan.gone else expanded
 
 
-def _zeros(tree: Params, plan: Plan) -> dict[str, Tensor]:
-    """The parameters that left as a whole, as zeros."""
+def _zeros(tree: Params, plan: Plan, original: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters that left as a whole, as zeros; of the original buffers, if there are any, the numbers."""
     spec, leaves = plan.coupling.spec, list(flatten(tree).values())
-    like = next((leaf for leaf in leaves if leaf.is_floating_point()), torch.zeros(()))
-    zeros = {path: like.new_zeros(spec.shapes[path]) for path in spec.shapes if path in plan.gone}
+    first = next((leaf for leaf in leaves if leaf.is_floating_point()), torch.zeros(()))
+    like = {path: original.get(path, first) for path in spec.shapes if path in plan.gone}
+    zeros = {path: leaf.new_zeros(spec.shapes[path]) for path, leaf in like.items()}
     for node in spec:
         if node.layer.buffers and not plan.gone.isdisjoint(node.paths.values()):
-            for leaf, fresh in node.layer.init(torch.Generator()).items():
-                if node.path(leaf) in zeros and not fresh.is_floating_point():
-                    zeros[node.path(leaf)] = zeros[node.path(leaf)].to(fresh.dtype)
+            fresh = node.layer.init(torch.Generator())
+            for path, leaf in ((node.path(leaf), leaf) for leaf in node.layer.buffers):
+                if path in zeros:
+                    dtype = like[path].dtype if fresh[leaf].is_floating_point() else fresh[leaf].dtype
+                    zeros[path] = original.get(path, zeros[path].to(dtype))
     return zeros
 
 

@@ -289,6 +289,41 @@ def test_expanding_then_cutting_is_the_identity(net, seed):
     assert {path: leaf.dtype for path, leaf in zeros.items()} == dtypes
 
 
+class Looked(nn.Module):
+    """A residual branch with tables of whole numbers and of truth values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.bn, self.down = nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 4)
+        self.table = nn.Parameter(torch.randn(5, 3))
+        self.register_buffer("index", torch.tensor([2, 0, 4]))
+        self.register_buffer("mask", torch.tensor([[True], [False], [True]]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = (self.bn(self.up(x)) * self.table[self.index]).masked_fill(self.mask, 0.5)
+        return x + self.down(y)
+
+
+def test_tables_of_whole_numbers_come_back_like_the_original_ones():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 4), Looked(), nn.Flatten(), nn.Linear(12, 2)).double().eval()
+    x = torch.randn(5, 3, 4, dtype=torch.float64)
+    params, spec = tfx.from_torch(module, x)
+    plan = only_without(tfx.couple(params, spec, branches=True), "1: branch")
+    small, full = tfx.cut(params, plan), tfx.tree.flatten(params)
+    back = tfx.expand(small, plan, like=params)
+    gated = tfx.apply(params, spec, x, gates=plan.gates)
+    assert_close(tfx.apply(back, spec, x, gates=plan.gates), gated, **CLOSE)
+    leaves = tfx.tree.flatten(back)
+    assert {path: leaf.dtype for path, leaf in leaves.items()} == {path: leaf.dtype for path, leaf in full.items()}
+    for path in plan.gone:
+        is_buffer = path in dict(module.named_buffers())
+        assert torch.equal(leaves[path], full[path]) if is_buffer else not leaves[path].any()
+    assert_trees_equal(tfx.cut(back, plan), small)
+    with pytest.raises(tfx.PlanError, match="A plan expands a tree like its own network's parameters"):
+        tfx.expand(small, plan, like=tfx.tree.map_paths(lambda path, leaf: leaf[:1], small))
+
+
 @pinned
 def test_two_cuts_are_one_composed_cut(net, seed):
     first = plan_for(net, seed)
