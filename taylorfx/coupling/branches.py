@@ -12,6 +12,8 @@ activation (ResNet). What is a branch:
 - the sum has two operands, both of the sum's own shape, and the branch's one depends on the other one. Where neither
   depends on the other, as in a ResNet's block with a convolution on the skip, there is no branch: neither operand is
   the network without the other;
+- of ``(x + attention(x)) + mlp(x)`` both are branches: the second depends on the skip of the first sum. Of
+  ``x + (attention(x) + mlp(x))`` there is one, both together: without either the inner sum would have no value;
 - layers with parameters leave with it, which may share them with others (ALBERT). A sum within a formula, as in
   ``x + 0.04 x^3``, is no branch.
 
@@ -62,17 +64,28 @@ def with_branches(coupling: Coupling) -> Coupling:
 
 
 def _sums(coupling: Coupling) -> Iterator[Branch]:
-    """The sums of two operands of which one is computed from the other, with the slot of that one."""
+    """The sums of two operands of which one is computed from the other, or from its skip, with the slot of that one."""
     spec, bounds = coupling.spec, coupling.bounds
+    skips: dict[str, str] = {}
+
+    def stream(x: str) -> Iterator[str]:
+        """A value, and those to which the branches on its way were added."""
+        yield x
+        while x in skips:
+            yield (x := skips[x])
+
     for node in spec.nodes:
         if node.layer.role(Sum) is None or len(node.inputs) != 2 or node.inputs[0] == node.inputs[1]:
             continue
         alike = all(bounds[x].shape == bounds[node.name].shape for x in node.inputs)
         if not alike or any(examples(bounds[x].output) is None for x in node.inputs):
             continue
-        for slot, x in enumerate(node.inputs):
-            if node.inputs[1 - slot] in spec.upstream([x]):
-                yield Branch(0, node.name, slot)
+        others = node.inputs[::-1]
+        direct = [k for k, x in enumerate(node.inputs) if others[k] in spec.upstream([x])]
+        parallel = [k for k, x in enumerate(node.inputs) if not spec.upstream([x]).isdisjoint(stream(others[k]))]
+        for slot in direct or parallel[: len(parallel) == 1]:
+            skips[node.name] = others[slot]
+            yield Branch(0, node.name, slot)
 
 
 def _parameters(spec: Spec, branch: Branch) -> list[str]:

@@ -268,9 +268,7 @@ def token_specs(draw: st.DrawFn, *, any_length: bool = False) -> Spec:
 
 
 @st.composite
-def networks(
-    draw: st.DrawFn, kinds: st.SearchStrategy[Spec] | None = None, *, branches: bool | None = None
-) -> Network:
+def networks(draw: st.DrawFn, kinds: st.SearchStrategy[Spec] | None = None, *, branches: bool | None = None) -> Network:
     """A random spec with random parameters and a random batch, in float64, coupled.
 
     Args:
