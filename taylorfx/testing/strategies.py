@@ -120,12 +120,9 @@ def _conv_block(draw: st.DrawFn, channels: int, homogeneous: bool) -> tuple[Part
     same = L.Conv2d(channels, channels, 3, padding=1, bias=bias)
     if kind == "plain":
         return serial(L.Conv2d(channels, width, draw(st.sampled_from([1, 3])), padding="same", bias=bias), act), width
-    if kind == "residual":
-        inner = L.Conv2d(channels, width, 3, padding=1), act, L.Conv2d(width, channels, 1, bias=bias)
-        return serial(residual(serial(*inner)), act), channels
-    if kind == "nested":
-        inner = residual(serial(L.Conv2d(channels, width, 1), act, L.Conv2d(width, channels, 1, bias=bias)))
-        return residual(serial(inner, L.Conv2d(channels, channels, 3, padding=1, bias=bias), act)), channels
+    if kind in ("residual", "nested"):
+        inner = serial(L.Conv2d(channels, width, 3, padding=1), act, L.Conv2d(width, channels, 1, bias=bias))
+        return serial(residual(serial(residual(inner), same) if kind == "nested" else inner), act), channels
     if kind == "projected":
         body = serial(L.Conv2d(channels, width, 3, padding=1), act)
         return residual(body, L.Conv2d(channels, width, 1, bias=bias)), width
