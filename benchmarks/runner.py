@@ -89,20 +89,23 @@ def deployed(title: str, module: nn.Module, seconds: float) -> list[list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=10.0, help="for every comparison")
+    parser.add_argument("--networks", nargs="+", default=[], help="only these")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     print("| network | nodes | what runs | module, µs | overhead per node, µs | ratio to the module |")
     print("| --- " * 6 + "|")
     for title, (make, shape) in NETWORKS.items():
-        print(*rows(title, make(), shape, options.seconds), sep="\n", flush=True)
+        if not options.networks or title in options.networks:
+            print(*rows(title, make(), shape, options.seconds), sep="\n", flush=True)
     models = library()
     networks = {
-        "ResNet-18": models.resnet18(num_classes=10),
-        "MobileNetV2": models.mobilenet_v2(num_classes=10),
-        "small vision transformer": models.VisionTransformer(32, 4, 4, 4, 64, 128, num_classes=10),
+        "ResNet-18": lambda: models.resnet18(num_classes=10),
+        "MobileNetV2": lambda: models.mobilenet_v2(num_classes=10),
+        "ViT of four layers": lambda: models.VisionTransformer(32, 4, 4, 4, 64, 128, num_classes=10),
     }
-    table = [row for title, module in networks.items() for row in deployed(title, module, options.seconds)]
+    asked = [title for title in networks if not options.networks or title in options.networks]
+    table = [row for title in asked for row in deployed(title, networks[title](), options.seconds)]
     print(f"\n{markdown(['network', 'what', 'time', 'quartiles'], table)}")
 
 
