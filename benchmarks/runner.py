@@ -16,13 +16,12 @@ import argparse
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 
 import numpy as np
 import torch
 from _networks import After, Inverted, Stages, VisionTransformer
-from _tables import markdown
 from _torchvision import library
 from torch import nn
 
@@ -66,24 +65,24 @@ def beside(
     }
 
 
-def deployed(title: str, module: nn.Module, seconds: float) -> list[list[str]]:
+def deployed(module: nn.Module, seconds: float) -> Iterator[tuple[str, float, str]]:
     """One image of 32 x 32: the plain module by the user's own, eager and compiled, and the steps of `deploy`."""
     for norm in (m for m in module.modules() if isinstance(m, nn.BatchNorm2d)):
         norm.running_mean.normal_(0, 0.1), norm.running_var.uniform_(0.5, 2)
     x, pace = torch.randn(2, 3, 32, 32), Pace(seconds=seconds, clock=time.process_time)
     params, spec = tfx.from_torch(module.eval(), x)
-    plain, made = tfx.to_torch(params, spec), []
+    plain = tfx.to_torch(params, spec)
     for way, ready in {"plain module": lambda m: m, "plain module, compiled": torch.compile}.items():
         with torch.no_grad():
             both = [lambda network=network: network(x[:1]) for network in map(ready, (plain, module))]
             times = race(both, pace)
         low, share, high = np.percentile(times[:, 0] / times[:, 1], [25, 50, 75])
-        made.append([title, f"{way}, by the module's own time", f"{share:.3f}", f"{low:.3f} to {high:.3f}"])
+        yield f"{way}, by the module's own time", share, f"{low:.3f} to {high:.3f}"
     with tempfile.TemporaryDirectory() as folder:
         ready = tfx.interop.deploy(params, spec, x[:1], path=f"{folder}/network.onnx", compiled=True, pace=pace)
     for step in ready.steps:
-        made.append([title, f"deploy: {step.name}", f"{step.time:.3f}", f"{step.low:.3f} to {step.high:.3f}"])
-    return [*made, [title, "deploy, together", f"{ready.time:.3f}", ""]]
+        yield f"deploy: {step.name}", step.time, f"{step.low:.3f} to {step.high:.3f}"
+    yield "deploy, together", ready.time, ""
 
 
 def main() -> None:
@@ -104,9 +103,11 @@ def main() -> None:
         "MobileNetV2": lambda: models.mobilenet_v2(num_classes=10),
         "ViT of four layers": lambda: models.VisionTransformer(32, 4, 4, 4, 64, 128, num_classes=10),
     }
-    asked = [title for title in networks if not options.networks or title in options.networks]
-    table = [row for title in asked for row in deployed(title, networks[title](), options.seconds)]
-    print(f"\n{markdown(['network', 'what', 'time', 'quartiles'], table)}")
+    print("\n| network | what | time | quartiles |\n" + "| --- " * 4 + "|")
+    for title, make in networks.items():
+        if not options.networks or title in options.networks:
+            for what, share, quartiles in deployed(make(), options.seconds):
+                print(f"| {title} | {what} | {share:.3f} | {quartiles} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def traced_steps(spec: Spec, axes: sizes.Axes) -> Sequence[Step]:
         return spec.fitted_anew(axes) if spec.sized else spec.steps
     fields = ("name", "layer", "inputs")
     return [
-        Step(_made(Node, fields, (name, _together(*layer, axes), inputs)), leaves, unused)
+        Step(_made(Node, fields, (name, _together(axes, *layer), inputs)), leaves, unused)
         for name, layer, inputs, leaves, unused in program
     ]
 
@@ -75,24 +75,24 @@ def _apart(value: object) -> tuple[str, Any]:
     return "plain", value
 
 
-def _together(how: str, constant: Any, axes: sizes.Axes) -> Any:
+def _together(axes: sizes.Axes, how: str, constant: Any) -> Any:
     """The value that `_apart` took apart.
 
-    >>> _together(*_apart((1, sizes.Size(3, "x.1"))), {"x.1": 5})
+    >>> _together({"x.1": 5}, *_apart((1, sizes.Size(3, "x.1"))))
     (1, 5)
     """
     if how == "formula":
         return sizes.value(constant, axes)
     if how == "tuple":
-        return tuple([_together(*part, axes) for part in constant])
+        return tuple([_together(axes, *part) for part in constant])
     if how == "layer":
         name, fields, values = constant
-        return _made(LAYERS[name], fields, _together(*values, axes))
+        return _made(LAYERS[name], fields, _together(axes, *values))
     return constant
 
 
 def _made(cls: type, fields: Sequence[str], values: Sequence[object]) -> Any:
     """A frozen dataclass with these fields; a trace does not follow its constructor."""
-    new = object.__new__(cls)
+    new: Any = object.__new__(cls)
     new.__dict__.update(dict(zip(fields, values, strict=True)))
     return new
