@@ -7,7 +7,7 @@ import hashlib
 import importlib.util
 import math
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -335,14 +335,3 @@ def check_torch_pruning(case: Case, slopes: Tensor, squares: Tensor) -> None:
         theirs = getattr(torch_pruning.importance, f"Group{kind}Importance")()(group)
         ours = scores[units]
         torch.testing.assert_close(theirs / theirs.mean(), ours / ours.mean(), rtol=1e-4, atol=1e-4)
-
-
-def seconds(network: Callable[..., Any], inputs: Mapping[str, Tensor]) -> Iterator[float]:
-    """How long one pass takes, again and again."""
-    import time
-
-    with torch.no_grad():
-        while True:
-            start = time.perf_counter()
-            network(**inputs)
-            yield time.perf_counter() - start

@@ -20,11 +20,10 @@ import importlib.util
 import json
 import time
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
-from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from _language import (
     EXAMPLES,
@@ -37,7 +36,6 @@ from _language import (
     learn,
     llama,
     repair,
-    seconds,
     sequences,
 )
 from _language import tokens as tokenized
@@ -46,10 +44,11 @@ from _torchvision import library
 from quality import CACHE
 
 import taylorfx as tfx
+from taylorfx.cost.runners import Pace, race
 from taylorfx.interop import huggingface
 from taylorfx.interop.huggingface.texts import batches
 
-TESTED, ROUNDS = 128, 15
+TESTED = 128
 
 
 def trained(seed: int, stream: torch.Tensor, size: Size, steps: int, file: Path) -> Any:
@@ -118,10 +117,11 @@ def variants(options: argparse.Namespace) -> list[str]:
 
 
 def relative(case: Case, small: tuple[tfx.Params, tfx.Spec], test: list) -> float:
-    """The median time of a pass by that of the whole network, both as plain modules, in turn."""
-    clocks = [seconds(tfx.to_torch(*network), test[0][0]) for network in ((case.params, case.spec), small)]
-    whole, less = zip(*islice(zip(*clocks, strict=True), 1, ROUNDS + 1), strict=True)
-    return median(less) / median(whole)
+    """The time of a pass by that of the whole network, both as plain modules, by turns."""
+    modules = [tfx.to_torch(*network) for network in (small, (case.params, case.spec))]
+    with torch.no_grad():
+        times = race([lambda module=module: module(**test[0][0]) for module in modules], Pace(error=0.01, seconds=20))
+    return float(np.median(times[:, 0] / times[:, 1]))
 
 
 def table(results: dict[int, dict[str, Any]], share: float, columns: list[str]) -> str:

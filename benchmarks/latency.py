@@ -58,9 +58,10 @@ def main() -> None:
     parser.add_argument("--runners", nargs="+", choices=runners(), default=["eager"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1])
     parser.add_argument("--share", type=float, default=0.5)
+    parser.add_argument("--seconds", type=float, default=5.0, help="of processor time for every comparison")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    pace = Pace(error=0.01, seconds=5, clock=time.process_time)
+    pace = Pace(error=0.01, seconds=options.seconds, clock=time.process_time)
     table = Table("network", "batch", "runner", "budget", "asked", "table", "measured", "FLOPs", "runs", "seconds")
     for name in options.networks:
         make, shape = NETWORKS[name]

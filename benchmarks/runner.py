@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/runner.py
 
 The networks and their inputs are so small that the time goes into Python, not into kernels; the batch is one example,
-in training two. The module, ``apply`` and the module that ``to_torch`` gives run one after the other, over and over;
-every number is a median, and the overhead per node is the difference to the module's time over the number of nodes.
+in training two. The module, ``apply`` and the module that ``to_torch`` gives run by turns, in processor time; every
+number is a median, and the overhead per node is the difference to the module's time over the number of nodes.
 A difference below zero says that the spec is faster than the module. Then networks of torchvision, at one image of
 32 x 32: the plain module by the user's own, both as they are and compiled, and what each step of `deploy` gave. Prints
 Markdown.
@@ -13,18 +13,17 @@ Markdown.
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 
+import numpy as np
 import torch
 from _networks import After, Inverted, Stages, VisionTransformer
-from _tables import markdown
 from _torchvision import library
-from torch import Tensor, nn
+from torch import nn
 
 import taylorfx as tfx
 from taylorfx.cost.runners import Pace, race
@@ -36,83 +35,79 @@ NETWORKS: Mapping[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-def medians(runs: Mapping[str, Callable[[], object]], times: int) -> dict[str, float]:
-    """Seconds of every function, which run in turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for k in range(times + 5):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if k >= 5:  # the first ones warm up
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(spent) for name, spent in seconds.items()}
-
-
-def rows(title: str, module: nn.Module, shape: tuple[int, ...], times: int) -> list[str]:
+def rows(title: str, module: nn.Module, shape: tuple[int, ...], seconds: float) -> list[str]:
     """The rows of one network: what runs, the module's time, the overhead per node, the ratio to the module."""
     x = torch.randn(2, *shape)
     params, spec = tfx.from_torch(module.eval(), x)
     out = tfx.to_torch(params, spec)
     with torch.no_grad():
-        inference = {"module": module, "apply": lambda x: tfx.apply(params, spec, x), "to_torch": out}
-        spent = {"inference": timed(inference, x[:1], times)}
-    training = {"module": deepcopy(module).train(), "to_torch": deepcopy(out).train()}
-    spent["training"] = timed(training, x, times)
+        inference = {"apply": lambda: tfx.apply(params, spec, x[:1]), "to_torch": lambda: out(x[:1])}
+        spent = {"inference": beside(lambda: module(x[:1]), inference, seconds)}
+    learner, copied = deepcopy(module).train(), deepcopy(out).train()
+    spent["training"] = beside(lambda: learner(x), {"to_torch": lambda: copied(x)}, seconds)
     lines = []
-    for mode, seconds in spent.items():
-        base = seconds.pop("module")
-        for name, value in seconds.items():
-            more = (value - base) / len(spec) * 1e6
-            cells = title, f"{len(spec)}", f"{name}, {mode}", f"{base * 1e6:,.0f}", f"{more:.1f}", f"{value / base:.2f}"
+    for mode, found in spent.items():
+        for name, (base, more, ratio) in found.items():
+            cells = title, f"{len(spec)}", f"{name}, {mode}", f"{base:,.0f}", f"{more / len(spec):.1f}", f"{ratio:.2f}"
             lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def timed(runs: Mapping[str, Callable[[Tensor], object]], x: Tensor, times: int) -> dict[str, float]:
-    return medians({name: lambda run=run: run(x) for name, run in runs.items()}, times)
+def beside(
+    base: Callable[[], object], runs: Mapping[str, Callable[[], object]], seconds: float
+) -> dict[str, tuple[float, float, float]]:
+    """Of every function the microseconds of the first one, those above them, and the ratio; medians of all rounds."""
+    times = race([base, *runs.values()], Pace(seconds=seconds, clock=time.process_time))
+    first = times[:, 0]
+    return {
+        name: (1e6 * float(np.median(first)), 1e6 * float(np.median(own - first)), float(np.median(own / first)))
+        for name, own in zip(runs, times.T[1:], strict=True)
+    }
 
 
-def deployed(title: str, module: nn.Module, seconds: float) -> list[list[str]]:
+def deployed(module: nn.Module, seconds: float) -> Iterator[tuple[str, float, str]]:
     """One image of 32 x 32: the plain module by the user's own, eager and compiled, and the steps of `deploy`."""
     for norm in (m for m in module.modules() if isinstance(m, nn.BatchNorm2d)):
         norm.running_mean.normal_(0, 0.1), norm.running_var.uniform_(0.5, 2)
     x, pace = torch.randn(2, 3, 32, 32), Pace(seconds=seconds, clock=time.process_time)
     params, spec = tfx.from_torch(module.eval(), x)
-    plain, made = tfx.to_torch(params, spec), []
+    plain = tfx.to_torch(params, spec)
     for way, ready in {"plain module": lambda m: m, "plain module, compiled": torch.compile}.items():
         with torch.no_grad():
             both = [lambda network=network: network(x[:1]) for network in map(ready, (plain, module))]
             times = race(both, pace)
-        low, share, high = (
-            torch.tensor(times[:, 0] / times[:, 1]).quantile(torch.tensor([0.25, 0.5, 0.75]).double()).tolist()
-        )
-        made.append([title, f"{way}, by the module's own time", f"{share:.3f}", f"{low:.3f} to {high:.3f}"])
+        low, share, high = np.percentile(times[:, 0] / times[:, 1], [25, 50, 75])
+        yield f"{way}, by the module's own time", share, f"{low:.3f} to {high:.3f}"
     with tempfile.TemporaryDirectory() as folder:
         ready = tfx.interop.deploy(params, spec, x[:1], path=f"{folder}/network.onnx", compiled=True, pace=pace)
     for step in ready.steps:
-        made.append([title, f"deploy: {step.name}", f"{step.time:.3f}", f"{step.low:.3f} to {step.high:.3f}"])
-    return [*made, [title, "deploy, together", f"{ready.time:.3f}", ""]]
+        yield f"deploy: {step.name}", step.time, f"{step.low:.3f} to {step.high:.3f}"
+    yield "deploy, together", ready.time, ""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--times", type=int, default=500, help="runs of which the median is taken")
-    parser.add_argument("--seconds", type=float, default=10.0, help="for every comparison of the second table")
+    parser.add_argument("--seconds", type=float, default=10.0, help="for every comparison")
+    parser.add_argument("--networks", nargs="+", default=[], help="only these")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     print("| network | nodes | what runs | module, µs | overhead per node, µs | ratio to the module |")
     print("| --- " * 6 + "|")
     for title, (make, shape) in NETWORKS.items():
-        print(*rows(title, make(), shape, options.times), sep="\n", flush=True)
+        if not options.networks or title in options.networks:
+            print(*rows(title, make(), shape, options.seconds), sep="\n", flush=True)
     models = library()
     networks = {
-        "ResNet-18": models.resnet18(num_classes=10),
-        "MobileNetV2": models.mobilenet_v2(num_classes=10),
-        "small vision transformer": models.VisionTransformer(32, 4, 4, 4, 64, 128, num_classes=10),
+        "ResNet-18": lambda: models.resnet18(num_classes=10),
+        "MobileNetV2": lambda: models.mobilenet_v2(num_classes=10),
+        "ViT of four layers": lambda: models.VisionTransformer(32, 4, 4, 4, 64, 128, num_classes=10),
     }
-    table = [row for title, module in networks.items() for row in deployed(title, module, options.seconds)]
-    print(f"\n{markdown(['network', 'what', 'time', 'quartiles'], table)}")
+    print("\n| network | what | time | quartiles |\n" + "| --- " * 4 + "|")
+    for title, make in networks.items():
+        if not options.networks or title in options.networks:
+            for what, share, quartiles in deployed(make(), options.seconds):
+                print(f"| {title} | {what} | {share:.3f} | {quartiles} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,14 @@
 """Two networks of ordinary size, with most of what there is: for what single constructs do not show."""
 
+import shutil
+import sysconfig
+from pathlib import Path
+
 import taylorfx as tfx
 from taylorfx import layers as L
+
+CAN_BUILD = bool(shutil.which("g++")) and (Path(sysconfig.get_path("include")) / "Python.h").exists()
+"""Whether there is a compiler, which torch.compile needs."""
 
 
 def convolutional() -> tfx.Spec:

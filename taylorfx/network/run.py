@@ -133,7 +133,9 @@ def run(
         )
     shapes = {name: values[name].shape[1:] for name in spec.input_layers}
     if torch.compiler.is_compiling():
-        steps = spec.fitted_anew(spec.axes(shapes)) if spec.sized else spec.steps
+        from taylorfx.network.traced import traced_steps  # loads torch's compiler
+
+        steps = traced_steps(spec, spec.axes(shapes))
     else:
         steps = spec.fitted(shapes)
     own = list(leaves)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-import sysconfig
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from networks import convolutional, transformer
+from networks import CAN_BUILD, convolutional, transformer
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 from torch.testing import assert_close
@@ -192,9 +189,6 @@ def test_training_an_ensemble_is_a_loop_over_its_members(spec: tfx.Spec) -> None
     single = [step(member) for member in members]
     assert_close(gradients, stack(*(gradient for gradient, _ in single)))
     assert_close(after, stack(*(new for _, new in single)))
-
-
-CAN_BUILD = shutil.which("g++") and (Path(sysconfig.get_path("include")) / "Python.h").exists()
 
 
 def gated_network(spec: tfx.Spec) -> tuple[Callable[..., Tensor], tfx.Params, Tensor, Any]:

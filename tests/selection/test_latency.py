@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from networks import CAN_BUILD
 from numpy.testing import assert_allclose, assert_array_equal
 
 import taylorfx as tfx
@@ -239,16 +240,27 @@ def test_timings_that_rise_stay_as_they_are(values):
     assert_array_equal(rising(values), values)
 
 
-@pytest.mark.parametrize("runner", ["eager", "onnx_runtime"])
-def test_a_runner_computes_what_the_network_computes(runner):
-    if runner != "eager":
+RUNNERS = {
+    "eager": tfx.cost.eager,
+    "compiled": tfx.cost.compiled,
+    "onnx_runtime": tfx.interop.onnx_runtime,
+}
+
+
+@pytest.mark.parametrize("name", RUNNERS)
+def test_a_runner_computes_what_the_network_computes(name):
+    if name == "onnx_runtime":
         pytest.importorskip("onnxruntime")
-    make = tfx.cost.eager if runner == "eager" else tfx.interop.onnx_runtime
-    x = torch.randn(2, 3, dtype=torch.float64)
-    made = make(NET.params, NET.spec, (x,))()
+    if name == "compiled":
+        torch.compiler.reset()
+        if not CAN_BUILD:
+            pytest.skip("torch.compile needs a compiler")
+    spec, x = chain(3, 4, 3), torch.randn(2, 3, dtype=torch.float64)
+    params = tfx.init(spec, torch.Generator().manual_seed(0), dtype=torch.float64)
+    value = RUNNERS[name](params, spec, (x,))()
     assert_allclose(
-        np.asarray(made if runner == "eager" else made[0]), tfx.apply(NET.params, NET.spec, x), rtol=1e-4, atol=1e-6
+        np.asarray(value[0] if name == "onnx_runtime" else value), tfx.apply(params, spec, x), rtol=1e-4, atol=1e-6
     )
-    timings = tfx.cost.Timings(batch=2, dtype=torch.float64, runner=make, pace=tfx.cost.Pace(seconds=0.2))
-    assert 0 < timings.share(chain(3, 1, 1, 3), NET.spec) < 2
-    assert timings.whole(NET.spec) > 0
+    timings = tfx.cost.Timings(batch=2, dtype=torch.float64, runner=RUNNERS[name], pace=tfx.cost.Pace(seconds=0.2))
+    assert 0 < timings.share(chain(3, 1, 3), spec) < 2
+    assert timings.whole(spec) > 0

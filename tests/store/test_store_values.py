@@ -39,6 +39,8 @@ STATS = tfx.measure(PARAMS, SPEC, BATCH, COUPLING, rows=True, moments=True)
 PLAN = tfx.select(tfx.taylor(STATS, COUPLING), COUPLING, budget=tfx.Flops(0.5))
 TIMINGS = Timings(points=2, repeats=1)
 TIMINGS.over(COUPLING)(PLAN.keep)
+TIMINGS.shares.update({(PLAN.spec, SPEC): 0.5, (SPEC, None): 80.0})
+TIMINGS.kinds["o", ("Linear", ("weight", (16, 16)))] = np.array([1.0, 0.9, 0.5])
 
 
 # Plans.
@@ -285,6 +287,48 @@ def test_timings_survive_a_file_and_nothing_is_measured_again(tmp_path, monkeypa
     assert (again(network[1]), again.over(tfx.couple(*network))(np.ones(11, bool))) == before
 
 
+def test_a_budget_of_loaded_timings_chooses_the_same_and_runs_nothing(tmp_path):
+    """Layers, multiples and whole networks are all in the file."""
+    spec = tfx.serial(tfx.Input((3,)), a=L.Linear(3, 64), relu=L.ReLU(), b=L.Linear(64, 64), head=L.Linear(64, 3))
+    params = random_params(spec, torch.Generator().manual_seed(0))
+    coupling = tfx.couple(params, spec)
+    scores = tfx.criteria.weight_l2(params, coupling)
+    timings = Timings(batch=2, repeats=1, pace=tfx.cost.Pace(seconds=0.1))
+    budgets = [tfx.Latency(0.97, timings), tfx.Latency(round(2 * timings.whole(spec)), timings)]
+    before = [tfx.select(scores, coupling, budget=budget) for budget in budgets]
+    assert timings.kinds
+    assert {other for _, other in timings.shares} == {spec, None}
+    store.save_timings(tmp_path / "timings", timings)
+    again = store.load_timings(tmp_path / "timings", runner=tfx.cost.eager)
+    assert again.table == timings.table
+    assert again.shares == timings.shares
+    assert {key: values.tolist() for key, values in again.kinds.items()} == {
+        key: values.tolist() for key, values in timings.kinds.items()
+    }
+    idle = replace(again, repeats=0, runner=idle_runner)  # of no repeats there is no median, but a warning
+    assert [tfx.select(scores, coupling, budget=replace(budget, timings=idle)) for budget in budgets] == before
+
+
+def idle_runner(params, spec, inputs):
+    raise AssertionError("measured again")
+
+
+def test_networks_that_another_runner_or_other_threads_ran_are_refused(tmp_path):
+    store.save_timings(tmp_path / "timings", replace(TIMINGS, runner=idle_runner))
+    name = f"{__name__}.idle_runner"
+    assert f"runner: '{name}' ran the networks, not taylorfx.cost.runners.eager; give it as runner=" in refusal(
+        tmp_path / "timings", store.load_timings
+    )
+    assert store.load_timings(tmp_path / "timings", runner=idle_runner).runner is idle_runner
+    store.save_timings(tmp_path / "timings", replace(TIMINGS, runner=None))
+    assert store.load_timings(tmp_path / "timings", runner=None).runner is None
+    more = torch.get_num_threads() + 1
+    found = refusal(
+        edited(tmp_path / "timings", threads=more, runner="taylorfx.cost.runners.eager"), store.load_timings
+    )
+    assert f"threads: {more} ran, and torch has {more - 1}: torch.set_num_threads" in found
+
+
 WRONG_TIMINGS = {
     "a newer version": ({"version": 9}, "version: 9 is unknown"),
     "a device of none": ({"device": "abacus"}, "device: expected one of torch's devices, received 'abacus'"),
@@ -305,6 +349,27 @@ WRONG_TIMINGS = {
     "a shape without end": (
         {"table": [{"layer": "ReLU", "fields": {}, "shapes": [[2**50]], "microseconds": 1}]},
         "table[0].shapes[0]: would be an axis of 1,125,899,906,842,624",
+    ),
+    "a kind of none": (
+        {"kinds": [{"kind": ["o", {}], "shares": [1, 1, 1]}]},
+        "kinds[0].kind: expected lists of strings and integers",
+    ),
+    "too few shares": (
+        {"kinds": [{"kind": ["o"], "shares": [1]}]},
+        "kinds[0].shares: expected 3 numbers, received [1]",
+    ),
+    "a share without end": (
+        {"kinds": [{"kind": ["o"], "shares": [1, 1, float("inf")]}]},
+        "kinds[0].shares[2]: expected a number, 0 or more",
+    ),
+    "a network of none": ({"networks": [{"nodes": [], "outputs": []}]}, "networks[0].nodes: a network has 1 to"),
+    "a network that is not there": (
+        {"whole": [{"network": 7, "beside": None, "value": 1}]},
+        "whole[0].network: expected the number of one of 2 networks, received 7",
+    ),
+    "no network": (
+        {"whole": [{"network": 0, "beside": 1, "value": 1}, {"network": None, "beside": None, "value": 1}]},
+        "whole[1].network: expected the number of one of 2 networks, received None",
     ),
 }  # fmt: skip
 
