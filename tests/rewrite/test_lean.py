@@ -53,6 +53,18 @@ def attention(causal: bool = False, masked: tuple[Node, ...] = ()) -> Spec:
 MASK = Node("mask", L.Parameter((3, 3), std=1.0))  # the same for all examples
 
 
+def rotated(order: tuple[str, str] = ("neg", "low"), sin: tuple[int, ...] = (3, 4), also: str = "q_heads") -> Spec:
+    """Attention with a rotary embedding of its queries, which are multiplied by ``also``."""
+    x, low, high, neg = "q_heads", L.Slice(3, 0, 2), L.Slice(3, 2, 4), L.Elementwise("neg.default", (("$", 0),))
+    nodes = [Node("cos", L.Parameter((3, 4), std=1.0)), Node("sin", L.Parameter(sin, std=1.0))]
+    nodes += [Node("by_cos", L.Multiply(), ("cos", x)), Node("low", low, (x,)), Node("high", high, (x,))]
+    nodes += [Node("neg", neg, ("high",)), Node("turned", L.Concat(3), order)]
+    nodes += [Node("by_sin", L.Multiply(), ("turned", "sin")), Node("rotary", L.Add(), ("by_sin", "by_cos"))]
+    nodes += [Node("query", L.Multiply(), ("rotary", also))]
+    *before, last, flat, head = attention()
+    return Spec((*before, *nodes, replace(last, inputs=("query", *last.inputs[1:])), flat, head))
+
+
 def activated(layer: tfx.Layer) -> Spec:
     """Its value is consumed by one linear layer, by a linear layer and the sum behind it, and by one behind a view."""
     nodes = [Node("x", Input((3, 4))), Node("embed", L.Linear(4, 6), ("x",)), Node("one", layer, ("embed",))]
@@ -261,6 +273,10 @@ LEAN: dict[str, tuple[Spec, list[str]]] = {
         attention(masked=(Node("low", L.Linear(4, 3), ("embed",)), Node("mask", L.View((1, 1, 3, 3)), ("low",)))),
         [],
     ),
+    "rotated": (rotated(), ["ScaledDotProduct", "Add"]),
+    "rotated by one angle": (rotated(sin=(1,)), ["ScaledDotProduct", "Add"]),
+    "halves in their order": (rotated(("low", "neg")), ["ScaledDotProduct"]),
+    "rotated and used between": (rotated(also="by_cos"), ["ScaledDotProduct"]),
     "layer norms": (activated(L.LayerNorm(6)), []),
     "layer norms without bias": (activated(L.LayerNorm(6, bias=False)), []),
     "layer norms without parameters": (activated(L.LayerNorm(6, elementwise_affine=False)), []),
@@ -374,7 +390,7 @@ def test_what_can_be_lean_is(name):
     net = network(spec)
     _, small, _ = copied(net)
     was = {node.name: type(node.layer).__name__ for node in spec}
-    kinds = ("Over", "Scale", "Fused", "Part")
+    kinds = ("Over", "Scale", "Fused", "Part", "Rotary")
     changes = Counter(was[node.name] for node in small if type(node.layer).__name__ in kinds)
     assert changes == Counter(changed)
 
