@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from unittest.mock import patch
 
 import optree
 import pytest
@@ -19,6 +20,7 @@ from taylorfx import Input, Node, Spec, residual, serial
 from taylorfx import layers as L
 from taylorfx.layers.roles import Pointwise
 from taylorfx.network.run import evaluate, gating
+from taylorfx.rewrite import rotary
 from taylorfx.rewrite.draft import Draft
 from taylorfx.rewrite.lean import PASSES, lean
 from taylorfx.rewrite.unused import Only, unused_positions
@@ -443,6 +445,25 @@ def test_a_lean_copy_has_the_same_derivatives(net):
     if coupling.names == net.coupling.names:  # otherwise a norm that is gone alone tied them, or other layers name them
         computed = tfx.derivatives(params, spec, *net.batch, coupling, fold=False)
         assert_close(computed[:3], expected[:3], **CLOSE)
+
+
+@given(st.integers(1, 40), *[st.integers(1, 3)] * 3, st.booleans(), st.sampled_from([(0, 1, 2, 3), (0, 2, 1, 3)]))
+def test_a_rotation_in_pieces_is_its_formula(piece, heads, t, half, one_angle, order):
+    """Value and derivative, in every order of memory; every position may have the same angle."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = (2, heads, t, 2 * half)
+    x = torch.randn([sizes[k] for k in order], dtype=torch.float64, generator=generator).permute(order)
+    cos, sin = (torch.randn(1 if one_angle else t, 2 * half, dtype=torch.float64, generator=generator) for _ in "cs")
+
+    def formula(x):
+        one, other = x[..., :half], x[..., half:]
+        return x * cos + torch.cat([-other, one], -1) * sin
+
+    with patch.object(rotary, "PIECE", piece):
+        computed, pull = torch.func.vjp(lambda x: rotary.Rotary(L.Add()).apply({}, x, cos, sin), x)
+        (by_x,) = pull(x.flip(-1))
+    expected, pull = torch.func.vjp(formula, x)
+    assert_close((computed, by_x), (expected, *pull(x.flip(-1))), **CLOSE)
 
 
 def at_the_gates(params, spec, net):
