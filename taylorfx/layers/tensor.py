@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from taylorfx.layers.base import Layer, Leaves, Shape, ShapeError, broadcast, names
 from taylorfx.layers.operators import COUNT, DEVICE, DTYPE, DTYPES, SLOT, check_arguments, operator
-from taylorfx.layers.roles import Memory, Recomputed, Role, Viewing
+from taylorfx.layers.roles import Memory, Pointwise, Recomputed, Role, Viewing
 from taylorfx.layers.shape import refine
 from taylorfx.layers.sizes import Size, rescaled
 
@@ -133,7 +133,11 @@ class Elementwise(_Operator):
 
     def roles(self) -> tuple[Role, ...]:
         square = self.op == "pow.Tensor_Scalar" and self.args == ((SLOT, 0), 2) and not self.kwargs
-        return (Recomputed(),) if square else ()
+        return (Pointwise(_slope_of_square), Recomputed()) if square else ()
+
+
+def _slope_of_square(kept: Tensor, gradient: Tensor, over: bool) -> Tensor:
+    return (gradient.mul_(kept) if over else gradient * kept).mul_(2)
 
 
 @dataclass(frozen=True)
@@ -344,7 +348,8 @@ class Reduce(Layer):
         return () if self.op == "sum" else tuple(f"s{k}" for k in range(8))
 
     def roles(self) -> tuple[Role, ...]:
-        return (Memory(keeps_input=False),) if self.op in ("mean", "sum") else ()
+        linear = self.op in ("mean", "sum")  # the gradient by a sum's input is a view of that by the sum
+        return (Memory(keeps_input=False, new_gradient=self.op == "mean"),) if linear else ()
 
     def signature(self, *shapes: Shape) -> str | None:
         rank = len(shapes[0])

@@ -82,7 +82,8 @@ class _Gated(Function):
 
     @staticmethod
     def forward(gate: Tensor, x: Tensor, activation: Layer, over: bool) -> Tensor:
-        return activation.apply({}, gate) * x
+        value = activation.apply({}, gate)
+        return value * x if value is gate or vectorized(x) else value.mul_(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -24,6 +24,7 @@ from taylorfx.rewrite.fused import fused_attention
 from taylorfx.rewrite.gated import gated_products
 from taylorfx.rewrite.in_place import written_over
 from taylorfx.rewrite.parts import slices_as_parts
+from taylorfx.rewrite.rotary import rotations
 from taylorfx.rewrite.scales import norms_as_scales
 from taylorfx.rewrite.unused import unused_positions
 from taylorfx.tree import Params, flatten
@@ -87,6 +88,7 @@ PASSES: tuple[Pass, ...] = (
     folded,
     norms_as_scales,
     gated_products,
+    rotations,
     written_over,
     slices_as_parts,
     fused_attention,

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from unittest.mock import patch
 
 import optree
 import pytest
@@ -19,6 +20,7 @@ from taylorfx import Input, Node, Spec, residual, serial
 from taylorfx import layers as L
 from taylorfx.layers.roles import Pointwise
 from taylorfx.network.run import evaluate, gating
+from taylorfx.rewrite import rotary
 from taylorfx.rewrite.draft import Draft
 from taylorfx.rewrite.lean import PASSES, lean
 from taylorfx.rewrite.unused import Only, unused_positions
@@ -51,6 +53,18 @@ def attention(causal: bool = False, masked: tuple[Node, ...] = ()) -> Spec:
 
 
 MASK = Node("mask", L.Parameter((3, 3), std=1.0))  # the same for all examples
+
+
+def rotated(order: tuple[str, str] = ("neg", "low"), sin: tuple[int, ...] = (3, 4), also: str = "q_heads") -> Spec:
+    """Attention with a rotary embedding of its queries, which are multiplied by ``also``."""
+    x, low, high, neg = "q_heads", L.Slice(3, 0, 2), L.Slice(3, 2, 4), L.Elementwise("neg.default", (("$", 0),))
+    nodes = [Node("cos", L.Parameter((3, 4), std=1.0)), Node("sin", L.Parameter(sin, std=1.0))]
+    nodes += [Node("by_cos", L.Multiply(), ("cos", x)), Node("low", low, (x,)), Node("high", high, (x,))]
+    nodes += [Node("neg", neg, ("high",)), Node("turned", L.Concat(3), order)]
+    nodes += [Node("by_sin", L.Multiply(), ("turned", "sin")), Node("rotary", L.Add(), ("by_sin", "by_cos"))]
+    nodes += [Node("query", L.Multiply(), ("rotary", also))]
+    *before, last, flat, head = attention()
+    return Spec((*before, *nodes, replace(last, inputs=("query", *last.inputs[1:])), flat, head))
 
 
 def activated(layer: tfx.Layer) -> Spec:
@@ -261,6 +275,10 @@ LEAN: dict[str, tuple[Spec, list[str]]] = {
         attention(masked=(Node("low", L.Linear(4, 3), ("embed",)), Node("mask", L.View((1, 1, 3, 3)), ("low",)))),
         [],
     ),
+    "rotated": (rotated(), ["ScaledDotProduct", "Add"]),
+    "rotated by one angle": (rotated(sin=(1,)), ["ScaledDotProduct", "Add"]),
+    "halves in their order": (rotated(("low", "neg")), ["ScaledDotProduct"]),
+    "rotated and used between": (rotated(also="by_cos"), ["ScaledDotProduct"]),
     "layer norms": (activated(L.LayerNorm(6)), []),
     "layer norms without bias": (activated(L.LayerNorm(6, bias=False)), []),
     "layer norms without parameters": (activated(L.LayerNorm(6, elementwise_affine=False)), []),
@@ -374,7 +392,7 @@ def test_what_can_be_lean_is(name):
     net = network(spec)
     _, small, _ = copied(net)
     was = {node.name: type(node.layer).__name__ for node in spec}
-    kinds = ("Over", "Scale", "Fused", "Part")
+    kinds = ("Over", "Scale", "Fused", "Part", "Rotary")
     changes = Counter(was[node.name] for node in small if type(node.layer).__name__ in kinds)
     assert changes == Counter(changed)
 
@@ -427,6 +445,25 @@ def test_a_lean_copy_has_the_same_derivatives(net):
     if coupling.names == net.coupling.names:  # otherwise a norm that is gone alone tied them, or other layers name them
         computed = tfx.derivatives(params, spec, *net.batch, coupling, fold=False)
         assert_close(computed[:3], expected[:3], **CLOSE)
+
+
+@given(st.integers(1, 40), *[st.integers(1, 3)] * 3, st.booleans(), st.sampled_from([(0, 1, 2, 3), (0, 2, 1, 3)]))
+def test_a_rotation_in_pieces_is_its_formula(piece, heads, t, half, one_angle, order):
+    """Value and derivative, in every order of memory; every position may have the same angle."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = (2, heads, t, 2 * half)
+    x = torch.randn([sizes[k] for k in order], dtype=torch.float64, generator=generator).permute(order)
+    cos, sin = (torch.randn(1 if one_angle else t, 2 * half, dtype=torch.float64, generator=generator) for _ in "cs")
+
+    def formula(x):
+        one, other = x[..., :half], x[..., half:]
+        return x * cos + torch.cat([-other, one], -1) * sin
+
+    with patch.object(rotary, "PIECE", piece):
+        computed, pull = torch.func.vjp(lambda x: rotary.Rotary(L.Add()).apply({}, x, cos, sin), x)
+        (by_x,) = pull(x.flip(-1))
+    expected, pull = torch.func.vjp(formula, x)
+    assert_close((computed, by_x), (expected, *pull(x.flip(-1))), **CLOSE)
 
 
 def at_the_gates(params, spec, net):

@@ -91,7 +91,7 @@ KEPT_AT = {
         serial(Input((2, 4, 4)), up=L.Conv2d(2, 4, 1), gelu=L.GELU(), down=L.Conv2d(4, 2, 1)), None, 0, False,
     ),
     "a square before a mean": (
-        serial(Input((3, 4)), up=L.Linear(4, 4), square=SQUARE, down=L.Reduce("mean", (2,))), ("square", 0), 1, False,
+        serial(Input((3, 4)), up=L.Linear(4, 4), square=SQUARE, down=L.Reduce("mean", (2,))), ("square", 0), 1, True,
     ),
     "read by two layers": (shared(L.Linear(4, 4), L.GELU()), ("a", 0), 1, False),
 }  # fmt: skip
