@@ -7,7 +7,6 @@ with a plan, Torch-Pruning too, so that cost, repair and fine-tuning are the sam
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -138,35 +137,22 @@ class Stepwise:
 
 @dataclass(frozen=True)
 class Prune:
-    """What `tfx.prune` does by default for each share, written out as the plans are wanted."""
-
-    case: Case
-
-    def __call__(self, shares: Sequence[float]) -> Plans:
-        return {share: self.plan(share) for share in shares}
-
-    def plan(self, share: float) -> tfx.Plan:
-        steps = math.ceil(math.log(share) / math.log(0.9) - 1e-9)
-        budgets = tfx.schedule.exponential(BUDGETS[self.case.by][0](share), steps)
-        return [*Stepwise(self.case).along(budgets)][-1]
-
-
-@dataclass(frozen=True)
-class Repaired:
-    """What `tfx.prune` does with a repair after every step; ``options`` are its other keywords."""
+    """What `tfx.prune` does for each share, by default or with these keywords."""
 
     case: Case
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, shares: Sequence[float]) -> Plans:
         case = self.case
-        return {
-            share: tfx.prune(
-                case.params, case.spec, case.batches, loss=case.loss, repair=tfx.reconstruct, **self.options,
-                **case.asked(share),
-            ).plan
-            for share in shares
-        }  # fmt: skip
+        prune = partial(tfx.prune, case.params, case.spec, case.batches, loss=case.loss, **self.options)
+        return {share: prune(**case.asked(share)).plan for share in shares}
+
+
+def drawn(case: Case, generator: torch.Generator) -> Case:
+    """The same with labels drawn from the network itself."""
+    with torch.no_grad():
+        batches = [(x, tfx.criteria.sampled(tfx.apply(case.params, case.spec, x), generator)) for x, _ in case.batches]
+    return replace(case, batches=batches)
 
 
 def of_outputs(case: Case, generator: torch.Generator) -> Case:
@@ -206,12 +192,14 @@ def contestants(case: Case, seed: int) -> dict[str, Contestant]:
     scores["compat"] = tfx.criteria.compat(raw, coupling)
     generator = torch.Generator().manual_seed(seed)
     scores |= {f"random {k}": tfx.criteria.random(coupling, generator) for k in range(DRAWS)}
-    outputs = of_outputs(case, generator)
+    outputs, repaired = of_outputs(case, generator), {"repair": tfx.reconstruct}
     return {
         "prune": Prune(case),
-        "prune, repaired at every step": Repaired(case),
-        "prune, repaired once": Repaired(case, {"steps": 1}),
-        "joint, repaired at every step": Repaired(case, {"steps": 4, "choose": partial(tfx.joint, cautious=True)}),
+        "prune, repaired at every step": Prune(case, repaired),
+        "prune, repaired once": Prune(case, repaired | {"steps": 1}),
+        "joint, repaired at every step": Prune(
+            case, repaired | {"steps": 4, "choose": partial(tfx.joint, cautious=True)}
+        ),
         "joint": Joint(case, stats),
         "joint, cautious": Joint(case, stats, cautious=True),
         "joint without swaps": Joint(case, stats, swaps=False),
@@ -224,6 +212,7 @@ def contestants(case: Case, seed: int) -> dict[str, Contestant]:
         f"fisher {per}, measured at every step": Stepwise(case, tfx.fisher),
         **{name: Ranked(case, values, per_cost=True) for name, values in priced.items()},
         **{name: Ranked(case, values) for name, values in scores.items()},
+        **({"prune, labels drawn": Prune(drawn(case, generator))} if case.loss is F.cross_entropy else {}),
         **(torch_prunings(case) if torch_pruning else {}),
     }
 

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from _contestants import MOST, Case, Prune, contestants, torch_pruning
+from _contestants import MOST, Case, contestants, torch_pruning
 from _networks import TRAINED, After, Before, Inverted, Stages, VisionTransformer, noisy_digits
 from _tables import MARKERS, Interval, choices, duels, fidelities, interval, summary, table
 
 import taylorfx as tfx
-from taylorfx.testing.laws import assert_trees_equal
 
 NETWORKS = {
     "before": (lambda: Stages(Before, 8, 1, bare=True), 8, ()),
@@ -43,18 +42,6 @@ def test_every_contestant_answers_with_a_plan_within_the_budget(name):
                 assert kept >= math.floor((1 - MOST) * size), contestant
                 if any(fnmatchcase(plan.coupling.scopes[scope], glob) for glob in protect):
                     assert kept == size, contestant
-
-
-@pytest.mark.parametrize("share", [0.85, 0.5])
-def test_what_is_called_prune_is_what_prune_does(share):
-    torch.manual_seed(0)
-    module, generator = Stages(Before, 8, 1, bare=True).eval(), torch.Generator().manual_seed(0)
-    batches = [(torch.randn(8, 1, 8, 8, generator=generator), torch.randint(10, (8,), generator=generator))]
-    params, spec = tfx.from_torch(module, batches[0][0][:2])
-    plan = Prune(Case(params, spec, module, batches))([share])[share]
-    small, smaller = tfx.prune(params, spec, batches, budget=tfx.Flops(share), most=MOST)
-    assert smaller == plan.spec
-    assert_trees_equal(small, tfx.cut(params, plan))
 
 
 def test_the_transformers_protected_scopes_leave_heads_and_hidden_units():

@@ -38,7 +38,7 @@ from taylorfx.tree import Params, flatten
 __all__ = [
     "Criterion", "Normalizer", "activation_mean", "activation_std", "apoz", "batchnorm_scale", "compat",
     "fisher", "per_layer_l2", "per_layer_max", "per_layer_mean", "random", "reap",
-    "second_order", "signed", "taylor", "taylor_squared", "unnormalized", "weight_l1", "weight_l2",
+    "sampled", "second_order", "signed", "taylor", "taylor_squared", "unnormalized", "weight_l1", "weight_l2",
 ]  # fmt: skip
 
 Normalizer = Callable[[Tensor, Coupling], Tensor]
@@ -114,6 +114,28 @@ def fisher(stats: Statistics, coupling: Coupling, *, normalizer: Normalizer = un
     """``E[g^2] / 2``: the loss change if the network is at a minimum (Theis et al. 2018, eq. 8)."""
     _own(stats, coupling)
     return normalizer(stats.sum_sq / (2 * stats.n), coupling)
+
+
+def sampled(scores: Tensor, generator: torch.Generator) -> Tensor:
+    """Labels for `cross_entropy`, drawn from the distributions that a network's scores are: ``(N, ...)``.
+
+    ::
+
+        batches = [(x, sampled(tfx.apply(params, spec, x), generator)) for x, _ in batches]
+
+    Measured with these, `fisher` estimates half the diagonal of the network's Fisher information, and `joint` takes its
+    Gram matrix for the curvature; with given labels it is the "empirical" one (Kunstner et al. 2019, arXiv 1905.12558).
+    No labels are needed, and derivatives do not vanish where all examples are classified well.
+
+    Args:
+        scores: ``(N, classes, ...)``, as `cross_entropy` takes them.
+
+    >>> sampled(torch.tensor([[0.0, 99.0], [99.0, 0.0]]), torch.Generator().manual_seed(0))
+    tensor([1, 0])
+    """
+    probabilities = scores.detach().movedim(1, -1).softmax(-1)
+    drawn = torch.multinomial(probabilities.flatten(0, -2), 1, generator=generator)
+    return drawn.reshape(probabilities.shape[:-1])
 
 
 def signed(stats: Statistics, coupling: Coupling, *, normalizer: Normalizer = unnormalized) -> Tensor:

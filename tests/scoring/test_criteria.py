@@ -196,3 +196,29 @@ def test_statistics_are_one_line():
     whole = tfx.measure(params, spec, (x, y), coupling, per_example=False, loss=nn.functional.cross_entropy)
     assert repr(whole) == f"Statistics(1 batch, 9 units of whole batches, mean loss {loss:.4g})"
     assert repr(tfx.Statistics.neutral(coupling.names)) == "Statistics(0 examples in 0 batches, 9 units)"
+
+
+def test_by_labels_drawn_from_the_network_the_fisher_is_its_fisher_information():
+    """The mean over draws is the sum over all classes, each by its probability; by other labels it is not."""
+    spec = tfx.serial(tfx.Input((3,)), L.Linear(3, 5), L.Tanh(), L.Linear(5, 4))
+    generator = torch.Generator().manual_seed(0)
+    params = tfx.tree.unflatten({path: 2 * leaf for path, leaf in tfx.tree.flatten(tfx.init(spec, generator)).items()})
+    coupling, x = tfx.couple(params, spec), torch.randn(3, 3, generator=generator)
+    scores = tfx.apply(params, spec, x)
+    squares = [tfx.derivatives(params, spec, x, torch.full((3,), k), coupling).summed.square() for k in range(4)]
+    exact = sum(scores.softmax(1)[:, k, None] * squares[k] for k in range(4)).mean(0) / 2
+    many = x.repeat(4000, 1)
+    drawn = tfx.criteria.sampled(scores.repeat(4000, 1), generator)
+    torch.testing.assert_close(
+        tfx.fisher(tfx.measure(params, spec, (many, drawn), coupling), coupling), exact, rtol=0.05, atol=1e-4
+    )
+    uniform = torch.randint(4, (len(many),), generator=generator)
+    others = tfx.fisher(tfx.measure(params, spec, (many, uniform), coupling), coupling)
+    assert ((others - exact).abs() > 0.1 * exact).any()
+
+
+def test_labels_are_drawn_for_every_position():
+    scores = torch.full((2, 3, 5, 4), -99.0)
+    wanted = torch.randint(3, (2, 5, 4), generator=torch.Generator().manual_seed(0))
+    scores.scatter_(1, wanted[:, None], 99.0)
+    assert torch.equal(tfx.criteria.sampled(scores, torch.Generator().manual_seed(1)), wanted)
