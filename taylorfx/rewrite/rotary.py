@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,7 +33,7 @@ class Rotary(StandIn):
 
     def apply(self, params: Leaves, *inputs: Tensor) -> Tensor:
         x, cos, sin = inputs
-        wide = torch.broadcast_shapes(x.shape, cos.shape, sin.shape) != x.shape or vectorized(x)
+        wide = np.broadcast_shapes(x.shape, cos.shape, sin.shape) != x.shape or vectorized(x)
         if wide or not x.dtype == cos.dtype == sin.dtype or any(a.shape[-1] != x.shape[-1] for a in (cos, sin)):
             one, other = x.chunk(2, -1)
             return x * cos + torch.cat([-other, one], -1) * sin
