@@ -114,6 +114,7 @@ def parser() -> argparse.ArgumentParser:
         "(default: %(default)s)")  # fmt: skip
     add("--protect", nargs="+", default=[], metavar="GLOB", help='what stays: "*: hidden", "*q_proj*"')
     add("--depth", action="store_true", help="whole layers may leave, too, but for the first")
+    add("--per-layer", action="store_true", help="layers may differ, by per_layer_config and a file of code in --out")
     add("--dtype", choices=DTYPES, help="of the weights (default: that of the folder)")
     add("--seed", type=int, default=0, help="of the sequences that are drawn (default: %(default)s)")
     return whole
@@ -254,11 +255,12 @@ def _run(options: argparse.Namespace) -> None:
 
     print("Finding out what the config can hold", flush=True)
     _check_memory(options, coupling)
-    constraints = wanted.also(huggingface.holdable(*loaded, branches=options.depth), coupling)
+    held = huggingface.holdable(*loaded, branches=options.depth, per_layer=options.per_layer)
+    constraints = wanted.also(held, coupling)
     print(f"Measuring on {len(measured)} sequences of {length} tokens", flush=True)
     plan, small, smaller = _pruned(options, loaded.params, coupling, texts.batches(measured, names, size), constraints)
     print(f"Writing {options.out}", flush=True)
-    model = huggingface.save_pretrained(options.out, small, smaller, like=loaded.model)
+    model = huggingface.save_pretrained(options.out, small, smaller, like=loaded.model, per_layer=options.per_layer)
     quality = _Sides("perplexity, held out", before, huggingface.perplexity(model, tests))
     print(f"\n{plan}\n\n{_report(plan, quality)}\n\n{options.out} was written in {time.perf_counter() - start:.0f} s")
 

@@ -28,8 +28,8 @@ from torch import nn
 from taylorfx.layers import Shape
 
 __all__ = [
-    "Axis", "ConfigError", "Field", "Form", "check_model", "config_of", "library", "no_size", "numbers_of",
-    "refusal", "set_fields", "shapes_of",
+    "Axis", "Changes", "ConfigError", "Field", "Form", "Number", "Shapes", "check_model", "config_of", "library",
+    "no_size", "numbers_of", "refusal", "set_fields", "shapes_of",
 ]  # fmt: skip
 
 Key = tuple[str | int, ...]
@@ -287,7 +287,7 @@ def refusal(cls: Any, config: object, lines: Sequence[str]) -> str:
         f"No {type(config).__name__} describes {cls.__name__} with these layers:\n  "
         + "\n  ".join(shown)
         + "\ntaylorfx.interop.huggingface.holdable(model, params, spec) gives constraints for `prune` under which "
-        "there is one. taylorfx.to_torch and taylorfx.save keep any network."
+        "there is one; with per_layer=True layers may differ. taylorfx.to_torch and taylorfx.save keep any network."
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +32,7 @@ def holdable(
     example_kwargs: Mapping[str, object] | None = None,
     *,
     branches: bool = False,
+    per_layer: bool = False,
     progress: bool = False,
 ) -> Constraints:
     """What a model's class and its config can hold: constraints under which `save_pretrained` takes what is cut.
@@ -42,8 +43,8 @@ def holdable(
         params, spec = tfx.prune(params, spec, batch, budget=tfx.Flops(0.7), constraints=constraints)
 
     A config has one number for the width of all MLPs, another for the heads of all layers: their scopes keep equal
-    numbers of units (``uniform``), each its own best. What no field sets is protected, as one dimension of one head. Of
-    experts as many stay as a router chooses (``floor``).
+    numbers of units (``uniform``), each its own best; those that it has in a list are free. What no field sets is
+    protected, as one dimension of one head. Of experts as many stay as a router chooses (``floor``).
     Which fields set which axes is found out by building the class from changed configs, without memory.
 
     With ``branches`` whole layers may leave, too::
@@ -55,17 +56,25 @@ def holdable(
     well), and the first layer stays, as a class has one. The layers that stay keep equal numbers of other units. A
     layer that is ``norm(x + f(x))``, as in BERT, leaves a norm behind, and no config has that norm alone: it stays.
 
+    With ``per_layer`` layers may differ: a config says in ``per_layer_config`` what is not alike in all of them. Few
+    classes of transformers build their layers by it; for the others `save_pretrained` writes one beside the config::
+
+        constraints = tfx.interop.huggingface.holdable(model, params, spec, per_layer=True)
+        params, spec = tfx.prune(..., constraints=constraints)
+        tfx.interop.huggingface.save_pretrained(folder, params, spec, like=model, per_layer=True)
+
     Args:
         model: the model that was captured; it is left as it is.
         params, spec: its network, before anything is cut.
         example_inputs, example_kwargs: what to compare on, as for `taylorfx.to_torch`.
         branches: the constraints are for a coupling with branches, of which those of whole layers may leave.
+        per_layer: layers may keep different numbers of units, where a class with ``per_layer_config`` can be built.
         progress: draw a bar that counts the tries, by rich.
 
     Raises:
         ConfigError: for a module without a config, and a class that cannot be built from its own.
     """
-    source = Source(model, params, spec, example_inputs, example_kwargs, (params, spec))
+    source = Source(model, params, spec, example_inputs, example_kwargs, (params, spec), per_layer=per_layer)
     with trying(type(model).__name__, progress) as advance:
         trials = _Trials(source, params, couple(params, spec, branches=branches), advance)
         rules = _jointly(trials, [*_rules(trials)])
@@ -161,10 +170,7 @@ def _rules(trials: _Trials) -> Iterator[Rule]:
     """The ways in which kinds of scopes may lose units; those that may lose none are left out."""
     left: list[tuple[int, ...]] = []
     for kind in _kinds(trials.coupling):
-        alone = Rule(tuple((scope,) for scope in kind))
-        first = Rule(((kind[0],),))
-        ways = [alone] if len(kind) == 1 or trials.holds([first]) else []
-        rule = next((x for x in (*ways, Rule((kind,))) if trials.everywhere([x]) and trials.proven([x])), None)
+        rule = next((x for x in _ways(trials, kind) if trials.everywhere([x]) and trials.proven([x])), None)
         if rule is None:
             left.append(kind)
         else:
@@ -182,8 +188,15 @@ def _rules(trials: _Trials) -> Iterator[Rule]:
                 left = [kind for kind in left if kind not in several]
     for kind in left:
         size = int(sizes[kind[0]])
-        ways = [Rule((kind,), multiple=n) for n in range(2, size // 2 + 1) if size % n == 0]
-        yield from [rule for rule in ways if trials.everywhere([rule]) and trials.proven([rule])][:1]
+        ways = (rule for n in range(2, size // 2 + 1) if size % n == 0 for rule in _ways(trials, kind, n))
+        yield from islice((rule for rule in ways if trials.everywhere([rule]) and trials.proven([rule])), 1)
+
+
+def _ways(trials: _Trials, kind: tuple[int, ...], multiple: int = 1) -> Iterator[Rule]:
+    """Every scope of a kind keeps a number of its own, if the first can lose units alone; or all keep one number."""
+    if len(kind) == 1 or trials.proven([Rule((kind[:1],), multiple)]):
+        yield Rule(tuple((scope,) for scope in kind), multiple)
+    yield Rule((kind,), multiple)
 
 
 class _Layer(NamedTuple):

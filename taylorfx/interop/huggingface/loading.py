@@ -84,11 +84,15 @@ def from_pretrained(
     return Pretrained(model, params, spec)
 
 
-def class_of(source: str | Path) -> Any:
+def class_of(source: str | Path, *, code: bool = False) -> Any:
     """The class that the config of a folder names.
 
+    Args:
+        code: run the code in the folder, if the config names some.
+
     Raises:
-        ConfigError: for a config that names none, and a folder without one.
+        ConfigError: for a config that names none, for one of unequal layers whose code is not run, and a folder
+            without one.
         FileNotFoundError: for a path where there is no folder.
     """
     transformers, folder = library(), Path(source)
@@ -97,7 +101,17 @@ def class_of(source: str | Path) -> Any:
         raise FileNotFoundError(f"A model is loaded from a folder with config.json; there is no folder {source}.")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ConfigError(f"A model is loaded from a folder with config.json; {source} has none.")
-    architectures = transformers.AutoConfig.from_pretrained(str(source)).architectures
+    config = transformers.AutoConfig.from_pretrained(str(source), trust_remote_code=code)
+    coded = [name for name in getattr(config, "auto_map", None) or () if name.startswith("AutoModel")]
+    if coded and code:
+        cls = transformers.dynamic_module_utils.get_class_from_dynamic_module(config.auto_map[coded[0]], str(source))
+        cls.register_for_auto_class(coded[0])  # so that what is saved has the code, too
+        return cls
+    if coded and config.is_heterogeneous:
+        raise ConfigError(
+            f"Layers of different sizes are built by the code in {source}. Look at it, and give trust_remote_code=True."
+        )
+    architectures = config.architectures
     kinds = [kind for kind in architectures or () if hasattr(transformers, kind)]
     if not kinds:
         raise ConfigError(
@@ -114,7 +128,7 @@ def load(source: str | Path, options: Mapping[str, Any]) -> Any:
         ConfigError: as `class_of` does; for damaged files, and for a checkpoint that has not all of the parameters or
             has them in other shapes: the library would give them random numbers.
     """
-    cls = class_of(source)
+    cls = class_of(source, code=options.get("trust_remote_code", False))
     how = {"ignore_mismatched_sizes": True, **options, "output_loading_info": True}
     try:
         model, report = cls.from_pretrained(str(source), **how)

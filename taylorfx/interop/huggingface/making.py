@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from taylorfx.interop.huggingface.by_layer import differing
 from taylorfx.interop.huggingface.depth import Layers, Stack, shallower, stacks_of
 from taylorfx.interop.huggingface.fields import (
     Changes,
     ConfigError,
     Form,
+    Shapes,
     check_model,
     config_of,
     refusal,
@@ -52,6 +54,7 @@ class Source:
         params, spec: a network of it, which may be smaller.
         network: the whole network; without one the model is captured when it is needed.
         tokens: the new numbers of tokens, of a network that has kept some (`keep_tokens`).
+        per_layer: whether layers may differ, by ``per_layer_config``.
 
     Raises:
         ConfigError: for a module that is no model of transformers, and for special tokens that are gone.
@@ -66,9 +69,11 @@ class Source:
         example_kwargs: Mapping[str, object] | None = None,
         network: tuple[Params, Spec] | None = None,
         tokens: Tensor | None = None,
+        *,
+        per_layer: bool = False,
     ) -> None:
         check_model(model)
-        self.model, self.tokens = model, tokens
+        self.model, self.tokens, self.per_layer = model, tokens, per_layer
         self.form = Form(type(model), model.config if tokens is None else _renumbered(model.config, tokens))
         self.original = Original(model, params, spec, example_inputs, example_kwargs, network)
         self.usual = shapes_of(model)
@@ -119,11 +124,31 @@ class Source:
         for layers in forms:
             try:
                 tensors = self._tensors(params, layers)
-                for changes in layers.form.solutions({path: tuple(x.shape) for path, x in tensors.items()}):
-                    yield Candidate(layers, changes, tensors)
+                shapes = {path: tuple(x.shape) for path, x in tensors.items()}
+                yield from (Candidate(*config, tensors) for config in self._configs(layers, shapes))
             except ConfigError:
                 if layers is forms[-1]:
                     raise
+
+    def _configs(self, layers: Layers, shapes: Shapes) -> Iterator[tuple[Layers, Changes]]:
+        """Configs with which the class has these shapes, those of equal layers first.
+
+        Raises:
+            ConfigError: if a field had to have several values.
+        """
+        refused = None
+        try:
+            yield from ((layers, changes) for changes in layers.form.solutions(shapes))
+        except ConfigError as error:
+            refused = error
+        if self.per_layer and len(self.stacks) == 1:
+            stack = self.stacks[0]
+            stack = stack._replace(size=len(layers.stay.get(stack, range(stack.size))))
+            for form in differing(layers.form, stack, shapes):
+                refused = None
+                yield Layers(form, layers.stay), {}
+        if refused:
+            raise refused
 
     def _tensors(self, params: Params, layers: Layers) -> dict[str, Tensor]:
         """What the smaller model saves, by path: the network's tensors, under all of their names, and what it left out.

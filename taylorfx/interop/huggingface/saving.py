@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from taylorfx.distributed import refuse_shards
+from taylorfx.interop.huggingface.by_layer import add_code
 from taylorfx.interop.huggingface.making import Source
 from taylorfx.interop.huggingface.vocabulary import write_tokenizer
 from taylorfx.network.spec import Spec
@@ -38,6 +39,7 @@ def save_pretrained(
     example_kwargs: Mapping[str, object] | None = None,
     overwrite: bool = False,
     tokens: Tensor | None = None,
+    per_layer: bool = False,
     **options: Any,
 ) -> Any:
     """Write a pruned model as a folder that ``AutoModel.from_pretrained`` takes, and return the model loaded from it.
@@ -58,6 +60,9 @@ def save_pretrained(
         tokens: the new numbers of all tokens, where some have left: ``numbers`` of `keep_tokens`. The special tokens in
             the config and the generation config get theirs. ``tokenizer.json`` is written with the kept tokens; a
             folder without one gets no tokenizer, as its other files would give the old numbers.
+        per_layer: layers may differ (`holdable`): the config says in ``per_layer_config`` in which numbers. Beside it
+            stands ``modeling_unequal.py``, a class that builds its layers by it, unless the model's own class does;
+            the folder is loaded by ``AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)`` then.
         options: further arguments of the model's ``save_pretrained``: ``max_shard_size="2GB"``.
 
     Raises:
@@ -71,14 +76,17 @@ def save_pretrained(
         raise FileExistsError(f"{target} exists; give another path, or overwrite=True to replace it.")
     refuse_shards(params)
     tokens = None if tokens is None else tokens.cpu()
-    made = Source(like, params, spec, example_inputs, example_kwargs, tokens=tokens).make(params, spec)
+    source = Source(like, params, spec, example_inputs, example_kwargs, tokens=tokens, per_layer=per_layer)
+    made = source.make(params, spec)
     with _beside(target) as folder:
         try:
+            if type(made.model) is not type(like):
+                add_code(made.model, folder)
             made.model.save_pretrained(folder, **options)
         except SafetensorError as error:
             raise OSError(f"{target} could not be written: {error}") from error
         _copy_tokenizer(like, folder, tokens)
-    return type(like).from_pretrained(target, variant=options.get("variant"))
+    return type(made.model).from_pretrained(target, variant=options.get("variant"))
 
 
 @contextmanager
