@@ -91,9 +91,10 @@ def _in_rounds(whole: Sequence[_Value], asked: Asked, per_cost: bool) -> Plan:
     first_that_fit(asked.ranked(scores.numpy()), asked)  # an error names what was asked for
     for step in range(1, ROUNDS + 1) if len(keep) else ():
         scores[torch.from_numpy(~keep)] = scores.min() - 1  # what has left stays away
+        before = keep
         try:
             now = between(asked, totals, step / ROUNDS).among(keep)
-            before, keep = keep, asked.plan(first_that_fit(asked.ranked(scores.numpy()), now)).keep
+            keep = asked.plan(first_that_fit(asked.ranked(scores.numpy()), now)).keep
         except BudgetError:  # on the way, where multiples cannot be met exactly
             if step == ROUNDS:
                 raise
