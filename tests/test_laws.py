@@ -44,7 +44,7 @@ def pinned(law):
     for name in BRANCHED:
         law = example(network(CONSTRUCTS[name], branches=True), 1)(law)
         law = example(network(CONSTRUCTS[name], branches=True), 2)(law)
-    return given(networks(), SEEDS)(law)
+    return given(networks(branches=None), SEEDS)(law)
 
 
 def plan_for(net: Network, seed: int, *, exact: bool = False) -> tfx.Plan:
@@ -127,7 +127,12 @@ def test_the_new_spec_describes_the_cut_parameters_and_has_the_surviving_units(n
     assert plan.gone or len(again) == plan.keep.sum() - lone
 
 
-@given(networks(homogeneous_specs().filter(lambda spec: all(not isinstance(n.layer, L.Slice) for n in spec))), SEEDS)
+@given(
+    networks(
+        homogeneous_specs().filter(lambda spec: all(not isinstance(n.layer, L.Slice) for n in spec)), branches=None
+    ),
+    SEEDS,
+)
 @example(network(CONSTRUCTS["residual stream"]), 3)
 @example(network(CONSTRUCTS["flatten"]), 3)
 def test_permuting_units_permutes_the_scores(net, seed):
@@ -174,7 +179,7 @@ def permute(leaf, ids, order):
     return leaf
 
 
-@given(networks(), SEEDS)
+@given(networks(branches=None), SEEDS)
 def test_statistics_add_up_to_those_of_the_union_in_any_order(net, seed):
     other = batch_for(net.spec, torch.Generator().manual_seed(seed), 2)
     union = ({k: torch.cat([net.batch[0][k], other[0][k]]) for k in other[0]}, torch.cat([net.batch[1], other[1]]))
@@ -254,7 +259,7 @@ def test_per_example_rows_equal_batches_of_one(net, seed):
         assert_close(means[k : k + 1], mean, **CLOSE)
 
 
-@given(networks(homogeneous_specs()), SEEDS)
+@given(networks(homogeneous_specs(), branches=None), SEEDS)
 @example(network(CONSTRUCTS["residual stream"]), 0)
 @example(network(CONSTRUCTS["groups without bias"]), 0)
 def test_derivatives_at_the_reads_equal_those_at_the_writes_on_homogeneous_networks(net, seed):
@@ -348,7 +353,7 @@ def test_the_marginal_cost_of_a_unit_is_what_leaves_with_it(net, seed):
 BUDGETS = st.sampled_from([tfx.Units, tfx.Parameters, tfx.Flops])
 
 
-@given(networks(), SEEDS, BUDGETS, st.lists(st.floats(0.3, 1.0), min_size=2, max_size=2), st.booleans())
+@given(networks(branches=None), SEEDS, BUDGETS, st.lists(st.floats(0.3, 1.0), min_size=2, max_size=2), st.booleans())
 def test_budgets_are_met_and_monotone(net, seed, kind, shares, per_layer):
     coupling = net.coupling
     scores = torch.rand(len(coupling), generator=torch.Generator().manual_seed(seed))
@@ -384,7 +389,7 @@ def test_budgets_are_met_and_monotone(net, seed, kind, shares, per_layer):
         assert len(rest)
 
 
-@given(networks(), SEEDS, st.integers(1, 3), st.floats(0.2, 0.9), st.sampled_from([1, 2]), st.booleans())
+@given(networks(branches=None), SEEDS, st.integers(1, 3), st.floats(0.2, 0.9), st.sampled_from([1, 2]), st.booleans())
 def test_constraints_hold(net, seed, floor, most, multiple, exact_only):
     coupling = net.coupling
     assume(len(coupling))
@@ -409,7 +414,7 @@ def test_constraints_hold(net, seed, floor, most, multiple, exact_only):
     assert not (plan.leaving & ~coupling.exact).any() or not exact_only
 
 
-@given(networks(specs(), branches=False), SEEDS)
+@given(networks(specs()), SEEDS)
 def test_equal_scores_leave_in_the_stated_order(net, seed):
     coupling = net.coupling
     assume(len(coupling) > len(coupling.axes) + 2)

@@ -265,12 +265,14 @@ def token_specs(draw: st.DrawFn, *, any_length: bool = False) -> Spec:
 
 
 @st.composite
-def networks(draw: st.DrawFn, kinds: st.SearchStrategy[Spec] | None = None, *, branches: bool | None = None) -> Network:
+def networks(
+    draw: st.DrawFn, kinds: st.SearchStrategy[Spec] | None = None, *, branches: bool | None = False
+) -> Network:
     """A random spec with random parameters and a random batch, in float64, coupled.
 
     Args:
         kinds: the strategy for the spec; by default `specs` or `token_specs`.
-        branches: whether residual branches are units, too; by default they are in some of the networks.
+        branches: whether residual branches are units, too; ``None`` for some of the networks.
     """
     spec = draw(st.one_of(specs(), token_specs()) if kinds is None else kinds)
     seed = draw(st.integers(0, 2**16))
