@@ -11,6 +11,7 @@ A pass asks ``layer.role(Mixing)`` and never for a class, so a layer from outsid
 | `Pointwise` | a function of every number alone, with this derivative | taps, the lean copy |
 | `Recomputed` | cheaply, from an input that torch keeps | taps |
 | `Viewing`, `Slicing` | the same numbers along other axes; some positions of an axis | all rewrites |
+| `Joining` | its inputs one after the other along an axis | the lean copy |
 | `Sum`, `Product`, `Constant` | ``x + y``; ``x * y``; one of its parameters | folding, the lean copy |
 | `Attending` | scaled dot-product attention | the lean copy |
 | `Experts` | every row by the expert that was chosen for it | names of scopes, the criterion `reap` |
@@ -38,9 +39,8 @@ if TYPE_CHECKING:
     from taylorfx.layers.base import Layer
 
 __all__ = [
-    "Attending", "ChannelAffine", "Constant", "Experts", "Memory", "Mixing", "Normalizing", "Pointwise", "Product",
-    "Recomputed",
-    "Role", "RunningStatistics", "Slicing", "Sum", "Viewing",
+    "Attending", "ChannelAffine", "Constant", "Experts", "Joining", "Memory", "Mixing", "Normalizing", "Pointwise",
+    "Product", "Recomputed", "Role", "RunningStatistics", "Slicing", "Sum", "Viewing",
 ]  # fmt: skip
 
 Leaves = Mapping[str, Tensor]
@@ -302,6 +302,18 @@ class Slicing(Role):
     dim: int
     start: int
     stop: int
+
+
+@dataclass(frozen=True)
+class Joining(Role):
+    """Its inputs one after the other along axis ``dim``.
+
+    >>> from taylorfx import layers as L
+    >>> L.Concat(1).role(Joining)
+    Joining(dim=1)
+    """
+
+    dim: int
 
 
 @dataclass(frozen=True)

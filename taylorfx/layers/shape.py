@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from taylorfx.layers.base import Layer, Leaves, Shape, ShapeError, as_tuple, broadcast, names
-from taylorfx.layers.roles import Product, Role, Slicing, Sum, Viewing
+from taylorfx.layers.roles import Joining, Product, Role, Slicing, Sum, Viewing
 
 __all__ = [
     "Add", "ChannelShuffle", "Choose", "Concat", "Flatten", "Input", "Multiply", "Permute", "PixelShuffle",
@@ -140,6 +140,9 @@ class Concat(Layer):
     """``torch.cat`` along ``dim``."""
 
     dim: int = 1
+
+    def roles(self) -> tuple[Role, ...]:
+        return (Joining(self.dim),)
 
     def signature(self, *shapes: Shape) -> str:
         return _joined(self.dim, len(shapes[0]), len(shapes))

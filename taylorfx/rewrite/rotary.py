@@ -17,8 +17,7 @@ from torch import Tensor
 from taylorfx.internals import Function, vectorized
 from taylorfx.layers import Elementwise, Leaves
 from taylorfx.layers.operators import SLOT
-from taylorfx.layers.roles import Product, Slicing, Sum
-from taylorfx.layers.shape import Concat
+from taylorfx.layers.roles import Joining, Product, Slicing, Sum
 from taylorfx.network.spec import Node
 from taylorfx.rewrite.draft import Draft, StandIn
 
@@ -133,7 +132,7 @@ def _turned(name: str, x: str, draft: Draft) -> tuple[str, ...]:
     *axes, size = draft.coupling.bounds[x].shape
     last, half = len(axes), size // 2
     negative, low = (spec[part] for part in cat.inputs)
-    if cat.layer != Concat(last) or negative.layer != NEGATIVE or size % 2:
+    if cat.layer.role(Joining) != Joining(last) or negative.layer != NEGATIVE or size % 2:
         return ()
     high = spec[negative.inputs[0]]
     slices = [part.layer.role(Slicing) for part in (low, high)]

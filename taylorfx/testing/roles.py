@@ -16,6 +16,7 @@ from taylorfx.layers.roles import (
     ChannelAffine,
     Constant,
     Experts,
+    Joining,
     Memory,
     Mixing,
     Normalizing,
@@ -210,6 +211,10 @@ def _slicing(layer: Layer, role: Slicing, leaves: Leaves, inputs: Sequence[Tenso
     _equal(layer, role, "the positions of the axis", layer.apply(leaves, x), stated)
 
 
+def _joining(layer: Layer, role: Joining, leaves: Leaves, inputs: Sequence[Tensor]) -> None:
+    _equal(layer, role, "its inputs along the axis", layer.apply(leaves, *inputs), torch.cat([*inputs], role.dim))
+
+
 def _sum(layer: Layer, role: Sum, leaves: Leaves, inputs: Sequence[Tensor]) -> None:
     _equal(layer, role, "the sum of its inputs", layer.apply(leaves, *inputs), reduce(torch.add, inputs))
 
@@ -239,6 +244,7 @@ CHECKS: Mapping[type[Role], Callable[[Layer, Any, Leaves, Sequence[Tensor]], Non
     ChannelAffine: _channel_affine,
     Constant: _constant,
     Experts: _experts,
+    Joining: _joining,
     Memory: _memory,
     Mixing: _mixing,
     Normalizing: _normalizing,

@@ -203,6 +203,7 @@ STATED = {
     L.Reshape((4,)): {R.Viewing},
     L.Flatten(): {R.Viewing},
     L.Slice(1, 0, 2): {R.Slicing},
+    L.Concat(1): {R.Joining},
     L.Add(): {R.Sum},
     L.Multiply(): {R.Product},
     L.Parameter((4,)): {R.Constant},
@@ -210,7 +211,7 @@ STATED = {
     L.Buffer((4,), expand=True): set(),
     L.ScaledDotProduct(0.5): {R.Attending},
     L.ExpertLinear(4, 3, 5, 2): {R.Experts},
-    L.Elementwise("pow.Tensor_Scalar", (("$", 0), 2)): {R.Recomputed},
+    L.Elementwise("pow.Tensor_Scalar", (("$", 0), 2)): {R.Pointwise, R.Recomputed},
     L.Elementwise("pow.Tensor_Scalar", (("$", 0), 3)): set(),
     L.Reduce("mean", (1,)): {R.Memory},
     L.Reduce("sum", (1,)): {R.Memory},
@@ -401,7 +402,7 @@ def test_a_role_that_is_not_true_is_found_out(name):
         check_layer(layer, shape, seeds=range(1))
 
 
-@pytest.mark.parametrize(("layer", "role"), [(L.Multiply, R.Sum()), (L.Add, R.Product())])
+@pytest.mark.parametrize(("layer", "role"), [(L.Multiply, R.Sum()), (L.Add, R.Product()), (L.Add, R.Joining(1))])
 def test_a_role_of_several_inputs_that_is_not_true_is_found_out(layer, role):
     with pytest.raises(AssertionError, match=f"role {type(role).__name__}"):
         check_layer(lying(layer, roles=says(role)), (4,), (4,), seeds=range(1))
