@@ -22,9 +22,10 @@ MODELS: dict[str, list[Size]] = {
     "resnet50": [(8, 160), (32, 160)], "mobilenet_v2": [(8, 160), (32, 160)], "densenet121": [(8, 160), (32, 160)],
     "vgg16_bn": [(4, 128), (16, 128)], "convnext_tiny": [(8, 160), (32, 160)], "bert": [(4, 128), (16, 128)],
     "vit_b_16": [(4, 224), (16, 224)], "llama": [(1, 2048), (1, 4096)], "llama_bfloat16": [(1, 2048)],
+    "llama_float16": [(1, 2048)],
 }  # fmt: skip
 QUICK: dict[str, list[Size]] = {"resnet18": [(4, 96)], "mobilenet_v2": [(4, 96)], "convnext_tiny": [(2, 96)]}
-LONG = ("llama", "llama_bfloat16")  # 4 layers, 8 heads of 64, a loss for every token
+LONG = ("llama", "llama_bfloat16", "llama_float16")  # 4 layers, 8 heads of 64, a loss for every token
 TOKENS = ("bert", "vit_b_16", *LONG)  # where no image goes through convolutions
 
 KINDS = {
@@ -81,7 +82,7 @@ def model(name: str, size: Size) -> tuple[nn.Module, Tensor, Tensor]:
         sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "num_attention_heads": 8}
         config = LlamaConfig(vocab_size=1000, max_position_embeddings=8192, use_cache=False, **sizes)
         tokens = torch.randint(999, (count, length + 1))
-        dtype = torch.bfloat16 if name.endswith("bfloat16") else torch.float32
+        dtype = getattr(torch, name.removeprefix("llama").removeprefix("_") or "float32")
         return Logits(LlamaForCausalLM(config)).eval().to(dtype), tokens[:, :-1], tokens[:, 1:]
     module = models.get_model(name, weights=None).eval()
     return module, torch.randn(count, 3, length, length), torch.arange(count) % 10
@@ -159,7 +160,7 @@ def passes(name: str, size: Size, kinds: tuple[str, ...]) -> dict[str, Callable[
 
 def ours(name: str, module: nn.Module, x: Tensor, y: Tensor, kinds: tuple[str, ...]) -> dict[str, Callable[[], object]]:
     """Our own passes. The lean copy is made beforehand, as `taylorfx.measure` does once for all batches of a call."""
-    params, spec = tfx.from_torch(module, (x[:, :64] if name == "llama" else x,))  # which holds at any length
+    params, spec = tfx.from_torch(module, (x[:, :64] if name in LONG else x,))  # which holds at any length
     coupling = tfx.couple(params, spec)
     copies = {last: lean(params, coupling, channels_last=last) for last in (False, True)}
     again = tfx.couple(*copies[True])  # which has the same reads

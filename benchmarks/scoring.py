@@ -38,7 +38,7 @@ HELD = [kind for kind in KINDS if kind not in ("limit", "copy")]
 TARGETS = {
     "resnet50": (0.68, 0.50), "mobilenet_v2": (0.55, 0.45), "densenet121": (0.75, 0.65), "vgg16_bn": (0.58, 0.50),
     "convnext_tiny": (0.65, 0.60), "bert": (0.62, 0.62), "vit_b_16": (0.62, 0.62), "llama": (0.75, 0.75),
-    "llama_bfloat16": (0.75, 0.75),
+    "llama_bfloat16": (0.75, 0.75), "llama_float16": (0.75, 0.75),
 }  # fmt: skip
 """What ``same`` and ``measure`` are to cost at most, as shares of the full pass."""
 
