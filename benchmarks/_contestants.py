@@ -7,7 +7,9 @@ with a plan, Torch-Pruning too, so that cost, repair and fine-tuning are the sam
 from __future__ import annotations
 
 import copy
+import time
 import warnings
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -38,14 +40,21 @@ STEPS = 10
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 Plans = Mapping[float, tfx.Plan]
-"""By the share of the FLOPs, or of the parameters, that may remain."""
+"""By the share of the FLOPs, of the parameters, or of the measured time, that may remain."""
 
 Contestant = Callable[[Sequence[float]], Plans]
 
 Collect = Callable[[nn.Module, Loss, Batches], None]
 """Gives every parameter the ``.grad`` that an importance of Torch-Pruning looks at."""
 
-BUDGETS = {"FLOPs": (tfx.Flops, tfx.cost.flops), "parameters": (tfx.Parameters, tfx.cost.parameters)}
+BUDGETS = ("FLOPs", "parameters", "time")
+
+CLOCK = tfx.cost.Pace(error=0.01, seconds=2.0, clock=time.process_time)
+
+
+def timings() -> tfx.cost.Timings:
+    """Whole networks on batches of 256, as many as make layers of this size worth their calls."""
+    return tfx.cost.Timings(batch=256, pace=CLOCK)
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,8 @@ class Case:
     Attributes:
         module: the same network for Torch-Pruning.
         protect: globs of the scopes that stay whole.
-        by: what the shares are of: ``"FLOPs"`` or ``"parameters"``.
+        by: what the shares are of, of `BUDGETS`.
+        timings: what the time is measured by, once for all contestants.
     """
 
     params: tfx.Params
@@ -65,22 +75,35 @@ class Case:
     loss: Loss = F.cross_entropy
     protect: tuple[str, ...] = ()
     by: str = "FLOPs"
+    timings: tfx.cost.Timings = field(default_factory=timings)
 
     @cached_property
     def coupling(self) -> tfx.Coupling:
         return tfx.couple(self.params, self.spec)
 
     @cached_property
-    def cost(self) -> Any:
-        """What a set of units costs; ``total`` and ``marginal`` are those of `taylorfx.cost`."""
-        return BUDGETS[self.by][1](self.coupling)
+    def deep(self) -> tfx.Coupling:
+        """With branches."""
+        return tfx.couple(self.params, self.spec, branches=True)
+
+    def share(self, plan: tfx.Plan) -> float:
+        """What a plan leaves of it."""
+        if self.by == "time":
+            return self.timings.share(plan.spec, self.spec)
+        cost = (tfx.cost.parameters if self.by == "parameters" else tfx.cost.flops)(plan.coupling)
+        return cost(plan.keep) / cost.total
+
+    def budget(self, share: float) -> tfx.Budget:
+        if self.by == "time":
+            return tfx.Latency(share, self.timings)
+        return (tfx.Parameters if self.by == "parameters" else tfx.Flops)(share)
 
     def measure(self, **options: Any) -> tfx.Statistics:
         return tfx.measure(self.params, self.spec, self.batches, self.coupling, loss=self.loss, **options)
 
     def asked(self, share: float) -> dict[str, Any]:
         """Budget and constraints, as `select` and `joint` take them."""
-        return {"budget": BUDGETS[self.by][0](share), "most": MOST, "protect": self.protect}
+        return {"budget": self.budget(share), "most": MOST, "protect": self.protect}
 
 
 @dataclass(frozen=True)
@@ -90,10 +113,11 @@ class Ranked:
     case: Case
     scores: Tensor
     per_cost: bool = False
+    per_layer: bool = False
 
     def __call__(self, shares: Sequence[float]) -> Plans:
-        case = self.case
-        return {s: tfx.select(self.scores, case.coupling, per_cost=self.per_cost, **case.asked(s)) for s in shares}
+        how = {"per_cost": self.per_cost, "per_layer": self.per_layer}
+        return {s: tfx.select(self.scores, self.case.coupling, **how, **self.case.asked(s)) for s in shares}
 
 
 @dataclass(frozen=True)
@@ -122,7 +146,7 @@ class Stepwise:
     def __call__(self, shares: Sequence[float]) -> Plans:
         last = min(shares)
         ways = sorted({*shares, *(last ** (k / STEPS) for k in range(1, STEPS))}, reverse=True)
-        plans = self.along(map(BUDGETS[self.case.by][0], ways))
+        plans = self.along(map(self.case.budget, ways))
         return {share: plan for share, plan in zip(ways, plans, strict=True) if share in shares}
 
     def along(self, ways: Iterable[tfx.Budget]) -> Iterator[tfx.Plan]:
@@ -196,6 +220,8 @@ def contestants(case: Case, seed: int) -> dict[str, Contestant]:
     return {
         "prune": Prune(case),
         "prune, repaired at every step": Prune(case, repaired),
+        "prune, branches too": Prune(case, {"branches": True}),
+        "prune, branches too, repaired at every step": Prune(case, repaired | {"branches": True}),
         "prune, repaired once": Prune(case, repaired | {"steps": 1}),
         "joint, repaired at every step": Prune(
             case, repaired | {"steps": 4, "choose": partial(tfx.joint, cautious=True)}
@@ -212,6 +238,7 @@ def contestants(case: Case, seed: int) -> dict[str, Contestant]:
         f"fisher {per}, measured at every step": Stepwise(case, tfx.fisher),
         **{name: Ranked(case, values, per_cost=True) for name, values in priced.items()},
         **{name: Ranked(case, values) for name, values in scores.items()},
+        "weight_l2, equal in all layers": Ranked(case, tfx.criteria.weight_l2(case.params, coupling), per_layer=True),
         **({"prune, labels drawn": Prune(drawn(case, generator))} if case.loss is F.cross_entropy else {}),
         **(torch_prunings(case) if torch_pruning else {}),
     }
@@ -260,21 +287,24 @@ def squares(module: nn.Module, loss: Loss, batches: Batches) -> None:
 def iterated(case: Case, importance: str, collect: Collect | None, again: bool, shares: Sequence[float]) -> Plans:
     """Torch-Pruning in small steps; for each share the nearest of its networks, be it above or below.
 
+    By time it is the first that `Latency` would take, found by bisection.
+
     Raises:
         AssertionError: if a plan of ours for the same units does not compute what its module computes.
     """
-    x = case.batches[0][0]
-    near: dict[float, tuple[float, tfx.Plan]] = {}
+    x, plans = case.batches[0][0], list[tfx.Plan]()
+    flops = replace(case, by="FLOPs")
+    fast = min(shares) / 4 if case.by == "time" else None  # half of the time takes more than half of the FLOPs
     for keep, pruned in stepped(case, importance, collect, 100 if again else 200, again):
-        plan, left = tfx.Plan(case.coupling, keep), case.cost(keep) / case.cost.total
-        for share in shares:
-            if share not in near or abs(left - share) < near[share][0]:
-                near[share] = abs(left - share), plan
-        if left <= min(shares):
-            ours = tfx.apply(tfx.cut(case.params, plan), plan.spec, x)
+        plans.append(tfx.Plan(case.coupling, keep))
+        if case.share(plans[-1]) <= min(shares) if fast is None else flops.share(plans[-1]) <= fast:
+            ours = tfx.apply(tfx.cut(case.params, plans[-1]), plans[-1].spec, x)
             torch.testing.assert_close(ours, pruned(x).detach(), rtol=1e-3, atol=1e-3)
             break
-    return {share: plan for share, (_, plan) in near.items()}
+    if fast is None:
+        return {share: min(plans, key=lambda plan: abs(case.share(plan) - share)) for share in shares}
+    found = {s: bisect_left(plans, -1.03 * s, key=lambda plan: -case.share(plan)) for s in shares}
+    return {share: plans[k] for share, k in found.items() if k < len(plans)}
 
 
 def stepped(

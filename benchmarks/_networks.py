@@ -22,7 +22,7 @@ from taylorfx.scoring.losses import Loss
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from quickstart import digits
-from training import accuracy, at_rest, cosine, fit
+from training import Schedule, accuracy, at_rest, cosine, fit
 
 Examples = tuple[Tensor, Tensor]
 
@@ -44,7 +44,8 @@ class Task:
     Attributes:
         data: draws the examples; it is given the folder of Fashion-MNIST.
         epochs, lr: of the training; a network without epochs is trained already.
-        tune: steps of the fine-tuning after a cut, with a tenth of the training's learning rate.
+        tune: steps of the short fine-tuning after a cut, with a tenth of the training's learning rate; 0 for networks
+            that are not trained here at all.
         protect: globs of the scopes that no contestant may touch.
         loss: of outputs and targets, the mean of the batch.
         quality: of a network on test examples: a share, higher is better.
@@ -69,22 +70,36 @@ class Task:
         params, spec = tfx.from_torch(module, data.learned[0][:2])
         if not self.epochs:
             return params, spec
-        params, _ = fit(
-            params, at_rest(params, spec), spec, *data.learned, epochs=self.epochs, batch_size=64,
-            lr=cosine(self.lr, warmup=0.1), weight_decay=5e-4, generator=generator, label=self.title,
-        )  # fmt: skip
-        return params, spec
+        return self.fitted(params, spec, data.learned, self.epochs, cosine(self.lr, warmup=0.1), generator), spec
 
     def tuned(self, params: tfx.Params, spec: tfx.Spec, data: Data, seed: int) -> tfx.Params:
         """After the short fine-tuning: the same examples in the same order for every contestant."""
         generator = torch.Generator().manual_seed(seed)
         chosen = torch.randperm(len(data.learned[0]), generator=generator)[: 64 * self.tune]
-        examples = (x[chosen] for x in data.learned)
-        params, _ = fit(
-            params, at_rest(params, spec), spec, *examples, epochs=1, batch_size=64,
-            lr=cosine(self.lr / 10), weight_decay=5e-4, generator=generator, label="tune",
-        )  # fmt: skip
-        return params
+        return self.fitted(params, spec, tuple(x[chosen] for x in data.learned), 1, cosine(self.lr / 10), generator)
+
+    def trained(
+        self, params: tfx.Params, spec: tfx.Spec, data: Data, seed: int, epochs: int, teacher: Tensor | None = None
+    ) -> tfx.Params:
+        """After a long training with the same schedule as at first, from a third of its learning rate.
+
+        Args:
+            teacher: what the unpruned network says of the examples; half of the loss is then by its probabilities.
+        """
+        images, targets = data.learned
+        if teacher is not None:
+            targets = (F.one_hot(targets, teacher.shape[1]) + teacher.softmax(1)) / 2
+        generator = torch.Generator().manual_seed(seed)
+        return self.fitted(params, spec, (images, targets), epochs, cosine(self.lr / 3, warmup=0.1), generator)
+
+    def fitted(
+        self, params: tfx.Params, spec: tfx.Spec, examples: Examples, epochs: int, lr: Schedule,
+        generator: torch.Generator,
+    ) -> tfx.Params:  # fmt: skip
+        return fit(
+            params, at_rest(params, spec), spec, *examples, epochs=epochs, batch_size=64, lr=lr, weight_decay=5e-4,
+            generator=generator, label=self.title,
+        )[0]  # fmt: skip
 
     def module(self, params: tfx.Params) -> nn.Module:
         """The module with these parameters, in inference mode."""
@@ -194,6 +209,38 @@ class Encoder(nn.Module):
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
 
+class ChannelNorm(nn.LayerNorm):
+    """A layer norm over the channels of images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Mixer(nn.Module):
+    """A block of ConvNeXt (Liu et al. 2022, arXiv 2201.03545): depthwise windows, a norm, widen, narrow, scale."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.windows, self.norm = nn.Conv2d(width, width, 5, padding=2, groups=width), nn.LayerNorm(width)
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.scale = nn.Parameter(torch.full((width,), 0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.windows(x).permute(0, 2, 3, 1))
+        return x + (self.scale * self.fc2(F.gelu(self.fc1(y)))).permute(0, 3, 1, 2)
+
+
+class ConvNeXt(nn.Sequential):
+    """A stem, two stages of three blocks, average pooling, a norm, a linear layer."""
+
+    def __init__(self, width: int = 24) -> None:
+        super().__init__(
+            nn.Conv2d(1, width, 4, 4), ChannelNorm(width), *(Mixer(width) for _ in range(3)),
+            ChannelNorm(width), nn.Conv2d(width, 2 * width, 2, 2, padding=1), *(Mixer(2 * width) for _ in range(3)),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(2 * width), nn.Linear(2 * width, 10),
+        )  # fmt: skip
+
+
 class VisionTransformer(nn.Module):
     """Patches, their places, four blocks, the mean over the patches (Dosovitskiy et al. 2020, arXiv 2010.11929)."""
 
@@ -259,6 +306,7 @@ TRAINED = {
     "mobilenet": Task(
         "MobileNet-like network, Fashion-MNIST", lambda: Stages(Inverted, 16, 2, bare=False), fashion, epochs=5, tune=60
     ),
+    "convnext": Task("ConvNeXt-like network, Fashion-MNIST", ConvNeXt, fashion, epochs=7, tune=60),
     "vit": Task(
         "small vision transformer, Fashion-MNIST", VisionTransformer, fashion, epochs=7, tune=60,
         protect=("stream", "*dims"),  # the dimensions of the heads

@@ -18,13 +18,23 @@ REPAIRS = ("as cut", "compensated", "recalibrated", "reconstructed", "fine-tuned
 RIVAL = "Torch-Pruning"
 STEPS, ON_OUTPUTS = "joint, cautious, measured at every step", "joint on outputs, cautious, measured at every step"
 OURS = (
-    "prune", "prune, repaired at every step", "prune, repaired once", "joint, repaired at every step",
+    "prune", "prune, branches too", "prune, repaired at every step", "prune, branches too, repaired at every step",
+    "prune, repaired once", "joint, repaired at every step",
     "joint", STEPS, "joint on outputs", ON_OUTPUTS, "joint, cautious",
     "joint, measured at every step", "joint on outputs, measured at every step",
     "joint without swaps", "joint around the mean",
     "fisher per FLOP", "fisher per FLOP, measured at every step", "fisher",
     "taylor per FLOP", "taylor", "taylor around the mean, per FLOP", "second_order per FLOP", "second_order",
 )  # fmt: skip
+LEADERS = ("prune", "prune, repaired at every step", "prune, branches too, repaired at every step")
+OTHERS = (
+    "weight_l2, equal in all layers",
+    "random",
+    *(f"{RIVAL} Group{x}" for x in ("Magnitude", "Taylor", "Hessian")),
+)
+ENDS = [*LEADERS, "random 0", *OTHERS]
+"""Who is compared by what users end with, and who of them with whom."""
+
 CHOICES = {
     "`prune`, as it is": "prune",
     "`joint` in ten steps": STEPS,
@@ -39,6 +49,7 @@ DRAWN = ("prune", "joint", ON_OUTPUTS, "random", f"{RIVAL} GroupTaylor, scored a
 """Who is in the plots: with all of them nothing can be seen."""
 
 MARKERS = "<!-- quality: begin -->", "<!-- quality: end -->"
+END_MARKERS = "<!-- ends: begin -->", "<!-- ends: end -->"
 HERE = Path(__file__).parent
 
 Results = Mapping[int, Mapping[str, Any]]
@@ -91,13 +102,14 @@ def points(values: Sequence[float], seeds: int) -> str:
 
 
 def done(results: Results, share: float | None = None) -> list[str]:
-    """The repairs that there are numbers of (at this share)."""
-    end = "" if share is None else f"{share}"
+    """The repairs that there are numbers of (at this share), in their order."""
+    end = "" if share is None else f" @ {share}"
     entries = [x for kept in results.values() for key, x in kept.items() if " @ " in key and key.endswith(end)]
-    return [repair for repair in REPAIRS if any(repair in entry["accuracy"] for entry in entries)]
+    found = dict.fromkeys(repair for entry in entries for repair in entry["accuracy"])
+    return [repair for repair in REPAIRS if repair in found] + [repair for repair in found if repair not in REPAIRS]
 
 
-def table(results: Results, share: float) -> str:
+def table(results: Results, share: float, costs: Sequence[str] = ("latency",)) -> str:
     """Contestants down, repairs across; bold is a column's best mean, among those with most seeds."""
     shown = done(results, share)
     rows = [[name] for name in names(results)]
@@ -108,15 +120,21 @@ def table(results: Results, share: float) -> str:
         for row, values in zip(rows, column, strict=True):
             first = len(values) == most and values and mean(values) == best
             row.append(f"**{points(values, len(results))}**" if first else points(values, len(results)))
-    timed = [
-        [kept[key]["latency"] for kept in results.values() if "latency" in kept.get(key, {})]
-        for key in (f"{name} @ {share}" for name in names(results))
-    ]
-    if any(timed):
-        shown.append("latency")
-        for row, values in zip(rows, timed, strict=True):
-            row.append(points(values, len(results)))
-    return markdown(["contestant", *shown], [row for row in rows if any(row[1:])])
+    rows = [row for row in rows if any(row[1:])]
+    for cost in costs:
+        keys = [[key for key in draws(results) if key.endswith(f" @ {share}") and kind(key) == row[0]] for row in rows]
+        column = [[kept[k[0]][cost] for kept in results.values() if k and cost in kept.get(k[0], {})] for k in keys]
+        if any(column):
+            shown.append(cost)
+            for row, values in zip(rows, column, strict=True):
+                row.append(points(values, len(results)))
+    return markdown(["contestant", *shown], rows)
+
+
+def draws(results: Results) -> list[str]:
+    """The entries, of all draws of one seed the first."""
+    keys = dict.fromkeys(key for kept in results.values() for key in kept if " @ " in key)
+    return [key for key in keys if not key.startswith("random ") or key.startswith("random 0")]
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -195,8 +213,27 @@ def choices(found: Mapping[str, Results], titles: Mapping[str, str], shares: Seq
     return markdown(["as cut; what stays of the FLOPs", *(f"{share:.0%}" for share in shares)], rows)
 
 
+def endings(found: Mapping[str, Results], titles: Mapping[str, str]) -> str:
+    """What users end with: a table for each task and share, and how far the leaders are ahead of the best other one."""
+    parts, rows, shown = [], [], list(dict.fromkeys(x for results in found.values() for x in done(results)))
+    for task, results in found.items():
+        what = "time" if "-time" in task else "parameters" if "-parameters" in task else "FLOPs"
+        shares = sorted({float(key.split(" @ ")[1]) for key in draws(results)}, reverse=True)
+        parts.append(f"### {titles[task]}\n\nUnpruned {whole(results)}, {len(results)} seeds.")
+        parts += [f"{s:.0%} of the {what}:\n\n{table(results, s, ('FLOPs', 'parameters', 'latency'))}" for s in shares]
+        for share in shares:
+            for name in LEADERS:
+                pairs = [(per_seed(results, name, share, x), best(results, OTHERS, share, x)) for x in shown]
+                cells = [ahead(mine, their, len(results)) for mine, their in pairs]
+                if any(cells):
+                    rows.append([titles[task], f"{share:.0%}", name, *map(signed, cells)])
+    verdict = markdown(["task", "stays", "contestant", *shown], rows)
+    title = "Points ahead of the best other contestant in that column, seed by seed:"
+    return "\n\n".join([title, verdict, *parts])
+
+
 def signed(number: str) -> str:
-    return number if number.startswith("-") else f"+{number}"
+    return number if number.startswith("-") or not number else f"+{number}"
 
 
 def whole(results: Results) -> str:
@@ -234,6 +271,17 @@ def tables(found: Mapping[str, Results], titles: Mapping[str, str], shares: Sequ
     return "\n\n".join(part for part in parts if part)
 
 
+def publish_endings(found: Mapping[str, Results], titles: Mapping[str, str]) -> None:
+    replaced(HERE / "QUALITY.md", END_MARKERS, endings(found, titles))
+
+
+def replaced(file: Path, markers: tuple[str, str], text: str) -> None:
+    """Put a text between the markers of a file."""
+    old = file.read_text()
+    before, after = old.split(markers[0])[0], old.split(markers[1])[1]
+    file.write_text(f"{before}{markers[0]}\n\n{text}\n\n{markers[1]}{after}")
+
+
 def publish(found: Mapping[str, Results], titles: Mapping[str, str], shares: Sequence[float], docs: Path) -> None:
     """Tables into this folder's README.md and QUALITY.md and the project's README.md, the numbers into quality.json, a
     plot of each task."""
@@ -243,9 +291,7 @@ def publish(found: Mapping[str, Results], titles: Mapping[str, str], shares: Seq
         HERE.parent / "README.md": choices(found, titles, shares),
     }
     for file, text in texts.items():
-        old = file.read_text()
-        before, after = old.split(MARKERS[0])[0], old.split(MARKERS[1])[1]
-        file.write_text(f"{before}{MARKERS[0]}\n\n{text}\n\n{MARKERS[1]}{after}")
+        replaced(file, MARKERS, text)
     lines = (
         f"{json.dumps(f'{task}-{seed} {key}')}: {json.dumps({x: y for x, y in entry.items() if x != 'keep'})}"
         for task, results in found.items() for seed, kept in results.items() for key, entry in kept.items()

@@ -7,6 +7,8 @@ repository:
 
     python benchmarks/quality.py                     # a quarter of an hour: one seed, half and 30 % of the FLOPs
     python benchmarks/quality.py --full              # a day: all tasks, five seeds, all budgets and repairs
+    python benchmarks/quality.py --ends --seeds 0 1 2 3 4   # what users end with: repaired and trained, hours
+    python benchmarks/quality.py --ends --by time --shares .6
 
 Results are kept as they come: a run that was stopped continues, and several processes may share the work by
 tasks and seeds. ``--publish`` writes a summary into benchmarks/README.md, all tables into benchmarks/QUALITY.md, the
@@ -20,35 +22,30 @@ import argparse
 import importlib.util
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 from _borrowed import BORROWED
-from _contestants import BUDGETS, Case, Contestant, Plans, Ranked, contestants, torch_pruning
+from _contestants import BUDGETS, CLOCK, Case, Contestant, Plans, Ranked, contestants, torch_pruning
 from _networks import FASHION, TRAINED, Data, Task, fashion
-from _tables import REPAIRS, publish, summary, tables
+from _tables import ENDS, REPAIRS, endings, publish, publish_endings, summary, tables
 
 import taylorfx as tfx
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from training import latency
+from taylorfx.cost.runners import race
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "taylorfx" / "quality"
 
 TASKS = TRAINED | BORROWED
-VARIANTS = {"parameters": ", equal parameters", "64": ", scored and repaired with 64 examples"}
-
-ROUNDS = 15
-"""Of timing all networks in turn."""
+VARIANTS = {
+    "parameters": ", equal parameters", "time": ", equal time", "64": ", scored and repaired with 64 examples",
+}  # fmt: skip
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -67,23 +64,32 @@ def left(
 ) -> Iterator[tuple[str, tuple[tfx.Params, tfx.Spec]]]:
     """The networks that a plan leaves, after what is done about it."""
     rebuilt = cache(lambda: tfx.reconstruct(params, plan, batches))
+    teacher = cache(lambda: inference(params, plan.coupling.spec, data.learned[0]))
     for repair in repairs:
         small = tfx.cut(params, plan), plan.spec
         if repair == "recalibrated":
             small = tfx.recalibrate(*small, batches), plan.spec
         if repair == "compensated":
             small = tfx.compensate(params, plan, batches)
-        if repair.startswith("reconstructed"):
+        if repair.startswith("reconstructed") or "epochs" in repair:
             small = rebuilt()
         if repair.endswith("fine-tuned"):
             small = task.tuned(*small, data, seed), small[1]
+        if "epochs" in repair:
+            said = teacher() if repair.endswith("teacher") else None
+            small = task.trained(*small, data, seed, int(repair.split()[0]), said), small[1]
         yield repair, small
 
 
+def inference(params: tfx.Params, spec: tfx.Spec, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.cat([tfx.apply(params, spec, some) for some in x.split(512)])
+
+
 def latencies(networks: Mapping[str, tuple[tfx.Params, tfx.Spec]], x: torch.Tensor) -> dict[str, float]:
-    """The median seconds of each, all in turn, so that whatever else the machine does slows all of them alike."""
-    rounds = [[latency(*network, x, repeats=1) for network in networks.values()] for _ in range(ROUNDS)]
-    return {name: median(times) for name, times in zip(networks, zip(*rounds, strict=True), strict=True)}
+    """What each takes as a share of the first, all by turns, so that what slows the machine slows all of them."""
+    seconds = race([tfx.cost.eager(*network, (x,)) for network in networks.values()], CLOCK)
+    return dict(zip(networks, np.median(seconds / seconds[:, :1], 0).tolist(), strict=True))
 
 
 @dataclass
@@ -91,7 +97,7 @@ class Kept:
     """What is known of one network, by ``"contestant @ share"``; written as it comes."""
 
     file: Path
-    coupling: tfx.Coupling
+    case: Case
     found: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -104,8 +110,9 @@ class Kept:
         temporary.replace(self.file)
 
     def plan(self, key: str) -> tfx.Plan:
+        coupling = self.case.deep if "branches" in key else self.case.coupling
         bits = np.frombuffer(bytes.fromhex(self.found[key]["keep"]), np.uint8)
-        return tfx.Plan(self.coupling, np.unpackbits(bits, count=len(self.coupling)).astype(bool))
+        return tfx.Plan(coupling, np.unpackbits(bits, count=len(coupling)).astype(bool))
 
 
 def run(name: str, seed: int, options: argparse.Namespace) -> None:
@@ -116,7 +123,7 @@ def run(name: str, seed: int, options: argparse.Namespace) -> None:
     params, spec = trained(task, options.cache / f"{name}-{seed}.safetensors", data, generator)
     batches = list(zip(*(part[: options.examples].split(64) for part in data.scored), strict=True))
     case = Case(params, spec, task.module(params), batches, task.loss, task.protect, options.by)
-    kept = Kept(options.cache / f"{name}{options.variant}-{seed}.json", case.coupling)
+    kept = Kept(options.cache / f"{name}{options.variant}-{seed}.json", case)
     found = kept.found
     if "whole" not in found:
         found["whole"] = {"accuracy": task.quality(params, spec, *data.judged), "units": len(case.coupling)}
@@ -125,7 +132,7 @@ def run(name: str, seed: int, options: argparse.Namespace) -> None:
     keys = [f"{name} @ {share}" for name in chosen for share in options.shares if f"{name} @ {share}" in found]
     for key in keys:
         known, some = found[key]["accuracy"], ["as cut"] if another_draw(key) else options.repairs
-        repairs = [x for x in some if x not in known and (task.tune or not x.endswith("tuned"))]
+        repairs = [x for x in some if x not in known and (task.tune or not x.endswith(("tuned", "epochs", "teacher")))]
         for repair, network in left(repairs, task, params, kept.plan(key), data, batches, seed):
             known[repair] = task.quality(*network, *data.judged)
             kept.save()
@@ -134,7 +141,7 @@ def run(name: str, seed: int, options: argparse.Namespace) -> None:
         networks = {key: (tfx.cut(params, plan), plan.spec) for key, plan in plans.items()}
         times = latencies({"": (params, spec), **networks}, data.judged[0][:256])
         for key in networks:
-            found[key]["latency"] = times[key] / times[""]
+            found[key]["latency"] = times[key]
     ranked = {name: x for name, x in chosen.items() if isinstance(x, Ranked) and not (x.per_cost or another_draw(name))}
     if options.fidelity and ranked:
         truth = tfx.truth.oracle(params, spec, batches, case.coupling, loss=task.loss)
@@ -147,10 +154,10 @@ def run(name: str, seed: int, options: argparse.Namespace) -> None:
 
 def decide(chosen: Mapping[str, Contestant], shares: Sequence[float], kept: Kept) -> None:
     """Ask the contestants for the plans that are missing."""
-    flops, sizes = tfx.cost.flops(kept.coupling), tfx.cost.parameters(kept.coupling)
     for name, choose in chosen.items():
         start, missing = time.process_time(), [s for s in shares if f"{name} @ {s}" not in kept.found]
         for share, plan in (answers(name, choose, missing) if missing else {}).items():
+            flops, sizes = tfx.cost.flops(plan.coupling), tfx.cost.parameters(plan.coupling)
             kept.found[f"{name} @ {share}"] = {
                 "FLOPs": flops(plan.keep) / flops.total,
                 "parameters": sizes(plan.keep) / sizes.total,
@@ -198,12 +205,17 @@ def main() -> None:
     found = {
         f"{name}{variant}": results
         for name in options.tasks
-        for variant in ("", "-parameters", "-64")
+        for variant in ("", "-parameters", "-time", "-64")
         if (results := kept_results(options, f"{name}{variant}"))
     }
     titles = {name: TASKS[name.split("-")[0]].title + VARIANTS.get(name.split("-")[-1], "") for name in found}
-    print(f"{tables(found, titles, options.shares)}\n\n{summary(found, titles, options.shares)}")
-    if options.publish:
+    if options.ends:
+        print(endings(found, titles))
+    else:
+        print(f"{tables(found, titles, options.shares)}\n\n{summary(found, titles, options.shares)}")
+    if options.publish and options.ends:
+        publish_endings(found, titles)
+    elif options.publish:
         publish(found, titles, options.shares, Path(__file__).parents[1] / "docs")
 
 
@@ -225,6 +237,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--contestants", nargs="+", default=["*"], help="globs of their names (default: all)")
     parser.add_argument("--by", choices=BUDGETS, default="FLOPs", help="what the shares are of")
     parser.add_argument("--examples", type=int, default=512, help="to score and repair with (default: 512)")
+    parser.add_argument("--epochs", nargs="+", type=int, default=[], help="of training after the repair, by labels")
+    parser.add_argument("--teacher", action="store_true", help="train by what the unpruned network says, too")
+    parser.add_argument("--ends", action="store_true", help="who matters, repaired, fine-tuned, trained and timed")
     parser.add_argument("--latency", action="store_true", help="also time every network that is left")
     parser.add_argument("--fidelity", action="store_true", help="also ask the oracle")
     parser.add_argument("--full", action="store_true", help="all tasks, five seeds, four budgets, all repairs")
@@ -233,10 +248,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tables", action="store_true", help="run nothing, print what there is")
     parser.add_argument("--publish", action="store_true", help="write benchmarks/README.md, quality.json, docs/")
     options = parser.parse_args()
+    if options.ends:
+        repairs = ["as cut", "reconstructed", "reconstructed, fine-tuned"]
+        parser.set_defaults(contestants=ENDS, repairs=repairs, epochs=[6], teacher=True, latency=True)
+        options = parser.parse_args()
     options.variant = "" if options.by == "FLOPs" else f"-{options.by}"
     options.variant += "" if options.examples == 512 else f"-{options.examples}"
     options.tasks = options.tasks or list(TASKS if options.full else TRAINED)
     options.repairs = options.repairs or list(REPAIRS if options.full else ("as cut", "recalibrated"))
+    options.repairs += [f"{n} epochs{x}" for n in options.epochs for x in ("", ", teacher")[: 1 + options.teacher]]
     options.seeds = options.seeds or list(range(5 if options.full else 1))
     options.shares = options.shares or ([0.85, 0.7, 0.5, 0.3] if options.full else [0.5, 0.3])
     return options

@@ -89,6 +89,41 @@ def test_lists_by_layer_lose_the_entries_of_the_layers_that_leave(tmp_path):
     assert torch.equal(small.model.layers[1].mlp.up_proj.weight, loaded.model.model.layers[3].mlp.up_proj.weight)
 
 
+MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "head_dim": 8}
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "said"),
+    [
+        ("Qwen3MoeForCausalLM", {**MIXTURE, "mlp_only_layers": (1,)}, {"mlp_only_layers": [0]}),
+        (
+            "Qwen2MoeForCausalLM",
+            {**MIXTURE, "decoder_sparse_step": 2, "shared_expert_intermediate_size": 8},
+            {"mlp_only_layers": [], "decoder_sparse_step": 1},
+        ),
+        (
+            "DeepseekV3ForCausalLM",
+            {
+                "first_k_dense_replace": 2, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+                "topk_group": 1, "moe_intermediate_size": 8, "q_lora_rank": 8, "kv_lora_rank": 8,
+                "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "num_key_value_heads": 2,
+            },
+            {"first_k_dense_replace": 1},
+        ),
+    ],
+)  # fmt: skip
+def test_layers_that_a_config_knows_by_their_numbers_have_new_ones(tmp_path, kind, config, said):
+    loaded, coupling = tiny(kind, **config)
+    gone = (0, 2)
+    if kind.startswith("Qwen2"):  # of every second layer, those with one MLP leave: the rest are all mixtures
+        assert [type(x.mlp).__name__ for x in loaded.model.model.layers][::2] == ["Qwen2MoeMLP"] * 2
+    plan = plan_without(coupling, *[name for k in gone for name in layer(k)])
+    small = huggingface.save_pretrained(tmp_path / "x", tfx.cut(loaded.params, plan), plan.spec, like=loaded.model)
+    assert {name: getattr(small.config, name) for name in said} == said
+    kinds = [type(x.mlp) for x in loaded.model.model.layers]
+    assert [type(x.mlp) for x in small.model.layers] == [kinds[1], kinds[3]]
+
+
 def test_the_first_layer_of_a_t5_leaves_its_table_of_positions_to_the_next(tmp_path):
     model, params, spec, _ = captured("T5", 3)
     coupling = tfx.couple(params, spec, branches=True)

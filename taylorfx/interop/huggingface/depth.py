@@ -6,8 +6,8 @@ those whose last part is gone are counted by that field::
     num_hidden_layers 3 -> 2      model.layers.2.mlp.up_proj.weight and all others of model.layers.2 are gone
 
 Where layers in between leave, the others move up: of three without the second, ``model.layers.2`` becomes
-``model.layers.1``. What a config says of every layer, in a list as ``layer_types`` or by its number, is said of those
-that stay.
+``model.layers.1``. What a config says of every layer, in a list as ``layer_types``, by its number, or of some numbers as
+``mlp_only_layers`` and ``first_k_dense_replace`` do, is said of those that stay.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from functools import reduce
 from typing import Any, NamedTuple
 
 from taylorfx.interop.huggingface.fields import Form, Key, config_of, no_size, numbers_of
+
+FIRST = {"first_k_dense_replace", "max_window_layers", "moe_layer_start_index", "num_dense_layers"}
+"""Fields that say of how many of the first layers something is true."""
 
 __all__ = ["Layers", "Stack", "shallower", "stacks_of"]
 
@@ -101,7 +104,8 @@ def stacks_of(form: Form) -> list[Stack]:
             continue
         for fewer in shallower(form, {Stack(key, count, ()): range(count - 1)}):
             gone = usual.keys() - (fewer.form.shapes({}) or usual).keys()
-            lost = [home for home in homes if any(path.startswith(f"{home}.{count - 1}.") for path in gone)]
+            there = usual.keys() - gone
+            lost = [home for home in homes if not any(path.startswith(f"{home}.{count - 1}.") for path in there)]
             lost = [home for home in lost if not any(home.startswith(f"{other}.") for other in lost)]  # inside a layer
             if lost and all(any(path.startswith(f"{home}.{count - 1}.") for home in lost) for path in gone):
                 stacks.append(Stack(key, count, tuple(lost)))
@@ -147,14 +151,25 @@ def _shorten(data: Any, stack: Stack, stay: Sequence[int], *, by_layer: bool) ->
     >>> _shorten(data, Stack(("num_layers",), 3, ()), (1, 2), by_layer=True)
     >>> data
     {'num_layers': 2, 'layer_types': ['sliding', 'full'], 'eos_token_id': [3, 4, 5]}
+    >>> data = {"num_layers": 4, "mlp_only_layers": [3], "decoder_sparse_step": 2, "first_k_dense_replace": 2}
+    >>> _shorten(data, Stack(("num_layers",), 4, ()), (1, 2, 3), by_layer=True)
+    >>> data
+    {'num_layers': 3, 'mlp_only_layers': [1, 2], 'decoder_sparse_step': 1, 'first_k_dense_replace': 1}
     """
     *parents, last = stack.key
     place = reduce(lambda inner, name: inner[name], parents, data)
     if by_layer and isinstance(place, dict):
+        if place.get("mlp_only_layers") is not None and (step := place.get("decoder_sparse_step") or 1) > 1:
+            dense = [k for k in range(stack.size) if k in place["mlp_only_layers"] or (k + 1) % step]
+            place["mlp_only_layers"], place["decoder_sparse_step"] = dense, 1
         for name, value in place.items():
-            if no_size(name):
+            if name in FIRST and isinstance(value, int) and value < stack.size:
+                place[name] = sum(k < value for k in stay)
+            elif name.endswith("_only_layers") and isinstance(value, list):
+                place[name] = [n for n, k in enumerate(stay) if k in value]
+            elif no_size(name):
                 continue
-            if isinstance(value, (list, tuple)) and len(value) == stack.size:
+            elif isinstance(value, (list, tuple)) and len(value) == stack.size:
                 place[name] = [value[k] for k in stay]
             elif isinstance(value, dict) and value and all(str(k).isdecimal() for k in value):
                 known = {int(k): x for k, x in value.items()}
