@@ -58,6 +58,7 @@ class Steps:
         self.budgets = [each_budget(budget) for budget in budgets]
         self.asked, self.options = constraints or Constraints(), options
         self.plans: list[Plan] = []
+        self._names: Mapping[str, str] = {}
         self._left: list[tuple[Budget, ...]] = []
         self._respected: Constraints | None = None
         self._steps: Generator[tuple[Params, Spec, Plan], Params | None, None] | None = None
@@ -87,7 +88,9 @@ class Steps:
                 "Give numbers: Flops(1_000_000) instead of Flops(0.5)."
             )
         now = self._now(module)
-        self._respected, self._steps = self.asked.also(now.constraints(), couple(now.params, self.spec)), None
+        branches = bool(self.options.get("branches"))
+        coupling, held = couple(now.params, self.spec, branches=branches), now.constraints(branches=branches)
+        self._respected, self._steps = self.asked.also(held, coupling), None
 
     def end_of_epoch(
         self, done: int, module: UserModule, optimizers: Sequence[Optimizer], others: Mapping[str, Tensor]
@@ -107,7 +110,7 @@ class Steps:
         else:
             self._steps.send(now.params)
         params, spec, plan = next(self._steps)
-        now.become(params, spec, plan, optimizers, others)
+        self._names = now.become(params, spec, plan, optimizers, others)
         self._left = self._left[1:]
         self.params, self.spec = params, spec
         self.plans.append(plan)
@@ -116,7 +119,7 @@ class Steps:
     def _now(self, module: UserModule) -> Trained:
         """The module as it is now."""
         batches = _Moved(self.batches, next(module.parameters()).device)
-        return Trained(module, self.params, self.spec, next(iter(batches))[0])
+        return Trained(module, self.params, self.spec, next(iter(batches))[0], self._names)
 
     def _iterate(
         self, params: Params, budgets: Sequence[tuple[Budget, ...]], constraints: Constraints

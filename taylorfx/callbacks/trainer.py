@@ -48,11 +48,12 @@ class PruneCallback(Pruning, TrainerCallback):
         budgets: what may remain, one for every cut; shares are of the model when training begins.
         every: how many epochs there are before each cut.
         constraints: what has to be respected; what the class can hold joins them.
-        options: the other arguments of `taylorfx.iterate`: ``criterion=``, ``loss=``, ``repair=``, ...
+        options: the other arguments of `taylorfx.iterate`: ``criterion=``, ``loss=``, ``repair=``, ... With
+            ``branches=True`` whole layers of a model of transformers leave, too, and the others move up.
 
     Attributes:
         plans: those of all cuts until now, each for the network that the one before left.
-        params, spec: the network as the last cut left it.
+        params, spec: the network as the last cut left it, with the names that it was captured with.
 
     Raises:
         ValueError: when training begins, for fewer epochs than the budgets take, for a Trainer on several devices, with

@@ -2,7 +2,9 @@
 
 import copy
 import importlib.util
+import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -153,6 +155,63 @@ def test_every_checkpoint_after_a_cut_is_a_folder_of_a_smaller_model(tmp_path):
     calls.clear()
     model(TOKENS)
     assert calls == [1]
+
+
+def llama(layers):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=layers, num_attention_heads=2,
+        num_key_value_heads=2, use_cache=False,
+    )  # fmt: skip
+    return huggingface.from_pretrained(transformers.LlamaForCausalLM(config), outputs="logits")
+
+
+def second_leaves(scores, coupling, *, budget, constraints, per_cost):
+    """Of the layers that there are the second leaves, and one unit of every MLP."""
+    del scores, budget, constraints, per_cost
+    keep = np.ones(len(coupling), bool)
+    second = sorted({coupling.names[one.unit].split(":")[0].split(".")[2] for one in coupling.branches})[1]
+    for k, scope in enumerate(coupling.scopes):
+        units = np.flatnonzero(coupling.scope == k)
+        if f"layers.{second}." in scope if "branch" in scope else ".mlp: " in scope:
+            keep[units[:1]] = False
+    return tfx.Plan(coupling, coupling.settled(keep))
+
+
+def test_whole_layers_leave_within_a_run_and_the_optimizer_follows(tmp_path):
+    """States after one cut are those of a run without any, cut by its plan; at a rate of zero nothing is learned."""
+    batch = {"input_ids": TOKENS, "attention_mask": torch.ones_like(TOKENS)}, TOKENS
+    states = []
+    for cuts in (0, 1, 2):
+        model, params, spec = llama(4)
+        prune = PruneCallback(
+            params, spec, [batch], budgets=[tfx.Parameters(0.999)] * cuts, loss=huggingface.next_token, branches=True,
+            criterion=tfx.taylor, choose=second_leaves,
+        )  # fmt: skip
+        run = trainer(tmp_path, model, [prune], data=TEXTS, learning_rate=0.0, num_train_epochs=max(1, cuts))
+        run.train()
+        states.append({path: run.optimizer.state[x]["exp_avg"] for path, x in model.named_parameters()})
+        assert model.config.num_hidden_layers == len(model.model.layers) == 4 - cuts
+        assert model.config.intermediate_size == 24 - cuts
+        model.eval()
+        assert_close(model(**batch[0]).logits, tfx.apply(prune.params, prune.spec, batch[0])["logits"])
+        run.save_model(str(tmp_path / "last"))
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "last")
+        assert_close(again(TOKENS).logits, model(TOKENS).logits)
+        if cuts == 1:
+            whole = tfx.tree.flatten(tfx.cut(tfx.tree.unflatten(states[0]), prune.plans[0]))
+            for path, state in states[1].items():
+                old = re.sub(r"(?<=layers\.)[12]", lambda found: str(int(found[0]) + 1), path)
+                assert torch.equal(state, whole[old]), path
+    assert [path for path in prune.spec.shapes if "layers.3." in path], "the spec goes on with its own names"
+    assert tfx.compose(*prune.plans).spec == prune.spec
+
+
+def test_branches_of_a_class_that_has_all_of_them_are_refused_when_training_begins(tmp_path):
+    model, params, spec = made()
+    prune = PruneCallback(params, spec, BATCH, budgets=BUDGETS, loss=loss, branches=True)
+    with pytest.raises(tfx.interop.LikeError, match="received a Classifier and branches=True"):
+        trainer(tmp_path, model, [prune]).train()
 
 
 def test_a_run_goes_on_from_a_checkpoint_with_budgets_in_numbers(tmp_path):

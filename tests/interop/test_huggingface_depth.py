@@ -203,7 +203,7 @@ def test_a_model_that_is_trained_loses_its_layers_in_place():
     plan = plan_without(coupling, *layer(1), *layer(2))
     params = tfx.cut(loaded.params, plan)
     source = Source(loaded.model, loaded.params, loaded.spec)
-    small = source.resized(params, plan.spec).eval()
+    small = source.resized(params, plan.spec).model.eval()
     inputs = example_of(loaded.model)
     assert_close(small(**inputs).logits, tfx.apply(params, plan.spec, inputs)["logits"])
     assert [x.self_attn.layer_idx for x in small.model.layers] == [0, 1]

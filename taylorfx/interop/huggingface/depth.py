@@ -6,7 +6,7 @@ those whose last part is gone are counted by that field::
     num_hidden_layers 3 -> 2      model.layers.2.mlp.up_proj.weight and all others of model.layers.2 are gone
 
 Where layers in between leave, the others move up: of three without the second, ``model.layers.2`` becomes
-``model.layers.1``. What a config says of every layer, in a list as ``layer_types``, by its number, or of some numbers as
+``model.layers.1``. What a config says of every layer, in a list as ``layer_types`` or by its number, and of some, as
 ``mlp_only_layers`` and ``first_k_dense_replace`` do, is said of those that stay.
 """
 

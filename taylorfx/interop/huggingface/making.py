@@ -199,7 +199,7 @@ class Source:
         numbers = [(stack.layer(path), layers) for stack, layers in stay.items()]
         return any(k is not None and k not in layers for k, layers in numbers)
 
-    def resized(self, params: Params, spec: Spec) -> Any:
+    def resized(self, params: Params, spec: Spec) -> Made:
         """A copy of the model itself with smaller layers, to be trained on: with its modes, hooks, frozen parameters.
 
         Its numbers, and those of its config, are those of the model that `make` proves.
@@ -224,7 +224,7 @@ class Source:
         probe = copied(small, {id(x): x for x in small.parameters()})
         if wrong := next(self._wrong(probe, params, spec, every_call=False), ""):
             raise ConfigError(refusal(type(self.model), self.model.config, [f"the model that was trained: {wrong}"]))
-        return small
+        return Made(small, layers)
 
     def _filled(self, candidate: Candidate) -> Any:
         """A model with this config whose parameters are these tensors themselves; those of one tensor are tied.
