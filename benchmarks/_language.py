@@ -7,8 +7,9 @@ import hashlib
 import importlib.util
 import math
 import sysconfig
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -41,6 +42,7 @@ class Size:
     intermediate: int = 352
     length: int = 96
     batch: int = 16
+    experts: int = 0
 
 
 def documents() -> list[str]:
@@ -84,16 +86,22 @@ def sequences(stream: Tensor, count: int, length: int, generator: torch.Generato
 
 
 def llama(size: Size, seed: int) -> Any:
-    """A Llama with random weights."""
+    """A Llama with random weights; with experts a Mixtral, of whose experts two work on each token."""
     import transformers
 
     torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=size.hidden, num_hidden_layers=size.layers, num_attention_heads=size.heads,
-        num_key_value_heads=size.heads // 2, intermediate_size=size.intermediate, use_cache=False,
-        max_position_embeddings=2 * size.length, tie_word_embeddings=True,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config)
+    sizes = {
+        "vocab_size": VOCABULARY, "hidden_size": size.hidden, "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads, "num_key_value_heads": size.heads // 2, "use_cache": False,
+        "intermediate_size": size.intermediate, "max_position_embeddings": 2 * size.length,
+        "tie_word_embeddings": True,
+    }  # fmt: skip
+    if size.experts:
+        config = transformers.MixtralConfig(
+            num_local_experts=size.experts, num_experts_per_tok=2, sliding_window=None, **sizes
+        )
+        return transformers.MixtralForCausalLM(config)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
 
 
 def learn(
@@ -125,22 +133,52 @@ def learn(
     return model.eval()
 
 
+def timings() -> tfx.cost.Timings:
+    """Whole networks on batches of 16, in processor time."""
+    pace = tfx.cost.Pace(error=0.01, seconds=2.0, clock=time.process_time)
+    return tfx.cost.Timings(batch=16, pace=pace)
+
+
 @dataclass(frozen=True)
 class Case:
-    """What all contestants look at: a model, its network, the scored sequences and what its class can hold."""
+    """What all contestants look at: a model, its network, the scored sequences and what its class can hold.
+
+    Attributes:
+        deep: what the class can hold where whole layers may leave, too.
+        by: what shares are of: ``"FLOPs"``, ``"parameters"`` or ``"time"``.
+        timings: what shares of the time are measured by, once for all contestants.
+    """
 
     model: Any
     params: tfx.Params
     spec: tfx.Spec
     batches: list[Batch]
     constraints: tfx.Constraints
+    deep: tfx.Constraints
     seed: int
+    by: str = "FLOPs"
+    timings: tfx.cost.Timings = field(default_factory=timings)
 
     @staticmethod
-    def of(model: Any, rows: Tensor, seed: int) -> Case:
+    def of(model: Any, rows: Tensor, seed: int, by: str = "FLOPs") -> Case:
         scored = batches(rows, INPUTS, 16)
         model, params, spec = huggingface.from_pretrained(model, scored[0][0], outputs="logits")
-        return Case(model, params, spec, scored, huggingface.holdable(model, params, spec, scored[0][0]), seed)
+        flat, deep = (
+            huggingface.holdable(model, params, spec, scored[0][0], branches=branches) for branches in (False, True)
+        )
+        return Case(model, params, spec, scored, flat, deep, seed, by)
+
+    def budget(self, share: float) -> tfx.Budget:
+        if self.by == "time":
+            return tfx.Latency(share, self.timings)
+        return (tfx.Parameters if self.by == "parameters" else tfx.Flops)(share)
+
+    def share(self, plan: tfx.Plan) -> float:
+        """What a plan leaves of it."""
+        if self.by == "time":
+            return self.timings.share(plan.spec, self.spec)
+        cost = (tfx.cost.parameters if self.by == "parameters" else tfx.cost.flops)(plan.coupling)
+        return cost(plan.keep) / cost.total
 
     @cached_property
     def coupling(self) -> tfx.Coupling:
@@ -159,7 +197,7 @@ class Case:
             rules = replace(self.constraints, per_layer=per_layer)
             return {
                 share: tfx.select(
-                    scores, self.coupling, budget=tfx.Flops(share), constraints=rules, per_cost=per_cost
+                    scores, self.coupling, budget=self.budget(share), constraints=rules, per_cost=per_cost
                 )
                 for share in shares
             }  # fmt: skip
@@ -172,8 +210,8 @@ class Case:
         def choose(shares: Sequence[float]) -> Plans:
             return {
                 share: tfx.prune(
-                    self.params, self.spec, self.batches, budget=tfx.Flops(share), loss=huggingface.next_token,
-                    constraints=self.constraints, **options,
+                    self.params, self.spec, self.batches, budget=self.budget(share), loss=huggingface.next_token,
+                    constraints=self.deep if options.get("branches") else self.constraints, **options,
                 ).plan
                 for share in shares
             }  # fmt: skip
@@ -191,11 +229,18 @@ def contestants(case: Case) -> dict[str, Contestant]:
     draw = torch.Generator().manual_seed(case.seed)
     slopes, squares = weights_times_slopes(case), leaving(case, torch.square)
     check_torch_pruning(case, slopes, squares)
+    experts: dict[str, Contestant] = {}
+    if any("experts" in name for name in case.coupling.scopes):  # which it ranks, before all other units
+        scores = tfx.criteria.reap(
+            case.params, case.spec, case.batches, case.coupling, loss=huggingface.next_token
+        )  # fmt: skip
+        experts["REAP"] = case.ranked(scores)
     narrow = replace(case, constraints=case.constraints.also(tfx.Constraints(protect="stream"), case.coupling))
     return {
         "prune": case.pruned(),
         "prune, repaired at every step": case.pruned(repair=repair),
         "prune, repaired at every step, stream stays": narrow.pruned(repair=repair),
+        "prune, layers too, repaired at every step": case.pruned(repair=repair, branches=True),
         "prune, repaired once": case.pruned(repair=repair, steps=1),
         "joint, repaired at every step": case.pruned(repair=repair, steps=4, choose=partial(tfx.joint, cautious=True)),
         "prune by fisher": case.pruned(criterion=tfx.fisher),
@@ -217,6 +262,7 @@ def contestants(case: Case) -> dict[str, Contestant]:
         "FLAP": case.ranked(fluctuation(case)),
         "ShortGPT": partial(without_layers, case, influence(case)),
         "random": case.ranked(tfx.criteria.random(case.coupling, draw)),
+        **experts,
     }
 
 
@@ -300,16 +346,14 @@ def influence(case: Case) -> list[float]:
 def without_layers(case: Case, influences: Sequence[float], shares: Sequence[float]) -> Plans:
     """The layers of least influence leave; for each share the nearest network, be it above or below."""
     coupling = tfx.couple(case.params, case.spec, branches=True)
-    cost, plans = tfx.cost.flops(coupling), []
+    plans = list[tfx.Plan]()
     keep = np.ones(len(coupling), bool)
     for layer in sorted(range(len(influences)), key=influences.__getitem__)[:-1]:
         for branch in coupling.branches:
             if coupling.names[branch.unit].startswith(f"model.layers.{layer}."):
                 keep[branch.unit] = False
         plans.append(tfx.Plan(coupling, coupling.settled(keep.copy())))
-    return {
-        share: min(plans, key=lambda plan: abs(cost(plan.keep) / cost.total - share)) for share in shares
-    }  # fmt: skip
+    return {share: min(plans, key=lambda plan: abs(case.share(plan) - share)) for share in shares}
 
 
 def check_torch_pruning(case: Case, slopes: Tensor, squares: Tensor) -> None:
@@ -318,7 +362,7 @@ def check_torch_pruning(case: Case, slopes: Tensor, squares: Tensor) -> None:
     It sums over the weights that leave with a unit, too, and divides by the mean of a group. Its own pruner is not
     used: what it leaves of a Llama is of other sizes in every layer, which no config says.
     """
-    if not importlib.util.find_spec("torch_pruning"):
+    if not importlib.util.find_spec("torch_pruning") or hasattr(case.model.model.layers[0].mlp, "experts"):
         return
     import torch_pruning
 

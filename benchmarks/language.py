@@ -8,6 +8,8 @@ without. From the root of the repository:
 
     python benchmarks/language.py                        # one seed, half of the FLOPs, 100 steps: half an hour
     python benchmarks/language.py --seeds 0 1 2 --shares .85 .7 .5 --steps 100 1000 --teacher
+    python benchmarks/language.py --by time              # shares of the measured time instead
+    python benchmarks/language.py --experts 8 --by parameters   # a mixture, whose tokens always go to two experts
 
 Models and results are kept as they come (``--cache``): a run that was stopped continues. Prints Markdown: perplexities
 per token, means over the seeds with their 95 % intervals (Student's t).
@@ -66,12 +68,14 @@ def trained(seed: int, stream: torch.Tensor, size: Size, steps: int, file: Path)
 
 def run(seed: int, options: argparse.Namespace, streams: tuple[torch.Tensor, torch.Tensor]) -> None:
     """All that is asked for and not yet known of one seed."""
-    size = Size(options.width, intermediate=options.width * 11 // 4)
+    wide = options.width * 11 // 4
+    size = Size(options.width, intermediate=wide // 2 if options.experts else wide, experts=options.experts)
     learned, judged = streams
     file = results(seed, options)
-    model = trained(seed, learned, size, options.train, file.with_suffix(".pt"))
+    model = trained(seed, learned, size, options.train, options.cache / f"{named(seed, options)}.pt")
     generator = torch.Generator().manual_seed(1000 + seed)
-    case = Case.of(model, sequences(learned, EXAMPLES, size.length, generator), seed)
+    rows = sequences(learned, EXAMPLES, size.length, generator)
+    case = Case.of(model, rows, seed, options.by)
     test = batches(sequences(judged, TESTED, size.length, torch.Generator().manual_seed(0)), INPUTS, 32)
     found = json.loads(file.read_text()) if file.exists() else {}
     found["whole"] = found.get("whole") or {"as cut": huggingface.perplexity(model, test)}
@@ -84,8 +88,10 @@ def run(seed: int, options: argparse.Namespace, streams: tuple[torch.Tensor, tor
             plan = choose([share])[share]
             small = tfx.cut(case.params, plan), plan.spec
             repaired = repair(case.params, plan, case.batches)
-            cost = tfx.cost.flops(plan.coupling)
-            known["FLOPs"], known["time"] = cost(plan.keep) / cost.total, relative(case, small, test)
+            for what, of in (("FLOPs", tfx.cost.flops), ("parameters", tfx.cost.parameters)):
+                cost = of(plan.coupling)
+                known[what] = cost(plan.keep) / cost.total
+            known["time"] = relative(case, small, test)
             for variant in [x for x in wanted if x not in known]:
                 network = tfx.to_torch(*(small if variant == "as cut" else repaired))
                 if variant.startswith("tuned"):
@@ -100,8 +106,14 @@ def run(seed: int, options: argparse.Namespace, streams: tuple[torch.Tensor, tor
 
 def results(seed: int, options: argparse.Namespace) -> Path:
     """The file of what is known of one seed."""
-    path: Path = options.cache / f"{options.width}-{options.train}-{seed}.json"
+    path: Path = options.cache / f"{named(seed, options)}{options.variant}.json"
     return path
+
+
+def named(seed: int, options: argparse.Namespace) -> str:
+    """The name of a model."""
+    experts = f"x{options.experts}" if options.experts else ""
+    return f"{options.width}{experts}-{options.train}-{seed}"
 
 
 def chosen(every: dict[str, Contestant], names: Sequence[str]) -> dict[str, Contestant]:
@@ -130,7 +142,7 @@ def table(results: dict[int, dict[str, Any]], share: float, columns: list[str]) 
     rows = []
     for key in keys:
         row = [key.rpartition(" @ ")[0]]
-        for column in ["FLOPs", "time", *columns]:
+        for column in ["FLOPs", "parameters", "time", *columns]:
             values = [kept[key][column] for kept in results.values() if column in kept.get(key, {})]
             mean = interval(values) if values else None
             spread = f" ± {mean.high - mean.value:.2f}" if mean and len(values) > 1 else ""
@@ -147,9 +159,12 @@ def main() -> None:
     parser.add_argument("--teacher", action="store_true", help="train with the unpruned model as a teacher, too")
     parser.add_argument("--train", type=int, default=1500, help="steps of training of the model itself")
     parser.add_argument("--width", type=int, default=128, help="of the model's stream")
+    parser.add_argument("--experts", type=int, default=0, help="of every layer; 0 for none")
+    parser.add_argument("--by", choices=("FLOPs", "parameters", "time"), default="FLOPs", help="what the shares are of")
     parser.add_argument("--contestants", nargs="+", default=[], help="only these")
     parser.add_argument("--cache", type=Path, default=CACHE.parent / "language")
     options = parser.parse_args()
+    options.variant = "" if options.by == "FLOPs" else f"-{options.by}"
     if importlib.util.find_spec("torchvision"):
         library()
     torch.set_num_threads(1)
@@ -162,7 +177,7 @@ def main() -> None:
     whole = interval([one["whole"]["as cut"] for one in kept.values()])
     print(f"\nThe unpruned models have a perplexity of {whole.value:.2f}.")
     for share in options.shares:
-        print(f"\n{share:.0%} of the FLOPs:\n\n{table(kept, share, ['as cut', 'repaired', *variants(options)])}")
+        print(f"\n{share:.0%} of the {options.by}:\n\n{table(kept, share, ['as cut', 'repaired', *variants(options)])}")
 
 
 if __name__ == "__main__":

@@ -231,6 +231,13 @@ def as_tuple(layer: Layer, rank: int, *fields: str) -> None:
         object.__setattr__(layer, field, numbers)
 
 
+def known_dtype(layer: Layer, dtype: str | None) -> None:
+    """Refuse what is no name of one of torch's dtypes."""
+    if dtype is not None and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+        name = type(layer).__name__
+        raise ShapeError(f"{name} takes the name of one of torch's dtypes, such as 'int64'; received {dtype!r}.")
+
+
 def positive(layer: Layer, sizes: Mapping[str, int]) -> Mapping[str, int]:
     """The sizes of an output, refused where a window does not fit into its input."""
     if min(sizes.values(), default=1) < 1:

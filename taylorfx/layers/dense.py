@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from taylorfx.layers.base import Layer, Leaves, Shape, as_tuple, names, uniform
+from taylorfx.layers.base import Layer, Leaves, Shape, as_tuple, known_dtype, names, uniform
 from taylorfx.layers.roles import Constant, Memory, Mixing, Role
 
 __all__ = ["Buffer", "Embedding", "Linear", "Parameter"]
@@ -129,7 +129,21 @@ class Parameter(Layer):
 
 @dataclass(frozen=True)
 class Buffer(Parameter):
-    """A `Parameter` that is not trained: a table of numbers."""
+    """A `Parameter` that is not trained: a table of numbers.
+
+    ``dtype`` is torch's name of its dtype where that is not the parameters': ``"int64"`` for positions, ``"bool"`` for
+    a mask.
+    """
+
+    dtype: str | None = None
 
     buffers: ClassVar[tuple[str, ...]] = ("value",)
     roles = Parameter.roles
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known_dtype(self, self.dtype)
+
+    def init(self, generator: torch.Generator) -> dict[str, Tensor]:
+        leaves = super().init(generator)
+        return {"value": leaves["value"].to(getattr(torch, self.dtype))} if self.dtype else leaves

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from taylorfx.layers.base import Layer, Leaves, Shape, ShapeError, as_tuple, broadcast, names
+from taylorfx.layers.base import Layer, Leaves, Shape, ShapeError, as_tuple, broadcast, known_dtype, names
 from taylorfx.layers.roles import Joining, Product, Role, Slicing, Sum, Viewing
 
 __all__ = [
@@ -53,10 +53,7 @@ class Input(Layer):
             as_tuple(self, 1 if isinstance(self.shape, int) else len(self.shape), "shape")
         if any(step < 1 for _, _, step in self.ranges):
             raise ShapeError(f"Sizes go in steps of at least 1; received ranges={self.ranges!r}.")
-        if self.dtype is not None and not isinstance(getattr(torch, str(self.dtype), None), torch.dtype):
-            raise ShapeError(
-                f"Input takes the name of one of torch's dtypes, such as 'int64'; received {self.dtype!r}."
-            )
+        known_dtype(self, self.dtype)
 
     def __str__(self) -> str:
         """The layer as it would be written, without ``ranges`` and ``causes``, which are long."""

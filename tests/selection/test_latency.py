@@ -264,3 +264,33 @@ def test_a_runner_computes_what_the_network_computes(name):
     timings = tfx.cost.Timings(batch=2, dtype=torch.float64, runner=RUNNERS[name], pace=tfx.cost.Pace(seconds=0.2))
     assert 0 < timings.share(chain(3, 1, 3), spec) < 2
     assert timings.whole(spec) > 0
+
+
+class Tables(torch.nn.Module):
+    """A network with constants of all kinds: positions that are looked up, and a mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.positions, self.table = torch.nn.Embedding(4, 6), torch.nn.Linear(6, 6)
+        self.register_buffer("places", torch.tensor([3, 1, 0]))
+        self.register_buffer("mask", torch.tensor([True, False, True]))
+
+    def forward(self, x):
+        y = self.table(x + self.positions(self.places))
+        return torch.where(self.mask[:, None] & (x > 0), y, torch.zeros_like(y))
+
+
+def test_whole_networks_are_timed_with_constants_of_the_dtypes_that_they_have():
+    params, spec = tfx.from_torch(Tables(), torch.randn(2, 3, 6))
+    fresh = tfx.init(spec, torch.Generator().manual_seed(0))
+    dtypes = {path: x.dtype for path, x in tfx.tree.flatten(params).items()}
+    assert {torch.int64, torch.bool} < {*dtypes.values()}
+    assert {path: x.dtype for path, x in tfx.tree.flatten(fresh).items()} == dtypes
+    tight = tfx.cost.Timings(batch=2, pace=tfx.cost.Pace(seconds=0.1))
+    assert tight.whole(spec) > 0
+    assert tfx.apply(fresh, spec, torch.randn(2, 3, 6)).shape == (2, 3, 6)
+
+
+def test_a_dtype_that_torch_does_not_know_is_refused():
+    with pytest.raises(L.ShapeError, match=r"Buffer takes the name of one of torch.s dtypes.* received .floaty."):
+        L.Buffer((2,), dtype="floaty")

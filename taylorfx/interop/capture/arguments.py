@@ -112,6 +112,11 @@ def measured(node: fx.Node) -> tuple[Shape, int]:
     return shape
 
 
+def named_dtype(tensor: Tensor) -> str | None:
+    """Torch's name of a dtype that is not the parameters', which are floating-point numbers."""
+    return None if tensor.dtype.is_floating_point else str(tensor.dtype).removeprefix("torch.")
+
+
 def coefficient(size: fx.Node) -> int:
     """How many positions a size of the graph has for one example: 4 of ``4 * s0``."""
     return measured(size)[0][0]

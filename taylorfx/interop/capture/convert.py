@@ -17,6 +17,7 @@ from taylorfx.interop.capture.arguments import (
     called_with,
     coefficient,
     measured,
+    named_dtype,
     tensor_node,
     tensors_of,
     whole,
@@ -103,9 +104,7 @@ class Convert:
         shape, axis = measured(node)
         if axis != 0 and not self.alone:
             raise ValueError(f"{node.name} does not have the examples along axis 0")
-        dtype = node.meta["val"].dtype
-        named = None if dtype.is_floating_point else str(dtype).removeprefix("torch.")
-        self.add(node, L.Input(_numbers(shape[1:]), self.alone, dtype=named), ())
+        self.add(node, L.Input(_numbers(shape[1:]), self.alone, dtype=named_dtype(node.meta["val"])), ())
         self.first = self.first or self.names[node.name]
         if axis == 0 and self.reference is None:
             self.reference = self.names[node.name]
@@ -130,10 +129,11 @@ class Convert:
         """The name of the node that gives this value."""
         if node.name not in self.names:
             path, trained = self.paths[node.name]
-            shape = tuple(self.tensors[path].shape)
-            kind = L.Parameter if trained else L.Buffer
+            tensor = self.tensors[path]
+            shape = tuple(tensor.shape)
             if path not in self.taken:
-                self.nodes.append(Node(path, kind(shape)))
+                layer = L.Parameter(shape) if trained else L.Buffer(shape, dtype=named_dtype(tensor))
+                self.nodes.append(Node(path, layer))
                 self.taken.add(path)
             self.names[node.name] = path
         return self.names[node.name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -14,6 +15,7 @@ from taylorfx.interop.capture.arguments import (
     argument,
     flag,
     measured,
+    named_dtype,
     number,
     optional_tensor,
     tensor_node,
@@ -275,7 +277,8 @@ def _filled(c: Convert, node: fx.Node) -> None:
         fill = argument(node, 2 if kind.startswith("new_") else 1, "fill_value")
     path, one = f"constants.{node.name}", (1,) * len(shape)
     c.tensors[path] = torch.full(one, number(fill), dtype=value.dtype)
-    c.nodes.append(Node(path, L.Buffer(one)))
+    finite = float(number(fill)) if math.isfinite(number(fill)) else 0.0
+    c.nodes.append(Node(path, L.Buffer(one, finite, dtype=named_dtype(value))))
     sizes = tuple(-1 if n == 1 and k != axis else n for k, n in enumerate(shape))
     c.add(node, L.Expand(sizes, axis), (path, *([c.known_examples()] if axis >= 0 else [])))
 
