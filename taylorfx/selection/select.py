@@ -146,6 +146,13 @@ class Asked:
             return False
         return bundles or not (self.coupling.empty(keep) or self.rules.broken(self.coupling, keep))
 
+    def loose(self, keep: Mask, slack: float) -> bool:
+        """Whether more than this share of every budget is left over. Only where all costs are counted."""
+        if not self.counted:
+            return False
+        both = zip(self.costs, self._limits, strict=True)
+        return all(cost(keep) < (1 - slack) * limit for cost, limit in both)
+
     @cached_property
     def _limits(self) -> list[float]:
         everything = np.ones(len(self.coupling), bool)

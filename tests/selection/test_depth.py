@@ -348,6 +348,19 @@ def test_no_move_of_one_or_two_branches_lowers_the_forecast(seed, share):
 # The sentence.
 
 
+def test_a_large_branch_stays_where_few_channels_leave_less_over():
+    """The branch matters less for its price, and would save half of the network; three hidden units do as well."""
+    coupling = coupled(blocks(count=2, hidden=12)).coupling
+    rows = torch.full((4, len(coupling)), 9.0, dtype=torch.float64)
+    first, hidden = unit_of(coupling, "b0: branch"), coupling.scope == coupling.scopes.index("b1.up")
+    rows[:, first] = 3.0
+    rows[:, torch.from_numpy(hidden)] = 0.9
+    stats, cost = statistics(coupling, rows * torch.tensor([[1.0], [-1.0], [1.0], [-1.0]])), tfx.cost.flops(coupling)
+    plan = tfx.joint(stats, coupling, budget=tfx.Flops(0.9), cautious=True)
+    assert plan.keep[first]
+    assert cost(plan.keep) > 0.85 * cost.total
+
+
 @pytest.mark.parametrize("name", [*SPECS])
 def test_prune_takes_branches_and_channels_in_steps(name):
     net = coupled(SPECS[name])
