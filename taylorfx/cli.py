@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from taylorfx.cost.counts import flops, parameters
+from taylorfx.cost.timings import Timings
 from taylorfx.coupling.couple import couple
 from taylorfx.coupling.units import Coupling
 from taylorfx.cutting.plan import Plan
@@ -40,10 +41,18 @@ from taylorfx.repair import reconstruct
 from taylorfx.scoring import criteria
 from taylorfx.scoring.measurement import Measurement
 from taylorfx.scoring.products import memory_of_products
-from taylorfx.selection.budget import Budget, BudgetError, Flops, Memory, Parameters, SelectionError
+from taylorfx.selection.budget import (
+    Budget,
+    BudgetError,
+    Flops,
+    Latency,
+    Memory,
+    Parameters,
+    SelectionError,
+)
 from taylorfx.selection.constraints import Constraints
 from taylorfx.sentence import prune
-from taylorfx.tree import Params
+from taylorfx.tree import Params, flatten
 
 if TYPE_CHECKING:
     from taylorfx.interop.huggingface import Pretrained
@@ -51,7 +60,9 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-BUDGETS: dict[str, type[Budget]] = {"flops": Flops, "parameters": Parameters, "memory": Memory}
+BUDGETS: dict[str, type[Budget]] = {
+    "flops": Flops, "parameters": Parameters, "memory": Memory, "latency": Latency,
+}  # fmt: skip
 CRITERIA = (
     "joint", "taylor", "taylor_squared", "fisher", "second_order", "signed", "activation_mean", "activation_std",
     "weight_l1", "weight_l2", "random",
@@ -97,7 +108,8 @@ def parser() -> argparse.ArgumentParser:
     ).add_argument
     add("folder", type=Path, help="with the model and its tokenizer")
     add("--budget", type=budget_of, action="append", required=True, metavar="flops=0.7",
-        help=f"what may remain of {', '.join(BUDGETS)}, a share or a number; several are met together")  # fmt: skip
+        help=f"what may remain of {', '.join(BUDGETS)}, a share or a number; several are met together. Latency is the "
+        "time that this machine takes for a batch, or microseconds")  # fmt: skip
     add("--data", type=Path, required=True, metavar="TEXT", help="a text, of which the last tenth is held out")
     add("--out", type=Path, required=True, metavar="SMALLER", help="the new folder, which does not exist yet")
     add("--length", type=int, help=f"tokens of a sequence (default: {LENGTH}, or all positions)")
@@ -255,6 +267,10 @@ def _run(options: argparse.Namespace) -> None:
 
     print("Finding out what the config can hold", flush=True)
     _check_memory(options, coupling)
+    timings = Timings(batch=size, dtype=next(iter(flatten(loaded.params).values())).dtype)
+    options.budget = [
+        replace(one, timings=timings) if isinstance(one, Latency) else one for one in options.budget
+    ]  # fmt: skip
     held = huggingface.holdable(*loaded, branches=options.depth, per_layer=options.per_layer)
     constraints = wanted.also(held, coupling)
     print(f"Measuring on {len(measured)} sequences of {length} tokens", flush=True)
@@ -262,7 +278,8 @@ def _run(options: argparse.Namespace) -> None:
     print(f"Writing {options.out}", flush=True)
     model = huggingface.save_pretrained(options.out, small, smaller, like=loaded.model, per_layer=options.per_layer)
     quality = _Sides("perplexity, held out", before, huggingface.perplexity(model, tests))
-    print(f"\n{plan}\n\n{_report(plan, quality)}\n\n{options.out} was written in {time.perf_counter() - start:.0f} s")
+    report, took = _report(plan, options.budget, quality), time.perf_counter() - start
+    print(f"\n{plan}\n\n{report}\n\n{options.out} was written in {took:.0f} s")
 
 
 def _check_memory(options: argparse.Namespace, coupling: Coupling) -> None:
@@ -337,11 +354,14 @@ def _steps_printed() -> Iterator[None]:
         LOG.setLevel(level)
 
 
-def _report(plan: Plan, quality: _Sides) -> str:
+def _report(plan: Plan, budgets: Sequence[Budget], quality: _Sides) -> str:
     """What there was and what stayed: costs, quality, and units by role, over all layers."""
     coupling, everything = plan.coupling, np.ones(len(plan.coupling), bool)
     costs = {"parameters": parameters(coupling), "FLOPs of a sequence": flops(coupling)}
     rows = [_Sides(name, cost(everything), cost(plan.keep)).row() for name, cost in costs.items()]
+    rows += [
+        _Sides("time of a batch, %", 100, 100 * one.share(plan)).row(1) for one in budgets if isinstance(one, Latency)
+    ]
     roles: dict[str, list[int]] = {}
     for scope, name in enumerate(coupling.scopes):
         roles.setdefault(re.sub(r"\.\d+(?=\.|:|$)", ".*", name), []).append(scope)

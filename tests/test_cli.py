@@ -94,6 +94,23 @@ def test_every_option_counts(home, capsys):
     assert sum(x.numel() for x in model.parameters()) <= 0.97 * 30_112
 
 
+def test_a_budget_of_time_is_of_whole_models_on_this_machine(home, capsys, monkeypatch):
+    """The machine takes as long as there are FLOPs, and half as long again for each call."""
+    batches = []
+
+    def share(timings, spec, whole):
+        batches.append((timings.batch, timings.dtype))
+        mine, all_of_it = (tfx.cost.flops(tfx.couple(tfx.init(x, torch.Generator()), x)).total for x in (spec, whole))
+        return (mine + all_of_it / 2) / (1.5 * all_of_it)
+
+    monkeypatch.setattr(tfx.cost.Timings, "share", share)
+    assert run(home, *SHORT, "--repair", "none", "--dtype", "bfloat16", budget="latency=0.9", out="fast") == 0
+    printed = capsys.readouterr().out
+    assert 0.85 < float(re.search(r"time of a batch, % +100.0 +([\d.]+)", printed)[1]) / 100 <= 0.93
+    assert {*batches} == {(8, torch.bfloat16)}
+    assert "asked for at most 90.0% of the microseconds" in printed
+
+
 def test_a_repair_that_does_not_fit_into_memory_is_refused(home, capsys, monkeypatch):
     monkeypatch.setattr("os.sysconf", lambda name: 1000 if name == "SC_PHYS_PAGES" else 4)
     assert run(home, *SHORT, out="large") == 2
@@ -190,7 +207,7 @@ def test_a_budget_is_a_kind_and_an_amount(budget, home, capsys):
     with pytest.raises(SystemExit) as stop:
         run(home, budget=budget)
     assert stop.value.code == 2
-    assert "a budget is flops, parameters, memory and what may remain of them" in capsys.readouterr().err
+    assert "a budget is flops, parameters, memory, latency and what may remain of them" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_said_before_the_long_work_where_it_is_known(home, capsys, monkeypatch):
