@@ -170,8 +170,8 @@ def expand(tree: Params, plan: Plan, *, like: Params | None = None) -> Params:
 
     Args:
         like: the original parameters. What left as a whole then has their dtypes and devices, and buffers have their
-            numbers: a captured module may have tables of whole numbers (positions to look up, masks), of which no layer
-            knows, and which are no such tables as zeros of the first leaf's dtype.
+            numbers: a captured module may have tables of whole numbers (positions to look up, masks), of which a layer
+            knows the dtype, but not the numbers.
 
     Raises:
         PlanError: listing every leaf that is not of the shape that the plan cuts to, or of ``like`` cuts from.
