@@ -138,17 +138,18 @@ def relative(case: Case, small: tuple[tfx.Params, tfx.Spec], test: list) -> floa
 
 def table(results: dict[int, dict[str, Any]], share: float, columns: list[str]) -> str:
     """The contestants of one share, as Markdown."""
+    known = ["FLOPs", "parameters", "time", *columns]
     keys = [key for key in next(iter(results.values())) if key.endswith(f" @ {share}")]
     rows = []
     for key in keys:
         row = [key.rpartition(" @ ")[0]]
-        for column in ["FLOPs", "parameters", "time", *columns]:
+        for column in known:
             values = [kept[key][column] for kept in results.values() if column in kept.get(key, {})]
             mean = interval(values) if values else None
             spread = f" ± {mean.high - mean.value:.2f}" if mean and len(values) > 1 else ""
             row.append(f"{mean.value:.2f}{spread}" if mean else "")
         rows.append(row)
-    return markdown(["contestant", "FLOPs", "time", *columns], rows)
+    return markdown(["contestant", *known], rows)
 
 
 def main() -> None:
