@@ -206,7 +206,7 @@ def ends(found: Mapping[str, Results], titles: Mapping[str, str]) -> str:
         lines[f"{RIVAL}'s best"] = [name for name in OTHERS if name.startswith(RIVAL)]
         for label, among in lines.items():
             cells = [best(found.get(f"{task}{kind}", {}), among, share, x) for _, kind, share, x in ENDINGS]
-            rows.append([label, *(points([*x.values()], len(x)) for x in cells)])
+            rows.append([label, *(points([*x.values()], 3) for x in cells)])
     return markdown(["", *(title for title, *_ in ENDINGS)], rows)
 
 

@@ -12,13 +12,15 @@ Here are three experts, of which two are chosen at each of two positions:
                  0.45  0.30
 
 An expert leaves with its row of the router and with its matrices. Its gate does not multiply a logit: a logit of zero
-is not small. It multiplies the *ones*, which multiply the exponentials of the softmax, so that a gate ``m`` adds
-``log m`` to the logit. At one this is the network; at zero the logit is minus infinity, and the router chooses among
-the others, just as the router without this expert. The derivative at one is that of the loss by the logit.
+is not small. It multiplies the *ones*, and these the expert's number ``p`` of the softmax, of which the others get the
+rest: a gate ``m`` adds ``log(m (1 - p) / (1 - m p))`` to the logit. At one this is the network; at zero the logit is
+minus infinity, and the router chooses among the others, just as the router without this expert. The derivative at one
+is that of the loss by the logit, divided by ``1 - p``. By the logit alone, an expert that gets a whole position would
+seem to matter least, as its number of the softmax hardly changes.
 
 Other routers have sigmoids instead of the softmax, and choose by these and a bias that the weights do not get
-(DeepSeek-V3, 2412.19437, eq. 16). There, too, a gate adds its logarithm to the logit; at zero the expert is not chosen,
-whatever its bias.
+(DeepSeek-V3, 2412.19437, eq. 16). There a gate multiplies the sigmoid, in the same way; at zero the expert is not
+chosen, whatever its bias.
 
 Which experts are chosen is no value of the network: numbers of experts would be others when some leave. Each layer
 finds them from the ones and the logits, and from the bias where there is one.
@@ -64,7 +66,8 @@ class Ones(Layer):
 class TopKWeights(Layer):
     """The ``top_k`` largest numbers of a softmax over the last axis: of ones and logits ``(..., e)``, ``(..., top_k)``.
 
-    The ones multiply the exponentials; of other numbers, the magnitudes do. Where fewer than ``top_k`` experts are
+    The ones multiply these numbers, and the others of the softmax share the rest; of other numbers, the magnitudes do.
+    Where fewer than ``top_k`` experts are
     left, the rest of the weights are zero. A third input ``(e,)`` is added where experts are chosen, and not to their
     weights.
 
@@ -98,30 +101,30 @@ def _chosen(
 ) -> tuple[Tensor, Tensor]:
     """The weights of the best experts and their numbers, ``top_k`` of them if there are as many."""
     magnitudes = ones.where(ones >= 0, -ones)  # whose derivative at zero is that from above
-    scores = _softmax(magnitudes, logits) if score == "softmax" else _sigmoid(magnitudes, logits)
+    scores = _softmax(magnitudes, logits) if score == "softmax" else magnitudes * logits.sigmoid()
     rank = (scores if bias is None else scores + bias).detach().masked_fill(ones.detach() == 0, -math.inf)
     experts = rank.topk(min(top_k, logits.shape[-1]), -1)[1]
     return scores.gather(-1, experts), experts
 
 
+LEAST = 1e-6
+"""What others have of a softmax at least, as a share of what an expert has, where its gate is not one."""
+
+
 def _softmax(magnitudes: Tensor, logits: Tensor) -> Tensor:
-    """Exponentials times magnitudes, divided by their sum.
+    """The softmax with each number multiplied by its magnitude, of which the others share what it loses.
 
     The largest logit of those that may be chosen is subtracted: an expert that may not be could have one beside which
     all others vanish. Its own exponential is kept finite, since it is multiplied by zero.
     """
     most = math.log(torch.finfo(logits.dtype).max) - 1
     largest = logits.detach().masked_fill(magnitudes.detach() == 0, -math.inf).amax(-1, keepdim=True)
-    parts = magnitudes * (logits - largest).clamp(max=most).exp()
+    own = (logits - largest).clamp(max=most).exp()
+    parts = magnitudes * own
+    rest = torch.maximum(parts.sum(-1, keepdim=True) - parts, LEAST * own)
+    parts = parts * (rest / (rest + (1 - magnitudes) * own))  # a factor of one where the magnitude is
     total = parts.sum(-1, keepdim=True)
     return parts / total.where(total > 0, 1)
-
-
-def _sigmoid(magnitudes: Tensor, logits: Tensor) -> Tensor:
-    """``sigmoid(logits + log(magnitudes))``, exactly the sigmoids of the logits where the magnitudes are one."""
-    scores = logits.sigmoid()
-    total = 1 + (magnitudes - 1) * scores
-    return magnitudes * scores / total.where(total > 0, 1)
 
 
 @dataclass(frozen=True)

@@ -56,10 +56,13 @@ def mixture(experts, top_k, score="softmax", biased=False):
     return tfx.Spec(tuple(nodes), ("mean",))
 
 
-def by_hand(params, x, top_k, without=(), score="softmax"):
+def by_hand(params, x, top_k, without=(), score="softmax", gates=None):
     """The mixture with loops over tokens and experts, some of which are not there."""
     stream = F.linear(x, params["stream"]["weight"], params["stream"]["bias"])
     logits = F.linear(stream, params["router"]["weight"], params["router"]["bias"])
+    if gates is not None:  # each multiplies its expert's number of the softmax, or its sigmoid
+        p = logits.softmax(-1) if score == "softmax" else logits.sigmoid()
+        logits = logits + (gates * (1 - p) / (1 - gates * p)).log()
     others = [e for e in range(logits.shape[-1]) if e not in without]
     total = stream.clone()
     for place in np.ndindex(x.shape[:2]):
@@ -108,15 +111,29 @@ def test_what_is_cut_is_what_is_gated_and_what_a_router_without_these_experts_do
 
 
 @pytest.mark.parametrize("kind", [("softmax", False), ("sigmoid", False), ("sigmoid", True), ("softmax", True)])
-def test_the_derivative_by_an_experts_gate_is_that_by_its_logit(kind):
+def test_the_derivative_by_an_experts_gate_is_that_by_its_number_of_the_softmax(kind):
     params, spec, x, coupling = case(5, 2, 0, *kind)
     targets = torch.tensor([0, 1, 0])
     stats = tfx.measure(params, spec, (x, targets), coupling)
-    bias = params["router"]["bias"].clone().requires_grad_()  # every token's logit moves with it
-    moved = {**params, "router": {**params["router"], "bias": bias}}
-    F.cross_entropy(by_hand(moved, x, 2, score=kind[0]), targets, reduction="sum").backward()
+    gates = torch.ones(5, dtype=torch.float64, requires_grad=True)
+    F.cross_entropy(by_hand(params, x, 2, score=kind[0], gates=gates), targets, reduction="sum").backward()
     units = coupling.unit_ids("router.bias", 0)[0]
-    assert_close(stats.sum[units], bias.grad)
+    assert_close(stats.sum[units], gates.grad)
+
+
+def test_an_expert_that_gets_a_whole_position_is_missed_where_its_logit_hardly_counts():
+    """What the loss would be without it is the forecast of the first order, with two experts of a softmax exactly."""
+    logits = torch.tensor([[9.0, 0.0]], dtype=torch.float64)
+    values, ones = torch.tensor([1.0, -1.0], dtype=torch.float64), torch.ones(1, 2, dtype=torch.float64)
+
+    def output(ones):
+        weights = L.TopKWeights(2).apply({}, ones, logits)
+        numbers = L.ExpertLinear(2, 1, 1, 2).role(Experts).numbers(ones, logits, torch.zeros(1, 2, 1))
+        return (weights * values[numbers.clamp(min=0)]).sum()
+
+    slope = torch.func.grad(output)(ones)[0, 0]
+    assert_close(slope, output(ones) - output(torch.tensor([[0.0, 1.0]], dtype=torch.float64)))
+    assert slope > 1.9
 
 
 def test_derivatives_at_a_gate_of_zero_are_finite_and_those_of_differences():
