@@ -238,9 +238,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--contestants", nargs="+", default=["*"], help="globs of their names (default: all)")
     parser.add_argument("--by", choices=BUDGETS, default="FLOPs", help="what the shares are of")
     parser.add_argument("--examples", type=int, default=512, help="to score and repair with (default: 512)")
-    parser.add_argument("--epochs", nargs="+", type=int, default=[], help="of training after the repair, by labels")
+    parser.add_argument("--epochs", nargs="*", type=int, default=[], help="of training after the repair, by labels")
     parser.add_argument("--teacher", action="store_true", help="train by what the unpruned network says, too")
-    parser.add_argument("--ends", action="store_true", help="who matters, repaired, fine-tuned, trained and timed")
+    parser.add_argument("--ends", action="store_true", help="who matters, repaired, fine-tuned and trained")
     parser.add_argument("--latency", action="store_true", help="also time every network that is left")
     parser.add_argument("--fidelity", action="store_true", help="also ask the oracle")
     parser.add_argument("--full", action="store_true", help="all tasks, five seeds, four budgets, all repairs")
@@ -251,7 +251,7 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.ends:
         repairs = ["as cut", "reconstructed", "reconstructed, fine-tuned"]
-        parser.set_defaults(contestants=ENDS, repairs=repairs, epochs=[6], teacher=True, latency=True)
+        parser.set_defaults(contestants=ENDS, repairs=repairs, epochs=[6])
         options = parser.parse_args()
     options.variant = "" if options.by == "FLOPs" else f"-{options.by}"
     options.variant += "" if options.examples == 512 else f"-{options.examples}"
