@@ -41,18 +41,10 @@ from taylorfx.repair import reconstruct
 from taylorfx.scoring import criteria
 from taylorfx.scoring.measurement import Measurement
 from taylorfx.scoring.products import memory_of_products
-from taylorfx.selection.budget import (
-    Budget,
-    BudgetError,
-    Flops,
-    Latency,
-    Memory,
-    Parameters,
-    SelectionError,
-)
+from taylorfx.selection.budget import Budget, BudgetError, Flops, Latency, Memory, Parameters, SelectionError
 from taylorfx.selection.constraints import Constraints
 from taylorfx.sentence import prune
-from taylorfx.tree import Params, flatten
+from taylorfx.tree import Params
 
 if TYPE_CHECKING:
     from taylorfx.interop.huggingface import Pretrained
@@ -267,10 +259,8 @@ def _run(options: argparse.Namespace) -> None:
 
     print("Finding out what the config can hold", flush=True)
     _check_memory(options, coupling)
-    timings = Timings(batch=size, dtype=next(iter(flatten(loaded.params).values())).dtype)
-    options.budget = [
-        replace(one, timings=timings) if isinstance(one, Latency) else one for one in options.budget
-    ]  # fmt: skip
+    timings = Timings(batch=size, dtype=loaded.model.dtype)
+    options.budget = [replace(one, timings=timings) if isinstance(one, Latency) else one for one in options.budget]
     held = huggingface.holdable(*loaded, branches=options.depth, per_layer=options.per_layer)
     constraints = wanted.also(held, coupling)
     print(f"Measuring on {len(measured)} sequences of {length} tokens", flush=True)

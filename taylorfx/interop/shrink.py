@@ -56,9 +56,9 @@ class Trained:
         where = next(iter(tensors.values())).device
         self.params = map_paths(lambda path, x: tensors[path].detach() if path in tensors else x.to(where), params)
         self.example = some_of(spec, inputs)
-        own = self._of_module(self.params, spec)
-        self.original = Original(self.plain, *own, *self.example, own)
-        if foreign := self.original.foreign(own[1].shapes):
+        self.own = self._of_module(self.params, spec)
+        self.original = Original(self.plain, *self.own, *self.example, self.own)
+        if foreign := self.original.foreign(self.own[1].shapes):
             raise LikeError(foreign)
 
     def constraints(self, *, branches: bool = False) -> Constraints:
@@ -70,8 +70,7 @@ class Trained:
         if isinstance(self.module, SpecModule):
             return Constraints()
         if self._pretrained:
-            own = self._of_module(self.params, self.spec)
-            return holdable(self.plain, *own, *self.example, branches=branches)
+            return holdable(self.plain, *self.own, *self.example, branches=branches)
         if branches:
             raise LikeError(
                 f"What a class can hold has all of its branches; received a {type(self.plain).__name__} and "
@@ -139,8 +138,7 @@ class Trained:
             vars(small).update({name: vars(fresh)[name] for name in ("_modules", "_parameters", "_buffers", "spec")})
             return small, self.names
         if self._pretrained:
-            own = self._of_module(self.params, self.spec)
-            source = Source(self.plain, *own, *self.example, own)
+            source = Source(self.plain, *self.own, *self.example, self.own)
             model, layers = source.resized(*self._of_module(params, spec))
             former = {path: layers.former(path, source.usual) for path in tensors_of(model)}
             return model, {path: self.names.get(old, old) for path, old in former.items()}

@@ -67,9 +67,8 @@ class TopKWeights(Layer):
     """The ``top_k`` largest numbers of a softmax over the last axis: of ones and logits ``(..., e)``, ``(..., top_k)``.
 
     The ones multiply these numbers, and the others of the softmax share the rest; of other numbers, the magnitudes do.
-    Where fewer than ``top_k`` experts are
-    left, the rest of the weights are zero. A third input ``(e,)`` is added where experts are chosen, and not to their
-    weights.
+    Where fewer than ``top_k`` experts are left, the rest of the weights are zero. A third input ``(e,)`` is added where
+    experts are chosen, and not to their weights.
 
     Attributes:
         score: ``"sigmoid"`` of every logit in place of the softmax of all.

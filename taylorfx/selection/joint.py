@@ -109,7 +109,7 @@ def _spending(rows: Tensor, asked: Asked, together: Callable[[Asked], Mask]) -> 
         return keep
 
     def forecast(keep: Mask) -> float:
-        s = rows @ torch.from_numpy(coupling.leaving(keep)).to(rows.dtype)
+        s = _gone(rows, coupling, keep)
         return 0.5 * float(s.square().mean(dtype=torch.float64)) + max(-float(s.mean(dtype=torch.float64)), 0.0)
 
     def saved(unit: int) -> float:
@@ -217,6 +217,11 @@ def _added(rows: Tensor, coupling: Coupling, keep: Mask, whole: tuple[Tensor, Te
     return cross, mean, half
 
 
+def _gone(rows: Tensor, coupling: Coupling, keep: Mask) -> Tensor:
+    """``(N,)``, the sum ``s`` over the units that have left."""
+    return rows @ torch.from_numpy(coupling.leaving(keep)).to(rows.dtype)
+
+
 def _own(rows: Tensor, coupling: Coupling, keep: Mask, unit: int) -> Tensor:
     """``(N,)``, a branch's derivative less those of the units in it that have left, or would not come back with it."""
     itself = np.arange(len(keep)) == unit
@@ -247,7 +252,7 @@ def _exchanged(rows: Tensor, asked: Asked, keep: Mask, free: Mask, whole: tuple[
     """The units that stay after exchanges of these free ones, if what is kept then still fits."""
     coupling = asked.coupling
     _, mean, half = _added(rows, coupling, keep, whole)
-    gone = rows @ torch.from_numpy(coupling.leaving(keep)).to(rows.dtype)  # s
+    gone = _gone(rows, coupling, keep)
     free = free & ~coupling.carried(keep)
     better = _swap(rows, gone, asked.rules.parts(coupling)[0], keep, mean, half, free)
     everything = np.ones(len(coupling), bool)
@@ -307,17 +312,14 @@ def _moved(rows: Tensor, asked: Asked, keep: Mask, spent: Callable[[Mask], Mask]
     coupling = asked.coupling
     units = [branch.unit for branch in coupling.branches if not asked.rules.protected[branch.unit]]
 
-    def gone(keep: Mask) -> Tensor:
-        return rows @ torch.from_numpy(coupling.leaving(keep)).to(rows.dtype)  # s
-
     def forecast(keep: Mask) -> float:
-        s = gone(keep)
+        s = _gone(rows, coupling, keep)
         return float(0.5 * s.square().mean(dtype=torch.float64) - s.mean(dtype=torch.float64))
 
     def lower(keep: Mask) -> Mask | None:
         """The first move that lowers the forecast."""
         p = torch.stack([_own(rows, coupling, keep, unit) * (1 if keep[unit] else -1) for unit in units], 1)
-        gram, alone = p.T @ p / len(p), (gone(keep)[:, None] * p - p + 0.5 * p.square()).mean(0)
+        gram, alone = p.T @ p / len(p), (_gone(rows, coupling, keep)[:, None] * p - p + 0.5 * p.square()).mean(0)
         change = alone[:, None] + alone + gram
         change.diagonal().copy_(alone)  # of one branch
         tried, now = 0, forecast(keep)
