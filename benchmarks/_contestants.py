@@ -7,7 +7,6 @@ with a plan, Torch-Pruning too, so that cost, repair and fine-tuning are the sam
 from __future__ import annotations
 
 import copy
-import time
 import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _shares import Shares
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -47,14 +47,8 @@ Contestant = Callable[[Sequence[float]], Plans]
 Collect = Callable[[nn.Module, Loss, Batches], None]
 """Gives every parameter the ``.grad`` that an importance of Torch-Pruning looks at."""
 
-BUDGETS = ("FLOPs", "parameters", "time")
-
-CLOCK = tfx.cost.Pace(error=0.01, seconds=2.0, clock=time.process_time)
-
-
-def timings() -> tfx.cost.Timings:
-    """Whole networks on batches of 256, as many as make layers of this size worth their calls."""
-    return tfx.cost.Timings(batch=256, pace=CLOCK)
+BATCH = 256
+"""Examples at a time where time is measured: as many as make layers of this size worth their calls."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +58,7 @@ class Case:
     Attributes:
         module: the same network for Torch-Pruning.
         protect: globs of the scopes that stay whole.
-        by: what the shares are of, of `BUDGETS`.
-        timings: what the time is measured by, once for all contestants.
+        shares: what shares are of.
     """
 
     params: tfx.Params
@@ -74,8 +67,7 @@ class Case:
     batches: Batches
     loss: Loss = F.cross_entropy
     protect: tuple[str, ...] = ()
-    by: str = "FLOPs"
-    timings: tfx.cost.Timings = field(default_factory=timings)
+    shares: Shares = field(default_factory=partial(Shares.of, "FLOPs", BATCH))
 
     @cached_property
     def coupling(self) -> tfx.Coupling:
@@ -86,24 +78,12 @@ class Case:
         """With branches."""
         return tfx.couple(self.params, self.spec, branches=True)
 
-    def share(self, plan: tfx.Plan) -> float:
-        """What a plan leaves of it."""
-        if self.by == "time":
-            return self.timings.share(plan.spec, self.spec)
-        cost = (tfx.cost.parameters if self.by == "parameters" else tfx.cost.flops)(plan.coupling)
-        return cost(plan.keep) / cost.total
-
-    def budget(self, share: float) -> tfx.Budget:
-        if self.by == "time":
-            return tfx.Latency(share, self.timings)
-        return (tfx.Parameters if self.by == "parameters" else tfx.Flops)(share)
-
     def measure(self, **options: Any) -> tfx.Statistics:
         return tfx.measure(self.params, self.spec, self.batches, self.coupling, loss=self.loss, **options)
 
     def asked(self, share: float) -> dict[str, Any]:
         """Budget and constraints, as `select` and `joint` take them."""
-        return {"budget": self.budget(share), "most": MOST, "protect": self.protect}
+        return {"budget": self.shares.budget(share), "most": MOST, "protect": self.protect}
 
 
 @dataclass(frozen=True)
@@ -146,7 +126,7 @@ class Stepwise:
     def __call__(self, shares: Sequence[float]) -> Plans:
         last = min(shares)
         ways = sorted({*shares, *(last ** (k / STEPS) for k in range(1, STEPS))}, reverse=True)
-        plans = self.along(map(self.case.budget, ways))
+        plans = self.along(map(self.case.shares.budget, ways))
         return {share: plan for share, plan in zip(ways, plans, strict=True) if share in shares}
 
     def along(self, ways: Iterable[tfx.Budget]) -> Iterator[tfx.Plan]:
@@ -203,7 +183,7 @@ def contestants(case: Case, seed: int) -> dict[str, Contestant]:
     stats, raw = case.measure(rows=True), case.measure(at_writes=True, training=normed)
     centers = tfx.repair.means(case.params, case.spec, case.batches, coupling).centers(coupling)
     around = case.measure(rows=True, around=centers)
-    per = f"per {case.by.removesuffix('s')}"
+    per = f"per {case.shares.by.removesuffix('s')}"
     scores = {
         criterion.__name__: criterion(stats, coupling)
         for criterion in (tfx.taylor, tfx.fisher, tfx.criteria.second_order)
@@ -293,17 +273,18 @@ def iterated(case: Case, importance: str, collect: Collect | None, again: bool, 
         AssertionError: if a plan of ours for the same units does not compute what its module computes.
     """
     x, plans = case.batches[0][0], list[tfx.Plan]()
-    flops = replace(case, by="FLOPs")
-    fast = min(shares) / 4 if case.by == "time" else None  # half of the time takes more than half of the FLOPs
+    counted, least = case.shares, min(shares)
+    if counted.by == "time":  # which is measured at few of the steps; half of it takes more than half of the FLOPs
+        counted, least = Shares.of("FLOPs", BATCH), least / 4
     for keep, pruned in stepped(case, importance, collect, 100 if again else 200, again):
         plans.append(tfx.Plan(case.coupling, keep))
-        if case.share(plans[-1]) <= min(shares) if fast is None else flops.share(plans[-1]) <= fast:
+        if counted.left(plans[-1]) <= least:
             ours = tfx.apply(tfx.cut(case.params, plans[-1]), plans[-1].spec, x)
             torch.testing.assert_close(ours, pruned(x).detach(), rtol=1e-3, atol=1e-3)
             break
-    if fast is None:
-        return {share: min(plans, key=lambda plan: abs(case.share(plan) - share)) for share in shares}
-    found = {s: bisect_left(plans, -1.03 * s, key=lambda plan: -case.share(plan)) for s in shares}
+    if counted is case.shares:
+        return {share: min(plans, key=lambda plan: abs(case.shares.left(plan) - share)) for share in shares}
+    found = {s: bisect_left(plans, -1.03 * s, key=lambda plan: -case.shares.left(plan)) for s in shares}
     return {share: plans[k] for share, k in found.items() if k < len(plans)}
 
 

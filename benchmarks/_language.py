@@ -7,7 +7,6 @@ import hashlib
 import importlib.util
 import math
 import sysconfig
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _shares import Shares
 from torch import Tensor, nn
 
 import taylorfx as tfx
@@ -133,20 +133,12 @@ def learn(
     return model.eval()
 
 
-def timings() -> tfx.cost.Timings:
-    """Whole networks on batches of 16, in processor time."""
-    pace = tfx.cost.Pace(error=0.01, seconds=2.0, clock=time.process_time)
-    return tfx.cost.Timings(batch=16, pace=pace)
-
-
 @dataclass(frozen=True)
 class Case:
     """What all contestants look at: a model, its network, the scored sequences and what its class can hold.
 
     Attributes:
-        deep: what the class can hold where whole layers may leave, too.
-        by: what shares are of: ``"FLOPs"``, ``"parameters"`` or ``"time"``.
-        timings: what shares of the time are measured by, once for all contestants.
+        shares: what shares are of.
     """
 
     model: Any
@@ -154,31 +146,20 @@ class Case:
     spec: tfx.Spec
     batches: list[Batch]
     constraints: tfx.Constraints
-    deep: tfx.Constraints
     seed: int
-    by: str = "FLOPs"
-    timings: tfx.cost.Timings = field(default_factory=timings)
+    shares: Shares = field(default_factory=partial(Shares.of, "FLOPs", 16))
 
     @staticmethod
     def of(model: Any, rows: Tensor, seed: int, by: str = "FLOPs") -> Case:
         scored = batches(rows, INPUTS, 16)
         model, params, spec = huggingface.from_pretrained(model, scored[0][0], outputs="logits")
-        flat, deep = (
-            huggingface.holdable(model, params, spec, scored[0][0], branches=branches) for branches in (False, True)
-        )
-        return Case(model, params, spec, scored, flat, deep, seed, by)
+        held = huggingface.holdable(model, params, spec, scored[0][0])
+        return Case(model, params, spec, scored, held, seed, Shares.of(by, 16))
 
-    def budget(self, share: float) -> tfx.Budget:
-        if self.by == "time":
-            return tfx.Latency(share, self.timings)
-        return (tfx.Parameters if self.by == "parameters" else tfx.Flops)(share)
-
-    def share(self, plan: tfx.Plan) -> float:
-        """What a plan leaves of it."""
-        if self.by == "time":
-            return self.timings.share(plan.spec, self.spec)
-        cost = (tfx.cost.parameters if self.by == "parameters" else tfx.cost.flops)(plan.coupling)
-        return cost(plan.keep) / cost.total
+    @cached_property
+    def deep(self) -> tfx.Constraints:
+        """What the class can hold where whole layers may leave, too."""
+        return huggingface.holdable(self.model, self.params, self.spec, self.batches[0][0], branches=True)
 
     @cached_property
     def coupling(self) -> tfx.Coupling:
@@ -197,7 +178,7 @@ class Case:
             rules = replace(self.constraints, per_layer=per_layer)
             return {
                 share: tfx.select(
-                    scores, self.coupling, budget=self.budget(share), constraints=rules, per_cost=per_cost
+                    scores, self.coupling, budget=self.shares.budget(share), constraints=rules, per_cost=per_cost
                 )
                 for share in shares
             }  # fmt: skip
@@ -210,7 +191,7 @@ class Case:
         def choose(shares: Sequence[float]) -> Plans:
             return {
                 share: tfx.prune(
-                    self.params, self.spec, self.batches, budget=self.budget(share), loss=huggingface.next_token,
+                    self.params, self.spec, self.batches, budget=self.shares.budget(share), loss=huggingface.next_token,
                     constraints=self.deep if options.get("branches") else self.constraints, **options,
                 ).plan
                 for share in shares
@@ -353,7 +334,7 @@ def without_layers(case: Case, influences: Sequence[float], shares: Sequence[flo
             if coupling.names[branch.unit].startswith(f"model.layers.{layer}."):
                 keep[branch.unit] = False
         plans.append(tfx.Plan(coupling, coupling.settled(keep.copy())))
-    return {share: min(plans, key=lambda plan: abs(case.share(plan) - share)) for share in shares}
+    return {share: min(plans, key=lambda plan: abs(case.shares.left(plan) - share)) for share in shares}
 
 
 def check_torch_pruning(case: Case, slopes: Tensor, squares: Tensor) -> None:

@@ -41,6 +41,7 @@ from _language import (
     sequences,
 )
 from _language import tokens as tokenized
+from _shares import BUDGETS
 from _tables import interval, markdown
 from _torchvision import library
 from quality import CACHE
@@ -161,7 +162,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=1500, help="steps of training of the model itself")
     parser.add_argument("--width", type=int, default=128, help="of the model's stream")
     parser.add_argument("--experts", type=int, default=0, help="of every layer; 0 for none")
-    parser.add_argument("--by", choices=("FLOPs", "parameters", "time"), default="FLOPs", help="what the shares are of")
+    parser.add_argument("--by", choices=BUDGETS, default="FLOPs", help="what the shares are of")
     parser.add_argument("--contestants", nargs="+", default=[], help="only these")
     parser.add_argument("--cache", type=Path, default=CACHE.parent / "language")
     options = parser.parse_args()

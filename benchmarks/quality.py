@@ -24,7 +24,7 @@ import importlib.util
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache
@@ -34,8 +34,9 @@ from typing import Any
 import numpy as np
 import torch
 from _borrowed import BORROWED
-from _contestants import BUDGETS, CLOCK, Case, Contestant, Plans, Ranked, contestants, torch_pruning
+from _contestants import BATCH, Case, Contestant, Plans, Ranked, contestants, torch_pruning
 from _networks import FASHION, TRAINED, Data, Task, fashion
+from _shares import BUDGETS, CLOCK, Shares
 from _tables import ENDS, REPAIRS, endings, publish, publish_endings, summary, tables
 
 import taylorfx as tfx
@@ -61,11 +62,21 @@ def trained(task: Task, file: Path, data: Data, generator: torch.Generator) -> t
 
 
 def left(
-    repairs: Sequence[str], task: Task, params: tfx.Params, plan: tfx.Plan, data: Data, batches: Batches, seed: int
+    repairs: Sequence[str],
+    task: Task,
+    params: tfx.Params,
+    plan: tfx.Plan,
+    data: Data,
+    batches: Batches,
+    seed: int,
+    teacher: Callable[[], torch.Tensor],
 ) -> Iterator[tuple[str, tuple[tfx.Params, tfx.Spec]]]:
-    """The networks that a plan leaves, after what is done about it."""
+    """The networks that a plan leaves, after what is done about it.
+
+    Args:
+        teacher: gives what the unpruned network says of the examples that are learned.
+    """
     rebuilt = cache(lambda: tfx.reconstruct(params, plan, batches))
-    teacher = cache(lambda: inference(params, plan.coupling.spec, data.learned[0]))
     for repair in repairs:
         small = tfx.cut(params, plan), plan.spec
         if repair == "recalibrated":
@@ -123,24 +134,25 @@ def run(name: str, seed: int, options: argparse.Namespace) -> None:
     data = task.data(generator, options.fashion)
     params, spec = trained(task, options.cache / f"{name}-{seed}.safetensors", data, generator)
     batches = list(zip(*(part[: options.examples].split(64) for part in data.scored), strict=True))
-    case = Case(params, spec, task.module(params), batches, task.loss, task.protect, options.by)
+    case = Case(params, spec, task.module(params), batches, task.loss, task.protect, Shares.of(options.by, BATCH))
     kept = Kept(options.cache / f"{name}{options.variant}-{seed}.json", case)
     found = kept.found
     if "whole" not in found:
         found["whole"] = {"accuracy": task.quality(params, spec, *data.judged), "units": len(case.coupling)}
     chosen = {name: x for name, x in contestants(case, seed).items() if fits(name, options.contestants)}
     decide(chosen, options.shares, kept)
+    teacher = cache(lambda: inference(params, spec, data.learned[0]))
     keys = [f"{name} @ {share}" for name in chosen for share in options.shares if f"{name} @ {share}" in found]
     for key in keys:
         known, some = found[key]["accuracy"], ["as cut"] if another_draw(key) else options.repairs
         repairs = [x for x in some if x not in known and (task.tune or not x.endswith(("tuned", "epochs", "teacher")))]
-        for repair, network in left(repairs, task, params, kept.plan(key), data, batches, seed):
+        for repair, network in left(repairs, task, params, kept.plan(key), data, batches, seed, teacher):
             known[repair] = task.quality(*network, *data.judged)
             kept.save()
     if options.latency:
         plans = {key: kept.plan(key) for key in keys if not another_draw(key)}
         networks = {key: (tfx.cut(params, plan), plan.spec) for key, plan in plans.items()}
-        times = latencies({"": (params, spec), **networks}, data.judged[0][:256])
+        times = latencies({"": (params, spec), **networks}, data.judged[0][:BATCH])
         for key in networks:
             found[key]["latency"] = times[key]
     ranked = {name: x for name, x in chosen.items() if isinstance(x, Ranked) and not (x.per_cost or another_draw(name))}

@@ -36,7 +36,7 @@ def case():
     rows = torch.randint(1024, (4, 12), generator=torch.Generator().manual_seed(0))
     scored = batches(rows, INPUTS, 4)
     model, params, spec = huggingface.from_pretrained(model, scored[0][0], outputs="logits")
-    return Case(model, params, spec, scored, tfx.Constraints(), tfx.Constraints(), 0)
+    return Case(model, params, spec, scored, tfx.Constraints(), 0)
 
 
 def mlp(case):

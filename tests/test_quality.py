@@ -8,6 +8,7 @@ import pytest
 import torch
 from _contestants import MOST, Case, contestants, torch_pruning
 from _networks import TRAINED, After, Before, ConvNeXt, Inverted, Stages, VisionTransformer, noisy_digits
+from _shares import Shares
 from _tables import END_MARKERS, MARKERS, Interval, duels, ends, fidelities, interval, summary, table, verdict
 
 import taylorfx as tfx
@@ -29,7 +30,14 @@ def test_every_contestant_answers_with_a_plan_within_the_budget(name):
     generator = torch.Generator().manual_seed(0)
     batches = [(torch.randn(8, 1, size, size, generator=generator), torch.randint(10, (8,), generator=generator))] * 2
     params, spec = tfx.from_torch(module, batches[0][0][:2])
-    case = Case(params, spec, module, batches, protect=protect, by="parameters" if name == "after" else "FLOPs")
+    case = Case(
+        params,
+        spec,
+        module,
+        batches,
+        protect=protect,
+        shares=Shares.of("parameters" if name == "after" else "FLOPs", 8),
+    )
     found = contestants(case, seed=0)
     assert (torch_pruning is None) == (not any(name.startswith("Torch-Pruning") for name in found))
     for contestant, choose in found.items():
@@ -37,7 +45,7 @@ def test_every_contestant_answers_with_a_plan_within_the_budget(name):
         assert plans.keys() == {0.8, 0.6}
         for share, plan in plans.items():
             near = 0.05 if contestant.startswith("Torch-Pruning") else 0.0  # its steps are coarse
-            assert case.share(plan) <= share + near + 1e-9, contestant
+            assert case.shares.left(plan) <= share + near + 1e-9, contestant
             for scope, size in enumerate(plan.coupling.sizes):
                 kept = plan.keep[plan.coupling.scope == scope].sum()
                 gone = "branches" in contestant and kept == 0  # with its branch
