@@ -15,6 +15,8 @@ budget=..., repair=tfx.reconstruct, total=tfx.distributed.total)``.
 
 from __future__ import annotations
 
+import time
+
 import torch
 from quickstart import digits, network
 from torch.distributed.device_mesh import init_device_mesh
@@ -65,8 +67,10 @@ def main() -> None:
             f"{accuracy(small, smaller, *test):.4f} at {options.flops:.0%} of the FLOPs"
         )
     if together:
-        torch.distributed.barrier()  # none leaves while its threads still hold what another sent
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+        # DTensor's caches keep gloo's threads alive; one that still holds a tensor when Python ends aborts the process.
+        time.sleep(0.5)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import textwrap
+import time
 from dataclasses import replace
 
 import hypothesis.strategies as st
@@ -293,13 +294,13 @@ def test_a_budget_of_loaded_timings_chooses_the_same_and_runs_nothing(tmp_path):
     params = random_params(spec, torch.Generator().manual_seed(0))
     coupling = tfx.couple(params, spec)
     scores = tfx.criteria.weight_l2(params, coupling)
-    timings = Timings(batch=2, repeats=1, pace=tfx.cost.Pace(seconds=0.1))
+    timings = Timings(batch=2, repeats=1, runner=slow_runner, pace=tfx.cost.Pace(clock=slow_clock, seconds=0.1))
     budgets = [tfx.Latency(0.97, timings), tfx.Latency(round(2 * timings.whole(spec)), timings)]
     before = [tfx.select(scores, coupling, budget=budget) for budget in budgets]
     assert timings.kinds
     assert {other for _, other in timings.shares} == {spec, None}
     store.save_timings(tmp_path / "timings", timings)
-    again = store.load_timings(tmp_path / "timings", runner=tfx.cost.eager)
+    again = store.load_timings(tmp_path / "timings", runner=slow_runner)
     assert again.table == timings.table
     assert again.shares == timings.shares
     assert {key: values.tolist() for key, values in again.kinds.items()} == {
@@ -307,6 +308,24 @@ def test_a_budget_of_loaded_timings_chooses_the_same_and_runs_nothing(tmp_path):
     }
     idle = replace(again, repeats=0, runner=idle_runner)  # of no repeats there is no median, but a warning
     assert [tfx.select(scores, coupling, budget=replace(budget, timings=idle)) for budget in budgets] == before
+
+
+LATE = [0.0]
+"""Seconds by which the clock of `slow_clock` is ahead."""
+
+
+def slow_clock() -> float:
+    return time.perf_counter() + LATE[0]
+
+
+def slow_runner(params, spec, inputs):
+    """Every parameter takes a millisecond of the clock, beside which the machine's noise is nothing."""
+    takes = 1e-3 * sum(leaf.numel() for leaf in tfx.tree.flatten(params).values())
+
+    def run() -> None:
+        LATE[0] += takes
+
+    return run
 
 
 def idle_runner(params, spec, inputs):
