@@ -13,34 +13,30 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from taylorfx.coupling.couple import couple
 from taylorfx.coupling.units import Coupling
 from taylorfx.cutting.plan import PlanError
 from taylorfx.cutting.pruned import Pruned
-from taylorfx.distributed import agreed, alone, sharing
+from taylorfx.distributed import agreed
 from taylorfx.functions import name_of, unfit
 from taylorfx.network.parameters import check
-from taylorfx.network.run import apply
 from taylorfx.network.spec import Spec
 from taylorfx.network.tables import columns
 from taylorfx.progress import LOG
 from taylorfx.repair import reconstruct
 from taylorfx.repair.batches import Batches, Repair
 from taylorfx.repair.calls import check_repair, mended
-from taylorfx.scoring.batches import Batch, Kept, each_batch
+from taylorfx.scoring.batches import Kept
 from taylorfx.scoring.criteria import fisher, second_order, weight_l2
 from taylorfx.scoring.fingerprint import of_params
-from taylorfx.scoring.losses import Objective
 from taylorfx.scoring.measure import measure
 from taylorfx.scoring.measurement import Measurement
 from taylorfx.scoring.statistics import Statistics
 from taylorfx.selection.budget import Budgets, SelectionError
 from taylorfx.sentence import Sentence
 from taylorfx.tree import Params, flatten, unflatten
-from taylorfx.truth.gated import either
-from taylorfx.truth.oracles import observations
+from taylorfx.truth.losses import mean_loss
 
 __all__ = ["Best", "Candidate", "Tune", "best", "ours"]
 
@@ -266,30 +262,7 @@ class _Task:
 
     def loss(self, params: Params, spec: Spec) -> float:
         """The mean loss of the examples that were held out; NaN if that of any is not finite."""
-        coupling, objective = couple(params, spec), self.measurement.objective
-
-        def summed() -> Tensor:
-            sums = torch.zeros(3, dtype=torch.float64)
-            with sharing(params) as own:
-                for batch in each_batch(self.held_out):
-                    some = observations(batch, coupling, objective)
-                    sums += sum(_losses(own, one, coupling, objective) for one in some)
-            return sums
-
-        loss, strange, count = (self.measurement.total or alone)(summed).tolist()
-        if not count:
-            raise ValueError("Candidates are judged by the examples of held_out; received none.")
-        return math.nan if strange else loss / count
-
-
-def _losses(params: Params, batch: Batch, coupling: Coupling, objective: Objective) -> Tensor:
-    """``(3,)``: the sum of the losses that are finite, how many are not, and how many there are."""
-    inputs, targets = batch
-    with torch.no_grad():
-        outputs = apply(params, coupling.spec, inputs)
-        each = either(lambda plain: (objective.plain if plain else objective.vectorized)(outputs, targets)).cpu()
-    finite = each.isfinite()
-    return torch.stack([each[finite].sum().double(), (~finite).sum().double(), torch.tensor(float(len(each))).double()])
+        return mean_loss(params, couple(params, spec), self.held_out, self.measurement)
 
 
 def _checked(params: Params, spec: Spec) -> Params:

@@ -4,38 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-
 from taylorfx.coupling.couple import couple
-from taylorfx.coupling.units import Coupling
+from taylorfx.coupling.units import Coupling, Mask
 from taylorfx.cutting.plan import Plan
 from taylorfx.cutting.pruned import Interrupted, Pruned
 from taylorfx.distributed import agreed
-from taylorfx.functions import innermost
 from taylorfx.network.spec import Spec
 from taylorfx.progress import LOG
 from taylorfx.repair.batches import Batches, Repair
-from taylorfx.repair.calls import check_repair, mended
-from taylorfx.repair.least_squares import reconstruct
 from taylorfx.scoring.batches import Kept, each_batch
-from taylorfx.scoring.criterion import Criterion, Score, as_criterion
-from taylorfx.scoring.fingerprint import fingerprint, of_layers, of_params, plain
-from taylorfx.scoring.measure import measure
+from taylorfx.scoring.criterion import Score
+from taylorfx.scoring.fingerprint import fingerprint, plain
 from taylorfx.scoring.measurement import Measurement, MeasurementOptions, names_of
-from taylorfx.scoring.products import Products, products
-from taylorfx.scoring.statistics import Statistics
 from taylorfx.selection.budget import Budget, BudgetError, Budgets, Remove, SelectionError, Units, each_budget, fixed
-from taylorfx.selection.choice import Choose, check_choice, chosen
+from taylorfx.selection.choice import Choose
 from taylorfx.selection.constraints import ConstraintOptions, Constraints
-from taylorfx.selection.joint import joint
+from taylorfx.selection.depth import depths
 from taylorfx.selection.schedule import exponential
-from taylorfx.selection.select import foresee, select
-from taylorfx.selection.surgeon import surgeon
+from taylorfx.selection.select import Asked, foresee
+from taylorfx.step import Step
 from taylorfx.tree import Params
+from taylorfx.truth.losses import mean_loss
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -104,7 +96,11 @@ def prune(
             like=module)`` gives a smaller one of it: `taylorfx.interop.holdable` finds the constraints on the first
             examples, which join the others.
         branches: residual branches may leave, too, as in `couple`; not with ``like``, but with the constraints that
-            `taylorfx.interop.huggingface.holdable` finds for whole layers.
+            `taylorfx.interop.huggingface.holdable` finds for whole layers. Which leave first is measured, by the loss
+            without each for what that saves (`taylorfx.selection.depth`). Then the network is pruned with fewer and
+            fewer of them, at most six times, and that with the lowest loss on ``batch`` is kept: it never has a higher
+            one than with all branches. With a criterion, a ``choose`` or a number of units, branches are chosen beside
+            the other units instead.
         options: the attributes of `Constraints` and of `Measurement` as keywords, instead of the values.
 
     With ``total=taylorfx.distributed.total`` several processes, each with batches of its own, perhaps none, prune as
@@ -203,6 +199,9 @@ def _pruned(
     params: Params, spec: Spec, budgets: tuple[Budget, ...], steps: int | None, constraints: Constraints, step: Step
 ) -> Pruned:
     """All steps of `prune`."""
+    if step.goes_deep(budgets):
+        whole = _coupled(params, spec, step)
+        return _shallower(params, whole, budgets, steps, constraints, step)
     left = Pruned(params, spec, ())
     try:
         for small, smaller, plan in _iterated(
@@ -256,18 +255,13 @@ def _ways(
     if any(isinstance(one, Remove) for one in budgets):
         raise BudgetError("Steps lead down to what may remain; received a budget of what leaves, Remove.")
     totals = [one.total(coupling) for one in budgets]
+    least = min(one.limit(n) / n if n else 1.0 for one, n in zip(budgets, totals, strict=True))
+    if least >= 1:  # there is nothing to save, as where branches have left that save more than was asked
+        return [budgets]
     if steps is None:
-        least = min(one.limit(n) / n if n else 1.0 for one, n in zip(budgets, totals, strict=True))
         steps = max(1, math.ceil(math.log(least) / math.log(left) - 1e-9))
     starts = (None if isinstance(one.amount, float) else round(n) for one, n in zip(budgets, totals, strict=True))
     return zip(*(exponential(one, steps, start=start) for one, start in zip(budgets, starts, strict=True)), strict=True)
-
-
-LEFT = 0.9
-"""What each step of `prune` leaves at least."""
-
-LEFT_SOLVED = 0.6
-"""What each step leaves at least that chooses by what the repair after it cannot undo."""
 
 
 def iterate(
@@ -303,6 +297,7 @@ def iterate(
         budgets: what may remain after each step; shares are of the network that comes in, but for `Remove`, which
             counts from step to step.
         cautious: how `joint` chooses by default, where there is no criterion, no ``choose`` and no `reconstruct`.
+        branches: as in `prune`; how many leave is decided at every step, for its budget.
         constraints: as in `select`; ``most`` is the largest share of the network that comes in that a scope loses, and
             what has become too small to lose anything needs no constraint any more.
 
@@ -315,78 +310,6 @@ def iterate(
     return _iterated(params, spec, lambda *_: budgets, respected, step)
 
 
-class Step(NamedTuple):
-    """What every step does, whatever its network and its budget are."""
-
-    batches: Batches
-    criterion: Criterion[...] | None
-    choose: Choose
-    measurement: Measurement
-    per_cost: bool
-    repair: Repair | None
-    branches: bool
-    measuring: Callable[..., Statistics | Products]
-
-    @staticmethod
-    def of(
-        batches: Batches, criterion: Score | None, choose: Choose | None, measurement: Measurement, per_cost: bool,
-        *, cautious: bool, repair: Repair | None, branches: bool,
-    ) -> Step:  # fmt: skip
-        """A step by what `iterate` takes.
-
-        Raises:
-            ValueError: for what is no criterion, no choice or no repair.
-        """
-        scoring = None if criterion is None else as_criterion(criterion)
-        check_repair(repair, batches)
-        how = replace(measurement, generator=measurement.generator or torch.Generator().manual_seed(0))
-        solved = innermost(repair) is reconstruct and not (branches or how.at_writes or how.training)
-        if solved and scoring is None and choose is None:
-            return Step(batches, None, surgeon, how, per_cost, repair, branches, products)
-        if choose is None:
-            choose = partial(joint, cautious=cautious) if scoring is None else select
-        check_choice(choose, scored=scoring is not None)
-        return Step(batches, scoring, choose, how, per_cost, repair, branches, measure)
-
-    def taken(
-        self, params: Params, coupling: Coupling, budgets: tuple[Budget, ...], constraints: Constraints
-    ) -> tuple[Plan, Params, Spec]:
-        """The plan, and what it leaves, repaired; the same in all processes."""
-        total = self.measurement.total
-
-        def taken() -> tuple[Plan, Params, Spec]:
-            plan = self.plan(params, coupling, budgets, constraints)
-            return plan, *mended(self.repair, self.batches, params, plan, total)
-
-        return agreed(total, taken, lambda done: f"plan {done[0].digest}, {of_params(done[1])}, {of_layers(done[2])}")
-
-    def plan(self, params: Params, coupling: Coupling, budgets: tuple[Budget, ...], constraints: Constraints) -> Plan:
-        """Measure and choose."""
-        foresee(coupling, budget=budgets, constraints=constraints, per_cost=self.per_cost)
-        worth = self.worth(params, coupling)
-        return chosen(self.choose, worth, coupling, budgets=budgets, constraints=constraints, per_cost=self.per_cost)
-
-    def worth(self, params: Params, coupling: Coupling) -> Statistics | Products | torch.Tensor:
-        """What is chosen by: the criterion's scores; the statistics where there is none, or the products."""
-        if self.needs is None:
-            assert self.criterion is not None
-            return _telling(self.criterion.on(params, coupling.spec, self.batches, coupling, self.measurement))
-        stats = self.measuring(params, coupling.spec, self.batches, coupling, measurement=self.needs)
-        return stats if self.criterion is None else _telling(self.criterion(stats, coupling))
-
-    @property
-    def left(self) -> float:
-        """What each step leaves at least, where nobody says how many there are."""
-        return LEFT_SOLVED if self.choose is surgeon else LEFT
-
-    @property
-    def needs(self) -> Measurement | None:
-        """How statistics are measured; none are, where the criterion is of something else."""
-        if self.criterion is None:
-            return replace(self.measurement, rows=True)
-        return self.criterion.measured(self.measurement) if self.criterion.of == "statistics" else None
-
-
 def _iterated(
     params: Params,
     spec: Spec,
@@ -395,11 +318,67 @@ def _iterated(
     step: Step,
 ) -> Generator[tuple[Params, Spec, Plan], Params | None, None]:
     """`iterate`, whose budgets may depend on the network: the first step's coupling is theirs, too."""
-    whole = agreed(
-        step.measurement.total, lambda: couple(params, spec, branches=step.branches), partial(fingerprint, params)
-    )
+    whole = _coupled(params, spec, step)
     lasting = constraints.lasting(whole)  # which refuses what the network does not have
     return _each(params, spec, ways(whole, constraints, step.per_cost), whole, (constraints, lasting), step)
+
+
+def _coupled(params: Params, spec: Spec, step: Step) -> Coupling:
+    """The coupling of the network, which is the same in all processes."""
+    make, tell = partial(couple, params, spec, branches=step.branches), partial(fingerprint, params)
+    coupling: Coupling = agreed(step.measurement.total, make, tell)
+    return coupling
+
+
+def _shallower(
+    params: Params,
+    coupling: Coupling,
+    budgets: tuple[Budget, ...],
+    steps: int | None,
+    constraints: Constraints,
+    step: Step,
+) -> Pruned:
+    """What is left when some branches leave first, and the rest of the budgets is taken from the width.
+
+    Of several depths that with the lowest loss of what is left counts. They are tried from the deepest network on,
+    until one has a higher loss than the one before.
+    """
+    foresee(coupling, budget=budgets, constraints=constraints, per_cost=step.per_cost)
+    asked, lasting = fixed(budgets, coupling), constraints.lasting(coupling)
+    judged = partial(mean_loss, batches=step.batches, measurement=step.measurement)
+    best, lowest, problem = None, math.inf, BudgetError()
+
+    def narrowed(plan: Plan) -> Pruned:
+        """What is left at one depth."""
+        first = Pruned(params, coupling.spec, (plan,)) if plan.whole else step.after(params, lambda: plan)
+        respected = lasting.carried(plan, couple(*first))
+        try:
+            left = _pruned(*first, asked, steps, respected, step.width)
+        except Interrupted as stop:
+            raise Interrupted(Pruned(*stop.pruned, (plan, *stop.pruned.plans))) from stop
+        return Pruned(*left, (plan, *left.plans))
+
+    def without(keep: Mask) -> float:
+        return judged(params, coupling, plan=Plan(coupling, keep))
+
+    for keep in depths(Asked.of(coupling, budgets, constraints), without):
+        try:
+            left = narrowed(Plan(coupling, keep))
+        except BudgetError as error:
+            problem = error
+            continue
+        except KeyboardInterrupt as stop:
+            if best is None:
+                raise
+            raise Interrupted(best) from stop
+        loss = judged(left.params, couple(*left))
+        LOG.info("without %d branches: loss %.4g", len(coupling) - int(keep.sum()), loss)
+        if best is not None and not loss < lowest:
+            break
+        best, lowest = left, loss if math.isfinite(loss) else math.inf
+    if best is None:
+        raise problem
+    return best
 
 
 def _each(
@@ -418,19 +397,13 @@ def _each(
         coupling = couple(params, spec, branches=step.branches) if k else whole
         if plan is not None:
             respected = lasting = lasting.carried(plan, coupling)
-        plan, params, spec = step.taken(params, coupling, asked, respected)
+        if step.goes_deep(asked):
+            taken = _shallower(params, coupling, asked, 1, respected, step)
+        else:
+            taken = step.taken(params, coupling, asked, respected)
+        (params, spec), plan = taken, taken.plan
         LOG.info("step %d: %r", k + 1, plan)
         trained = yield params, spec, plan
         if trained is not None:
             params = trained
             yield params, spec, plan  # what `send` returns, so that a `for` loop does not miss the next step
-
-
-def _telling(scores: torch.Tensor) -> torch.Tensor:
-    """The scores, unless they are zero for all of several units."""
-    if isinstance(scores, torch.Tensor) and scores.numel() > 1 and not scores.any():
-        raise SelectionError(
-            f"Scores are zero for all {scores.numel()} units, so nothing tells them apart. Look at the criterion, the "
-            "loss and the parameters."
-        )
-    return scores

@@ -62,7 +62,16 @@ def computed(batches: list[Any], total: Any) -> dict[str, Any]:
         "the best of two": compared(batches, candidates=ways, tune=lambda params, _: params).pruned,
         "pruned by second order": pruned(batches, criterion=tfx.criteria.second_order),
         **{f"pruned and {repair.__name__}": pruned(batches, repair=repair) for repair in REPAIRS},
+        "pruned in depth": in_depth(batches, total),
     }
+
+
+def in_depth(batches: list[Any], total: Any) -> tfx.sentence.Pruned:
+    """A residual network that loses branches, measured on as many images as there are in each of the batches."""
+    net = network(CONSTRUCTS["residual stream"])
+    images, targets = next(iter(net.batch[0].values())), net.batch[1]
+    shown = [(images[: len(y)] * (1 + x.abs().mean()), targets[: len(y)]) for x, y in batches]
+    return tfx.prune(net.params, net.spec, shown, budget=tfx.Flops(0.5), branches=True, steps=1, total=total)
 
 
 def shares(size: int) -> list[list[Any]]:

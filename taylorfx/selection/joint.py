@@ -19,7 +19,6 @@ back in pairs, while that lowers ``J``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -70,8 +69,7 @@ def joint(
         cautious: do not believe a forecast that the loss falls. Far from the network, units do not cancel each other
             as the expansion says (where the loss does not depend on the scale of a layer, all of it could leave for
             nothing), nor do those help that promise to. So ``-E[g_u]`` counts only where it is a loss, and ``E[s g_u]``
-            takes back at most half of ``E[g_u^2] / 2``; no exchanges. Where a branch that leaves saves more than was
-            asked, the choice without it counts if its forecast is lower.
+            takes back at most half of ``E[g_u^2] / 2``; no exchanges.
         constraints, options: what has to be respected, as in `select`.
 
     Raises:
@@ -83,46 +81,9 @@ def joint(
         free = coupling.exact if constraints.exact_only else np.ones(len(coupling), bool)
         rows = _rows(stats, coupling)
 
-        def together(asked: Asked) -> Mask:
-            return _together(rows, asked, free, rounds, per_cost, swaps, cautious)
-
-        return asked.plan(_spending(rows, asked, together) if cautious and coupling.branches else together(asked))
+        return asked.plan(_together(rows, asked, free, rounds, per_cost, swaps, cautious))
 
     return corrected(choose, coupling, budget, Constraints.of(constraints, options))
-
-
-SLACK, TRIES = 0.02, 8
-"""The share of a budget that may be left over without a look at other choices of branches, and at how many."""
-
-
-def _spending(rows: Tensor, asked: Asked, together: Callable[[Asked], Mask]) -> Mask:
-    """The units that stay; where much of the budget is left over, perhaps those of a choice that keeps one branch more.
-
-    The last branch that leaves may save far more than was still to be saved. What has the lowest forecast counts; a
-    forecast that the loss falls is not believed.
-
-    Args:
-        together: chooses for what is asked.
-    """
-    coupling, keep = asked.coupling, together(asked)
-    if not asked.loose(keep, SLACK):
-        return keep
-
-    def forecast(keep: Mask) -> float:
-        s = _gone(rows, coupling, keep)
-        return 0.5 * float(s.square().mean(dtype=torch.float64)) + max(-float(s.mean(dtype=torch.float64)), 0.0)
-
-    def saved(unit: int) -> float:
-        back = keep.copy()
-        back[unit] = True
-        return -asked.costs[0](back)
-
-    found = [keep]
-    for unit in sorted((branch.unit for branch in coupling.branches if not keep[branch.unit]), key=saved)[:TRIES]:
-        protected = asked.rules.protected | (np.arange(len(coupling)) == unit)
-        with suppress(BudgetError):  # where the budget cannot be met with it
-            found.append(together(replace(asked, rules=asked.rules._replace(protected=protected))))
-    return min(found, key=forecast)
 
 
 def _together(rows: Tensor, asked: Asked, free: Mask, rounds: int, per_cost: bool, swaps: bool, cautious: bool) -> Mask:

@@ -146,12 +146,10 @@ class Asked:
             return False
         return bundles or not (self.coupling.empty(keep) or self.rules.broken(self.coupling, keep))
 
-    def loose(self, keep: Mask, slack: float) -> bool:
-        """Whether more than this share of every budget is left over. Only where all costs are counted."""
-        if not self.counted:
-            return False
+    def fullness(self, keep: Mask) -> float:
+        """What a choice of units costs, as a share of what may remain; of several budgets, of the fullest."""
         both = zip(self.costs, self._limits, strict=True)
-        return all(cost(keep) < (1 - slack) * limit for cost, limit in both)
+        return max(cost(keep) / limit if limit else math.inf for cost, limit in both)
 
     @cached_property
     def _limits(self) -> list[float]:

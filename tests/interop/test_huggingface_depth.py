@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -168,10 +169,10 @@ def test_steps_reach_a_budget_that_width_alone_does_not():
     generator = torch.Generator().manual_seed(0)
     texts = torch.randint(3, 30, (8, 10), generator=generator)
     batch = {"input_ids": texts, "attention_mask": torch.ones_like(texts)}, texts
-    params, spec = tfx.prune(
-        loaded.params, loaded.spec, batch, budget=tfx.Flops(0.4), constraints=held, branches=True,
-        loss=huggingface.next_token,
-    )  # fmt: skip
+    prune = partial(tfx.prune, *loaded[1:], batch, budget=tfx.Flops(0.08), loss=huggingface.next_token)
+    with pytest.raises(tfx.BudgetError):
+        prune(constraints=huggingface.holdable(*loaded))
+    params, spec = prune(constraints=held, branches=True)
     source = Source(loaded.model, loaded.params, loaded.spec)
     ((stack, stay),) = source.left(params).items()
     assert stack.key == ("num_hidden_layers",)

@@ -1,7 +1,7 @@
 """Branches chosen beside channels: prices, constraints, and what leaves together."""
 
 from functools import partial
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import hypothesis.strategies as st
 import numpy as np
@@ -15,6 +15,7 @@ from torch.testing import assert_close
 import taylorfx as tfx
 from taylorfx import Input, residual, serial
 from taylorfx import layers as L
+from taylorfx.selection.depth import depths
 from taylorfx.selection.joint import _added
 from taylorfx.selection.select import Asked, first_that_fit
 from taylorfx.testing.strategies import network, random_plan
@@ -348,17 +349,86 @@ def test_no_move_of_one_or_two_branches_lowers_the_forecast(seed, share):
 # The sentence.
 
 
-def test_a_large_branch_stays_where_few_channels_leave_less_over():
-    """The branch matters less for its price, and would save half of the network; three hidden units do as well."""
-    coupling = coupled(blocks(count=2, hidden=12)).coupling
-    rows = torch.full((4, len(coupling)), 9.0, dtype=torch.float64)
-    first, hidden = unit_of(coupling, "b0: branch"), coupling.scope == coupling.scopes.index("b1.up")
-    rows[:, first] = 3.0
-    rows[:, torch.from_numpy(hidden)] = 0.9
-    stats, cost = statistics(coupling, rows * torch.tensor([[1.0], [-1.0], [1.0], [-1.0]])), tfx.cost.flops(coupling)
-    plan = tfx.joint(stats, coupling, budget=tfx.Flops(0.9), cautious=True)
-    assert plan.keep[first]
-    assert cost(plan.keep) > 0.85 * cost.total
+def loss_of(params, spec, batch):
+    return float(torch.nn.functional.cross_entropy(tfx.apply(params, spec, batch[0]), batch[1]))
+
+
+@settings(max_examples=10)
+@given(st.sampled_from([*SPECS]), SEEDS, st.sampled_from([0.35, 0.6, 0.8]), st.sampled_from([None, tfx.reconstruct]))
+def test_with_branches_no_less_is_left_than_without(name, seed, share, repair):
+    """The network with all its branches is one of those that are compared, by their losses."""
+    net = coupled(SPECS[name], seed)
+    prune = partial(tfx.prune, net.params, net.spec, net.batch, budget=tfx.Flops(share), repair=repair, steps=2)
+    deep = prune(branches=True)
+    assert deep.plan.spec == deep.spec or repair  # which may add biases
+    cost = tfx.cost.flops(net.coupling)
+    assert cost(deep.plan.keep) <= share * cost.total
+    try:
+        wide = prune()
+    except tfx.BudgetError:
+        return
+    assert loss_of(*deep, net.batch) <= loss_of(*wide, net.batch) + 1e-9
+
+
+@settings(max_examples=15)
+@given(SEEDS, st.floats(0.2, 0.9), st.lists(st.integers(0, 9), min_size=4, max_size=4))
+def test_branches_leave_in_the_order_of_what_is_lost_for_what_is_saved(seed, share, losses):
+    net = coupled(blocks(4), seed)
+    coupling = net.coupling
+    units = [unit_of(coupling, f"b{k}: branch") for k in range(4)]
+
+    def loss(keep):
+        return 1 + sum(x for x, unit in zip(losses, units, strict=True) if not keep[unit])
+
+    asked = Asked.of(coupling, tfx.Flops(share), tfx.Constraints())
+    found = depths(asked, loss)
+    assert found[0].all()
+    gone = [{k for k, unit in enumerate(units) if not keep[unit]} for keep in found]
+    for keep, some in zip(found, gone, strict=True):
+        assert (keep == coupling.settled(~np.isin(np.arange(len(coupling)), [units[k] for k in some]))).all()
+        assert all(losses[k] <= losses[other] for k in some for other in {*range(4)} - some)  # they are of one size
+    assert all(less < more for less, more in pairwise(gone))
+    assert all(asked.fullness(keep) > 1 for keep in found[:-1])  # no more leave than have to
+
+
+@settings(max_examples=10)
+@given(SEEDS)
+def test_depths_respect_constraints(seed):
+    coupling = coupled(blocks(4), seed).coupling
+    rules = tfx.Constraints(protect="b3*", uniform=[("b0: branch", "b2: branch")], floor={"b1: branch": 1})
+    asked, seen = Asked.of(coupling, tfx.Flops(0.1), rules), []
+
+    def loss(keep):
+        seen.append({k for k in range(4) if not keep[unit_of(coupling, f"b{k}: branch")]})
+        return len(seen)
+
+    found = depths(asked, loss)
+    assert seen == [set(), {0, 2}]
+    assert [int((~keep).sum() > 0) for keep in found] == [0, 1]
+
+
+def test_a_branch_that_derivatives_take_for_nothing_stays():
+    """It is read by a tanh that it drives far up, where nothing changes any more until it is gone."""
+    spec = serial(
+        Input((3,)), stem=L.Linear(3, 4), b0=residual(serial(up=L.Linear(4, 6), act=L.Tanh(), down=L.Linear(6, 4))),
+        b1=residual(serial(up=L.Linear(4, 6), act=L.Tanh(), down=L.Linear(6, 4))), act=L.Tanh(), head=L.Linear(4, 2),
+    )  # fmt: skip
+    net = coupled(spec)
+    leaves = tfx.tree.flatten(net.params)
+    leaves["b0.down.bias"] = torch.full_like(leaves["b0.down.bias"], 9.0)
+    leaves["b1.down.weight"] = 0.3 * leaves["b1.down.weight"]
+    params = tfx.tree.unflatten(leaves)
+    x = torch.randn(64, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    batch = (
+        x,
+        tfx.apply(params, spec, x) + 0.1 * torch.randn(64, 2, generator=torch.Generator().manual_seed(1)).double(),
+    )
+    stats = tfx.measure(params, spec, batch, net.coupling, loss=error, rows=True)
+    units = [unit_of(net.coupling, f"{name}: branch") for name in ("b0", "b1")]
+    blind = tfx.joint(stats, net.coupling, budget=tfx.Flops(0.7), floor=ONLY_BRANCHES, cautious=True)
+    assert blind.keep[units].tolist() == [False, True]
+    pruned = tfx.prune(params, spec, batch, budget=tfx.Flops(0.7), floor=ONLY_BRANCHES, branches=True, loss=error)
+    assert pruned.plan.keep[units].tolist() == [True, False]
 
 
 @pytest.mark.parametrize("name", [*SPECS])
