@@ -340,7 +340,8 @@ class Step(NamedTuple):
         scoring = None if criterion is None else as_criterion(criterion)
         check_repair(repair, batches)
         how = replace(measurement, generator=measurement.generator or torch.Generator().manual_seed(0))
-        solved = innermost(repair) is reconstruct and not (branches or how.at_writes or how.training)
+        asked = branches or how.at_writes or how.training or how.per_position
+        solved = innermost(repair) is reconstruct and not asked
         if solved and scoring is None and choose is None:
             return Step(batches, None, surgeon, how, per_cost, repair, branches, products)
         if choose is None:
