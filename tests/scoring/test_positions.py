@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import optree
 import pytest
 import torch
 from constructs import CONSTRUCTS
@@ -18,6 +19,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import taylorfx as tfx
 from taylorfx import Input, Node, Spec, residual, serial, store
@@ -198,6 +200,33 @@ def test_rows_of_a_llama_are_those_of_its_tokens_and_padding_has_rows_of_zeros()
     assert [row.nonzero().flatten().tolist() for row in silent] == [[6], [0, 1, 6], [4, 5, 6]]
 
 
+class Largest(TorchDispatchMode):
+    """The numbers of the largest tensor that is made."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [x for x in optree.tree_leaves(result) if isinstance(x, Tensor)]
+        self.numbers = max([self.numbers, *(x.untyped_storage().size() // x.element_size() for x in tensors)])
+        return result
+
+
+def test_rows_of_positions_are_made_without_a_tensor_of_scores() -> None:
+    _, params, spec, _ = llama()
+    coupling, length = tfx.couple(params, spec), 512
+    inputs = {"input_ids": torch.randint(30, (1, length)), "attention_mask": torch.ones(1, length, dtype=torch.int64)}
+    sizes = []
+    for fold in (True, False):
+        with Largest() as largest:
+            tfx.derivatives(
+                params, spec, inputs, torch.zeros(1), coupling, loss=loss, per_position="input_ids.1", fold=fold
+            )
+        sizes.append(largest.numbers)
+    heads, columns = 2, sum(place.units.size for place in coupling.reads)
+    assert sizes[0] == length * columns < heads * length * length <= sizes[1]
+
+
 def squared() -> Spec:
     """Products of all pairs of positions, which a linear layer reads."""
     pairs = L.Einsum("bqd,bkd->bqkd")
@@ -283,6 +312,17 @@ def test_prune_chooses_by_rows_of_positions() -> None:
         net.params, net.spec, net.batch, per_position="input.1", repair=tfx.reconstruct, **options
     ).plan
     assert (repaired.keep == plan.keep).all(), "the products of a repair know no positions"
+
+
+def test_a_criterion_that_sums_up_itself_is_refused() -> None:
+    net = sequence(["mlp"])
+    with pytest.raises(
+        ValueError, match="sums up itself is of examples; received per_position= with exact_second_order"
+    ):
+        tfx.prune(
+            net.params, net.spec, net.batch, budget=0.8, loss=loss, per_position="input.1",
+            criterion=tfx.truth.exact_second_order,
+        )  # fmt: skip
 
 
 def test_statistics_of_positions_add_up_with_their_like_alone_and_are_saved(tmp_path: Path) -> None:
