@@ -82,7 +82,8 @@ class Measurement:
             example add up to its own. All reads have to have such an axis, and the network has to take other sizes of
             it, by which it is told from other axes. Padding without any effect has observations of zeros, which count.
             First and second order are in proportion if the loss of an example is the sum of its tokens'; then they are
-            of the mean loss of a token.
+            of the mean loss of a token. A pass holds as many derivatives as there are activations at the reads, which
+            ``micro_batch`` bounds.
         moments: also sum the activations that are read (for `activation_mean`, `activation_std`, `apoz`).
         rows: also keep every observation's derivatives (for `joint`): four bytes for each observation and unit.
         at_writes: differentiate where activations are made instead of where they are read (for `compat`).
