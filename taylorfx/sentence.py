@@ -79,7 +79,8 @@ def prune(
             cautious=True)``.
         constraints: what has to be respected, as in `select`.
         measurement: the loss and how the network is run, as in `measure`; ``generator`` is also what `random` draws
-            from, by default one of seed 0. ``around`` belongs to one network, and so not here.
+            from, by default one of seed 0. ``around`` belongs to one network, and so not here. With ``per_position``
+            units are chosen by `joint` where a repair follows, too.
         per_cost: weigh scores against what leaves with a unit, where a budget has prices: FLOPs, parameters, memory,
             latency. The loss grows far less that way. A kind of budget of your own has none if its cost is no `Cost`,
             and is then refused.

@@ -82,7 +82,8 @@ class Step(NamedTuple):
     @property
     def width(self) -> Step:
         """The same where all branches stay, and nothing but the repair says how units are chosen."""
-        solved = innermost(self.repair) is reconstruct and not (self.measurement.at_writes or self.measurement.training)
+        how = self.measurement
+        solved = innermost(self.repair) is reconstruct and not (how.at_writes or how.training or how.per_position)
         step = self._replace(branches=False, deep=False)
         return step._replace(choose=surgeon, measuring=products) if solved else step
 

@@ -139,6 +139,11 @@ class Criterion(Generic[P]):
             return score(params, coupling)
         if self.of == "units":
             return score(coupling, **self._open({"generator": draw}))
+        if measurement.per_position is not None:
+            raise ValueError(
+                f"What a criterion of the network sums up itself is of examples; received per_position= with "
+                f"{name_of(self)}. Take a criterion of the statistics, or leave it out."
+            )
         if measurement.total is not None:
             raise ValueError(
                 f"What a criterion of the network sums up itself is not added up over processes; received total= with "

@@ -13,6 +13,7 @@ Weights are not differentiated: one ``torch.func.vjp`` runs over the activations
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 
 from taylorfx.coupling.couple import own
-from taylorfx.coupling.units import Coupling, Place
+from taylorfx.coupling.units import Coupling
 from taylorfx.distributed import refuse_alone
 from taylorfx.internals import differentiated
 from taylorfx.layers import ShapeError
@@ -39,6 +40,7 @@ from taylorfx.scoring.batches import Batches, Parted, Targets, each_batch, one_b
 from taylorfx.scoring.fingerprint import fingerprint
 from taylorfx.scoring.losses import Objective, Outputs, Unvectorized, refuse_flat
 from taylorfx.scoring.measurement import Measurement
+from taylorfx.scoring.positions import observed, position_axes
 from taylorfx.scoring.statistics import Moments, Statistics
 from taylorfx.scoring.sums import Sums
 from taylorfx.scoring.tap_plan import TapPlan
@@ -54,14 +56,17 @@ __all__ = ["Derivatives", "derivatives", "measure"]
 
 
 class Derivatives(NamedTuple):
-    """Gate derivatives of the observations of one batch; an observation is an example, or the whole batch."""
+    """Gate derivatives of the observations of one batch.
+
+    An observation is an example or, as `Measurement` says, a position of an example or the whole batch.
+    """
 
     losses: Tensor
-    """``(N,)``: the loss of each observation."""
+    """``(N,)``: the loss of each example, or ``(1,)`` of the batch."""
     summed: Tensor
-    """``(N, units)``: the derivatives by the gates, summed over the positions of a read."""
+    """``(n, units)``: the derivatives by the gates, summed over the positions of a read."""
     mean: Tensor
-    """``(N, units)``: the same, averaged over the positions of each read."""
+    """``(n, units)``: the same, averaged over the positions of each read."""
     moments: Moments | None = None
     """Sums of the activations that are read, if asked for."""
 
@@ -85,7 +90,7 @@ def measure(
         batches: one batch ``(inputs, targets)`` (a tuple), or any other iterable of batches.
         measurement: the loss, what is summed, and how the network is run; by default as `Measurement` says.
         options: the attributes of a `Measurement` as keywords instead: ``loss``, ``per_example``, ``split``,
-            ``moments``, ``rows``, ``at_writes``, ``training``, ``around``, ``generator``, ``fold``,
+            ``per_position``, ``moments``, ``rows``, ``at_writes``, ``training``, ``around``, ``generator``, ``fold``,
             ``channels_last``, ``micro_batch``, ``progress``, ``total``.
 
     A network whose layers mix examples (``coupling.mixing``) is measured one example at a time, unless the loss is of
@@ -139,7 +144,7 @@ def _summed(scored: Derivatives, coupling: Coupling, measurement: Measurement) -
     """The statistics of one batch."""
     losses, summed, mean, moments = scored
     return Statistics(
-        n=len(losses),
+        n=len(summed),
         batches=1,
         loss=losses.sum(),
         sum=summed.sum(0),
@@ -152,6 +157,7 @@ def _summed(scored: Derivatives, coupling: Coupling, measurement: Measurement) -
         rows=summed if measurement.rows else None,
         units=coupling.names,
         per_example=measurement.per_example,
+        per_position=measurement.per_position,
     )
 
 
@@ -167,7 +173,8 @@ def derivatives(
 ) -> Derivatives:
     """The losses ``(N,)`` and gate derivatives ``(N, units)`` of one batch, summed and averaged over positions.
 
-    With ``per_example=False`` they are those of one observation, ``(1,)`` and ``(1, units)``.
+    With ``per_example=False`` they are those of one observation, ``(1,)`` and ``(1, units)``; with ``per_position`` the
+    derivatives are those of every position, ``(N T, units)``, example by example, and add up to those of the examples.
 
     This is `measure` before it sums over the examples; the arguments are the same. Neither can be differentiated in its
     turn, as the backward pass frees and writes over what it has used; `taylorfx.truth.gradient` can.
@@ -229,13 +236,15 @@ class _Scorer:
     Attributes:
         networks: what is run, first a lean copy with the same reads; the network itself, the last, says what is wrong
             with inputs.
-        plan: of the taps of what is run.
+        planned: plans the taps of a network that is run.
+        plan: that of the first.
         pace: how the loss is called, which the first batch finds out.
         sums: how derivatives at the reads add up to those of units.
         images: the inputs that are laid out in ``torch.channels_last`` memory.
     """
 
     networks: Sequence[tuple[Params, Spec]]
+    planned: Callable[[Params, Spec], TapPlan]
     plan: TapPlan
     coupling: Coupling
     measurement: Measurement
@@ -248,23 +257,26 @@ class _Scorer:
     def of(params: Params, spec: Spec, coupling: Coupling, measurement: Measurement) -> _Scorer:
         own(params, spec, coupling)
         _refuse_followed(flatten(params).values())
-        networks, channels_last = [(params, spec)], measurement.channels_last
+        networks, channels_last, axis = [(params, spec)], measurement.channels_last, measurement.per_position
         if measurement.fold and not (measurement.at_writes or measurement.training):
             if channels_last is None:
                 channels_last = all(leaf.device.type == "cpu" for leaf in flatten(params).values())
-            whole = measurement.moments or bool(measurement.around)  # they may differ by position
+            whole = measurement.moments or bool(measurement.around or axis)  # they may differ by position
             networks = [lean(params, coupling, channels_last=channels_last, whole=whole), *networks]
         objective, places = measurement.objective, coupling.writes if measurement.at_writes else coupling.reads
-        sums, plan = Sums.at(places, len(coupling), params), _planned(networks[0], places, measurement, coupling)
+        planned: Callable[[Params, Spec], TapPlan] = partial(
+            TapPlan.of, places=places, around=measurement.around, moments=measurement.moments, bounds=coupling.bounds,
+            positions={} if axis is None else position_axes(coupling.spec, places, axis),
+        )  # fmt: skip
+        sums, pace = Sums.at(places, len(coupling), params), Pace(objective)
         images = _images(networks[0][1]) if channels_last else frozenset[str]()
-        return _Scorer(networks, plan, coupling, measurement, objective, Pace(objective), sums, images)
+        return _Scorer(networks, planned, planned(*networks[0]), coupling, measurement, objective, pace, sums, images)
 
     def __call__(self, inputs: Inputs, targets: Targets) -> Derivatives:
         try:
             return self._of_batch(*self._for(inputs), inputs, targets)
         except ShapeError:
-            plan = _planned(self.networks[-1], self.sums.places, self.measurement, self.coupling)
-            return self._of_batch(*self.networks[-1], plan, inputs, targets)
+            return self._of_batch(*self.networks[-1], self.planned(*self.networks[-1]), inputs, targets)
 
     def _for(self, inputs: Inputs) -> tuple[Params, Spec, TapPlan]:
         """The network that is run, and its plan, for inputs of these shapes."""
@@ -272,7 +284,7 @@ class _Scorer:
         here = fitted(spec, inputs)
         if here is spec:
             return params, spec, self.plan
-        return params, here, _planned((params, here), self.sums.places, self.measurement, self.coupling)
+        return params, here, self.planned(params, here)
 
     def _of_batch(self, params: Params, spec: Spec, plan: TapPlan, inputs: Inputs, targets: Targets) -> Derivatives:
         """Those of one network, some examples at a time."""
@@ -303,8 +315,9 @@ class _Scorer:
     ) -> Pass:
         """One forward and one backward pass of the network, with gates of one at every place."""
         how, sums = self.measurement, self.sums
-        count = len(next(iter(bind_inputs(spec, (inputs,)).values())))
-        spread: dict[str, float] = {}  # how many positions of an example each index of a read stands for
+        size = observed(bind_inputs(spec, (inputs,)), how.per_position)
+        count = math.prod(size)
+        spread: dict[str, float] = {}  # how many positions of an observation each index of a read stands for
 
         def network(gates: Mapping[str, Tensor]) -> tuple[Outputs, dict[str, Tensor]]:
             taps = Taps(plan, gates)
@@ -314,8 +327,9 @@ class _Scorer:
             return outputs, taps.seen
 
         zero = torch.zeros((), dtype=sums.dtype, device=sums.index.device)
-        zeros = {str(place.key): zero.new_zeros(count, place.units.shape[1]) for place in sums.places}
-        each, grads, seen = self._pulled(network, zeros, targets, plain=plain)
+        zeros = {str(place.key): zero.expand(*size, place.units.shape[1]) for place in sums.places}
+        each, pulled, seen = self._pulled(network, zeros, targets, plain=plain)
+        grads = {key: grad.flatten(0, -2) for key, grad in pulled.items()}
         tally = sums(4, seen) if how.moments else each.new_zeros(0)
         summed, mean = sums(count, grads), sums(count, grads, spread)
         if not self.objective.per_example:
@@ -363,13 +377,7 @@ def _each_alone(run: Callable[..., Pass], spec: Spec, inputs: Inputs, targets: T
         rows = [run(*one, plain=True) for one in one_by_one(batch, spec)]
         columns = [torch.stack(column) for column in zip(*rows, strict=True)]
     each, summed, mean, tally = columns
-    return Pass(each.squeeze(1), summed.squeeze(1), mean.squeeze(1), tally.sum(0))
-
-
-def _planned(
-    network: tuple[Params, Spec], places: Sequence[Place], measurement: Measurement, coupling: Coupling
-) -> TapPlan:
-    return TapPlan.of(*network, places, measurement.around, moments=measurement.moments, bounds=coupling.bounds)
+    return Pass(each.flatten(0, 1), summed.flatten(0, 1), mean.flatten(0, 1), tally.sum(0))
 
 
 def _images(spec: Spec) -> frozenset[str]:

@@ -10,6 +10,7 @@ import torch
 
 from taylorfx.coupling.units import Coupling
 from taylorfx.distributed import Same, Total, refuse_alone, sharing
+from taylorfx.layers import sizes
 from taylorfx.scoring.batches import Split
 from taylorfx.scoring.fingerprint import fingerprint, plain
 from taylorfx.scoring.gates import Gates
@@ -43,6 +44,7 @@ class ObjectiveOptions(TypedDict, total=False):
 class MeasurementOptions(ObjectiveOptions, total=False):
     """The keywords of `Measurement`, for the type checker."""
 
+    per_position: str | None
     moments: bool
     rows: bool
     at_writes: bool
@@ -75,8 +77,15 @@ class Measurement:
             mean over examples, therefore, the mean of the per-example ones.
         split: ``split(targets, k)`` gives the targets of example ``k`` as those of a batch of one, where they are
             neither tensors nor lists with one entry per example.
+        per_position: an axis of an input, ``"input_ids.1"``: each of its positions is an observation, with gates of its
+            own. So ``N`` examples of ``T`` tokens give ``N T`` derivatives of the examples' losses, and those of an
+            example add up to its own. All reads have to have such an axis, and the network has to take other sizes of
+            it, by which it is told from other axes. Padding without any effect has observations of zeros, which count.
+            First and second order are in proportion if the loss of an example is the sum of its tokens'; then they are
+            of the mean loss of a token. A pass holds as many derivatives as there are activations at the reads, which
+            ``micro_batch`` bounds.
         moments: also sum the activations that are read (for `activation_mean`, `activation_std`, `apoz`).
-        rows: also keep every example's derivatives (for `joint`): four bytes for each example and unit.
+        rows: also keep every observation's derivatives (for `joint`): four bytes for each observation and unit.
         at_writes: differentiate where activations are made instead of where they are read (for `compat`).
         training: run the network in training mode (for `compat`). Batch norm then lets examples depend on each other,
             so that only sums over a batch mean something.
@@ -96,12 +105,14 @@ class Measurement:
 
     Raises:
         ValueError: for micro-batches where a batch is more than its examples (in training, or with a loss of the whole
-            batch), and for a split of what a loss of the whole batch takes as it is.
+            batch), for positions that are none of an example's, and for a split of what a loss of the whole batch takes
+            as it is.
     """
 
     loss: Loss = cross_entropy
     per_example: bool = True
     split: Split | None = None
+    per_position: str | None = None
     moments: bool = False
     rows: bool = False
     at_writes: bool = False
@@ -121,6 +132,12 @@ class Measurement:
                 "Micro-batches have one or more examples, and are not for training nor for a loss of the whole batch; "
                 f"received micro_batch={self.micro_batch}, training={self.training}, per_example={self.per_example}."
             )
+        axis = self.per_position
+        if axis is not None and (not isinstance(axis, str) or sizes.fault(axis) or not self.per_example):
+            raise ValueError(
+                "Positions are those of an axis of an input, 'input_ids.1', of examples with a loss of each; received "
+                f"per_position={axis!r}, per_example={self.per_example}."
+            )
 
     @staticmethod
     def of(measurement: Measurement | None, options: Mapping[str, object]) -> Measurement:
@@ -139,6 +156,7 @@ class Measurement:
         """
         asked = [name for name in ("moments", "rows", "at_writes", "training", "around") if getattr(self, name)]
         of = "by example" if self.per_example else "of whole batches"
+        of = f"by position of {self.per_position}" if self.per_position else of
         loss = getattr(self.loss, "__name__", None) or plain(self.loss)
         return f"{loss} {of}{' with ' * bool(asked)}{', '.join(asked)}"
 

@@ -34,20 +34,22 @@ SUMS = (
 class Statistics:
     """Additive sums of gate derivatives ``g`` of observations: batches, processes and machines are all one ``+``.
 
-    An observation is an example or, measured with ``per_example=False``, a whole batch. Statistics without any, of
-    which there are `neutral` ones, change nothing that they are added to.
+    An observation is an example or, measured with ``per_example=False``, a whole batch, or with ``per_position`` one
+    position of an example. Statistics without any, of which there are `neutral` ones, change nothing that they are
+    added to.
 
     Attributes:
         n: the number of observations.
         batches: the number of batches.
-        loss: the sum of the observations' losses.
+        loss: the sum of the examples' losses, or the batches'.
         sum, sum_abs, sum_sq: ``(units,)``, of ``g``, ``|g|`` and ``g^2`` over the observations.
         sum_abs_mean: of ``|g|`` where each read is averaged over its positions (the paper's eq. 8 to the letter).
         sum_batch_abs, sum_batch_sq: over batches, of the absolute sum and of the squared mean of a batch's ``g``.
         moments: of the activations at the reads, if asked for.
         rows: ``(n, units)``, every observation's ``g``, if asked for: the factor of the Gram matrix ``E[g g']``.
         units: the units' names, by which statistics tell whether they are of the same coupling.
-        per_example: the observations are examples.
+        per_example: the observations are examples, or positions of them.
+        per_position: the axis of an input whose positions are the observations, if they are: ``"input_ids.1"``.
         networks: what tells the measured networks apart (dtypes, digests of parameters and units), each once.
     """
 
@@ -64,6 +66,7 @@ class Statistics:
     rows: Tensor | None = None
     units: tuple[str, ...] = ()
     per_example: bool = True
+    per_position: str | None = None
     networks: tuple[str, ...] = ()
 
     @staticmethod
@@ -100,11 +103,17 @@ class Statistics:
         >>> Statistics.neutral(("a[0]", "a[1]"))
         Statistics(0 examples in 0 batches, 2 units)
         """
-        examples = f"{self.n:,} example{'s' * (self.n != 1)} in " * self.per_example
+        what = "position" if self.per_position else "example"
+        examples = f"{self.n:,} {what}{'s' * (self.n != 1)} in " * self.per_example
         batches = f"{self.batches:,} batch{'es' * (self.batches != 1)}"
         mean = f", mean loss {self.loss.item() / self.n:.4g}" if self.n else ""
         return f"Statistics({examples}{batches}, {self._kind()}{mean})"
 
     def _kind(self) -> str:
         also = " with moments" * (self.moments is not None) + " with rows" * (self.rows is not None)
-        return f"{len(self.sum)} units{also}{' of whole batches' * (not self.per_example)}"
+        of = (
+            f" by position of {self.per_position}"
+            if self.per_position
+            else " of whole batches" * (not self.per_example)
+        )
+        return f"{len(self.sum)} units{also}{of}"

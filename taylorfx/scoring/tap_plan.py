@@ -86,6 +86,8 @@ class Read:
         source: where the tensor passes that the activation is made from; none if the activation itself is kept.
         recipe: how it is made.
         center: what the activation is measured from, if not from zero.
+        position: the axis along which derivatives are not summed up either, where positions are observations; of the
+            place's shape.
         twin: reads of one number tap the same value the same way (queries, keys and values): one tap serves all.
         only: the node, if any, that leaves out positions of the network itself before this read.
         tapped, counted: what happens here. A tap of a product may lie at one of its factors, see `_at_factors`; what is
@@ -96,6 +98,7 @@ class Read:
     source: Where | None = None
     recipe: Recipe = KEPT
     center: Tensor | None = None
+    position: int | None = None
     twin: int | None = None
     only: str | None = None
     tapped: bool = True
@@ -145,6 +148,7 @@ class TapPlan:
         *,
         moments: bool = False,
         bounds: Mapping[str, Bound] | None = None,
+        positions: Mapping[tuple[str, int, int], int] | None = None,
     ) -> TapPlan:
         """Plan the taps at these places.
 
@@ -152,9 +156,10 @@ class TapPlan:
             around: what activations are measured from, by place.
             moments: also sum what is read.
             bounds: the shapes of the network's nodes; without them taps stay where the network reads.
+            positions: for every place the axis of positions that are observations, if any are.
         """
         stops = _Stops()
-        reads = _with_twins(spec, _reads(spec, places, _origins(spec, flatten(params)), around or {}))
+        reads = _with_twins(spec, _reads(spec, places, _origins(spec, flatten(params)), around or {}, positions or {}))
         for where, read in _at_factors(spec, reads, bounds or {}):
             stops[where].reads.append(read)
         for node in spec.nodes:
@@ -197,7 +202,11 @@ def _origins(spec: Spec, leaves: Mapping[str, Tensor]) -> dict[str, Origin]:
 
 
 def _reads(
-    spec: Spec, places: Sequence[Place], origins: Mapping[str, Origin], around: Gates
+    spec: Spec,
+    places: Sequence[Place],
+    origins: Mapping[str, Origin],
+    around: Gates,
+    positions: Mapping[tuple[str, int, int], int],
 ) -> Iterator[tuple[Where, Read]]:
     """The taps in the order of a pass."""
     at: dict[Where, list[Place]] = {}
@@ -214,8 +223,8 @@ def _reads(
                     source, recipe = origins[value]
                     if spec.uses[value] > 1 or len(here) > 1 or not _alone(node):
                         recipe = replace(recipe, slope=None)
-                center = around.get(place.key)
-                yield (node.name, slot), Read(place, source, recipe, center, only=only.get(value))
+                center, position = around.get(place.key), positions.get(place.key)
+                yield (node.name, slot), Read(place, source, recipe, center, position, only=only.get(value))
 
 
 def _remakes(node: Node, recipe: Recipe) -> bool:

@@ -6,7 +6,7 @@ serves several layers, is planned beforehand (`taylorfx.scoring.tap_plan`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,11 +27,12 @@ class Taps:
     ``torch.func.vmap`` sees them.
 
     Args:
-        gates: ones that receive the derivatives, ``(N, size)`` for every place, by its key as text.
+        gates: ones that receive the derivatives, ``(N, size)`` for every place, by its key as text; where positions are
+            observations ``(N, T, size)``.
 
     Attributes:
         seen: ``(4, size)`` for every place: count, sum, sum of squares and zeros of the activations.
-        spread: how many positions of an example each index of a place stands for.
+        spread: how many positions of an observation each index of a place stands for.
     """
 
     def __init__(self, plan: TapPlan, gates: Mapping[str, Tensor]) -> None:
@@ -66,23 +67,23 @@ class Taps:
 
     def _count(self, read: Read, x: Tensor) -> None:
         place, gate = read.place, self.gates[read.key]
-        examples = 1 if place.example is None else len(gate)
+        observations = gate[..., 0].numel() / (len(gate) if place.example is None else 1)
         share = 1 if read.only is None else self.shares[read.only]
         self.spread.setdefault(read.key, 0.0)  # a state is read many times
-        self.spread[read.key] += x.numel() / (place.units.shape[1] * examples) * share
+        self.spread[read.key] += x.numel() / (place.units.shape[1] * observations) * share
         if self.plan.moments:
             rows = x.detach()[None] if place.example is None else examples_first(x.detach(), len(gate), *place.example)
             sums = _as_gated(activation_sums(rows, place.axis + 1), place)
             self.seen[read.key] = self.seen[read.key] + sums if read.key in self.seen else sums
 
     def _tapped(self, read: Read, x: Tensor) -> Tensor:
-        place, gate = read.place, self.gates[read.key]
+        gate = self.gates[read.key]
         if read.twin in self.tapped:
             return self.tapped[read.twin]
         kept, recipe = x if read.source is None else self.kept[read.source], read.recipe
         if recipe.slope is not None and vectorized(x):  # vmap has no operators that write over a gradient
             recipe = replace(recipe, slope=None)
-        result: Tensor = Tap.apply(x, gate, place, read.center, kept, recipe)
+        result: Tensor = Tap.apply(x, gate, read, kept, recipe)
         if read.twin is not None:
             self.tapped[read.twin] = result
         return result
@@ -91,44 +92,48 @@ class Taps:
 class Tap(Function):
     """Identity whose second argument, ``(N, size)``, receives ``a * dL/da`` summed over all axes but one, per example.
 
-    Given a ``center``, it is ``(a - center) * dL/da``. ``kept`` is what ``a`` is made from again, or ``a``.
+    Where positions are observations it is ``(N, T, size)``: their axis is not summed over. Given a ``center``, it is
+    ``(a - center) * dL/da``. ``kept`` is what ``a`` is made from again, or ``a``.
     A tensor that is the same for all examples, of which there is then one or a batch that trains, has one sum, of which
     every example gets the same share.
     """
 
     @staticmethod
-    def forward(x: Tensor, gate: Tensor, place: Place, center: Tensor | None, kept: Tensor, recipe: Recipe) -> Tensor:
+    def forward(x: Tensor, gate: Tensor, read: Read, kept: Tensor, recipe: Recipe) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        _, gate, ctx.place, ctx.center, kept, ctx.recipe = inputs
+        _, gate, ctx.read, kept, ctx.recipe = inputs
         ctx.save_for_backward(kept)
         ctx.count, ctx.dtype = len(gate), gate.dtype
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        (x,), (grad,), axis, example = ctx.saved_tensors, grads, ctx.place.axis, ctx.place.example
-        recipe, center = ctx.recipe, ctx.center
-        if example == (0, 1) and len(grad) == ctx.count and recipe.rows and center is None:
-            gate = contract(x, grad, axis, recipe)
+        (x,), (grad,), read, recipe = ctx.saved_tensors, grads, ctx.read, ctx.recipe
+        center, example = read.center, read.place.example
+        axes = (read.place.axis,) if read.position is None else (read.position, read.place.axis)
+        if example == (0, 1) and len(grad) == ctx.count and recipe.rows and center is None and 0 not in axes:
+            gate = contract(x, grad, axes, recipe)
         else:
             value = recipe(x) if center is None else recipe(x) - center.to(x)
+            behind = tuple(axis + 1 for axis in axes)  # that of the examples, which comes first
             if example is None:
-                gate = contract(value[None], grad[None], axis + 1).expand(ctx.count, -1) / ctx.count
+                one = contract(value[None], grad[None], behind)
+                gate = one.expand(ctx.count, *one.shape[1:]) / ctx.count
             else:
                 rows, slopes = (examples_first(tensor, ctx.count, *example) for tensor in (value, grad))
-                gate = contract(rows, slopes, axis + 1)
+                gate = contract(rows, slopes, behind)
             if recipe.slope is not None:
                 recipe.slope(x, grad, True)
-        gate = _as_gated(gate, ctx.place)
+        gate = _as_gated(gate, read.place)
         by_activation, by_kept = (grad, None) if recipe.slope is None else (None, grad)
-        return by_activation, gate.to(ctx.dtype), None, None, by_kept, None
+        return by_activation, gate.to(ctx.dtype), None, by_kept, None
 
 
 def _as_gated(sums: Tensor, place: Place) -> Tensor:
-    """Sums along an axis, ``(height, size)``, as a place has gates: one sum where one gates the whole tensor."""
-    return sums.sum(1, keepdim=True) if place.units.shape[1] == 1 else sums
+    """Sums along an axis, ``(..., size)``, as a place has gates: one sum where one gates the whole tensor."""
+    return sums.sum(-1, keepdim=True) if place.units.shape[1] == 1 else sums
 
 
 def examples_first(x: Tensor, count: int, axis: int, before: int) -> Tensor:
@@ -149,8 +154,8 @@ def examples_first(x: Tensor, count: int, axis: int, before: int) -> Tensor:
     return x.reshape(shape).movedim(axis + 1, 0).flatten(axis + 1, axis + 2)
 
 
-def contract(x: Tensor, y: Tensor, axis: int, recipe: Recipe = KEPT) -> Tensor:
-    """``a * y`` summed over all axes but the first and ``axis``: ``(N, size)``; ``a`` is made from ``x``.
+def contract(x: Tensor, y: Tensor, axes: Sequence[int], recipe: Recipe = KEPT) -> Tensor:
+    """``a * y`` summed over all axes but the first and ``axes``: ``(N, *sizes)``; ``a`` is made from ``x``.
 
     A product and a sum, for some examples at a time, so that the product stays in the processor's cache. This is as
     fast in every memory format, where einsum would copy and multiply matrices of one row. A slope is then written over
@@ -160,22 +165,26 @@ def contract(x: Tensor, y: Tensor, axis: int, recipe: Recipe = KEPT) -> Tensor:
         y  [ 0 1 | 2 3 ]         then 2 and 3 likewise
 
     >>> a, y = torch.tensor([[[1., 2.], [3., 4.]]]), torch.tensor([[[1., 1.], [10., 10.]]])
-    >>> contract(a, y, axis=1)
+    >>> contract(a, y, axes=[1])
     tensor([[ 3., 70.]])
+    >>> contract(a, y, axes=[2, 1])
+    tensor([[[ 1., 30.],
+             [ 2., 40.]]])
     """
     some = max(1, CACHED * len(x) // max(1, x.numel())) if x.device.type == "cpu" else len(x)
     parts = []
     for a, b in zip(torch.split(x, some), torch.split(y, some), strict=True):
-        parts.append(_dotted(recipe(a), b, axis, new=recipe.new))
+        parts.append(_dotted(recipe(a), b, axes, new=recipe.new))
         if recipe.slope is not None:
             recipe.slope(a, b, True)
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+    sums = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return sums if [*axes] == sorted(axes) else sums.mT
 
 
-def _dotted(x: Tensor, y: Tensor, axis: int, *, new: bool) -> Tensor:
+def _dotted(x: Tensor, y: Tensor, axes: Sequence[int], *, new: bool) -> Tensor:
     """The sums of products, in single precision or better. What is too large for the cache, as a long sequence is, is
     summed some positions at a time; ``x`` may be written over if it is ``new``."""
-    wide, rest = torch.promote_types(x.dtype, torch.float32), [k for k in range(1, x.ndim) if k != axis]
+    wide, rest = torch.promote_types(x.dtype, torch.float32), [k for k in range(1, x.ndim) if k not in axes]
     if not rest:
         return x.to(wide) * y
     longest = max(rest, key=lambda k: x.shape[k])

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from taylorfx.coupling.units import Coupling
 from taylorfx.layers import Shape
+from taylorfx.layers.sizes import fault
 from taylorfx.scoring.statistics import Moments, Statistics
 from taylorfx.store.document import FileError, Json, Reader, listed, parse
 from taylorfx.store.files import opened, stored, write
@@ -49,7 +50,7 @@ def save_statistics(path: str | PathLike[str], stats: Statistics) -> None:
         tensors["rows"] = stats.rows
     document: dict[str, object] = {
         "kind": KIND, "version": VERSION, "n": stats.n, "batches": stats.batches, "per_example": stats.per_example,
-        "units": stats.units, "networks": stats.networks,
+        "per_position": stats.per_position, "units": stats.units, "networks": stats.networks,
     }  # fmt: skip
     text = json.dumps({**document, "digest": _digest(document, tensors)})
     write(path, {name: stored(tensor) for name, tensor in tensors.items()}, {KEY: text})
@@ -108,7 +109,7 @@ class _StatisticsReader(Reader):
         self.tensors = tensors
 
     def read(self, data: Json) -> Statistics | None:
-        names = ("kind", "version", "n", "batches", "per_example", "units", "networks", "digest")
+        names = ("kind", "version", "n", "batches", "per_example", "per_position", "units", "networks", "digest")
         if not isinstance(data, dict) or not self.of_kind(data, KIND, VERSION, names):
             self.expect_object(data)
             return None
@@ -117,6 +118,10 @@ class _StatisticsReader(Reader):
         per_example = data["per_example"]
         if not isinstance(per_example, bool):
             self.wrong("per_example", "expected a boolean")
+        axis = data["per_position"]
+        per_position = axis if isinstance(axis, str) and not fault(axis) else None
+        if axis != per_position:
+            self.wrong("per_position", "expected an axis of an input, or null")
         if len({*units}) < len(units):
             self.wrong("units", "two have the same name")
         self.check(n, len(units))
@@ -130,7 +135,7 @@ class _StatisticsReader(Reader):
         sums = {name: self.tensors[name] for name in TENSORS}
         return Statistics(
             n, batches, **sums, moments=moments, rows=self.tensors.get("rows"), units=units,
-            per_example=bool(per_example), networks=networks,
+            per_example=bool(per_example), per_position=per_position, networks=networks,
         )  # fmt: skip
 
     def check(self, n: int, units: int) -> None:

@@ -522,7 +522,7 @@ def test_images_are_laid_out_as_asked(channels_last, expected, monkeypatch):
     monkeypatch.setattr(
         taps,
         "contract",
-        lambda x, y, axis, *rest: (seen.append(x.stride()[1] == 1), torch.ones(len(x), x.shape[axis]))[1],
+        lambda x, y, axes, *rest: (seen.append(x.stride()[1] == 1), torch.ones(len(x), x.shape[axes[0]]))[1],
     )
     net = network(classifier(SAME, L.ReLU(), SAME, channels=4))
     tfx.derivatives(net.params, net.spec, *net.batch, net.coupling, channels_last=channels_last)
@@ -531,7 +531,7 @@ def test_images_are_laid_out_as_asked(channels_last, expected, monkeypatch):
 
 def test_what_several_layers_read_the_same_way_is_tapped_once(monkeypatch):
     made, contract = [], taps.contract
-    monkeypatch.setattr(taps, "contract", lambda x, y, axis, *rest: (made.append(axis), contract(x, y, axis, *rest))[1])
+    monkeypatch.setattr(taps, "contract", lambda x, y, axes, *rest: (made.append(axes), contract(x, y, axes, *rest))[1])
     net = network(CONSTRUCTS["multi-head"])
     tfx.derivatives(net.params, net.spec, *net.batch, net.coupling)
     spec = copied(net)[1]
