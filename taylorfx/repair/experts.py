@@ -23,6 +23,7 @@ from taylorfx.distributed import placed, whole
 from taylorfx.distributed import sharing as gathering
 from taylorfx.layers.roles import Experts
 from taylorfx.network.spec import Node, Spec
+from taylorfx.repair.batches import refuse_none
 from taylorfx.repair.positions import counting
 from taylorfx.repair.regression import Halves
 from taylorfx.repair.runs import Pair
@@ -85,7 +86,7 @@ def _taken(
     experts, width, _ = role.matrices(x.new_empty(node.shapes[role.weight], device="meta")).shape
     k, half = experts * width, len(y) // 2
     step = max(1, max(ENTRIES, k * k // 4) // k)
-    for parts in zip(x.split(step), numbers.split(step), y.split(step), strict=True):
+    for parts in zip(*(torch.split(rows, step) for rows in (x, numbers, y)), strict=True):
         a = _spread(*parts[:2], experts)
         sums = sums.take(a[:, None], parts[2][:, None], min(max(half, 0), len(a)))
         half -= len(a)
@@ -101,6 +102,7 @@ def _spread(x: Tensor, numbers: Tensor, experts: int) -> Tensor:
 
 def solved(params: Params, spec: Spec, mixture: Mixture, sums: Halves, ridge: float | None) -> Params:
     """The network with the matrices of all experts of a mixture as the regression has them."""
+    refuse_none(sums.n)
     role, path, leaves = mixture.role, spec[mixture.experts.name].path(mixture.role.weight), flatten(params)
     weight = whole(leaves[path].detach())
     matrices = role.matrices(weight)

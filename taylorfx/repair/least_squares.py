@@ -88,30 +88,33 @@ def reconstruct(
         refuse_alone(params)
     inputs = agreed(total, lambda: _masked(batches, positions), lambda _: told(params, plan))
     original, small, spec = plan.coupling.spec, cut(params, plan), plan.spec
-    losers = (
-        lost(plan) | narrowed(plan) | {branch.node for branch in plan.coupling.branches if not plan.keep[branch.unit]}
-    )
     runs = [(Run(original, x), Run(spec, x), mask) for x, mask in inputs]
-    places = {name: k for k, name in enumerate(original.by_name)}
-    solvable: list[tuple[list[str], Sequence[tuple[Node, Mixing]] | Mixture]] = [
-        *(([node.name for node, _ in x], x) for x in sharing(original, "weight", spec) if _joint(spec, x)),
-        *(([mixture.experts.name], mixture) for mixture in weighted(plan)),
-    ]
-    mended = [(names, layers) for names, layers in solvable if losers & original.upstream(names)]
-    mended.sort(key=lambda x: places[x[0][0]])
+    mended = _mended(plan)
     with bar(progress, "reconstruct", len(mended)) as advance:
         for names, layers in mended:
             if isinstance(layers, Mixture):
                 sums = (total or alone)(partial(summed, params, plan, small, spec, layers, runs))
-                refuse_none(sums.n)
                 small = solved(small, spec, layers, sums, ridge)
             else:
                 sums = (total or alone)(partial(_summed, params, plan, small, spec, layers, runs))
-                refuse_none(sums.n)
                 small, spec = _solved(small, spec, names, sums, ridge, biases or takes_shift(spec, names))
             LOG.info("reconstruct: %s", ", ".join(names))
             advance(1)
     return small, spec
+
+
+def _mended(plan: Plan) -> list[tuple[list[str], Sequence[tuple[Node, Mixing]] | Mixture]]:
+    """The layers that are solved for, in order, by the names of their nodes: those that lose inputs, and all behind."""
+    original, spec = plan.coupling.spec, plan.spec
+    losers = lost(plan) | narrowed(plan)
+    losers |= {branch.node for branch in plan.coupling.branches if not plan.keep[branch.unit]}
+    solvable: list[tuple[list[str], Sequence[tuple[Node, Mixing]] | Mixture]] = [
+        *(([node.name for node, _ in x], x) for x in sharing(original, "weight", spec) if _joint(spec, x)),
+        *(([mixture.experts.name], mixture) for mixture in weighted(plan)),
+    ]
+    places = {name: k for k, name in enumerate(original.by_name)}
+    mended = [(names, layers) for names, layers in solvable if losers & original.upstream(names)]
+    return sorted(mended, key=lambda x: places[x[0][0]])
 
 
 def _masked(batches: Batches, positions: Positions | None) -> list[tuple[Inputs, Tensor | None]]:
@@ -164,6 +167,7 @@ def _solved(
     params: Params, spec: Spec, names: Sequence[str], sums: Halves, ridge: float | None, intercept: bool
 ) -> tuple[Params, Spec]:
     """The network with the weight and the bias that these nodes share as the regression has them."""
+    refuse_none(sums.n)
     node, leaves = spec[names[0]], flatten(params)
     role = node.layer.role(Mixing)
     assert role is not None

@@ -45,7 +45,8 @@ class Run:
         part = fitted(spec, self.inputs).part(names, wanted, keys=wanted)
         leaves = restrict(params, part.shapes)
         detached = unflatten((path, leaf.detach()) for path, leaf in flatten(leaves).items())
-        return apply(detached, part, {x: self.values[x] for x in part.input_layers})
+        values: dict[str, Tensor] = apply(detached, part, {x: self.values[x] for x in part.input_layers})
+        return values
 
 
 Pair = tuple[Run, Run, Tensor | None]

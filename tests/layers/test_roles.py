@@ -214,7 +214,7 @@ STATED = {
     L.Elementwise("pow.Tensor_Scalar", (("$", 0), 2)): {R.Pointwise, R.Recomputed},
     L.Elementwise("pow.Tensor_Scalar", (("$", 0), 3)): set(),
     L.Reduce("mean", (1,)): {R.Memory},
-    L.Reduce("sum", (1,)): {R.Memory},
+    L.Reduce("sum", (1,)): {R.Memory, R.Summing},
     L.Reduce("amax", (1,)): set(),
     L.Softmax(): set(),
 }
