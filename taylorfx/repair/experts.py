@@ -86,9 +86,9 @@ def _taken(
     experts, width, _ = role.matrices(x.new_empty(node.shapes[role.weight], device="meta")).shape
     k, half = experts * width, len(y) // 2
     step = max(1, max(ENTRIES, k * k // 4) // k)
-    for parts in zip(*(torch.split(rows, step) for rows in (x, numbers, y)), strict=True):
-        a = _spread(*parts[:2], experts)
-        sums = sums.take(a[:, None], parts[2][:, None], min(max(half, 0), len(a)))
+    for part, chosen, targets in zip(*(torch.split(each, step) for each in (x, numbers, y)), strict=True):
+        a = _spread(part, chosen, experts)
+        sums = sums.take(a[:, None], targets[:, None], min(max(half, 0), len(a)))
         half -= len(a)
     return sums
 
