@@ -7,13 +7,18 @@ each criterion, and nothing is repaired or trained. Prints the mean over the see
 t). From the root of the repository, in some minutes:
 
     python benchmarks/experts.py
+    python benchmarks/experts.py --language     # what may stand in for experts that a small Mixtral loses
+
+The second command trains the Mixtral of ``language.py --experts 8`` (or takes it from the same cache) and prints its
+perplexities without some of its experts: as cut, with constants in their place, and repaired.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -108,14 +113,32 @@ def one(seed: int, options: argparse.Namespace) -> tuple[dict[str, list[float]],
     return rows, 100 * accuracy(params, spec, *test)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--experts", type=int, default=16)
-    parser.add_argument("--left", type=int, nargs="+", default=[8, 4, 3], help="how many experts each mixture keeps")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+def language(seeds: Sequence[int], steps: int) -> None:
+    """Print what is left of Mixtrals without some of their experts, by what stands in for these."""
+    from _language import EXAMPLES, INPUTS, Case, Size, documents, sequences, tokens
+    from _lost_experts import COLUMNS, rows
+    from _torchvision import library
+    from language import TESTED, trained
+    from quality import CACHE
+
+    from taylorfx.interop.huggingface import perplexity
+    from taylorfx.interop.huggingface.texts import batches
+
+    if importlib.util.find_spec("torchvision"):
+        library()
+    size, folder = Size(intermediate=176, experts=8), CACHE.parent / "language"
+    folder.mkdir(parents=True, exist_ok=True)
+    learned, judged = tokens(documents())
+    test = batches(sequences(judged, TESTED, size.length, torch.Generator().manual_seed(0)), INPUTS, 32)
+    for seed in seeds:
+        model = trained(seed, learned, size, steps, folder / f"{size.hidden}x{size.experts}-{steps}-{seed}.pt")
+        scored = sequences(learned, EXAMPLES, size.length, torch.Generator().manual_seed(1000 + seed))
+        table = rows(Case.of(model, scored, seed, "parameters"), (0.7, 0.5), test)
+        print(f"\nSeed {seed}, all experts: {perplexity(model, test):.2f}\n\n{markdown(COLUMNS, table)}\n", flush=True)
+
+
+def criteria(options: argparse.Namespace) -> None:
+    """Print the criteria by how well they agree with the oracle, and what each leaves of the accuracy."""
     runs = [one(seed, options) for seed in range(options.seeds)]
 
     def cell(values: list[float], digits: int) -> str:
@@ -132,6 +155,22 @@ def main() -> None:
     print(f"All {options.experts} experts: {cell([whole for _, whole in runs], 1)} %\n")
     heads = ["criterion", "correlation", *(f"{left} of {options.experts} experts" for left in options.left)]
     print(markdown(heads, [row(name, by_name[name]) for name in ordered]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=8, help="how many")
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--experts", type=int, default=16)
+    parser.add_argument("--left", type=int, nargs="+", default=[8, 4, 3], help="how many experts each mixture keeps")
+    parser.add_argument("--language", action="store_true", help="a small Mixtral, and what stands in for its experts")
+    parser.add_argument("--train", type=int, default=1500, help="steps of training of the Mixtral")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.language:
+        language(range(options.seeds), options.train)
+    else:
+        criteria(options)
 
 
 if __name__ == "__main__":

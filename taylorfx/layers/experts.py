@@ -180,7 +180,7 @@ class ExpertLinear(Layer):
         return torch.unflatten(y[order.argsort()], 0, numbers.shape)
 
     def roles(self) -> tuple[Role, ...]:
-        return (Experts("e", self._numbers),)
+        return (Experts("e", self._numbers, slot=2, transposed=self.transposed),)
 
     def _numbers(self, *inputs: Tensor) -> Tensor:
         return _numbers(*inputs[:2], *inputs[3:], top_k=self.top_k, score=self.score)

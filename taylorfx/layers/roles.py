@@ -13,8 +13,9 @@ A pass asks ``layer.role(Mixing)`` and never for a class, so a layer from outsid
 | `Viewing`, `Slicing` | the same numbers along other axes; some positions of an axis | all rewrites |
 | `Joining` | its inputs one after the other along an axis | the lean copy |
 | `Sum`, `Product`, `Constant` | ``x + y``; ``x * y``; one of its parameters | folding, the lean copy |
+| `Summing` | the sum over some axes | repair of experts |
 | `Attending` | scaled dot-product attention | the lean copy |
-| `Experts` | every row by the expert that was chosen for it | names of scopes, the criterion `reap` |
+| `Experts` | every row by the expert that was chosen for it | names of scopes, `reap`, repair of experts |
 | `Memory` | (what torch allocates and keeps for it) | taps, the lean copy |
 
 A role is stated by the method `Layer.roles` of one class. A subclass that overrides anything that this class defines
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Attending", "ChannelAffine", "Constant", "Experts", "Joining", "Memory", "Mixing", "Normalizing", "Pointwise",
-    "Product", "Recomputed", "Role", "RunningStatistics", "Slicing", "Sum", "Viewing",
+    "Product", "Recomputed", "Role", "RunningStatistics", "Slicing", "Sum", "Summing", "Viewing",
 ]  # fmt: skip
 
 Leaves = Mapping[str, Tensor]
@@ -327,6 +328,18 @@ class Sum(Role):
 
 
 @dataclass(frozen=True)
+class Summing(Role):
+    """The sum over the axes ``dims`` of its only input, the example axis counted.
+
+    >>> from taylorfx import layers as L
+    >>> L.Reduce("sum", (2,)).role(Summing), L.Reduce("mean", (2,)).role(Summing)
+    (Summing(dims=(2,)), None)
+    """
+
+    dims: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Product(Role):
     """The product of its inputs, broadcast against each other.
 
@@ -376,6 +389,10 @@ class Experts(Role):
         numbers: of the layer's inputs, the number of the expert of each row, in the output's shape without its last
             axis; -1 for a row of zeros that none makes. The rows of one position lie along the second to last axis of
             the output.
+        slot: the number of the input ``x`` ``(..., i)`` whose rows are multiplied by the matrices, where that is all
+            that the experts do: ``y = x @ matrices(weight)[number]``. Otherwise ``None``.
+        weight: the parameter of the matrices.
+        transposed: it lies as ``(e, i, o)``, otherwise as ``(e, o, i)``.
 
     >>> import torch
     >>> from taylorfx import layers as L
@@ -386,6 +403,13 @@ class Experts(Role):
 
     letter: str
     numbers: Callable[..., Tensor]
+    slot: int | None = None
+    weight: str = "weight"
+    transposed: bool = False
+
+    def matrices(self, weight: Tensor) -> Tensor:
+        """The matrices as ``(e, i, o)``, or these as they lie in the parameter: the same turn both ways."""
+        return weight if self.transposed else weight.mT
 
 
 @dataclass(frozen=True)

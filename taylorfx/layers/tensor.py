@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from taylorfx.layers.base import Layer, Leaves, Shape, ShapeError, broadcast, names
 from taylorfx.layers.operators import COUNT, DEVICE, DTYPE, DTYPES, SLOT, check_arguments, operator
-from taylorfx.layers.roles import Memory, Pointwise, Recomputed, Role, Viewing
+from taylorfx.layers.roles import Memory, Pointwise, Recomputed, Role, Summing, Viewing
 from taylorfx.layers.shape import refine
 from taylorfx.layers.sizes import Size, rescaled
 
@@ -349,7 +349,8 @@ class Reduce(Layer):
 
     def roles(self) -> tuple[Role, ...]:
         linear = self.op in ("mean", "sum")  # the gradient by a sum's input is a view of that by the sum
-        return (Memory(keeps_input=False, new_gradient=self.op == "mean"),) if linear else ()
+        memory = (Memory(keeps_input=False, new_gradient=self.op == "mean"),) if linear else ()
+        return (*memory, Summing(self.dims)) if self.op == "sum" else memory
 
     def signature(self, *shapes: Shape) -> str | None:
         rank = len(shapes[0])

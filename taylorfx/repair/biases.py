@@ -11,10 +11,10 @@ is put back in closed form, from the activations on a few batches:
 
 All take the original parameters and the plan, cut, and return the smaller network's parameters and spec; the last works
 on any network, too. Repaired are layers with the role `Mixing`: linear layers and convolutions of every kind, and those
-from outside that state it. What else mixes activations (matrix products, attention between heads) has no weights of its
-own and stays as it is, and so does a subclass that overrides what a layer computes and states no role. A layer without
-a bias that has to be shifted: where a batch norm is all that consumes its value, the norm's running mean moves, which
-is the same; elsewhere the layer gains a bias.
+from outside that state it; `reconstruct` repairs the experts of a mixture, too. What else mixes activations (matrix
+products, attention between heads) has no weights of its own and stays as it is, and so does a subclass that overrides
+what a layer computes and states no role. A layer without a bias that has to be shifted: where a batch norm is all that
+consumes its value, the norm's running mean moves, which is the same; elsewhere the layer gains a bias.
 
 A residual network on scikit-learn's digits, `taylor` per FLOP, four seeds, 512 images: at 30 % of the FLOPs and without
 any training, 17 % of the test images are right as cut, 39 % compensated, 97 % recalibrated, 99.4 % reconstructed, of

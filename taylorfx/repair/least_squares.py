@@ -8,19 +8,22 @@ from functools import partial
 
 from torch import Tensor
 
+from taylorfx.coupling.mixtures import Mixture
 from taylorfx.cutting.cut import cut
 from taylorfx.cutting.plan import Plan
 from taylorfx.distributed import Total, agreed, alone, placed, refuse_alone, whole
 from taylorfx.distributed import sharing as gathering
 from taylorfx.layers.roles import Mixing
-from taylorfx.network.run import Inputs, apply, bind_inputs, fitted
+from taylorfx.network.run import Inputs
 from taylorfx.network.spec import Node, Spec
 from taylorfx.progress import LOG, bar
 from taylorfx.repair.batches import Batches, inputs_of, refuse_none, told
+from taylorfx.repair.experts import narrowed, solved, summed, weighted
 from taylorfx.repair.positions import Positions, counting, mask_of
 from taylorfx.repair.readers import kept_channels, lost, sharing, shifted, takes_shift
 from taylorfx.repair.regression import Halves
-from taylorfx.tree import Params, flatten, merge, restrict, unflatten
+from taylorfx.repair.runs import Pair, Run
+from taylorfx.tree import Params, flatten, merge
 
 __all__ = ["reconstruct"]
 
@@ -47,6 +50,10 @@ def reconstruct(
     networks run once, side by side, from layer to layer. Held are, for all batches, the activations that layers ahead
     consume. Of one layer at a time, with ``k = channels * window`` inputs, there are in double precision some copies of
     its weight and either all rows, where they are at most ``k / 2``, or at most two squares ``(k, k)``.
+
+    The last matrices of a mixture's experts are solved for together, so that the sum over the experts that the router
+    now chooses is what it was: those that stay make up for those that left. Its ``k`` is experts times inputs. Experts
+    that have biases, or whose outputs are not just weighted and summed, stay as they are.
 
     Layers that share their weight share the solution (both networks are run anew for them); a weight that an
     `Embedding` uses, too, stays as it is.
@@ -81,18 +88,33 @@ def reconstruct(
         refuse_alone(params)
     inputs = agreed(total, lambda: _masked(batches, positions), lambda _: told(params, plan))
     original, small, spec = plan.coupling.spec, cut(params, plan), plan.spec
-    losers = lost(plan) | {branch.node for branch in plan.coupling.branches if not plan.keep[branch.unit]}
-    runs = [(_Run(original, x), _Run(spec, x), mask) for x, mask in inputs]
-    shared = [([node.name for node, _ in group], group) for group in sharing(original, "weight", spec)]
-    mended = [(names, x) for names, x in shared if _joint(spec, x) and losers & original.upstream(names)]
+    runs = [(Run(original, x), Run(spec, x), mask) for x, mask in inputs]
+    mended = _mended(plan)
     with bar(progress, "reconstruct", len(mended)) as advance:
-        for names, group in mended:
-            sums = (total or alone)(partial(_summed, params, plan, small, spec, group, runs))
-            refuse_none(sums.n)
-            small, spec = _solved(small, spec, names, sums, ridge, biases or takes_shift(spec, names))
+        for names, layers in mended:
+            if isinstance(layers, Mixture):
+                sums = (total or alone)(partial(summed, params, plan, small, spec, layers, runs))
+                small = solved(small, spec, layers, sums, ridge)
+            else:
+                sums = (total or alone)(partial(_summed, params, plan, small, spec, layers, runs))
+                small, spec = _solved(small, spec, names, sums, ridge, biases or takes_shift(spec, names))
             LOG.info("reconstruct: %s", ", ".join(names))
             advance(1)
     return small, spec
+
+
+def _mended(plan: Plan) -> list[tuple[list[str], Sequence[tuple[Node, Mixing]] | Mixture]]:
+    """The layers that are solved for, in order, by the names of their nodes: those that lose inputs, and all behind."""
+    original, spec = plan.coupling.spec, plan.spec
+    losers = lost(plan) | narrowed(plan)
+    losers |= {branch.node for branch in plan.coupling.branches if not plan.keep[branch.unit]}
+    solvable: list[tuple[list[str], Sequence[tuple[Node, Mixing]] | Mixture]] = [
+        *(([node.name for node, _ in x], x) for x in sharing(original, "weight", spec) if _joint(spec, x)),
+        *(([mixture.experts.name], mixture) for mixture in weighted(plan)),
+    ]
+    places = {name: k for k, name in enumerate(original.by_name)}
+    mended = [(names, layers) for names, layers in solvable if losers & original.upstream(names)]
+    return sorted(mended, key=lambda x: places[x[0][0]])
 
 
 def _masked(batches: Batches, positions: Positions | None) -> list[tuple[Inputs, Tensor | None]]:
@@ -101,14 +123,14 @@ def _masked(batches: Batches, positions: Positions | None) -> list[tuple[Inputs,
 
 
 def _summed(
-    params: Params, plan: Plan, small: Params, spec: Spec, group: Sequence[tuple[Node, Mixing]], runs: Sequence[_Pair]
+    params: Params, plan: Plan, small: Params, spec: Spec, group: Sequence[tuple[Node, Mixing]], runs: Sequence[Pair]
 ) -> Halves:
     """The rows of all batches: what layers of the small network consume, what those of the original give out."""
     original, sums = plan.coupling.spec, Halves()
     with gathering({"before": params, "after": small}) as trees:
         for before, after, mask in runs:
             if len(group) > 1:  # later places consume what is not solved yet, which must not stay
-                before, after = _Run(original, before.inputs), _Run(spec, after.inputs)
+                before, after = Run(original, before.inputs), Run(spec, after.inputs)
             for node, role in group:
                 x = after.value(trees["after"], spec, spec[node.name].inputs[0])
                 y = before.value(trees["before"], original, node.name)
@@ -145,6 +167,7 @@ def _solved(
     params: Params, spec: Spec, names: Sequence[str], sums: Halves, ridge: float | None, intercept: bool
 ) -> tuple[Params, Spec]:
     """The network with the weight and the bias that these nodes share as the regression has them."""
+    refuse_none(sums.n)
     node, leaves = spec[names[0]], flatten(params)
     role = node.layer.role(Mixing)
     assert role is not None
@@ -158,34 +181,6 @@ def _solved(
     if not intercept:
         return params, spec
     return shifted(params, spec, names, bias.flatten() - past)
-
-
-class _Run:
-    """A network on one batch, as far as it has been asked for; what no later node consumes is not kept."""
-
-    def __init__(self, spec: Spec, inputs: Inputs) -> None:
-        self.inputs = inputs
-        self.values: dict[str, Tensor] = bind_inputs(spec, (inputs,))
-        self.done = 0
-
-    def value(self, params: Params, spec: Spec, name: str) -> Tensor:
-        """What a node gives out, without derivatives; nodes are asked for in their order."""
-        place = [*spec.by_name].index(name) + 1
-        if place > self.done:
-            names = [node.name for node in spec.nodes[self.done : place]]
-            later = {name, *(x for node in spec.nodes[place:] for x in node.inputs)}
-            wanted = [x for x in names if x in later]
-            part = fitted(spec, self.inputs).part(names, wanted, keys=wanted)
-            leaves = restrict(params, part.shapes)
-            detached = unflatten((path, leaf.detach()) for path, leaf in flatten(leaves).items())
-            new = apply(detached, part, {x: self.values[x] for x in part.input_layers})
-            self.values = {x: value for x, value in self.values.items() if x in later} | new
-            self.done = place
-        return self.values[name]
-
-
-_Pair = tuple[_Run, _Run, Tensor | None]
-"""The original and the small network on a batch, and which of its positions count."""
 
 
 def _joint(spec: Spec, group: Sequence[tuple[Node, Mixing]]) -> bool:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from taylorfx.coupling.couple import own
+from taylorfx.coupling.mixtures import Mixture, mixtures
 from taylorfx.coupling.units import Coupling
-from taylorfx.layers.roles import Experts, Product, Viewing
-from taylorfx.network.labels import Labels
 from taylorfx.network.run import evaluate
-from taylorfx.network.spec import Node, Spec
+from taylorfx.network.spec import Spec
 from taylorfx.scoring.batches import Batches, each_batch
 from taylorfx.scoring.criterion import Criterion
 from taylorfx.scoring.losses import Loss, cross_entropy
@@ -36,15 +33,20 @@ def reap(params: Params, spec: Spec, batches: Batches, coupling: Coupling, *, lo
         ValueError: if no experts may leave, or if their outputs are not multiplied by anything.
     """
     own(params, spec, coupling)
-    mixtures = [*_mixtures(coupling)]
-    experts = np.unique(np.concatenate([np.zeros(1, np.int64) - 1, *(mixture.units.ravel() for mixture in mixtures)]))
+    found = [*mixtures(coupling)]
+    if strange := [mixture.experts.name for mixture in found if mixture.product is None]:
+        raise ValueError(
+            "REAP multiplies outputs of experts by the router's weights; received a network in which nothing does that "
+            f"with those of {', '.join(strange)}. Take another criterion."
+        )
+    experts = np.unique(np.concatenate([np.zeros(1, np.int64) - 1, *(mixture.units.ravel() for mixture in found)]))
     if len(experts) == 1:
         raise ValueError(
             "REAP scores experts that may leave, whose outputs a router's weights multiply; received a network without "
             "any. Take another criterion."
         )
     sums = torch.zeros(2, len(coupling) + 1, dtype=torch.float64)  # of norms, and how many these are
-    wanted, seen = {name for mixture in mixtures for name in (mixture.experts.name, mixture.product)}, Seen()
+    wanted, seen = {name for mixture in found for name in (mixture.experts.name, mixture.product)}, Seen()
 
     def keep(name: str, slot: int, x: Tensor) -> Tensor:
         if name in wanted:
@@ -54,8 +56,8 @@ def reap(params: Params, spec: Spec, batches: Batches, coupling: Coupling, *, lo
     with torch.no_grad():
         for inputs, _ in each_batch(batches):
             evaluate(params, spec, (inputs,), tap=keep)
-            for mixture in mixtures:
-                units, norms = mixture.rows(seen)
+            for mixture in found:
+                units, norms = _rows(mixture, seen)
                 for row in units % len(sums[0]):  # what is no unit comes last
                     sums.index_add_(1, row, torch.stack([norms, torch.ones_like(norms)]))
     scores = sums[0, :-1] / sums[1, :-1].clamp(min=1)
@@ -67,48 +69,10 @@ Seen = dict[tuple[str, int], Tensor]
 """What layers consume and give, by node and slot."""
 
 
-class _Mixture(NamedTuple):
-    """Experts whose outputs are multiplied by a router's weights.
-
-    Attributes:
-        experts: the node of the experts' last layer.
-        role: the role of that layer.
-        units: ``(factors, experts)``, the units of the experts; -1 for none.
-        product: the node that multiplies its output, in which every row stands at its place.
-    """
-
-    experts: Node
-    role: Experts
-    units: Labels
-    product: str
-
-    def rows(self, seen: Seen) -> tuple[Tensor, Tensor]:
-        """Of every row that an expert makes, the units ``(factors, rows)`` and the norm of what it adds ``(rows,)``."""
-        numbers = self.role.numbers(*(seen[self.experts.name, slot] for slot in range(len(self.experts.inputs)))).cpu()
-        added = seen[self.product, -1].reshape(*numbers.shape, -1).cpu().double()
-        return torch.as_tensor(self.units)[:, numbers[numbers >= 0]], added.norm(dim=-1)[numbers >= 0]
-
-
-def _mixtures(coupling: Coupling) -> Iterator[_Mixture]:
-    """The last layers of experts: those whose output is not consumed by others with the same router."""
-    spec = coupling.spec
-    roles = {node.name: role for node in spec if (role := node.layer.role(Experts))}
-    for name, role in roles.items():
-        node, after = spec[name], spec.downstream([name]) - {name}
-        if not any(other in after and spec[other].inputs[0] == node.inputs[0] for other in roles):
-            yield _Mixture(node, role, coupling.axes[coupling.letters[name][role.letter]], _product(spec, node))
-
-
-def _product(spec: Spec, node: Node) -> str:
-    """The node that multiplies a node's value, through views of it."""
-    current = node
-    while True:
-        consumers = spec.consumers[current.name]
-        if len(consumers) == 1 and consumers[0].layer.role(Product):
-            return consumers[0].name
-        if len(consumers) != 1 or not consumers[0].layer.role(Viewing):
-            raise ValueError(
-                f"Outputs of experts are multiplied by the router's weights; received {node.name}, whose output "
-                f"{', '.join(x.name for x in consumers) or 'no layer'} consumes."
-            )
-        current = consumers[0]
+def _rows(mixture: Mixture, seen: Seen) -> tuple[Tensor, Tensor]:
+    """Of every row that an expert makes, the units ``(factors, rows)`` and the norm of what it adds ``(rows,)``."""
+    node, product = mixture.experts, mixture.product
+    assert product is not None
+    numbers = mixture.role.numbers(*(seen[node.name, slot] for slot in range(len(node.inputs)))).cpu()
+    added = seen[product, -1].reshape(*numbers.shape, -1).cpu().double()
+    return torch.as_tensor(mixture.units)[:, numbers[numbers >= 0]], added.norm(dim=-1)[numbers >= 0]

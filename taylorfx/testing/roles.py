@@ -27,6 +27,7 @@ from taylorfx.layers.roles import (
     RunningStatistics,
     Slicing,
     Sum,
+    Summing,
     Viewing,
 )  # fmt: skip
 
@@ -203,6 +204,9 @@ def _experts(layer: Layer, role: Experts, leaves: Leaves, inputs: Sequence[Tenso
             alone[leaf] = torch.zeros_like(x).index_copy(axis, torch.tensor([k]), x.narrow(axis, k, 1))
         mine = numbers == k
         _equal(layer, role, "rows by one expert alone", layer.apply(alone, *inputs)[mine], y[mine])
+        if role.slot is not None:
+            product = inputs[role.slot][mine] @ role.matrices(leaves[role.weight])[k]
+            _equal(layer, role, "y = x @ matrices(weight)[number]", y[mine], product)
 
 
 def _slicing(layer: Layer, role: Slicing, leaves: Leaves, inputs: Sequence[Tensor]) -> None:
@@ -217,6 +221,11 @@ def _joining(layer: Layer, role: Joining, leaves: Leaves, inputs: Sequence[Tenso
 
 def _sum(layer: Layer, role: Sum, leaves: Leaves, inputs: Sequence[Tensor]) -> None:
     _equal(layer, role, "the sum of its inputs", layer.apply(leaves, *inputs), reduce(torch.add, inputs))
+
+
+def _summing(layer: Layer, role: Summing, leaves: Leaves, inputs: Sequence[Tensor]) -> None:
+    (x,), y = inputs, layer.apply(leaves, *inputs)
+    _equal(layer, role, "the sum over its axes", y, x.sum(role.dims).reshape(y.shape))
 
 
 def _product(layer: Layer, role: Product, leaves: Leaves, inputs: Sequence[Tensor]) -> None:
@@ -254,6 +263,7 @@ CHECKS: Mapping[type[Role], Callable[[Layer, Any, Leaves, Sequence[Tensor]], Non
     RunningStatistics: _running_statistics,
     Slicing: _slicing,
     Sum: _sum,
+    Summing: _summing,
     Viewing: _viewing,
 }
 """For every kind of role, the function that raises where a layer does not do what it states."""

@@ -171,6 +171,31 @@ def test_reap_is_its_formula_on_the_modules_own_experts(network):
                 assert_close(scores[unit].float(), expected, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("family", [
+    "DeepSeek-V2", "DeepSeek-V3", "ERNIE-4.5-MoE", "GLM-4-MoE", "Granite-MoE", "Mixtral", "OLMoE", "Qwen2-MoE",
+    "Qwen3-MoE",
+])  # fmt: skip
+def test_experts_that_stay_learn_to_make_up_for_those_that_left_and_the_class_holds_them(family, tmp_path):
+    kind, config, _ = FAMILIES[family]
+    model, inputs = random_model(kind, config), text(24, 8)
+    _, params, spec = huggingface.from_pretrained(model, outputs="logits")
+    coupling = tfx.couple(params, spec)
+    experts = np.array([name.endswith(": experts") for name in coupling.scopes])[coupling.scope]
+    plan = tfx.Plan(coupling, ~experts | (coupling.index > 0))
+    cut = tfx.cut(params, plan)
+    repaired, smaller = tfx.reconstruct(params, plan, (inputs, None), ridge=0.01, biases=False)
+    assert smaller == plan.spec
+    expected = logits(params, spec, inputs)
+    before, after = ((logits(x, smaller, inputs) - expected).square().mean() for x in (cut, repaired))
+    assert after < 0.9 * before
+    again = huggingface.save_pretrained(tmp_path / "x", repaired, smaller, like=model, example_inputs=inputs)
+    matrices = dict(again.named_parameters())
+    moved = [path for path, x in tfx.tree.flatten(cut).items() if not torch.equal(x, matrices.get(path, x))]
+    assert any(path.endswith("experts.down_proj") for path in moved)
+    with torch.no_grad():
+        assert_close(again(**inputs).logits, logits(repaired, smaller, inputs), rtol=1e-3, atol=1e-4)
+
+
 def test_in_half_precision_the_length_stays_open_though_routers_choose_others():
     model = model_of("MixtralForCausalLM").bfloat16()
     _, params, spec = huggingface.from_pretrained(model, outputs="logits")

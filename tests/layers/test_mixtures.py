@@ -11,6 +11,7 @@ from torch.testing import assert_close
 import taylorfx as tfx
 from taylorfx import layers as L
 from taylorfx.layers.roles import Experts
+from taylorfx.network.run import evaluate
 from taylorfx.testing.strategies import random_params
 
 TOKENS, WIDTH, HIDDEN = 4, 5, 3
@@ -213,3 +214,71 @@ def test_reap_without_experts_is_refused():
     batch = torch.randn(2, 3, dtype=torch.float64), torch.tensor([0, 1])
     with pytest.raises(ValueError, match="received a network without any"):
         tfx.criteria.reap(params, spec, batch, tfx.couple(params, spec))
+
+
+def sums(params, spec, x, top_k, score):
+    """What the matrices of all experts are multiplied with in the mixture's sum, and the sum: with a loop over rows."""
+    seen = {}
+    evaluate(params, spec, (x,), tap=lambda name, slot, value: seen.setdefault((name, slot), value))
+    logits, hidden = seen["router", -1].flatten(0, 1), seen["hidden", -1].flatten(0, 1)
+    scores = logits.softmax(-1) if score == "softmax" else logits.sigmoid()
+    weights, chosen = scores.topk(min(top_k, logits.shape[-1]))
+    rows = torch.zeros(len(logits), logits.shape[-1], hidden.shape[-1], dtype=x.dtype)
+    for row, k in np.ndindex(*chosen.shape):
+        rows[row, chosen[row, k]] = weights[row, k] * hidden[row, k]
+    return rows.flatten(1), seen["sum", -1].flatten(0, 1)
+
+
+@given(st.data(), st.integers(2, 6), st.integers(1, 3), st.integers(0, 2**16), st.sampled_from(["softmax", "sigmoid"]))
+def test_no_other_matrices_let_a_mixture_that_lost_experts_come_closer_to_its_sum(data, experts, top_k, seed, score):
+    top_k = min(top_k, experts)
+    params, spec, _, coupling = case(experts, top_k, seed, score)
+    keep = np.array(data.draw(st.lists(st.booleans(), min_size=len(coupling), max_size=len(coupling))))
+    keep |= coupling.scope == coupling.scopes.index("stream")
+    for scope in range(len(coupling.scopes)):
+        keep[np.flatnonzero(coupling.scope == scope)[:1]] = True
+    plan = tfx.Plan(coupling, keep)
+    x = torch.randn(60, TOKENS, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    small, smaller = tfx.reconstruct(params, plan, [(x[:20], None), (x[20:], None)], ridge=1e-10, biases=False)
+    assert smaller == plan.spec
+    _, target = sums(params, spec, x, top_k, score)
+    rows, y = sums(small, smaller, x, top_k, score)
+    best = rows @ torch.linalg.lstsq(rows, target, driver="gelsd").solution
+    assert_close(y, best, rtol=1e-5, atol=1e-5)
+    if keep.all():
+        assert_close(small["down"]["weight"], params["down"]["weight"])
+
+
+def test_repaired_experts_make_up_for_those_that_left():
+    params, spec, x, coupling = case(6, 2, 5)
+    keep = np.ones(len(coupling), bool)
+    keep[coupling.unit_ids("router.bias", 0)[0][:3]] = False
+    plan, expected = tfx.Plan(coupling, keep), tfx.apply(params, spec, x)
+    cut = tfx.apply(tfx.cut(params, plan), plan.spec, x)
+    repaired = tfx.apply(*tfx.reconstruct(params, plan, (x, None), ridge=1e-3), x)
+    assert (repaired - expected).square().sum() < 0.1 * (cut - expected).square().sum()
+
+
+def test_positions_that_do_not_count_teach_experts_nothing():
+    params, _, x, coupling = case(5, 2, 1)
+    keep = np.ones(len(coupling), bool)
+    keep[coupling.unit_ids("router.bias", 0)[0][:2]] = False
+    plan, mask = tfx.Plan(coupling, keep), torch.tensor([[1, 1, 1, 0]] * 3)
+    other = torch.where(mask[:, :, None] == 0, 10.0, x)
+    one, two, all_count = (
+        tfx.reconstruct(params, plan, (inputs, None), positions=positions)[0]["down"]["weight"]
+        for inputs, positions in ((x, lambda _: mask), (other, lambda _: mask), (x, None))
+    )
+    assert_close(one, two)
+    assert not torch.allclose(one, all_count)
+
+
+def test_experts_with_biases_stay_as_they_are():
+    """Nothing sums what their matrices alone give out."""
+    params, _, x, coupling = case(5, 2, 1, "softmax", True)
+    keep = np.ones(len(coupling), bool)
+    keep[coupling.unit_ids("router.bias", 0)[0][:2]] = False
+    plan = tfx.Plan(coupling, keep)
+    small, _ = tfx.reconstruct(params, plan, (x, None))
+    assert torch.equal(small["turned"]["weight"], tfx.cut(params, plan)["turned"]["weight"])
+    assert not torch.equal(small["head"]["weight"], params["head"]["weight"])

@@ -214,7 +214,7 @@ STATED = {
     L.Elementwise("pow.Tensor_Scalar", (("$", 0), 2)): {R.Pointwise, R.Recomputed},
     L.Elementwise("pow.Tensor_Scalar", (("$", 0), 3)): set(),
     L.Reduce("mean", (1,)): {R.Memory},
-    L.Reduce("sum", (1,)): {R.Memory},
+    L.Reduce("sum", (1,)): {R.Memory, R.Summing},
     L.Reduce("amax", (1,)): set(),
     L.Softmax(): set(),
 }
@@ -387,6 +387,7 @@ LIARS = {
     "recomputed": (lying(L.Sigmoid, roles=says(R.Recomputed())), (4,), "Recomputed"),
     "view": (lying(L.ReLU, roles=says(R.Viewing())), (4,), "Viewing"),
     "dims": (lying(L.Permute, (0, 2, 1), roles=says(R.Viewing((0, 1, 2)))), (3, 3), "Viewing"),
+    "summing": (lying(L.Reduce, "mean", (1,), roles=says(R.Summing((1,)))), (4, 3), "Summing"),
     "slice": (lying(L.Slice, 1, 0, 2, roles=says(R.Slicing(1, 1, 3))), (4,), "Slicing"),
     "constant": (lying(L.Parameter, (3,), 1.0, 0.0, True, roles=says(R.Constant())), (4,), "Constant"),
     "value": (lying(L.Sigmoid, roles=says(R.Memory(new_value=True))), (4,), "Memory"),
