@@ -14,7 +14,7 @@ activation (ResNet). What is a branch:
   the network without the other;
 - of ``(x + attention(x)) + mlp(x)`` both are branches: the second depends on the skip of the first sum. So they are of
   ``x + (attention(x) + mlp(x))``, whose inner sum has no skip and is used there alone: without one of them it is the
-  other one, and without both it leaves. Only if one of them has no layers of its own they are one branch together;
+  other one, and without both it leaves. They are one branch together where one of them has no layers of its own;
 - layers with parameters leave with it, which may share them with others (ALBERT). A sum within a formula, as in
   ``x + 0.04 x^3``, is no branch.
 

@@ -117,7 +117,9 @@ def test_layers_that_a_config_knows_by_their_numbers_have_new_ones(tmp_path, kin
     gone = (0, 2)
     if kind.startswith("Qwen2"):  # of every second layer, those with one MLP leave: the rest are all mixtures
         assert [type(x.mlp).__name__ for x in loaded.model.model.layers][::2] == ["Qwen2MoeMLP"] * 2
-    plan = plan_without(coupling, *[name for k in gone for name in layer(k)])
+    branches = [name for name in coupling.scopes if name.endswith(": branch")]
+    assert ("model.layers.2.mlp.shared_experts: branch" in branches) == (kind.startswith("Deepseek"))
+    plan = plan_without(coupling, *[name for name in branches for k in gone if name.startswith(f"model.layers.{k}.")])
     small = huggingface.save_pretrained(tmp_path / "x", tfx.cut(loaded.params, plan), plan.spec, like=loaded.model)
     assert {name: getattr(small.config, name) for name in said} == said
     kinds = [type(x.mlp) for x in loaded.model.model.layers]
@@ -220,6 +222,10 @@ PARALLEL = {
     ),
     "Falcon": (
         "FalconForCausalLM", {"parallel_attn": True, "multi_query": False, "ffn_hidden_size": 12},
+        "transformer.h.{}.", ("self_attention", "mlp"),
+    ),
+    "Falcon, one key head": (
+        "FalconForCausalLM", {"parallel_attn": True, "multi_query": True, "ffn_hidden_size": 12},
         "transformer.h.{}.", ("self_attention", "mlp"),
     ),
     "Cohere": ("CohereForCausalLM", {}, "model.layers.{}.", ("self_attn", "mlp")),
