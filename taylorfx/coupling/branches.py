@@ -80,7 +80,7 @@ def _branches(coupling: Coupling) -> list[_Found]:
     def parts(branch: Branch) -> list[_Found]:
         """The branches of an operand: itself, or those that it is a sum of."""
         paths = _parameters(spec, branch)
-        inner = sums.get(_alone(spec, branch)) if paths else None
+        inner = sums.get(_before_noise(spec, branch)) if paths else None  # nothing else uses what leaves with it
         if inner is not None and inner.name not in skips:
             several = [parts(Branch(0, inner.name, slot)) for slot in range(2)]
             if all(several):
@@ -113,14 +113,12 @@ def _sums(coupling: Coupling) -> Iterator[Node]:
                 yield node
 
 
-def _alone(spec: Spec, branch: Branch) -> str:
-    """What a branch is before noise, if nothing else uses that; else nothing."""
+def _before_noise(spec: Spec, branch: Branch) -> str:
+    """The node that gives out what a branch adds, but for noise."""
     name = spec[branch.node].inputs[branch.slot]
-    while spec.uses[name] == 1:
-        if spec[name].layer.role(Noise) is None:
-            return name
+    while spec[name].layer.role(Noise) is not None:
         (name,) = spec[name].inputs
-    return ""
+    return name
 
 
 def _parameters(spec: Spec, branch: Branch) -> list[str]:

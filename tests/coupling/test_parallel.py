@@ -62,6 +62,7 @@ def test_without_any_of_them_the_network_is_the_one_in_which_they_give_out_zeros
         assert_close(tfx.apply(small, plan.spec, x), expected, **CLOSE)
         assert_close(tfx.apply(net.params, net.spec, x, gates=plan.gates), expected, **CLOSE)
         assert_close(tfx.apply(tfx.expand(small, plan), net.spec, x, gates=plan.gates), expected, **CLOSE)
+        assert {net.coupling.scopes[k][0] for k in net.coupling.scope[plan.leaving]} == gone, "no branch is in another"
         sums = sum(node.name.startswith("sum") for node in plan.spec)
         assert sums == len(letters(name)) - len(gone), "every branch that leaves takes one sum along"
         assert ("norm" in plan.spec.by_name) == (len(gone) < len(letters(name)))
@@ -138,12 +139,17 @@ def test_only_sums_that_nothing_else_uses_and_whose_operands_have_layers_are_tak
     assert block(inner, outer) == apart
     again = Node("again", L.Multiply(), ("outer", "inner"))
     assert block(inner, outer, again) == []
+    noise = Node("noise", L.Dropout(), ("inner",)), Node("outer", L.Add(), ("noise", "x"))
+    assert block(inner, *noise) == apart
+    assert block(inner, *noise, again) == []
     act = Node("act", L.ReLU(), ("inner",)), Node("outer", L.Add(), ("x", "act"))
     assert block(inner, *act) == ["outer: branch"]
     alpha = Node("drop", L.Dropout(alpha=True), ("inner",)), Node("outer", L.Add(), ("drop", "x"))
     assert block(inner, *alpha) == ["outer: branch"]
     same = Node("act", L.ReLU(), ("a.down",)), Node("inner", L.Add(), ("a.down", "act")), outer
     assert block(Node("b2", L.Add(), ("x", "b.down")), *same)[1:] == ["a: branch"]
+    nested = Node("c", L.Linear(4, 4), ("a.down",)), Node("inner", L.Add(), ("a.down", "c")), outer
+    assert block(*nested) == ["c: branch", "outer: branch"]
     one = Node("double", L.Multiply(), ("x", "x")), Node("inner", L.Add(), ("a.down", "double")), outer
     assert block(*one) == ["a: branch"]
 
