@@ -107,18 +107,8 @@ def random_plan(coupling: Coupling, generator: torch.Generator, share: float = 0
 
 def _conv_block(draw: st.DrawFn, channels: int, homogeneous: bool) -> tuple[Part, int]:
     """A random part that keeps the spatial size, and the number of channels of its output."""
-    kinds = [
-        "plain",
-        "residual",
-        "parallel",
-        "nested",
-        "projected",
-        "dense",
-        "branches",
-        "grouped",
-        "depthwise",
-        "pool",
-    ]
+    kinds = ["plain", "residual", "parallel", "nested", "projected", "dense", "branches", "grouped", "depthwise"]
+    kinds += ["pool"]
     if not homogeneous:
         kinds += ["norm", "groupnorm", "excite", "shuffle", "slices", "transposed", "shared", "pixels"]
     kind = draw(st.sampled_from(kinds))
@@ -131,12 +121,10 @@ def _conv_block(draw: st.DrawFn, channels: int, homogeneous: bool) -> tuple[Part
     same = L.Conv2d(channels, channels, 3, padding=1, bias=bias)
     if kind == "plain":
         return serial(L.Conv2d(channels, width, draw(st.sampled_from([1, 3])), padding="same", bias=bias), act), width
-    if kind in ("residual", "nested"):
+    if kind in ("residual", "parallel", "nested"):
         inner = serial(L.Conv2d(channels, width, 3, padding=1), act, L.Conv2d(width, channels, 1, bias=bias))
-        return serial(residual(serial(residual(inner), same) if kind == "nested" else inner), act), channels
-    if kind == "parallel":
-        inner = serial(L.Conv2d(channels, width, 3, padding=1), act, L.Conv2d(width, channels, 1, bias=bias))
-        return serial(residual(serial(residual(inner, same))), act), channels
+        bodies = {"parallel": serial(residual(inner, same)), "nested": serial(residual(inner), same)}
+        return serial(residual(bodies.get(kind, inner)), act), channels
     if kind == "projected":
         body = serial(L.Conv2d(channels, width, 3, padding=1), act)
         return residual(body, L.Conv2d(channels, width, 1, bias=bias)), width
