@@ -1,5 +1,7 @@
 """One small network for every construct that couples channels: the table that pins the laws."""
 
+from typing import TypeAlias
+
 import taylorfx as tfx
 from taylorfx import Input, Node, Spec, concat, inline, residual, serial
 from taylorfx import layers as L
@@ -62,6 +64,34 @@ def transformer(heads: int, kv_heads: int, norm: tfx.Layer) -> Spec:
             Node("head", L.Linear(4, 2), ("flat",)),
         )
     )
+
+
+Operand: TypeAlias = "str | tuple[Operand, ...]"
+
+
+def parallel(*operands: Operand) -> Spec:
+    """A sum of operands, each a tuple of operands that are added, or of one that noise meets; ``x`` is the skip.
+
+    Another letter is an MLP of the normed skip; a capital has a residual branch within it.
+    """
+    stem, norm = Node("stem", L.Linear(4, 4), ("input",)), Node("norm", L.LayerNorm(4), ("stem",))
+    nodes = [Node("input", Input((3, 4))), stem, norm]
+
+    def add(operand: Operand) -> str:
+        if operand == "x":
+            return "stem"
+        if isinstance(operand, str):
+            mlp = serial(up=L.Linear(4, 2 + len(nodes) % 2), act=L.Tanh(), down=L.Linear(2 + len(nodes) % 2, 4))
+            body = serial(inner=residual(mlp), out=L.Linear(4, 4)) if operand.isupper() else mlp
+            nodes.extend(inline(body, operand, ("norm",)))
+        else:
+            inputs = tuple(map(add, operand))
+            kind, layer = ("sum", L.Add()) if len(inputs) == 2 else ("noise", L.Dropout(0.1))
+            nodes.append(Node(f"{kind}{len(nodes)}", layer, inputs))
+        return nodes[-1].name
+
+    last = add(operands)
+    return Spec((*nodes, Node("flat", L.Flatten(), (last,)), Node("head", L.Linear(12, 2), ("flat",))))
 
 
 def cross_attention() -> Spec:
@@ -134,6 +164,7 @@ CONSTRUCTS: dict[str, Spec] = {
     "layer norm": transformer(2, 2, L.LayerNorm(4)),
     "cross attention": cross_attention(),
     "table": read_table(),
+    "parallel branches": parallel("x", ("a", "b")),
     "one dimension": serial(
         Input((2, 5)), L.Conv1d(2, 4, 3), L.BatchNorm1d(4), L.MaxPool1d(2, 1), L.ConvTranspose1d(4, 3, 2),
         L.AdaptiveAvgPool1d(2), L.Flatten(), L.Linear(6, 2),

@@ -32,7 +32,7 @@ LAWS = {}
 """Those of every network, by name: functions of a network and a seed."""
 
 
-BRANCHED = ("residual stream", "grouped queries", "layer norm")
+BRANCHED = ("residual stream", "grouped queries", "layer norm", "parallel branches")
 """Constructs whose residual branches are units, too, in every law."""
 
 

@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from taylorfx.cost.algebra import Cost, CostFunction
-from taylorfx.coupling.presence import without
 from taylorfx.coupling.units import Coupling
 from taylorfx.layers import Input
 from taylorfx.layers import axes as language
@@ -180,11 +179,10 @@ def _spans(coupling: Coupling, holds: tuple[bool, ...]) -> Labels:
     Of a node that is not there the size is zero, and its moment is not fuller than that before it.
     """
     spec, presence = coupling.spec.first, coupling.presence
-    gone = frozenset(name for name, number in presence.first.items() if not holds[number])
     place = {node.name: k for k, node in enumerate(spec.nodes)}
     first = [0 if isinstance(node.layer, Input) else k + 1 for k, node in enumerate(spec.nodes)]
     after = [len(first) + 1] * len(first)
-    for node, _, done in (without(spec, gone, presence.branches) if gone else spec).steps:
+    for node, _, done in (spec if all(holds) else presence.left(spec, presence.first, holds)).steps:
         for name in done:
             after[place[name]] = place[node.name] + 2
     return np.array([first, after], np.int64)

@@ -12,8 +12,9 @@ activation (ResNet). What is a branch:
 - the sum has two operands, both of the sum's own shape, and the branch's one depends on the other one. Where neither
   depends on the other, as in a ResNet's block with a convolution on the skip, there is no branch: neither operand is
   the network without the other;
-- of ``(x + attention(x)) + mlp(x)`` both are branches: the second depends on the skip of the first sum. Of
-  ``x + (attention(x) + mlp(x))`` there is one, both together: without either the inner sum would have no value;
+- of ``(x + attention(x)) + mlp(x)`` both are branches: the second depends on the skip of the first sum. So they are of
+  ``x + (attention(x) + mlp(x))``, whose inner sum has no skip and is used there alone: without one of them it is the
+  other one, and without both it leaves. They are one branch together where one of them has no layers of its own;
 - layers with parameters leave with it, which may share them with others (ALBERT). A sum within a formula, as in
   ``x + 0.04 x^3``, is no branch.
 
@@ -30,15 +31,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
 from taylorfx.coupling.naming import branch_name
 from taylorfx.coupling.presence import Branch, Presence
 from taylorfx.coupling.units import Coupling, Place
-from taylorfx.layers.roles import Sum
+from taylorfx.layers.roles import Noise, Sum
 from taylorfx.network.labels import examples
-from taylorfx.network.spec import Spec
+from taylorfx.network.spec import Node, Spec
 
 __all__ = ["with_branches"]
 
@@ -46,7 +48,7 @@ __all__ = ["with_branches"]
 def with_branches(coupling: Coupling) -> Coupling:
     """The same units, and after them every residual branch of the network, in the order of their sums."""
     spec, first = coupling.spec, len(coupling)
-    found = [(branch, paths) for branch in _sums(coupling) if (paths := _parameters(spec, branch))]
+    found = _branches(coupling)
     branches = tuple(branch._replace(unit=first + k) for k, (branch, _) in enumerate(found))
     names = _names(spec, found)
     gates = tuple(_place(coupling, branch) for branch in branches)
@@ -63,10 +65,27 @@ def with_branches(coupling: Coupling) -> Coupling:
     )
 
 
-def _sums(coupling: Coupling) -> Iterator[Branch]:
-    """The sums of two operands of which one is computed from the other, or from its skip, with the slot of that one."""
-    spec, bounds = coupling.spec, coupling.bounds
-    skips: dict[str, str] = {}
+class _Found(NamedTuple):
+    """A branch that has no number yet, and the parameters that leave with it alone."""
+
+    branch: Branch
+    paths: list[str]
+
+
+def _branches(coupling: Coupling) -> list[_Found]:
+    """All branches; for a sum of branches alone those that it is a sum of, where each has parameters of its own."""
+    spec, sums, found = coupling.spec, {node.name: node for node in _sums(coupling)}, list[_Found]()
+    skips: dict[str, str] = {}  # by sum, the operand to which the branches are added
+
+    def parts(branch: Branch) -> list[_Found]:
+        """The branches of an operand: itself, or those that it is a sum of."""
+        paths = _parameters(spec, branch)
+        inner = sums.get(_before_noise(spec, branch)) if paths else None  # nothing else uses what leaves with it
+        if inner is not None and inner.name not in skips:
+            several = [parts(Branch(0, inner.name, slot)) for slot in range(2)]
+            if all(several):
+                return several[0] + several[1]
+        return [_Found(branch, paths)] if paths else []
 
     def stream(x: str) -> Iterator[str]:
         """A value, and those to which the branches on its way were added."""
@@ -74,18 +93,32 @@ def _sums(coupling: Coupling) -> Iterator[Branch]:
         while x in skips:
             yield (x := skips[x])
 
-    for node in spec.nodes:
-        if node.layer.role(Sum) is None or len(node.inputs) != 2 or node.inputs[0] == node.inputs[1]:
-            continue
-        alike = all(bounds[x].shape == bounds[node.name].shape for x in node.inputs)
-        if not alike or any(examples(bounds[x].output) is None for x in node.inputs):
-            continue
+    for node in sums.values():
         others = node.inputs[::-1]
         direct = [k for k, x in enumerate(node.inputs) if others[k] in spec.upstream([x])]
         parallel = [k for k, x in enumerate(node.inputs) if not spec.upstream([x]).isdisjoint(stream(others[k]))]
         for slot in direct or parallel[: len(parallel) == 1]:
             skips[node.name] = others[slot]
-            yield Branch(0, node.name, slot)
+            found += parts(Branch(0, node.name, slot))
+    return found
+
+
+def _sums(coupling: Coupling) -> Iterator[Node]:
+    """The sums of two operands of the sum's own shape."""
+    bounds = coupling.bounds
+    for node in coupling.spec.nodes:
+        if node.layer.role(Sum) is not None and len(node.inputs) == 2 and node.inputs[0] != node.inputs[1]:
+            alike = all(bounds[x].shape == bounds[node.name].shape for x in node.inputs)
+            if alike and not any(examples(bounds[x].output) is None for x in node.inputs):
+                yield node
+
+
+def _before_noise(spec: Spec, branch: Branch) -> str:
+    """The node that gives out what a branch adds, but for noise."""
+    name = spec[branch.node].inputs[branch.slot]
+    while spec[name].layer.role(Noise) is not None:
+        (name,) = spec[name].inputs
+    return name
 
 
 def _parameters(spec: Spec, branch: Branch) -> list[str]:
@@ -102,7 +135,7 @@ def _place(coupling: Coupling, branch: Branch) -> Place:
     )
 
 
-def _names(spec: Spec, found: Sequence[tuple[Branch, Sequence[str]]]) -> list[str]:
+def _names(spec: Spec, found: Sequence[_Found]) -> list[str]:
     """The names of the scopes of branches, all different: the path that the matrices of each have in common."""
     seen: Counter[str] = Counter()
     names = []

@@ -46,8 +46,8 @@ def couple(params: Params, spec: Spec, *, branches: bool = False) -> Coupling:
         params: the parameters; only their shapes are looked at.
         spec: the network; its `Input` nodes declare the shapes of an example (or use ``spec.at(shape)``).
         branches: every residual branch is a unit, too, of its own scope (``layers.3.mlp: branch``), after the others:
-            one operand of a sum of two that is computed from the other one. A sum on whose skip there is a layer of its
-            own has no branch.
+            one operand of a sum of two that is computed from the other one, or each operand of the sum that it is
+            (``x + (a + b)``). A sum on whose skip there is a layer of its own has no branch.
 
     Raises:
         SpecError: if the parameters do not fit the network.

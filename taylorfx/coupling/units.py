@@ -220,10 +220,10 @@ class Coupling:
         empty = {*np.flatnonzero(self.counts(keep) == 0).tolist()}
         if not empty:
             return []
-        gone, presence = self._gone(keep), self.presence
+        presence, holds = self.presence, self.presence.holds(self._gone(keep))
         paths = [path for path, axes in self.parameters.items() if empty & {*axes}]
         names = [name for name, letters in self.letters.items() if empty & {*letters.values()}]
-        return presence.there(presence.parameters, paths, gone) or presence.there(presence.nodes, names, gone)
+        return presence.there(presence.parameters, paths, holds) or presence.there(presence.nodes, names, holds)
 
     def _gone(self, keep: Mask) -> frozenset[int]:
         return frozenset(branch.unit for branch in self.branches if not keep[branch.unit])

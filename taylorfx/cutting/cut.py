@@ -230,14 +230,15 @@ def compose(first: Plan, second: Plan) -> Plan:
             "Plans compose if the second is of the network that the first one leaves; received one of another network. "
             "Select it for couple(cut(params, first), first.spec)."
         )
-    coupling, sums = first.coupling, _sums(second)
-    if strange := sums - {branch.node for branch in coupling.branches}:
+    coupling, leave = first.coupling, {x.operand for x in second.coupling.branches if not second.keep[x.unit]}
+    if strange := {node for node, _ in leave - first.operands.keys()}:
         raise PlanError(
             "The units of the first plan tell what both keep; received a second plan without the branches of "
             f"{', '.join(sorted(strange))}, which are no units of the first. Make that for couple(..., branches=True)."
         )
     alive = np.zeros(len(coupling) + 1, bool)
-    alive[[branch.unit for branch in coupling.branches if branch.node not in sums]] = True
+    alive[[branch.unit for branch in coupling.branches]] = True
+    alive[[branch.unit for operand in leave for branch in first.operands[operand]]] = False
     survivors: dict[str, list[NDArray[np.int64]]] = {}
     for path in (path for path in first.indices if path in second.indices):
         survivors[path] = []
@@ -275,11 +276,6 @@ def _same_but_for_biases(before: Spec, after: Spec) -> bool:
         one == other or (replace(one, layer=other.layer) == other and gained(one, other))
         for one, other in zip(before, after, strict=True)
     )
-
-
-def _sums(plan: Plan) -> set[str]:
-    """The sums of the branches that leave."""
-    return {branch.node for branch in plan.coupling.branches if not plan.keep[branch.unit]}
 
 
 def _sizes(plan: Plan, path: str) -> list[int]:

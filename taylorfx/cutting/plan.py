@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from taylorfx.cost.counts import flops, parameters
-from taylorfx.coupling.presence import without
+from taylorfx.coupling.presence import Branch, Operand
 from taylorfx.coupling.units import Coupling, Mask
 from taylorfx.network.labels import Labels
 from taylorfx.network.spec import Node, Spec
@@ -117,9 +117,18 @@ class Plan:
         if self.whole:
             return spec
         if not all(holds):
-            gone = frozenset(name for name, number in presence.nodes.items() if not holds[number])
-            spec = without(spec, gone, presence.branches)
+            spec = presence.left(spec, presence.nodes, holds)
         return replace(spec, nodes=tuple(map(self._resize, spec.nodes)))
+
+    @cached_property
+    def operands(self) -> Mapping[Operand, Sequence[Branch]]:
+        """The branches that stay, by the operands of sums in the smaller network that they are or are part of."""
+        operands: dict[Operand, list[Branch]] = {}
+        for branch in self.coupling.branches:
+            if self.keep[branch.unit]:
+                for operand in self.coupling.presence.operands_of(branch, self._holds):
+                    operands.setdefault(operand, []).append(branch)
+        return operands
 
     @cached_property
     def gates(self) -> Gates:
@@ -180,7 +189,7 @@ def former_scopes(plan: Plan, coupling: Coupling) -> Labels:
 
     Scopes may have other names after a cut, and units have other numbers. A unit is known by its positions along the
     axes of parameters and of layers: of the units before that had all of them it is the one that had the fewest. A
-    branch is known by its sum.
+    branch is known by the operand that it is in the smaller network.
 
     ::
 
@@ -196,9 +205,9 @@ def former_scopes(plan: Plan, coupling: Coupling) -> Labels:
     """
     count, axes = len(plan.coupling), [*_axes_of_both(plan, coupling)]
     former = np.full(len(coupling), -1)
-    before = {branch.node: plan.coupling.scope[branch.unit] for branch in plan.coupling.branches}
     for branch in coupling.branches:
-        former[branch.unit] = before.get(branch.node, -1)
+        for before in plan.operands.get(branch.operand, ())[:1]:
+            former[branch.unit] = plan.coupling.scope[before.unit]
     if not axes:
         return former
     pairs = [(new, old) for olds, news in axes for old in olds for new in news]

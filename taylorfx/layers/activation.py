@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from taylorfx.layers.base import Layer, Leaves, Shape, names
-from taylorfx.layers.roles import Pointwise, Recomputed, Role
+from taylorfx.layers.roles import Noise, Pointwise, Recomputed, Role
 
 __all__ = [
     "ELU", "GELU", "Dropout", "Hardsigmoid", "Hardswish", "Identity", "LeakyReLU", "Mish", "PReLU",
@@ -228,6 +228,9 @@ class Dropout(_Elementwise):
         scale = ((_SELU**2 * self.p + 1) * (1 - self.p)) ** -0.5
         shift = (noise - 1).mul_(_SELU * scale).add_(_SELU * scale * self.p)
         return x * noise.mul_(scale) + shift, {}
+
+    def roles(self) -> tuple[Role, ...]:
+        return () if self.alpha else (Noise(),)
 
 
 @dataclass(frozen=True)

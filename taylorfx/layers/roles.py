@@ -12,6 +12,7 @@ A pass asks ``layer.role(Mixing)`` and never for a class, so a layer from outsid
 | `Recomputed` | cheaply, from an input that torch keeps | taps |
 | `Viewing`, `Slicing` | the same numbers along other axes; some positions of an axis | all rewrites |
 | `Joining` | its inputs one after the other along an axis | the lean copy |
+| `Noise` | its input; in training times random numbers | residual branches |
 | `Sum`, `Product`, `Constant` | ``x + y``; ``x * y``; one of its parameters | folding, the lean copy |
 | `Summing` | the sum over some axes | repair of experts |
 | `Attending` | scaled dot-product attention | the lean copy |
@@ -40,8 +41,8 @@ if TYPE_CHECKING:
     from taylorfx.layers.base import Layer
 
 __all__ = [
-    "Attending", "ChannelAffine", "Constant", "Experts", "Joining", "Memory", "Mixing", "Normalizing", "Pointwise",
-    "Product", "Recomputed", "Role", "RunningStatistics", "Slicing", "Sum", "Summing", "Viewing",
+    "Attending", "ChannelAffine", "Constant", "Experts", "Joining", "Memory", "Mixing", "Noise", "Normalizing",
+    "Pointwise", "Product", "Recomputed", "Role", "RunningStatistics", "Slicing", "Sum", "Summing", "Viewing",
 ]  # fmt: skip
 
 Leaves = Mapping[str, Tensor]
@@ -315,6 +316,16 @@ class Joining(Role):
     """
 
     dim: int
+
+
+@dataclass(frozen=True)
+class Noise(Role):
+    """Its only input; in training perhaps times random numbers. So zero stays zero.
+
+    >>> from taylorfx import layers as L
+    >>> L.Dropout().role(Noise), L.Dropout(alpha=True).role(Noise)
+    (Noise(), None)
+    """
 
 
 @dataclass(frozen=True)

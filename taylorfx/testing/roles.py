@@ -19,6 +19,7 @@ from taylorfx.layers.roles import (
     Joining,
     Memory,
     Mixing,
+    Noise,
     Normalizing,
     Pointwise,
     Product,
@@ -219,6 +220,13 @@ def _joining(layer: Layer, role: Joining, leaves: Leaves, inputs: Sequence[Tenso
     _equal(layer, role, "its inputs along the axis", layer.apply(leaves, *inputs), torch.cat([*inputs], role.dim))
 
 
+def _noise(layer: Layer, role: Noise, leaves: Leaves, inputs: Sequence[Tensor]) -> None:
+    (x,) = inputs
+    _equal(layer, role, "its only input", layer.apply(leaves, x), x)
+    zeros, _ = layer.train(leaves, torch.zeros_like(x), generator=torch.Generator(x.device).manual_seed(0))
+    _equal(layer, role, "zeros of zeros in training", zeros, torch.zeros_like(x))
+
+
 def _sum(layer: Layer, role: Sum, leaves: Leaves, inputs: Sequence[Tensor]) -> None:
     _equal(layer, role, "the sum of its inputs", layer.apply(leaves, *inputs), reduce(torch.add, inputs))
 
@@ -256,6 +264,7 @@ CHECKS: Mapping[type[Role], Callable[[Layer, Any, Leaves, Sequence[Tensor]], Non
     Joining: _joining,
     Memory: _memory,
     Mixing: _mixing,
+    Noise: _noise,
     Normalizing: _normalizing,
     Pointwise: _pointwise,
     Product: _product,

@@ -107,7 +107,8 @@ def random_plan(coupling: Coupling, generator: torch.Generator, share: float = 0
 
 def _conv_block(draw: st.DrawFn, channels: int, homogeneous: bool) -> tuple[Part, int]:
     """A random part that keeps the spatial size, and the number of channels of its output."""
-    kinds = ["plain", "residual", "nested", "projected", "dense", "branches", "grouped", "depthwise", "pool"]
+    kinds = ["plain", "residual", "parallel", "nested", "projected", "dense", "branches", "grouped", "depthwise"]
+    kinds += ["pool"]
     if not homogeneous:
         kinds += ["norm", "groupnorm", "excite", "shuffle", "slices", "transposed", "shared", "pixels"]
     kind = draw(st.sampled_from(kinds))
@@ -120,9 +121,10 @@ def _conv_block(draw: st.DrawFn, channels: int, homogeneous: bool) -> tuple[Part
     same = L.Conv2d(channels, channels, 3, padding=1, bias=bias)
     if kind == "plain":
         return serial(L.Conv2d(channels, width, draw(st.sampled_from([1, 3])), padding="same", bias=bias), act), width
-    if kind in ("residual", "nested"):
+    if kind in ("residual", "parallel", "nested"):
         inner = serial(L.Conv2d(channels, width, 3, padding=1), act, L.Conv2d(width, channels, 1, bias=bias))
-        return serial(residual(serial(residual(inner), same) if kind == "nested" else inner), act), channels
+        bodies = {"parallel": serial(residual(inner, same)), "nested": serial(residual(inner), same)}
+        return serial(residual(bodies.get(kind, inner)), act), channels
     if kind == "projected":
         body = serial(L.Conv2d(channels, width, 3, padding=1), act)
         return residual(body, L.Conv2d(channels, width, 1, bias=bias)), width
@@ -215,6 +217,8 @@ def trunks(draw: st.DrawFn) -> Spec:
 def token_specs(draw: st.DrawFn, *, any_length: bool = False) -> Spec:
     """Random transformers, with embeddings, positions, class token, grouped queries, gated units and layer scale.
 
+    Attention and MLP stand one after the other, or are added to each other first.
+
     Args:
         any_length: of those that take texts of every length, the first token alone is classified.
     """
@@ -241,10 +245,12 @@ def token_specs(draw: st.DrawFn, *, any_length: bool = False) -> Spec:
             width, heads, num_kv_heads=kv_heads, head_dim=draw(st.sampled_from([1, 2])), causal=draw(st.booleans())
         )
         body: Part = serial(draw(st.sampled_from(norms)), attention)
+        order = draw(st.sampled_from(["one after the other", "skip first", "skip last"]))
         if draw(st.booleans()):
             scaled = [*inline(body, "body", ("x",)), Node("gamma", L.Parameter(width, std=1.0))]
             body = Spec((Node("x", Input()), *scaled, Node("scaled", L.Multiply(), (scaled[-2].name, "gamma"))))
-        last = add(f"attn{k}", residual(body), last)
+        skip = last
+        last = add(f"attn{k}", residual(body) if order == "one after the other" else body, skip)
         hidden = draw(st.sampled_from([2, 3]))
         if draw(st.booleans()):
             mlp = serial(draw(st.sampled_from(norms)), L.Linear(width, hidden), L.GELU(), L.Linear(hidden, width))
@@ -253,7 +259,11 @@ def token_specs(draw: st.DrawFn, *, any_length: bool = False) -> Spec:
             up += [Node("a", L.Slice(2, 0, hidden), ("up",)), Node("b", L.Slice(2, hidden, 2 * hidden), ("up",))]
             up += [Node("act", L.SiLU(), ("a",)), Node("gated", L.Multiply(), ("act", "b"))]
             mlp = serial(Spec((*up, Node("down", L.Linear(hidden, width), ("gated",)))))
-        last = add(f"mlp{k}", residual(mlp), last)
+        if order == "one after the other":
+            last = add(f"mlp{k}", residual(mlp), last)
+        else:
+            both = add(f"both{k}", L.Add(), last, add(f"mlp{k}", mlp, skip))
+            last = add(f"sum{k}", L.Add(), *((skip, both) if order == "skip first" else (both, skip)))
     if any_length or draw(st.booleans()):
         last = add("first", serial(L.Slice(1, 0, 1), L.Flatten()), last)
         features = width

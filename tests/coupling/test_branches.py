@@ -7,7 +7,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from constructs import CONSTRUCTS, transformer
+from constructs import CONSTRUCTS, parallel, transformer
 from hypothesis import example, given, settings
 from torch import nn
 from torch.testing import assert_close
@@ -67,16 +67,6 @@ def shared() -> Spec:
     return Spec((*nodes, Node("head", L.Linear(4, 2), (last,))))
 
 
-def parallel(*, inner: bool = False) -> Spec:
-    """Two branches of one normed value, added one after the other; or first to each other."""
-    nodes = [Node("x", Input((3, 4))), Node("stem", L.Linear(4, 4), ("x",)), Node("norm", L.LayerNorm(4), ("stem",))]
-    for k in range(2):
-        nodes += inline(mlp(hidden=3 - k), f"mlp{k}", ("norm",))
-    sums = ("mlp0.down", "mlp1.down", "stem") if inner else ("stem", "mlp0.down", "mlp1.down")
-    nodes += [Node("sum0", L.Add(), sums[:2]), Node("sum1", L.Add(), ("sum0", sums[2]))]
-    return Spec((*nodes, Node("flat", L.Flatten(), ("sum1",)), Node("head", L.Linear(12, 2), ("flat",))))
-
-
 def post_norm() -> Spec:
     body = serial(norm=L.LayerNorm(4), up=L.Linear(4, 3), act=L.GELU(), down=L.Linear(3, 4))
     block = serial(body=residual(body), norm=L.LayerNorm(4))
@@ -86,7 +76,8 @@ def post_norm() -> Spec:
 NETWORKS = {
     "stream": CONSTRUCTS["residual stream"], "attention": transformer(4, 2, L.LayerNorm(4)), "nested": nested(),
     "table": with_table(), "shared": shared(), "post norm": post_norm(),
-    "parallel": parallel(),
+    "one by one": parallel(("x", "a"), "b"), "parallel": parallel(("a", "b"), "x"),
+    "of three": parallel("x", (((("a", "B"),), "c"),)), "of four": parallel((("A", "b"), ("c", "d")), "x"),
 }  # fmt: skip
 
 
@@ -128,7 +119,10 @@ def only_without(coupling: tfx.Coupling, *scopes: str) -> tfx.Plan:
         "table": ["mlp0: branch", "mlp1: branch"],
         "shared": ["block: branch", "block: branch (2)", "own: branch"],
         "post norm": ["1.body: branch", "2.body: branch"],
-        "parallel": ["mlp0: branch", "mlp1: branch"],
+        "one by one": ["a: branch", "b: branch"],
+        "parallel": ["a: branch", "b: branch"],
+        "of three": ["B.inner: branch", "a: branch", "B: branch", "c: branch"],
+        "of four": ["A.inner: branch", "A: branch", "b: branch", "c: branch", "d: branch"],
     }.items(),
 )
 def test_branches_have_the_path_of_their_matrices(name, expected):
@@ -152,14 +146,7 @@ def test_a_sum_without_a_plain_skip_or_without_layers_has_no_branch():
     assert not with_branches(network(spec)).coupling.branches
 
 
-def test_of_parallel_branches_each_leaves_where_they_are_added_to_the_skip_one_by_one():
-    net = with_branches(network(parallel()))
-    assert [n.name for n in only_without(net.coupling, "mlp0: branch").spec] == [
-        "x", "stem", "norm", "mlp1.up", "mlp1.act", "mlp1.down", "sum1", "flat", "head",
-    ]  # fmt: skip
-    assert [n.name for n in only_without(net.coupling, *branches_of(net)).spec] == ["x", "stem", "flat", "head"]
-    together = with_branches(network(parallel(inner=True)))
-    assert [(branch.node, branch.slot) for branch in together.coupling.branches] == [("sum1", 0)]
+def test_branches_that_are_added_to_a_skip_with_a_branch_leave_each():
     twice = serial(one=residual(serial(a=L.Linear(4, 4)))), serial(two=residual(serial(b=L.Linear(4, 4))))
     spec = serial(Input((4,)), L.Linear(4, 4), residual(*twice), L.Linear(4, 2))  # (x + a(x)) + (x + b(x))
     assert len(with_branches(network(spec)).coupling.branches) == 2

@@ -118,7 +118,9 @@ def test_layers_that_a_config_knows_by_their_numbers_have_new_ones(tmp_path, kin
     gone = (0, 2)
     if kind.startswith("Qwen2"):  # of every second layer, those with one MLP leave: the rest are all mixtures
         assert [type(x.mlp).__name__ for x in loaded.model.model.layers][::2] == ["Qwen2MoeMLP"] * 2
-    plan = plan_without(coupling, *[name for k in gone for name in layer(k)])
+    branches = [name for name in coupling.scopes if name.endswith(": branch")]
+    assert ("model.layers.2.mlp.shared_experts: branch" in branches) == (kind.startswith("Deepseek"))
+    plan = plan_without(coupling, *[name for name in branches for k in gone if name.startswith(f"model.layers.{k}.")])
     small = huggingface.save_pretrained(tmp_path / "x", tfx.cut(loaded.params, plan), plan.spec, like=loaded.model)
     assert {name: getattr(small.config, name) for name in said} == said
     kinds = [type(x.mlp) for x in loaded.model.model.layers]
@@ -210,3 +212,72 @@ def test_a_model_that_is_trained_loses_its_layers_in_place():
     assert [x.self_attn.layer_idx for x in small.model.layers] == [0, 1]
     assert small.config.num_hidden_layers == 2
     assert len(loaded.model.model.layers) == 4
+
+
+PARALLEL = {
+    "GPTNeoX": ("GPTNeoXForCausalLM", {"use_parallel_residual": True}, "gpt_neox.layers.{}.", ("attention", "mlp")),
+    "Phi": ("PhiForCausalLM", {"num_key_value_heads": 2}, "model.layers.{}.", ("self_attn", "mlp")),
+    "GPTJ": (
+        "GPTJForCausalLM", {"n_embd": 16, "n_layer": 4, "n_head": 2, "n_inner": 12, "rotary_dim": 4},
+        "transformer.h.{}.", ("attn", "mlp"),
+    ),
+    "Falcon": (
+        "FalconForCausalLM", {"parallel_attn": True, "multi_query": False, "ffn_hidden_size": 12},
+        "transformer.h.{}.", ("self_attention", "mlp"),
+    ),
+    "Falcon, one key head": (
+        "FalconForCausalLM", {"parallel_attn": True, "multi_query": True, "ffn_hidden_size": 12},
+        "transformer.h.{}.", ("self_attention", "mlp"),
+    ),
+    "Cohere": ("CohereForCausalLM", {}, "model.layers.{}.", ("self_attn", "mlp")),
+}  # fmt: skip
+"""Families that add attention and MLP of one value to the stream, what their layers are called and these two."""
+
+
+def parallel(name):
+    kind, config, home, parts = PARALLEL[name]
+    loaded, coupling = tiny(kind, **config)
+    return loaded, coupling, [[f"{home.format(k)}{part}" for part in parts] for k in range(4)]
+
+
+@pytest.mark.parametrize("name", PARALLEL)
+def test_of_attention_and_mlp_in_parallel_each_is_a_branch(name):
+    loaded, coupling, parts = parallel(name)
+    scopes = {scope for scope in coupling.scopes if scope.endswith(": branch")}
+    assert scopes == {f"{part}: branch" for layer in parts for part in layer}
+    example = example_of(loaded.model)
+    for gone in ([parts[1][0]], [parts[2][1]], [*parts[1], parts[0][0]]):
+        handles = [loaded.model.get_submodule(path).register_forward_hook(zeros) for path in gone]
+        expected = loaded.model(**example).logits
+        for handle in handles:
+            handle.remove()
+        plan = plan_without(coupling, *(f"{path}: branch" for path in gone))
+        small = tfx.cut(loaded.params, plan)
+        assert not [path for path in tfx.tree.flatten(small) if path.startswith(tuple(f"{x}." for x in gone))]
+        assert_close(tfx.apply(small, plan.spec, example)["logits"], expected)
+        assert_close(tfx.apply(loaded.params, loaded.spec, example, gates=plan.gates)["logits"], expected)
+
+
+def zeros(_, inputs, outputs):
+    """What attention gives out is the first of several; an MLP gives out one tensor."""
+    return (outputs[0] * 0, *outputs[1:]) if isinstance(outputs, tuple) else outputs * 0
+
+
+@pytest.mark.parametrize("name", PARALLEL)
+def test_layers_with_attention_and_mlp_in_parallel_leave_as_a_whole(tmp_path, name):
+    loaded, coupling, parts = parallel(name)
+    held = huggingface.holdable(*loaded, branches=True)
+    named = [{f"{part}: branch" for part in layer} for layer in parts]
+    assert [set(group) for group in held.uniform if "branch" in group[0]] == named[1:]
+    assert named[0] <= held.floor.keys()
+    plan = plan_without(coupling, *named[1], *named[2])
+    assert not held.broken(coupling, plan.keep)
+    params = tfx.cut(loaded.params, plan)
+    small = huggingface.save_pretrained(tmp_path / "x", params, plan.spec, like=loaded.model)
+    assert small.config.num_hidden_layers == 2
+    example = example_of(loaded.model)
+    assert_close(small(**example).logits, tfx.apply(params, plan.spec, example)["logits"])
+    half = plan_without(coupling, f"{parts[1][0]}: branch")
+    assert held.broken(coupling, half.keep)
+    with pytest.raises(huggingface.ConfigError, match="how many whole layers"):
+        huggingface.save_pretrained(tmp_path / "y", tfx.cut(loaded.params, half), half.spec, like=loaded.model)

@@ -217,6 +217,9 @@ STATED = {
     L.Reduce("sum", (1,)): {R.Memory, R.Summing},
     L.Reduce("amax", (1,)): set(),
     L.Softmax(): set(),
+    L.Dropout(): {R.Noise},
+    L.Dropout(0.1, (0,)): {R.Noise},
+    L.Dropout(alpha=True): set(),
 }
 KINDS_OF_ROLES = {getattr(R, name) for name in R.__all__} - {R.Role}
 
@@ -388,6 +391,8 @@ LIARS = {
     "view": (lying(L.ReLU, roles=says(R.Viewing())), (4,), "Viewing"),
     "dims": (lying(L.Permute, (0, 2, 1), roles=says(R.Viewing((0, 1, 2)))), (3, 3), "Viewing"),
     "summing": (lying(L.Reduce, "mean", (1,), roles=says(R.Summing((1,)))), (4, 3), "Summing"),
+    "noise": (lying(L.ReLU, roles=says(R.Noise())), (4,), "Noise"),
+    "noise that adds": (lying(L.Dropout, 0.5, None, True, roles=says(R.Noise())), (4,), "Noise"),
     "slice": (lying(L.Slice, 1, 0, 2, roles=says(R.Slicing(1, 1, 3))), (4,), "Slicing"),
     "constant": (lying(L.Parameter, (3,), 1.0, 0.0, True, roles=says(R.Constant())), (4,), "Constant"),
     "value": (lying(L.Sigmoid, roles=says(R.Memory(new_value=True))), (4,), "Memory"),

@@ -199,7 +199,7 @@ def _attention(c: Convert, node: fx.Node) -> None:
     shapes = [measured(x)[0] for x in (q, k, v)]
     if len({len(shape) for shape in shapes}) > 1 or len(shapes[0]) < 3:
         raise Unmapped
-    grouped = grouped and shapes[0][-3] != shapes[1][-3]
+    grouped = (grouped or shapes[1][-3] == shapes[2][-3] == 1) and shapes[0][-3] != shapes[1][-3]  # 1 is broadcast
     factor = shapes[0][-1] ** -0.5 if scale is None else number(scale)
     layer = L.ScaledDotProduct(factor, causal, grouped, number(argument(node, 4, "dropout_p", 0.0)))
     c.add(node, layer, [c.tensor(x) for x in (q, k, v, mask) if x is not None])

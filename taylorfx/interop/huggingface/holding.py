@@ -213,7 +213,8 @@ def _layers(trials: _Trials, rules: Sequence[Rule]) -> Iterator[Rule]:
     for stack in trials.source.stacks if coupling.branches else ():
         layers = [_Layer(stack, k, []) for k in range(stack.size)]
         for branch in coupling.branches:
-            numbers = {stack.layer(path) for path in presence.needing(presence.parameters, branch.unit)}
+            paths = presence.needing(presence.parameters, branch.unit)
+            numbers = {stack.layer(path) for path in paths if path in trials.source.original.tensors}
             if len(numbers) == 1 and (number := numbers.pop()) is not None:
                 layers[number].branches.append(int(coupling.scope[branch.unit]))
         several = layers[1:]
