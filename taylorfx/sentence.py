@@ -74,13 +74,11 @@ def prune(
             `taylorfx.selection.surgeon`, from the products of the activations and of the loss's derivatives by them.
         choose: what decides which units leave, a function of ``(scores, coupling, budget=..., constraints=...,
             per_cost=...)`` that gives a `Plan`; without a criterion it gets the statistics, with rows, in place of
-            scores. ``budget`` is a tuple of budgets, ``constraints`` a `Constraints`; a plan that misses or breaks
-            them is refused. By default `select` if there is a criterion, otherwise ``functools.partial(joint,
-            cautious=True)``.
+            scores. ``budget`` is a tuple, ``constraints`` a `Constraints`; plans that break them are refused.
         constraints: what has to be respected, as in `select`.
         measurement: the loss and how the network is run, as in `measure`; ``generator`` is also what `random` draws
-            from, by default one of seed 0. ``around`` belongs to one network, and so not here. With ``per_position``
-            units are chosen by `joint` where a repair follows, too.
+            from, by default one of seed 0. ``around`` belongs to one network, and so not here. With ``per_position``,
+            `joint` chooses in any case.
         per_cost: weigh scores against what leaves with a unit, where a budget has prices: FLOPs, parameters, memory,
             latency. The loss grows far less that way. A kind of budget of your own has none if its cost is no `Cost`,
             and is then refused.
@@ -96,12 +94,10 @@ def prune(
         like: the module that was captured. Only what its own class can hold is cut, so that ``to_torch(params, spec,
             like=module)`` gives a smaller one of it: `taylorfx.interop.holdable` finds the constraints on the first
             examples, which join the others.
-        branches: residual branches may leave, too, as in `couple`; not with ``like``, but with the constraints that
-            `taylorfx.interop.huggingface.holdable` finds for whole layers. Which leave first is measured, by the loss
-            without each for what that saves (`taylorfx.selection.depth`). Then the network is pruned with fewer and
-            fewer of them, at most six times, and that with the lowest loss on ``batch`` is kept: it never has a higher
-            one than with all branches. With a criterion, a ``choose`` or a number of units, branches are chosen beside
-            the other units instead.
+        branches: residual branches may leave, too, as in `couple`; not with ``like``, but with the constraints of
+            `taylorfx.interop.huggingface.holdable`. By default networks with fewer and fewer are compared by their
+            losses on ``batch`` (`taylorfx.selection.depth`), six at most; with a criterion, a ``choose`` or a number of
+            units, branches are chosen beside the other units.
         options: the attributes of `Constraints` and of `Measurement` as keywords, instead of the values.
 
     With ``total=taylorfx.distributed.total`` several processes, each with batches of its own, perhaps none, prune as

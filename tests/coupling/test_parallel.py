@@ -148,8 +148,9 @@ def test_only_sums_that_nothing_else_uses_and_whose_operands_have_layers_are_tak
     assert block(inner, *alpha) == ["outer: branch"]
     same = Node("act", L.ReLU(), ("a.down",)), Node("inner", L.Add(), ("a.down", "act")), outer
     assert block(Node("b2", L.Add(), ("x", "b.down")), *same)[1:] == ["a: branch"]
-    nested = Node("c", L.Linear(4, 4), ("a.down",)), Node("inner", L.Add(), ("a.down", "c")), outer
-    assert block(*nested) == ["c: branch", "outer: branch"]
+    within = [Node(k, L.Linear(4, 4), ("x" if k == "h" else "h",)) for k in "hcd"]  # x + ((h + c(h)) + d(h))
+    within += [Node("own", L.Add(), ("h", "c")), Node("inner", L.Add(), ("own", "d"))]
+    assert block(*within, outer) == ["c: branch", "d: branch", "outer: branch"]
     one = Node("double", L.Multiply(), ("x", "x")), Node("inner", L.Add(), ("a.down", "double")), outer
     assert block(*one) == ["a: branch"]
 
