@@ -7,11 +7,13 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+
 from taylorfx.coupling.couple import couple
 from taylorfx.coupling.units import Coupling, Mask
 from taylorfx.cutting.plan import Plan
 from taylorfx.cutting.pruned import Interrupted, Pruned
-from taylorfx.distributed import agreed
+from taylorfx.distributed import Total, agreed, alone
 from taylorfx.network.spec import Spec
 from taylorfx.progress import LOG
 from taylorfx.repair.batches import Batches, Repair
@@ -27,7 +29,7 @@ from taylorfx.selection.schedule import exponential
 from taylorfx.selection.select import Asked, foresee
 from taylorfx.step import Step
 from taylorfx.tree import Params
-from taylorfx.truth.losses import mean_loss
+from taylorfx.truth.losses import each_loss, mean_loss
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -337,13 +339,13 @@ def _shallower(
 ) -> Pruned:
     """What is left when some branches leave first, and the rest of the budgets is taken from the width.
 
-    Of several depths that with the lowest loss of what is left counts. They are tried from the deepest network on,
-    until one has a higher loss than the one before.
+    Several depths are compared by the losses of what is left. A deeper one counts until one without more branches has
+    a lower loss, by more than the standard error of the difference: the examples are those of the repair.
     """
     foresee(coupling, budget=budgets, constraints=constraints, per_cost=step.per_cost)
-    asked, lasting = fixed(budgets, coupling), constraints.lasting(coupling)
-    judged = partial(mean_loss, batches=step.batches, measurement=step.measurement)
-    best, lowest, problem = None, math.inf, BudgetError()
+    asked, lasting, how = fixed(budgets, coupling), constraints.lasting(coupling), step.measurement
+    best: tuple[Pruned, torch.Tensor] | None = None
+    problem = BudgetError()
 
     def narrowed(plan: Plan) -> Pruned:
         """What is left at one depth."""
@@ -356,7 +358,7 @@ def _shallower(
         return Pruned(*left, (plan, *left.plans))
 
     def without(keep: Mask) -> float:
-        return judged(params, coupling, plan=Plan(coupling, keep))
+        return mean_loss(params, coupling, step.batches, how, plan=Plan(coupling, keep))
 
     for keep in depths(Asked.of(coupling, budgets, constraints), without):
         try:
@@ -367,15 +369,24 @@ def _shallower(
         except KeyboardInterrupt as stop:
             if best is None:
                 raise
-            raise Interrupted(best) from stop
-        loss = judged(left.params, couple(*left))
-        LOG.info("without %d branches: loss %.4g", len(coupling) - int(keep.sum()), loss)
-        if best is not None and not loss < lowest:
+            raise Interrupted(best[0]) from stop
+        losses = each_loss(left.params, couple(*left), step.batches, how)
+        change = -math.inf if best is None else _change(losses - best[1], how.total)
+        LOG.info("without %d units, most in branches: loss %.4g", int((~keep).sum()), losses.mean())
+        if change > 1:
             break
-        best, lowest = left, loss if math.isfinite(loss) else math.inf
+        if change < -1:
+            best = left, losses
     if best is None:
         raise problem
-    return best
+    return best[0]
+
+
+def _change(differences: torch.Tensor, total: Total | None) -> float:
+    """The mean of differences of losses, over all processes, in its standard errors; NaN if one is not finite."""
+    sums = torch.stack([torch.ones_like(differences), differences, differences.square()]).sum(1)
+    count, first, second = (total or alone)(lambda: sums).tolist()
+    return math.copysign(math.sqrt(first**2 / max(second - first**2 / count, 1e-300)), first)
 
 
 def _each(

@@ -11,15 +11,14 @@ from taylorfx.coupling.units import Coupling
 from taylorfx.cutting.plan import Plan
 from taylorfx.distributed import alone, sharing
 from taylorfx.network.run import apply
-from taylorfx.scoring.batches import Batch, Batches, each_batch
-from taylorfx.scoring.gates import Gates
-from taylorfx.scoring.losses import Objective
+from taylorfx.scoring.batches import Batches, Targets, each_batch
+from taylorfx.scoring.losses import Objective, Outputs
 from taylorfx.scoring.measurement import Measurement
 from taylorfx.tree import Params
 from taylorfx.truth.gated import either
 from taylorfx.truth.oracles import observations
 
-__all__ = ["mean_loss"]
+__all__ = ["each_loss", "mean_loss"]
 
 
 def mean_loss(
@@ -27,36 +26,44 @@ def mean_loss(
 ) -> float:
     """The mean over the examples, with ``measurement.total`` over those of all processes; NaN if one is not finite.
 
-    Args:
-        coupling: of the network.
-        batches: one batch ``(inputs, targets)``, or any other iterable of such.
-        measurement: the loss, as in `measure`. A loss of whole batches counts every batch once.
-        plan: the network without the units that it leaves out, by its gates.
+    The arguments are those of `each_loss`.
 
     Raises:
         ValueError: for no examples.
     """
-    objective, gates = measurement.objective, None if plan is None else plan.gates
 
     def summed() -> Tensor:
-        sums = torch.zeros(3, dtype=torch.float64)
-        with sharing(params) as own:
-            for batch in each_batch(batches):
-                some = observations(batch, coupling, objective)
-                sums += sum(_losses(own, one, coupling, objective, gates) for one in some)
-        return sums
+        losses = each_loss(params, coupling, batches, measurement, plan=plan)
+        finite = losses.isfinite()
+        return torch.stack([losses[finite].sum(), finite.sum(), (~finite).sum()])
 
-    loss, strange, count = (measurement.total or alone)(summed).tolist()
-    if not count:
+    loss, finite, strange = (measurement.total or alone)(summed).tolist()
+    if not finite + strange:
         raise ValueError("A network is judged by its loss on examples; received none.")
-    return math.nan if strange else loss / count
+    return math.nan if strange else loss / finite
 
 
-def _losses(params: Params, batch: Batch, coupling: Coupling, objective: Objective, gates: Gates | None) -> Tensor:
-    """``(3,)``: the sum of the losses that are finite, how many are not, and how many there are."""
-    inputs, targets = batch
-    with torch.no_grad():
-        outputs = apply(params, coupling.spec, inputs, gates=gates)
-        each = either(lambda plain: (objective.plain if plain else objective.vectorized)(outputs, targets)).cpu()
-    finite = each.isfinite()
-    return torch.stack([each[finite].sum().double(), (~finite).sum().double(), torch.tensor(float(len(each))).double()])
+def each_loss(
+    params: Params, coupling: Coupling, batches: Batches, measurement: Measurement, *, plan: Plan | None = None
+) -> Tensor:
+    """The loss of every example, ``(N,)`` in double precision: of this process, if there are several.
+
+    Args:
+        coupling: of the network.
+        batches: one batch ``(inputs, targets)``, or any other iterable of such; perhaps none.
+        measurement: the loss, as in `measure`. A loss of whole batches counts every batch once.
+        plan: the network without the units that it leaves out, by its gates.
+    """
+    objective, gates = measurement.objective, None if plan is None else plan.gates
+    parts = [torch.zeros(0, dtype=torch.float64)]
+    with torch.no_grad(), sharing(params) as own:
+        for batch in each_batch(batches):
+            for inputs, targets in observations(batch, coupling, objective):
+                parts.append(_losses(objective, apply(own, coupling.spec, inputs, gates=gates), targets))
+    return torch.cat(parts)
+
+
+def _losses(objective: Objective, outputs: Outputs, targets: Targets) -> Tensor:
+    """The loss of every example of a batch."""
+    each = either(lambda plain: (objective.plain if plain else objective.vectorized)(outputs, targets))
+    return each.to("cpu", torch.float64)
