@@ -191,8 +191,9 @@ class Case:
         def choose(shares: Sequence[float]) -> Plans:
             return {
                 share: tfx.prune(
-                    self.params, self.spec, self.batches, budget=self.shares.budget(share), loss=huggingface.next_token,
-                    constraints=self.deep if options.get("branches") else self.constraints, **options,
+                    self.params, self.spec, self.batches, budget=self.shares.budget(share),
+                    constraints=self.deep if options.get("branches") else self.constraints,
+                    **{"loss": huggingface.next_token, **options},
                 ).plan
                 for share in shares
             }  # fmt: skip
@@ -219,6 +220,7 @@ def contestants(case: Case) -> dict[str, Contestant]:
     narrow = replace(case, constraints=case.constraints.also(tfx.Constraints(protect="stream"), case.coupling))
     return {
         "prune": case.pruned(),
+        "prune by summed losses": case.pruned(loss=partial(huggingface.next_token, reduction="sum")),
         "prune, repaired at every step": case.pruned(repair=repair),
         "prune, repaired at every step, stream stays": narrow.pruned(repair=repair),
         "prune, layers too, repaired at every step": case.pruned(repair=repair, branches=True),

@@ -320,11 +320,12 @@ def _pruned(
     bars = sys.stdout.isatty() and importlib.util.find_spec("rich") is not None
     generator = torch.Generator().manual_seed(options.seed)
     repair = partial(reconstruct, biases=False, positions=huggingface.attended)
+    loss = partial(huggingface.next_token, reduction="sum")
     with _steps_printed():
         pruned = prune(
             params, coupling.spec, batches, budget=options.budget, criterion=criterion, constraints=constraints,
             branches=options.depth, repair=None if options.repair == "none" else repair,
-            measurement=Measurement(loss=huggingface.next_token, progress=bars, generator=generator),
+            measurement=Measurement(loss=loss, progress=bars, generator=generator),
         )  # fmt: skip
     return replace(pruned.plan, asked=" and ".join(map(str, options.budget))), *pruned
 

@@ -18,6 +18,7 @@ from taylorfx import layers as L
 from taylorfx.selection.depth import depths
 from taylorfx.selection.joint import _added
 from taylorfx.selection.select import Asked, first_that_fit
+from taylorfx.sentence import _change
 from taylorfx.testing.strategies import network, random_plan
 
 SEEDS = st.integers(0, 2**16)
@@ -422,6 +423,17 @@ def test_depths_respect_constraints(seed):
     found = depths(asked, loss)
     assert seen == [set(), {0, 2}]
     assert [int((~keep).sum() > 0) for keep in found] == [0, 1]
+
+
+@given(st.lists(st.integers(-20, 20), min_size=2, max_size=12))
+def test_a_change_counts_in_its_standard_errors(values):
+    differences = torch.tensor(values, dtype=torch.float64)
+    change = _change(differences, None)
+    if len({*values}) > 1:
+        error = differences.std(correction=0) / len(values) ** 0.5
+        assert change == pytest.approx(float(differences.mean() / error))
+    else:
+        assert (change > 1, change < -1) == (values[0] > 0, values[0] < 0)
 
 
 def test_a_branch_that_derivatives_take_for_nothing_stays():

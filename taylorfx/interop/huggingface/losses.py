@@ -16,23 +16,32 @@ IGNORED = -100
 """The label that transformers gives to positions that do not count, as padding."""
 
 
-def next_token(outputs: Any, labels: Tensor) -> Tensor:
+def next_token(outputs: Any, labels: Tensor, *, reduction: str = "mean") -> Tensor:
     """The cross entropy of each position's scores with the label of the next one, the mean of each example, ``(N,)``.
 
-    Of a batch of one it is the ``loss`` that models of transformers return for ``labels=``.
+    Of a batch of one it is the ``loss`` that models of transformers return for ``labels=``. `joint` weighs first
+    against second derivatives, which are in proportion for the logarithm of a probability: that of an example is the
+    sum. A mean makes the second as many times too small as there are tokens.
 
     Args:
         outputs: scores ``(N, T, vocabulary)``, or a dict that has them as ``"logits"``.
         labels: ``(N, T)``: the tokens themselves, with -100 where one does not count. The shift is made here.
+        reduction: ``"mean"`` or ``"sum"``, over the tokens of an example that count.
 
-    >>> scores = torch.zeros(1, 3, 4)  # nothing is known of four tokens
-    >>> next_token(scores, torch.tensor([[2, 0, -100]]))
-    tensor([1.3863])
+    Raises:
+        ValueError: for another reduction.
+
+    >>> scores = torch.zeros(1, 4, 4)  # nothing is known of four tokens
+    >>> labels = torch.tensor([[2, 0, 1, -100]])
+    >>> next_token(scores, labels), next_token(scores, labels, reduction="sum")
+    (tensor([1.3863]), tensor([2.7726]))
     """
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f'The losses of an example\'s tokens are added up, "sum", or "mean"; received {reduction!r}.')
     scores = logits_of(outputs)
     nats = F.cross_entropy(scores[:, :-1].transpose(1, 2), labels[:, 1:], ignore_index=IGNORED, reduction="none")
     counted = (labels[:, 1:] != IGNORED).sum(1)
-    return nats.sum(1) / counted.clamp(min=1)
+    return nats.sum(1) if reduction == "sum" else nats.sum(1) / counted.clamp(min=1)
 
 
 def distillation(outputs: Any, targets: Any) -> Tensor:
