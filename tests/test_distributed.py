@@ -66,9 +66,14 @@ def computed(batches: list[Any], total: Any) -> dict[str, Any]:
     }
 
 
+def residual() -> Network:
+    """A network with branches."""
+    return network(CONSTRUCTS["residual stream"])
+
+
 def in_depth(batches: list[Any], total: Any) -> tfx.sentence.Pruned:
     """A residual network that loses branches, measured on as many images as there are in each of the batches."""
-    net = network(CONSTRUCTS["residual stream"])
+    net = residual()
     images, targets = next(iter(net.batch[0].values())), net.batch[1]
     shown = [(images[: len(y)] * (1 + x.abs().mean()), targets[: len(y)]) for x, y in batches]
     return tfx.prune(net.params, net.spec, shown, budget=tfx.Flops(0.5), branches=True, steps=1, total=total)

@@ -19,7 +19,7 @@ import torch
 from constructs import CONSTRUCTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_distributed import CLOSE, computed, group, raised, setting, shares
+from test_distributed import CLOSE, computed, group, raised, residual, setting, shares
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
@@ -74,6 +74,9 @@ def all_of_it(rank: int, size: int, folder: str, monkeypatch: pytest.MonkeyPatch
     mesh = init_device_mesh("cpu", (size,))
     shared = net._replace(params=share(net.params, mesh, lambda x: [Shard(0)]))
     monkeypatch.setattr(test_distributed, "setting", lambda: (shared, plan, batches))
+    deep = residual()
+    deep = deep._replace(params=share(deep.params, mesh, lambda x: [Shard(0)]))
+    monkeypatch.setattr(test_distributed, "residual", lambda: deep)
     found = computed(shares(size)[rank], total)
     stats, means = found.pop("stats"), found.pop("means")
     for name, (params, _) in found.items():

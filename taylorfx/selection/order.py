@@ -27,7 +27,7 @@ from taylorfx.network.labels import Labels
 from taylorfx.selection.budget import SelectionError
 from taylorfx.selection.constraints import Rules
 
-__all__ = ["finite", "last_of_axis", "like_structures", "quantiles", "returned", "steps"]
+__all__ = ["finite", "last_of_axis", "like_structures", "quantiles", "returned", "steps", "unlike"]
 
 Values = NDArray[np.float64]
 """``(units,)``: one score per unit, higher means keep."""
@@ -252,11 +252,37 @@ def _ranks(values: Values, units: Labels, bundle: Labels, count: int) -> Labels:
     return ranks
 
 
-def returned(keep: Mask, away: Mask, values: Values, parts: tuple[Labels, Rules], fits: Callable[[Mask], bool]) -> Mask:
+def unlike(coupling: Coupling) -> Mask:
+    """``(scopes,)``: those whose units need not cost the same, as they are on different axes or not equally often.
+
+    ::
+
+        scope of units 0 1 2 3      sliced into 0 1 and 2 3, of which a layer consumes the first two only
+    """
+    draw = np.random.default_rng(0)
+    places = np.zeros(len(coupling), np.uint64)  # a sum of numbers that tell the axes apart
+    for row in (row for axis in coupling.axes for row in axis):
+        times = np.bincount(row[row >= 0], minlength=len(coupling)).astype(np.uint64)
+        places += times * draw.integers(2**64, dtype=np.uint64)
+    different = np.zeros(len(coupling.scopes), bool)
+    first = np.full(len(coupling.scopes), len(coupling))
+    np.minimum.at(first, coupling.scope, np.arange(len(coupling)))
+    different[coupling.scope[places != places[first[coupling.scope]]]] = True
+    return different
+
+
+def returned(
+    keep: Mask,
+    away: Mask,
+    values: Values,
+    parts: tuple[Labels, Rules],
+    fits: Callable[[Mask], bool],
+    unlike: Mask | None = None,
+) -> Mask:
     """The units that stay when all that still fits comes back, bundle by bundle, the highest mean first.
 
-    Of every scope the best units come back first, and once a bundle of it does not fit no other one does. Units 0 and 1
-    have left, of scopes of their own, and there is room for two in all:
+    Of every scope the best units come back first, and once a bundle of it does not fit no other one does, where they
+    cost the same. Units 0 and 1 have left, of scopes of their own, and there is room for two in all:
 
     >>> alone = np.arange(3), Rules([[0], [1], [2]], [1] * 3, [1.0] * 3, [1] * 3, np.zeros(3, bool))
     >>> keep = np.array([False, False, True])
@@ -268,6 +294,7 @@ def returned(keep: Mask, away: Mask, values: Values, parts: tuple[Labels, Rules]
         away: ``(units,)``: those that may come back.
         parts: the part of its scope of each unit, ``(units,)``, and the rules of these parts (`Rules.parts`).
         fits: whether these units may stay.
+        unlike: ``(units,)``: those of which others of the scope may cost less; none by default.
     """
     (part, rules), kept = parts, keep.copy()
     best = _order(values)[::-1]
@@ -290,7 +317,9 @@ def returned(keep: Mask, away: Mask, values: Values, parts: tuple[Labels, Rules]
         _, k, units = heapq.heappop(waiting)
         more = kept.copy()
         more[units] = True
-        if fits(more):
+        fit = fits(more)
+        if fit:
             kept = more
+        if fit or (unlike is not None and unlike[units].any()):
             push(k)
     return kept

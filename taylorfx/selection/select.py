@@ -40,7 +40,7 @@ from taylorfx.selection.budget import (
 )
 from taylorfx.selection.constraints import Constraints, Rules
 from taylorfx.selection.corrected import corrected
-from taylorfx.selection.order import finite, last_of_axis, like_structures, quantiles, returned, steps
+from taylorfx.selection.order import finite, last_of_axis, like_structures, quantiles, returned, steps, unlike
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -152,6 +152,12 @@ class Asked:
         return max(cost(keep) / limit if limit else math.inf for cost, limit in both)
 
     @cached_property
+    def _unlike(self) -> Mask:
+        """``(units,)``: those of scopes whose units need not cost the same."""
+        mask: Mask = unlike(self.coupling)[self.coupling.scope]
+        return mask
+
+    @cached_property
     def _limits(self) -> list[float]:
         everything = np.ones(len(self.coupling), bool)
         return [one.limit(cost(everything)) for one, cost in zip(self.budgets, self.costs, strict=True)]
@@ -172,7 +178,7 @@ class Asked:
             def fits(mask: Mask, before: Mask = before) -> bool:
                 return self.allows(mask, bundles=not (mask & ~before)[branches].any())
 
-            keep = returned(keep, self.coupling.leaving(keep), values, parts, fits)
+            keep = returned(keep, self.coupling.leaving(keep), values, parts, fits, self._unlike)
             if not branches or np.array_equal(keep, before):
                 return keep  # else units in a branch that is back may come back, too
 

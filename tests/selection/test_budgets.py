@@ -17,8 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import taylorfx as tfx
+from taylorfx import Input, Node, Spec, serial
 from taylorfx import layers as L
-from taylorfx import serial
 from taylorfx.network.run import evaluate
 from taylorfx.selection.order import like_structures
 from taylorfx.selection.select import Asked, first_that_fit
@@ -372,7 +372,17 @@ def test_budgets_of_every_kind_are_met_and_monotone(net, seed, kind, shares):
             assert cost(plan.keep) <= share * total * (1 + 1e-9)
 
 
+SLICED = Spec((
+    Node("x", Input((1, 3, 3))), Node("both", L.Conv2d(1, 4, 3, padding=1), ("x",)),
+    Node("a", L.Slice(1, 0, 2), ("both",)), Node("b", L.Slice(1, 2, 4), ("both",)),
+    Node("conv", L.Conv2d(2, 2, 1), ("a",)), Node("joint", L.Concat(), ("conv", "b")),
+    Node("flat", L.Flatten(), ("joint",)), Node("head", L.Linear(36, 2), ("flat",)),
+))  # fmt: skip
+"""Units of one scope cost differently: a half of them is consumed by a convolution."""
+
+
 @pinned
+@example(network(SLICED), 1)
 def test_no_unit_that_still_fits_stays_away(net, seed):
     """One by one, and so to the price of the smallest unit."""
     coupling, scores = net.coupling, scores_for(net, seed)

@@ -262,7 +262,7 @@ def test_a_runner_computes_what_the_network_computes(name):
         np.asarray(value[0] if name == "onnx_runtime" else value), tfx.apply(params, spec, x), rtol=1e-4, atol=1e-6
     )
     timings = tfx.cost.Timings(batch=2, dtype=torch.float64, runner=RUNNERS[name], pace=tfx.cost.Pace(seconds=0.2))
-    assert 0 < timings.share(chain(3, 1, 3), spec) < 2
+    assert timings.share(chain(3, 1, 3), spec) > 0  # microseconds, which say nothing
     assert timings.whole(spec) > 0
 
 

@@ -232,7 +232,7 @@ def test_every_step_of_pruning_leaves_nine_tenths_and_counts_of_units_take_one(m
         measured.append(args)
         return tfx.measure(*args, **options)
 
-    monkeypatch.setattr(importlib.import_module("taylorfx.sentence"), "measure", measure)
+    monkeypatch.setattr(importlib.import_module("taylorfx.step"), "measure", measure)
     total = tfx.cost.flops(net.coupling).total
     for share, count in ((0.95, 1), (0.9, 1), (0.81, 2), (0.4, 9)):
         steps = tfx.iterate(net.params, net.spec, net.batch, budgets=tfx.schedule.exponential(tfx.Flops(share), count))
