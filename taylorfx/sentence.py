@@ -339,8 +339,9 @@ def _shallower(
 ) -> Pruned:
     """What is left when some branches leave first, and the rest of the budgets is taken from the width.
 
-    Several depths are compared by the losses of what is left. A deeper one counts until one without more branches has
-    a lower loss, by more than the standard error of the difference: the examples are those of the repair.
+    Depths are compared by the losses of what is left, on the examples of the step. As a repair has seen them, a deeper
+    one counts if it lowers the losses by more than the standard error of the difference; one that raises them by as
+    much ends the search.
     """
     foresee(coupling, budget=budgets, constraints=constraints, per_cost=step.per_cost)
     asked, lasting, how = fixed(budgets, coupling), constraints.lasting(coupling), step.measurement

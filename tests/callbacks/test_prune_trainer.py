@@ -207,6 +207,19 @@ def test_whole_layers_leave_within_a_run_and_the_optimizer_follows(tmp_path):
     assert tfx.compose(*prune.plans).spec == prune.spec
 
 
+def test_layers_leave_by_the_loss_without_them_where_nothing_else_is_said(tmp_path):
+    batch = {"input_ids": TOKENS, "attention_mask": torch.ones_like(TOKENS)}, TOKENS
+    model, params, spec = llama(4)
+    budgets = [tfx.Parameters(0.5)]
+    prune = PruneCallback(params, spec, [batch], budgets=budgets, loss=huggingface.next_token, branches=True)
+    trainer(tmp_path, model, [prune], data=TEXTS, learning_rate=0.0, num_train_epochs=1).train()
+    (plan,) = prune.plans
+    assert tfx.cost.parameters(plan.coupling)(plan.keep) <= 0.5 * tfx.cost.parameters(plan.coupling).total
+    assert model.config.num_hidden_layers == len(model.model.layers) <= 4
+    model.eval()
+    assert_close(model(**batch[0]).logits, tfx.apply(prune.params, prune.spec, batch[0])["logits"])
+
+
 def test_branches_of_a_class_that_has_all_of_them_are_refused_when_training_begins(tmp_path):
     model, params, spec = made()
     prune = PruneCallback(params, spec, BATCH, budgets=BUDGETS, loss=loss, branches=True)
