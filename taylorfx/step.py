@@ -71,17 +71,16 @@ class Step(NamedTuple):
         scoring = None if criterion is None else as_criterion(criterion)
         check_repair(repair, batches)
         how = replace(measurement, generator=measurement.generator or torch.Generator().manual_seed(0))
-        deep = branches and scoring is None and choose is None
+        alone = scoring is None and choose is None  # nothing but the repair says how units are chosen
         if choose is None:
             choose = partial(joint, cautious=cautious) if scoring is None else select
-            step = Step(batches, scoring, choose, how, per_cost, repair, branches, deep, measure)
-            return step if branches or scoring else step.width
         check_choice(choose, scored=scoring is not None)
-        return Step(batches, scoring, choose, how, per_cost, repair, branches, deep, measure)
+        step = Step(batches, scoring, choose, how, per_cost, repair, branches, alone and branches, measure)
+        return step.width if alone and not branches else step
 
     @property
     def width(self) -> Step:
-        """The same where all branches stay, and nothing but the repair says how units are chosen."""
+        """The same where all branches stay, and the repair says how units are chosen."""
         how = self.measurement
         solved = innermost(self.repair) is reconstruct and not (how.at_writes or how.training or how.per_position)
         step = self._replace(branches=False, deep=False)
