@@ -38,9 +38,7 @@ CHOICES: dict[str, Callable[..., tfx.Plan]] = {
 }
 
 
-def summed(outputs: object, labels: Tensor) -> Tensor:
-    """The cross entropy of all tokens of a sequence."""
-    return huggingface.next_token(outputs, labels) * (labels.shape[1] - 1)
+SUMMED = partial(huggingface.next_token, reduction="sum")
 
 
 def one(seed: int, steps: int, counts: Sequence[int], learned: Tensor, unseen: Tensor) -> dict[str, list[float]]:
@@ -57,7 +55,7 @@ def one(seed: int, steps: int, counts: Sequence[int], learned: Tensor, unseen: T
     for count in counts:
         scored = batches(sequences(learned, count, SIZE.length, generator), INPUTS, 8)
         for name, axis in OBSERVATIONS.items():
-            stats = tfx.measure(params, spec, scored, coupling, loss=summed, rows=True, per_position=axis)
+            stats = tfx.measure(params, spec, scored, coupling, loss=SUMMED, rows=True, per_position=axis)
             numbers = [spearmanr(tfx.fisher(stats, coupling), truth).statistic]
             for share in SHARES:
                 for choose in CHOICES.values():

@@ -373,7 +373,8 @@ def _shallower(
             raise Interrupted(best[0]) from stop
         losses = each_loss(left.params, couple(*left), step.batches, how)
         change = -math.inf if best is None else _change(losses - best[1], how.total)
-        LOG.info("without %d units, most in branches: loss %.4g", int((~keep).sum()), losses.mean())
+        gone = sum(not keep[branch.unit] for branch in coupling.branches)
+        LOG.info("without %d branches: loss %.4g", gone, losses.mean())
         if change > 1:
             break
         if change < -1:

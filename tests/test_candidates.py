@@ -64,12 +64,12 @@ class Counted(list):
 
 
 def test_the_winner_has_the_lowest_loss_on_what_was_held_out():
-    found = run(branches=True)
+    found = run(branches=True, budget=tfx.Flops(0.3))
     losses = [one.loss for one in found.candidates]
     assert [one.name for one in found.candidates] == [*WAYS]
     assert found.name == [*WAYS][losses.index(min(losses))]
     assert_close([loss(*found.pruned), loss(PARAMS, SPEC)], [min(losses), found.whole], rtol=1e-5, atol=0)
-    assert len(set(losses)) > 2  # there is something to choose
+    assert len(set(losses)) > 3  # there is something to choose
 
 
 @pytest.mark.parametrize("repair", [None, tfx.compensate], ids=["as cut", "compensated"])

@@ -37,12 +37,12 @@ def depths(asked: Asked, loss: Callable[[Mask], float]) -> list[Mask]:
     full = asked.fullness(everything)
     if full <= 1:
         return [everything]
-    values, (step, count) = np.zeros(len(coupling)), _steps(asked, np.zeros(len(coupling)))
+    values = np.zeros(len(coupling))
+    step, count = _steps(asked, values)
     whole = loss(everything) if count else 0.0
     for number in range(count):
-        stays = step != number
-        lost = max(loss(coupling.settled(stays)) - whole, 0.0)
-        values[~stays] = lost / max(full - asked.fullness(coupling.settled(stays)), 1e-12 * full)
+        keep = coupling.settled(step != number)
+        values[step == number] = max(loss(keep) - whole, 0.0) / max(full - asked.fullness(keep), 1e-12 * full)
     step, count = _steps(asked, np.nan_to_num(values, nan=np.inf, posinf=np.finfo(float).max))
     nested = [coupling.settled(step >= number) for number in range(count + 1)]
     nested = [keep for keep in nested if not coupling.empty(keep)]
