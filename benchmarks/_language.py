@@ -7,12 +7,13 @@ import hashlib
 import importlib.util
 import math
 import sysconfig
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +27,8 @@ from taylorfx.interop.huggingface.texts import batches
 VOCABULARY, INPUTS = 1024, ("input_ids", "attention_mask")
 EXAMPLES = 64
 """How many sequences are scored and repaired with."""
+TESTED = 128
+"""How many others the models are tested on."""
 
 Batch = tuple[dict[str, Tensor], Tensor]
 Plans = dict[float, tfx.Plan]
@@ -43,6 +46,40 @@ class Size:
     length: int = 96
     batch: int = 16
     experts: int = 0
+
+    @staticmethod
+    def of(width: int, experts: int) -> Size:
+        """With a stream of this width; two experts of a token have the width of a layer without any."""
+        wide = width * 11 // 4
+        return Size(width, intermediate=wide // 2 if experts else wide, experts=experts)
+
+    def name(self, steps: int, seed: int) -> str:
+        """That of a model of this size, trained for so many steps from this seed."""
+        experts = f"x{self.experts}" if self.experts else ""
+        return f"{self.hidden}{experts}-{steps}-{seed}"
+
+
+class Subject(NamedTuple):
+    """A language model, the sequences that it is scored and repaired on, and the batches that it is tested on."""
+
+    model: Any
+    scored: Tensor
+    test: list[Batch]
+
+    @staticmethod
+    def of(seed: int, streams: tuple[Tensor, Tensor], size: Size, steps: int, cache: Path) -> Subject:
+        """That of a seed, after so many steps of training; the model is kept.
+
+        Args:
+            streams: the tokens to learn from, and the others.
+            cache: the folder of models.
+        """
+        cache.mkdir(parents=True, exist_ok=True)
+        learned, judged = streams
+        model = trained(seed, learned, size, steps, cache / f"{size.name(steps, seed)}.pt")
+        scored = sequences(learned, EXAMPLES, size.length, torch.Generator().manual_seed(1000 + seed))
+        test = sequences(judged, TESTED, size.length, torch.Generator().manual_seed(0))
+        return Subject(model, scored, batches(test, INPUTS, 32))
 
 
 def documents() -> list[str]:
@@ -102,6 +139,19 @@ def llama(size: Size, seed: int) -> Any:
         )
         return transformers.MixtralForCausalLM(config)
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+
+
+def trained(seed: int, stream: Tensor, size: Size, steps: int, file: Path) -> Any:
+    """The model of this seed, from the file if it was trained before."""
+    model = llama(size, seed)
+    if file.exists():
+        model.load_state_dict(torch.load(file, weights_only=True))
+        return model.eval()
+    start = time.process_time()
+    learn(model, stream, size, steps, 3e-3, torch.Generator().manual_seed(seed))
+    torch.save(model.state_dict(), file)
+    print(f"seed {seed}: trained in {time.process_time() - start:.0f} s of CPU time", flush=True)
+    return model
 
 
 def learn(

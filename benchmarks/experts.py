@@ -115,24 +115,18 @@ def one(seed: int, options: argparse.Namespace) -> tuple[dict[str, list[float]],
 
 def language(seeds: Sequence[int], steps: int) -> None:
     """Print what is left of Mixtrals without some of their experts, by what stands in for these."""
-    from _language import EXAMPLES, INPUTS, Case, Size, documents, sequences, tokens
+    from _language import Case, Size, Subject, documents, tokens
     from _lost_experts import COLUMNS, rows
     from _torchvision import library
-    from language import TESTED, trained
     from quality import CACHE
 
     from taylorfx.interop.huggingface import perplexity
-    from taylorfx.interop.huggingface.texts import batches
 
     if importlib.util.find_spec("torchvision"):
         library()
-    size, folder = Size(intermediate=176, experts=8), CACHE.parent / "language"
-    folder.mkdir(parents=True, exist_ok=True)
-    learned, judged = tokens(documents())
-    test = batches(sequences(judged, TESTED, size.length, torch.Generator().manual_seed(0)), INPUTS, 32)
+    streams = tokens(documents())
     for seed in seeds:
-        model = trained(seed, learned, size, steps, folder / f"{size.hidden}x{size.experts}-{steps}-{seed}.pt")
-        scored = sequences(learned, EXAMPLES, size.length, torch.Generator().manual_seed(1000 + seed))
+        model, scored, test = Subject.of(seed, streams, Size.of(128, experts=8), steps, CACHE.parent / "language")
         table = rows(Case.of(model, scored, seed, "parameters"), (0.7, 0.5), test)
         print(f"\nSeed {seed}, all experts: {perplexity(model, test):.2f}\n\n{markdown(COLUMNS, table)}\n", flush=True)
 

@@ -20,26 +20,13 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from _language import (
-    EXAMPLES,
-    INPUTS,
-    Case,
-    Contestant,
-    Size,
-    contestants,
-    documents,
-    learn,
-    llama,
-    repair,
-    sequences,
-)
+from _language import Case, Contestant, Size, Subject, contestants, documents, learn, repair
 from _language import tokens as tokenized
 from _shares import BUDGETS
 from _tables import interval, markdown
@@ -49,35 +36,13 @@ from quality import CACHE
 import taylorfx as tfx
 from taylorfx.cost.runners import Pace, race
 from taylorfx.interop import huggingface
-from taylorfx.interop.huggingface.texts import batches
-
-TESTED = 128
-
-
-def trained(seed: int, stream: torch.Tensor, size: Size, steps: int, file: Path) -> Any:
-    """The Llama of this seed, from the cache if it was trained before."""
-    model = llama(size, seed)
-    if file.exists():
-        model.load_state_dict(torch.load(file, weights_only=True))
-        return model.eval()
-    start = time.process_time()
-    learn(model, stream, size, steps, 3e-3, torch.Generator().manual_seed(seed))
-    torch.save(model.state_dict(), file)
-    print(f"seed {seed}: trained in {time.process_time() - start:.0f} s of CPU time", flush=True)
-    return model
 
 
 def run(seed: int, options: argparse.Namespace, streams: tuple[torch.Tensor, torch.Tensor]) -> None:
     """All that is asked for and not yet known of one seed."""
-    wide = options.width * 11 // 4
-    size = Size(options.width, intermediate=wide // 2 if options.experts else wide, experts=options.experts)
-    learned, judged = streams
-    file = results(seed, options)
-    model = trained(seed, learned, size, options.train, options.cache / f"{named(seed, options)}.pt")
-    generator = torch.Generator().manual_seed(1000 + seed)
-    rows = sequences(learned, EXAMPLES, size.length, generator)
+    size, file = Size.of(options.width, options.experts), results(seed, options)
+    model, rows, test = Subject.of(seed, streams, size, options.train, options.cache)
     case = Case.of(model, rows, seed, options.by)
-    test = batches(sequences(judged, TESTED, size.length, torch.Generator().manual_seed(0)), INPUTS, 32)
     found = json.loads(file.read_text()) if file.exists() else {}
     found["whole"] = found.get("whole") or {"as cut": huggingface.perplexity(model, test)}
     for name, choose in chosen(contestants(case), options.contestants).items():
@@ -99,7 +64,7 @@ def run(seed: int, options: argparse.Namespace, streams: tuple[torch.Tensor, tor
                     steps = int(variant.split()[1])
                     teacher = case.model if variant.endswith("teacher") else None
                     draw = torch.Generator().manual_seed(seed)
-                    learn(network, learned, size, steps, 1e-3, draw, teacher)
+                    learn(network, streams[0], size, steps, 1e-3, draw, teacher)
                 known[variant] = huggingface.perplexity(network, test)
                 file.write_text(json.dumps(found, indent=1))
             print(f"seed {seed}, {name} @ {share}: {known}", flush=True)
@@ -107,14 +72,9 @@ def run(seed: int, options: argparse.Namespace, streams: tuple[torch.Tensor, tor
 
 def results(seed: int, options: argparse.Namespace) -> Path:
     """The file of what is known of one seed."""
-    path: Path = options.cache / f"{named(seed, options)}{options.variant}.json"
+    name = Size.of(options.width, options.experts).name(options.train, seed)
+    path: Path = options.cache / f"{name}{options.variant}.json"
     return path
-
-
-def named(seed: int, options: argparse.Namespace) -> str:
-    """The name of a model."""
-    experts = f"x{options.experts}" if options.experts else ""
-    return f"{options.width}{experts}-{options.train}-{seed}"
 
 
 def chosen(every: dict[str, Contestant], names: Sequence[str]) -> dict[str, Contestant]:
@@ -170,7 +130,6 @@ def main() -> None:
     if importlib.util.find_spec("torchvision"):
         library()
     torch.set_num_threads(1)
-    options.cache.mkdir(parents=True, exist_ok=True)
     streams = tokenized(documents())
     print(f"{len(streams[0]):,} tokens to learn from, {len(streams[1]):,} others", flush=True)
     for seed in options.seeds:

@@ -198,13 +198,25 @@ def _pruned(
     params: Params, spec: Spec, budgets: tuple[Budget, ...], steps: int | None, constraints: Constraints, step: Step
 ) -> Pruned:
     """All steps of `prune`."""
+    whole = _coupled(params, spec, step)
     if step.goes_deep(budgets):
-        whole = _coupled(params, spec, step)
         return _shallower(params, whole, budgets, steps, constraints, step)
-    left = Pruned(params, spec, ())
+    return _narrower(params, whole, budgets, steps, constraints, step)
+
+
+def _narrower(
+    params: Params,
+    whole: Coupling,
+    budgets: tuple[Budget, ...],
+    steps: int | None,
+    constraints: Constraints,
+    step: Step,
+) -> Pruned:
+    """What is left after steps that lead down to the budgets."""
+    left = Pruned(params, whole.spec, ())
     try:
         for small, smaller, plan in _iterated(
-            params, spec, partial(_ways, budgets, steps, step.left), constraints, step
+            params, whole, partial(_ways, budgets, steps, step.left), constraints, step
         ):
             left = Pruned(small, smaller, (*left.plans, plan))
     except KeyboardInterrupt as stop:
@@ -306,20 +318,19 @@ def iterate(
     """
     respected, how = _values(constraints, measurement, options)
     step = Step.of(batches, criterion, choose, how, per_cost, cautious=cautious, repair=repair, branches=branches)
-    return _iterated(params, spec, lambda *_: budgets, respected, step)
+    return _iterated(params, _coupled(params, spec, step), lambda *_: budgets, respected, step)
 
 
 def _iterated(
     params: Params,
-    spec: Spec,
+    whole: Coupling,
     ways: Callable[[Coupling, Constraints, bool], Iterable[Budgets]],
     constraints: Constraints,
     step: Step,
 ) -> Generator[tuple[Params, Spec, Plan], Params | None, None]:
     """`iterate`, whose budgets may depend on the network: the first step's coupling is theirs, too."""
-    whole = _coupled(params, spec, step)
     lasting = constraints.lasting(whole)  # which refuses what the network does not have
-    return _each(params, spec, ways(whole, constraints, step.per_cost), whole, (constraints, lasting), step)
+    return _each(params, ways(whole, constraints, step.per_cost), whole, (constraints, lasting), step)
 
 
 def _coupled(params: Params, spec: Spec, step: Step) -> Coupling:
@@ -351,9 +362,9 @@ def _shallower(
     def narrowed(plan: Plan) -> Pruned:
         """What is left at one depth."""
         first = Pruned(params, coupling.spec, (plan,)) if plan.whole else step.after(params, lambda: plan)
-        respected = lasting.carried(plan, couple(*first))
+        shallow = couple(*first)
         try:
-            left = _pruned(*first, asked, steps, respected, step.width)
+            left = _narrower(first.params, shallow, asked, steps, lasting.carried(plan, shallow), step.width)
         except Interrupted as stop:
             raise Interrupted(Pruned(*stop.pruned, (plan, *stop.pruned.plans))) from stop
         return Pruned(*left, (plan, *left.plans))
@@ -393,7 +404,6 @@ def _change(differences: torch.Tensor, total: Total | None) -> float:
 
 def _each(
     params: Params,
-    spec: Spec,
     budgets: Iterable[Budgets],
     whole: Coupling,
     constraints: tuple[Constraints, Constraints],
@@ -401,7 +411,7 @@ def _each(
 ) -> Generator[tuple[Params, Spec, Plan], Params | None, None]:
     """The steps: the first with the constraints as they are, all others with those that last."""
     respected, lasting = constraints
-    plan: Plan | None = None
+    spec, plan = whole.spec, None
     for k, budget in enumerate(budgets):
         asked = fixed(budget, whole) if k else each_budget(budget)
         coupling = couple(params, spec, branches=step.branches) if k else whole

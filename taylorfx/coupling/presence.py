@@ -28,7 +28,7 @@ from typing import NamedTuple, TypeVar
 from taylorfx.layers.roles import Noise, Sum
 from taylorfx.network.spec import Node, Spec
 
-__all__ = ["Branch", "Operand", "Presence", "Ways", "ways"]
+__all__ = ["Branch", "Operand", "Presence", "Ways"]
 
 
 Operand = tuple[str, int]
@@ -98,15 +98,12 @@ def _operands(spec: Spec, branches: Iterable[Branch]) -> _Operands:
     return _Operands(operands, outer)
 
 
-def ways(spec: Spec, branches: Iterable[Branch]) -> dict[str, Ways]:
+def _used(spec: Spec, operands: Mapping[Operand, Ways]) -> dict[str, Ways]:
     """For every node when its value is used. The inputs, and what nothing uses in the whole network, always stay.
 
-    >>> from taylorfx import layers as L
-    >>> nodes = Node("x", L.Input((3,))), Node("up", L.Linear(3, 3), "x"), Node("sum", L.Add(), ("up", "x"))
-    >>> {name: [sorted(way) for way in when] for name, when in ways(Spec(nodes), [Branch(7, "sum", 0)]).items()}
-    {'sum': [[]], 'up': [[7]], 'x': [[]]}
+    Args:
+        operands: when those of sums are not zero, which may be.
     """
-    operands = _operands(spec, branches).ways
     used: dict[str, list[Ways]] = {name: [] for name in spec.by_name}
     when: dict[str, Ways] = {}
     for node in reversed(spec.nodes):
@@ -156,7 +153,14 @@ class Presence:
 
     @staticmethod
     def of(spec: Spec, branches: tuple[Branch, ...]) -> Presence:
-        """That of a network with these branches."""
+        """That of a network with these branches.
+
+        >>> from taylorfx import layers as L
+        >>> nodes = Node("x", L.Input((3,))), Node("up", L.Linear(3, 3), "x"), Node("sum", L.Add(), ("up", "x"))
+        >>> presence = Presence.of(Spec(nodes), (Branch(7, "sum", 0),))
+        >>> {name: [sorted(way) for way in presence.conditions[number]] for name, number in presence.nodes.items()}
+        {'sum': [[7]], 'up': [[7]]}
+        """
         numbers: dict[Ways, int] = {}
 
         def numbered(when: Mapping[_Key, Ways]) -> dict[_Key, int]:
@@ -165,14 +169,15 @@ class Presence:
         def outermost(name: str) -> str:
             return outermost(outer[name][0]) if name in outer else name
 
-        (operands, outer), values, first = _operands(spec, branches), ways(spec, branches), spec.first
-        here = [branch for branch in branches if branch.node in first.by_name]
+        (operands, outer), first = _operands(spec, branches), spec.first
+        values = _used(spec, operands)
         nodes = _of_nodes(values, operands)
+        here = _operands(first, [branch for branch in branches if branch.node in first.by_name]).ways
         shared = {path: [way for node in owners for way in nodes[node.name]] for path, owners in spec.owners.items()}
         return Presence(
             branches,
             nodes=numbered(nodes),
-            first=numbered(_of_nodes(ways(first, here), _operands(first, here).ways)),
+            first=numbered(_of_nodes(_used(first, here), here)),
             parameters=numbered({path: _least(several) for path, several in shared.items()}),
             operands=numbered(operands),
             sums=numbered({branch.node: values[outermost(branch.node)] for branch in branches}),

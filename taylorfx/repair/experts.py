@@ -23,7 +23,6 @@ from taylorfx.distributed import placed, whole
 from taylorfx.distributed import sharing as gathering
 from taylorfx.layers.roles import Experts
 from taylorfx.network.spec import Node, Spec
-from taylorfx.repair.batches import refuse_none
 from taylorfx.repair.positions import counting
 from taylorfx.repair.regression import Halves
 from taylorfx.repair.runs import Pair
@@ -102,7 +101,6 @@ def _spread(x: Tensor, numbers: Tensor, experts: int) -> Tensor:
 
 def solved(params: Params, spec: Spec, mixture: Mixture, sums: Halves, ridge: float | None) -> Params:
     """The network with the matrices of all experts of a mixture as the regression has them."""
-    refuse_none(sums.n)
     role, path, leaves = mixture.role, spec[mixture.experts.name].path(mixture.role.weight), flatten(params)
     weight = whole(leaves[path].detach())
     matrices = role.matrices(weight)

@@ -93,10 +93,14 @@ def reconstruct(
     with bar(progress, "reconstruct", len(mended)) as advance:
         for names, layers in mended:
             if isinstance(layers, Mixture):
-                sums = (total or alone)(partial(summed, params, plan, small, spec, layers, runs))
+                summing = partial(summed, params, plan, small, spec, layers, runs)
+            else:
+                summing = partial(_summed, params, plan, small, spec, layers, runs)
+            sums = (total or alone)(summing)
+            refuse_none(sums.n)
+            if isinstance(layers, Mixture):
                 small = solved(small, spec, layers, sums, ridge)
             else:
-                sums = (total or alone)(partial(_summed, params, plan, small, spec, layers, runs))
                 small, spec = _solved(small, spec, names, sums, ridge, biases or takes_shift(spec, names))
             LOG.info("reconstruct: %s", ", ".join(names))
             advance(1)
@@ -167,7 +171,6 @@ def _solved(
     params: Params, spec: Spec, names: Sequence[str], sums: Halves, ridge: float | None, intercept: bool
 ) -> tuple[Params, Spec]:
     """The network with the weight and the bias that these nodes share as the regression has them."""
-    refuse_none(sums.n)
     node, leaves = spec[names[0]], flatten(params)
     role = node.layer.role(Mixing)
     assert role is not None
