@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from torch import Tensor
@@ -92,11 +92,8 @@ def reconstruct(
     mended = _mended(plan)
     with bar(progress, "reconstruct", len(mended)) as advance:
         for names, layers in mended:
-            if isinstance(layers, Mixture):
-                summing = partial(summed, params, plan, small, spec, layers, runs)
-            else:
-                summing = partial(_summed, params, plan, small, spec, layers, runs)
-            sums = (total or alone)(summing)
+            rows: Callable[..., Halves] = summed if isinstance(layers, Mixture) else _summed
+            sums = (total or alone)(partial(rows, params, plan, small, spec, layers, runs))
             refuse_none(sums.n)
             if isinstance(layers, Mixture):
                 small = solved(small, spec, layers, sums, ridge)
