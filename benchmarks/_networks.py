@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gzip
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -47,7 +47,7 @@ class Task:
         tune: steps of the short fine-tuning after a cut, with a tenth of the training's learning rate; 0 for networks
             that are not trained here at all.
         protect: globs of the scopes that no contestant may touch.
-        loss: of outputs and targets, the mean of the batch.
+        loss: of outputs and targets, the mean of the batch; networks are trained, and units scored, by it.
         quality: of a network on test examples: a share, higher is better.
         needs: packages without which there is nothing to run.
     """
@@ -62,6 +62,16 @@ class Task:
     loss: Loss = F.cross_entropy
     quality: Callable[[tfx.Params, tfx.Spec, Tensor, Tensor], float] = accuracy
     needs: tuple[str, ...] = ()
+
+    @property
+    def taught(self) -> bool:
+        """Whether the outputs are logits of classes, so that another network's probabilities can be targets."""
+        return self.loss is F.cross_entropy
+
+    def repairs(self, asked: Sequence[str]) -> list[str]:
+        """Those of these that can be done: some train, and some of these by a teacher."""
+        trains = [x for x in asked if self.tune or not x.endswith(("tuned", "epochs", "teacher"))]
+        return [x for x in trains if self.taught or not x.endswith("teacher")]
 
     def train(self, data: Data, generator: torch.Generator) -> tuple[tfx.Params, tfx.Spec]:
         with torch.random.fork_rng(devices=[]):
@@ -85,9 +95,14 @@ class Task:
 
         Args:
             teacher: what the unpruned network says of the examples; half of the loss is then by its probabilities.
+
+        Raises:
+            ValueError: if there is a teacher, and the outputs are not logits of classes.
         """
         images, targets = data.learned
         if teacher is not None:
+            if not self.taught:
+                raise ValueError(f"A teacher gives probabilities of classes, which the outputs of a {self.title} lack.")
             targets = (F.one_hot(targets, teacher.shape[1]) + teacher.softmax(1)) / 2
         generator = torch.Generator().manual_seed(seed)
         return self.fitted(params, spec, (images, targets), epochs, cosine(self.lr / 3, warmup=0.1), generator)
@@ -98,7 +113,7 @@ class Task:
     ) -> tfx.Params:  # fmt: skip
         return fit(
             params, at_rest(params, spec), spec, *examples, epochs=epochs, batch_size=64, lr=lr, weight_decay=5e-4,
-            generator=generator, label=self.title,
+            generator=generator, loss=self.loss, label=self.title,
         )[0]  # fmt: skip
 
     def module(self, params: tfx.Params) -> nn.Module:

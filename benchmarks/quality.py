@@ -145,7 +145,7 @@ def run(name: str, seed: int, options: argparse.Namespace) -> None:
     keys = [f"{name} @ {share}" for name in chosen for share in options.shares if f"{name} @ {share}" in found]
     for key in keys:
         known, some = found[key]["accuracy"], ["as cut"] if another_draw(key) else options.repairs
-        repairs = [x for x in some if x not in known and (task.tune or not x.endswith(("tuned", "epochs", "teacher")))]
+        repairs = [x for x in task.repairs(some) if x not in known]
         for repair, network in left(repairs, task, params, kept.plan(key), data, batches, seed, teacher):
             known[repair] = task.quality(*network, *data.judged)
             kept.save()
@@ -213,6 +213,9 @@ def main() -> None:
             missing = [f"a folder {options.fashion} with Fashion-MNIST's IDX files"]
         if missing:
             print(f"{name} is left out: there is no {' and no '.join(missing)}.")
+        elif undone := [x for x in options.repairs if x not in TASKS[name].repairs(options.repairs)]:
+            why = "its outputs are not logits of classes" if TASKS[name].tune else "it is not trained here"
+            print(f"{name} has no {' and no '.join(undone)}: {why}.")
         for seed in () if missing else options.seeds:
             run(name, seed, options)
     found = {

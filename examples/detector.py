@@ -59,13 +59,13 @@ class Block(nn.Module):
 class Detector(nn.Module):
     """Images to ``(N, places, 4 + 1 + classes)``: a box's corners in pixels, logits of any object and of each class."""
 
-    def __init__(self, c: int = 16) -> None:
+    def __init__(self, c: int = 16, block: Callable[[int, int], nn.Module] = Block) -> None:
         super().__init__()
-        self.stem = nn.Sequential(unit(3, c, 3, 2), unit(c, 2 * c, 3, 2), Block(2 * c, 2 * c))
-        self.down3 = nn.Sequential(unit(2 * c, 3 * c, 3, 2), Block(3 * c, 4 * c))
-        self.down4 = nn.Sequential(unit(4 * c, 4 * c, 3, 2), Block(4 * c, 4 * c))
-        self.up = Block(8 * c, 3 * c)
-        self.again, self.last = unit(3 * c, 3 * c, 3, 2), Block(7 * c, 4 * c)
+        self.stem = nn.Sequential(unit(3, c, 3, 2), unit(c, 2 * c, 3, 2), block(2 * c, 2 * c))
+        self.down3 = nn.Sequential(unit(2 * c, 3 * c, 3, 2), block(3 * c, 4 * c))
+        self.down4 = nn.Sequential(unit(4 * c, 4 * c, 3, 2), block(4 * c, 4 * c))
+        self.up = block(8 * c, 3 * c)
+        self.again, self.last = unit(3 * c, 3 * c, 3, 2), block(7 * c, 4 * c)
         widths, outputs = (3 * c, 4 * c), 5 + len(CLASSES)
         self.heads = nn.ModuleList(nn.Sequential(unit(w, 2 * c, 3), nn.Conv2d(2 * c, outputs, 1)) for w in widths)
 
@@ -167,7 +167,7 @@ def loss(outputs: Tensor, objects: Tensor, place: Tensor) -> Tensor:
     target = objects.gather(1, index[..., None].expand(*index.shape, 5))
     boxes, there, classes = outputs[..., :4], outputs[..., 4], outputs[..., 5:]
     found = F.binary_cross_entropy_with_logits(there, positive.to(there.dtype), reduction="sum")
-    kinds = F.one_hot(target[..., 0].long().clamp(min=0), len(CLASSES)).to(classes.dtype)
+    kinds = target[..., :1] == torch.arange(len(CLASSES), device=target.device)
     named = -(kinds * classes.log_softmax(-1)).sum(-1)
     placed = 1 - generous(boxes, target[..., 1:])
     return (found + (positive * (named + 2 * placed)).sum()) / positive.sum().clamp(min=1)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import taylorfx as tfx
+from taylorfx.scoring.losses import Loss
 
 Schedule = Callable[[float], float]
 """The learning rate, from the share of the steps that are done (0 to 1)."""
@@ -53,15 +54,16 @@ def sgd_step(
     beta: float = 0.9,
     weight_decay: float = 0.0,
     generator: torch.Generator | None = None,
+    loss: Loss = F.cross_entropy,
 ) -> tuple[tfx.Params, tfx.Params, Tensor]:
-    """One step on the cross entropy, as ``torch.optim.SGD`` takes it: new parameters, new momentum, and the loss."""
+    """One step as ``torch.optim.SGD`` takes it: new parameters, new momentum, and the loss."""
     trained, buffers = tfx.partition(params, spec)
 
-    def loss(trained: tfx.Params) -> tuple[Tensor, tfx.Params]:
-        logits, new = tfx.train(tfx.tree.combine(trained, buffers), spec, x, generator=generator)
-        return F.cross_entropy(logits, y), tfx.partition(new, spec)[1]
+    def objective(trained: tfx.Params) -> tuple[Tensor, tfx.Params]:
+        outputs, new = tfx.train(tfx.tree.combine(trained, buffers), spec, x, generator=generator)
+        return loss(outputs, y), tfx.partition(new, spec)[1]
 
-    grads, (value, running) = torch.func.grad_and_value(loss, has_aux=True)(trained)
+    grads, (value, running) = torch.func.grad_and_value(objective, has_aux=True)(trained)
     slopes, weights = tfx.tree.flatten(grads), tfx.tree.flatten(trained)
     moved = {k: beta * m + slopes[k] + weight_decay * weights[k] for k, m in tfx.tree.flatten(momentum).items()}
     stepped = tfx.tree.unflatten({path: weight - lr * moved[path] for path, weight in weights.items()})
@@ -81,6 +83,7 @@ def fit(
     generator: torch.Generator,
     beta: float = 0.9,
     weight_decay: float = 0.0,
+    loss: Loss = F.cross_entropy,
     label: str = "train",
 ) -> tuple[tfx.Params, tfx.Params]:
     """Train for some epochs, in a new order each; ``generator`` lives on the images' device."""
@@ -94,11 +97,11 @@ def fit(
             losses = []
             for k, index in enumerate(order[: per_epoch * batch_size].split(batch_size)):
                 rate = lr((epoch * per_epoch + k) / (epochs * per_epoch))
-                params, momentum, loss = sgd_step(
+                params, momentum, value = sgd_step(
                     params, momentum, spec, images[index], targets[index],
-                    lr=rate, beta=beta, weight_decay=weight_decay, generator=generator,
+                    lr=rate, beta=beta, weight_decay=weight_decay, generator=generator, loss=loss,
                 )  # fmt: skip
-                losses.append(loss)
+                losses.append(value)
                 progress.advance(task)
             progress.update(task, loss=f"{torch.stack(losses).mean().item():.4f}")
     return params, momentum

@@ -2,10 +2,12 @@
 
 import math
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from _borrowed import BORROWED, SCENE, Apart, detector, scenes
 from _contestants import MOST, Case, contestants, torch_pruning
 from _networks import TRAINED, After, Before, ConvNeXt, Inverted, Stages, VisionTransformer, noisy_digits
 from _shares import Shares
@@ -19,23 +21,31 @@ NETWORKS = {
     "inverted": (lambda: Stages(Inverted, 8, 1, bare=False), 8, ()),
     "convnext": (lambda: ConvNeXt(8), 28, ()),
     "transformer": (lambda: VisionTransformer(32, 4, 48), 28, TRAINED["vit"].protect),
+    "detection": (lambda: detector.Detector(4, Apart), SCENE, ()),
 }
 
 
+def images(size, generator):
+    return torch.randn(8, 1, size, size, generator=generator), torch.randint(10, (8,), generator=generator)
+
+
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_contestant_answers_with_a_plan_within_the_budget(name):
+def test_every_contestant_answers_with_a_plan_within_the_budget(name, monkeypatch):
+    monkeypatch.setattr("_contestants.STEPS", 3)  # instead of ten: seconds
     torch.manual_seed(0)
     network, size, protect = NETWORKS[name]
     module = network().eval()
     generator = torch.Generator().manual_seed(0)
-    batches = [(torch.randn(8, 1, size, size, generator=generator), torch.randint(10, (8,), generator=generator))] * 2
+    task = BORROWED.get(name, TRAINED["resnet"])
+    batches = [detector.shapes(8, size, size, generator) if name in BORROWED else images(size, generator)] * 2
     params, spec = tfx.from_torch(module, batches[0][0][:2])
     case = Case(
         params,
         spec,
         module,
         batches,
-        protect=protect,
+        task.loss,
+        protect,
         shares=Shares.of("parameters" if name == "after" else "FLOPs", 8),
     )
     found = contestants(case, seed=0)
@@ -65,11 +75,32 @@ def test_the_transformers_protected_scopes_leave_heads_and_hidden_units():
     assert sorted(free) == [8] * 4 + [48] * 4  # eight heads of four dimensions
 
 
-def test_no_test_image_is_learned_or_scored():
-    data = noisy_digits(torch.Generator().manual_seed(0), Path())
+@pytest.mark.parametrize("draw", [noisy_digits, partial(scenes, learn=600, judge=100)], ids=["digits", "scenes"])
+def test_no_test_image_is_learned_or_scored(draw):
+    data = draw(torch.Generator().manual_seed(0), Path())
     assert len({len(x) for x in (data.learned[0], data.scored[0], data.judged[0])}) == 3
-    whole = {tuple(image.flatten().tolist()) for image in torch.cat([data.learned[0], data.scored[0]])}
-    assert not whole & {tuple(image.flatten().tolist()) for image in data.judged[0]}
+    whole = {image.numpy().tobytes() for image in torch.cat([data.learned[0], data.scored[0]])}
+    assert not whole & {image.numpy().tobytes() for image in data.judged[0]}
+
+
+def test_the_loss_of_scenes_is_the_mean_of_theirs_however_many_objects_they_have():
+    scenes, objects = detector.shapes(6, SCENE, SCENE, torch.Generator().manual_seed(0))
+    assert len(set((objects[..., 0] >= 0).sum(1).tolist())) > 1
+    outputs = detector.Detector(4, Apart).eval()(scenes)
+    place = detector.places(SCENE, SCENE)
+    alone = [detector.loss(outputs[k, None], objects[k, None], place) for k in range(6)]
+    torch.testing.assert_close(BORROWED["detection"].loss(outputs, objects), torch.stack(alone).mean())
+
+
+def test_a_teacher_is_for_logits_of_classes():
+    asked = ["as cut", "fine-tuned", "6 epochs", "6 epochs, teacher"]
+    assert TRAINED["resnet"].repairs(asked) == asked
+    assert BORROWED["detection"].repairs(asked) == asked[:3]
+    assert BORROWED["english"].repairs(asked) == asked[:1]
+    data = scenes(torch.Generator().manual_seed(0), Path(), learn=2, judge=1)
+    network = tfx.from_torch(torch.nn.Linear(2, 2), torch.zeros(2, 2))
+    with pytest.raises(ValueError, match="probabilities of classes"):
+        BORROWED["detection"].trained(*network, data, 0, 1, teacher=torch.zeros(2, 80, 8))
 
 
 def test_an_interval_is_students_and_its_table_marks_the_best():
