@@ -74,10 +74,16 @@ def repeat(c: Convert, node: fx.Node) -> None:
     x = tensor_node(node.args[0])
     shape, after = measured(x)[0], measured(node)[0]
     lead = len(after) - len(shape)
-    if measured(x)[1] < 0 <= measured(node)[1] and math.prod(after) == math.prod(shape):  # once for every example
-        view = c.add(node, L.View(after, -1, -1), (c.tensor(x),), tag="_view")
-        sizes = tuple(1 if k == measured(node)[1] else -1 for k in range(len(after)))
-        c.add(node, L.Expand(sizes, measured(node)[1]), (view, c.known_examples()))
+    axis = measured(node)[1]
+    if measured(x)[1] < 0 <= axis and math.prod(after) == math.prod(shape):  # once for every example
+        # The copies come first: with the heads in the axis of the examples, (4, T) is (1, 4, T), (N, 4, T), (N * 4, T).
+        parted = (*after[:axis], 1, *after[axis + (after[axis] == 1) :])
+        view = c.add(node, L.View(parted, -1, -1), (c.tensor(x),), tag="_view")
+        sizes = tuple(1 if k == axis else -1 for k in range(len(parted)))
+        tag = "" if parted == after else "_examples"
+        name = c.add(node, L.Expand(sizes, axis), (view, c.known_examples()), tag=tag)
+        if parted != after:
+            c.add(node, L.View(after, axis, axis), (name,))
         return
     times = wholes(node.args[1])
     counts = (1,) * (len(after) - len(times)) + times
@@ -134,7 +140,7 @@ def slice_axis(c: Convert, node: fx.Node) -> None:
     if measured(node) == (shape, axis):
         c.alias(node)
         return
-    if dim == axis:
+    if dim == axis or measured(node)[0][dim] == 0:
         raise Unmapped
     begin = _start(start, shape[dim])
     if isinstance(step, int) and step > 1 and shape[dim] == step * measured(node)[0][dim]:
@@ -176,11 +182,17 @@ def parts(c: Convert, node: fx.Node) -> None:
 
 
 def cat(c: Convert, node: fx.Node) -> None:
-    tensors = tensor_nodes(node.args[0])
+    """All that has something in it: what rotary positions leave of a head beside them may be nothing."""
+    tensors = [t for t in tensor_nodes(node.args[0]) if 0 not in measured(t)[0]]
     dim = whole(argument(node, 1, "dim", 0)) % len(measured(node)[0])
     if any(measured(t)[1] != measured(node)[1] for t in tensors) or dim == measured(node)[1]:
         raise Unmapped
-    c.add(node, L.Concat(dim), [c.tensor(t) for t in tensors])
+    if len(tensors) == 1:
+        c.names[node.name] = c.tensor(tensors[0])
+    elif not tensors:
+        raise Unmapped
+    else:
+        c.add(node, L.Concat(dim), [c.tensor(t) for t in tensors])
 
 
 def stack(c: Convert, node: fx.Node) -> None:

@@ -116,10 +116,11 @@ def _adaptive(c: Convert, node: fx.Node) -> None:
 
 
 def _softmax(c: Convert, node: fx.Node) -> None:
-    if argument(node, 2, "dtype") or argument(node, 2, "half_to_float"):
-        raise Unmapped
-    x = tensor_node(node.args[0])
-    c.add(node, L.Softmax(whole(node.args[1])), (c.tensor(x),))
+    x, dtype = tensor_node(node.args[0]), node.meta["val"].dtype
+    name = c.tensor(x)
+    if x.meta["val"].dtype != dtype:  # computed in it, as of scores in bfloat16
+        name = c.add(node, _conversion(dtype), (name,), tag="_scores")
+    c.add(node, L.Softmax(whole(node.args[1])), (name,))
 
 
 def _pair(kind: Callable[..., Layer]) -> Converter:
@@ -240,8 +241,12 @@ def _identity(c: Convert, node: fx.Node) -> None:
 
 
 def _converted(c: Convert, node: fx.Node, source: fx.Node, dtype: torch.dtype) -> None:
+    c.add(node, _conversion(dtype), (c.tensor(source),))
+
+
+def _conversion(dtype: torch.dtype) -> L.Elementwise:
     options = (("dtype", (DTYPE, str(dtype).removeprefix("torch."))),)
-    c.add(node, L.Elementwise("_to_copy.default", ((SLOT, 0),), options), (c.tensor(source),))
+    return L.Elementwise("_to_copy.default", ((SLOT, 0),), options)
 
 
 def _copy(c: Convert, node: fx.Node) -> None:
@@ -294,6 +299,14 @@ def _spectral_norm(c: Convert, node: fx.Node) -> None:
     x = tensor_node(weight)
     layer = L.SpectralNorm(measured(x)[0], whole(dim), whole(steps), number(eps), flag(left))
     c.add(node, layer, (c.tensor(x),), leaves={"u": c.path(u), "v": c.path(v)})
+
+
+def _solved(c: Convert, node: fx.Node) -> None:
+    """Systems of equations, which are along the last two axes; every example has its own."""
+    shape, axis = measured(node)
+    if not 0 <= axis < len(shape) - 2:
+        raise Unmapped
+    c.captured(node, apart=True)
 
 
 UNTAGGED = (
@@ -388,6 +401,7 @@ CONVERTERS: dict[str, Converter] = {
     "linalg_vector_norm": movement.along(2, "dim"),
     "cosine_similarity": _cosine_similarity,
     "roll": movement.along(2, "dims"),
+    "linalg_solve_triangular": _solved,
     **dict.fromkeys(
         ("clone", "contiguous", "alias", "detach", "detach_", "lift_fresh_copy", "_to_copy", "to", "type_as"), _identity
     ),
