@@ -118,8 +118,8 @@ def _shortened() -> Iterator[None]:
 def _own_code(module: nn.Module) -> Iterator[None]:
     """Let ``len(x)`` in the module's own code be ``x.shape[0]``, a symbol: Python's ``len`` is a plain number.
 
-    Code of ``transformers`` that asks whether it is exported is told that it is not, and does what it does when it runs.
-    For other runtimes it has loops there, of hundreds of operators for each layer.
+    Code of ``transformers`` that asks whether it is exported is told that it is not, and does what it does when it
+    runs. For other runtimes it has loops there, of hundreds of operators for each layer.
     """
     codes = [getattr(type(part).forward, "__globals__", {}) for part in module.modules()]
     spaces = {id(space): space for space in codes if not str(space.get("__name__", "torch.")).startswith("torch.")}
