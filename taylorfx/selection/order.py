@@ -120,7 +120,7 @@ def _sliced(coupling: Coupling) -> list[Labels]:
         runs        2..4        2..4                 0..1  3..4      2..3
                     whole       whole                sliced          a position that stays is never lost
     """
-    rows = [row for axis in coupling.axes for row in axis if len(row)]
+    rows = [row for axis in coupling.axes for row in axis]
     units = np.concatenate(rows)
     row = np.repeat(np.arange(len(rows)), [*map(len, rows)])
     scope = np.append(coupling.scope, -1)[units]

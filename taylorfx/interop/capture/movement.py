@@ -12,6 +12,7 @@ from taylorfx.interop.capture.arguments import (
     Unmapped,
     argument,
     measured,
+    nothing,
     number,
     tensor_node,
     tensor_nodes,
@@ -140,7 +141,7 @@ def slice_axis(c: Convert, node: fx.Node) -> None:
     if measured(node) == (shape, axis):
         c.alias(node)
         return
-    if dim == axis or measured(node)[0][dim] == 0:
+    if dim == axis:
         raise Unmapped
     begin = _start(start, shape[dim])
     if isinstance(step, int) and step > 1 and shape[dim] == step * measured(node)[0][dim]:
@@ -182,15 +183,13 @@ def parts(c: Convert, node: fx.Node) -> None:
 
 
 def cat(c: Convert, node: fx.Node) -> None:
-    """All that has something in it: what rotary positions leave of a head beside them may be nothing."""
-    tensors = [t for t in tensor_nodes(node.args[0]) if 0 not in measured(t)[0]]
+    """All that has something in it."""
+    tensors = [t for t in tensor_nodes(node.args[0]) if not nothing(t)]
     dim = whole(argument(node, 1, "dim", 0)) % len(measured(node)[0])
     if any(measured(t)[1] != measured(node)[1] for t in tensors) or dim == measured(node)[1]:
         raise Unmapped
     if len(tensors) == 1:
         c.names[node.name] = c.tensor(tensors[0])
-    elif not tensors:
-        raise Unmapped
     else:
         c.add(node, L.Concat(dim), [c.tensor(t) for t in tensors])
 
@@ -252,6 +251,9 @@ def slice_scatter(c: Convert, node: fx.Node) -> None:
     x, source = tensor_node(node.args[0]), tensor_node(node.args[1])
     shape, axis = measured(x)
     dim = whole(argument(node, 2, "dim", 0)) % len(shape)
+    if nothing(source):
+        c.alias(node)
+        return
     if argument(node, 5, "step", 1) != 1 or measured(source)[1] != axis:
         raise Unmapped
     if measured(source) == measured(node):  # the whole axis
