@@ -139,9 +139,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
         "forced_eos_token_id": None, **SPECIAL}, "logits"),
     "SigLIP": ("SiglipModel", {"text_config": {**TEXT, "projection_size": 32}, "vision_config": PICTURE},
         "text_embeds image_embeds"),
-    "Swin": ("SwinForImageClassification", {
-        "image_size": 16, "patch_size": 2, "embed_dim": 16, "depths": [2, 1], "num_heads": [2, 4],
-        "window_size": 4}, "logits"),
     "BEiT": ("BeitForImageClassification", PICTURE, "logits"),
     "Wav2Vec2": ("Wav2Vec2ForCTC", {
         **SIZES, "vocab_size": 20, "conv_dim": [16, 16], "conv_kernel": [10, 3], "conv_stride": [5, 2],

@@ -82,8 +82,8 @@ def saved(home: Path, name: str, layers: int = LAYERS) -> tuple[list[Any], tfx.P
     example = {key: x for key, x in example_of(model).items() if key in spec.input_layers}
     huggingface.save_pretrained(home / name, small, plan.spec, like=model, example_inputs=example)
     calls = [example]
-    if "input_ids" in example:  # fewer examples of another length
-        shorter = {key: x[:2, :5] if x.ndim == 2 else x[:2] for key, x in example.items()}
+    if {"input_ids", "input_values"} & example.keys():  # fewer examples of another length
+        shorter = {key: x[:2, : x.shape[1] * 5 // 8] if x.ndim == 2 else x[:2] for key, x in example.items()}
         with contextlib.suppress(tfx.ShapeError):  # a network that takes one length only
             tfx.apply(small, plan.spec, shorter)
             calls.append(shorter)

@@ -64,6 +64,14 @@ def positions_by_head(m: Any, x: Tensor) -> Any:
     return m.head((q @ table).view(n, -1))
 
 
+def turned(m: Any, x: Tensor) -> Any:
+    """Rotary positions by complex numbers, as in Llama 4: heads may leave, pairs may not."""
+    n, t, _ = x.shape
+    q = torch.view_as_complex(m.q(x).view(n, t, 2, 2, 2))
+    y = torch.view_as_real(q * torch.polar(torch.ones_like(m.angles), m.angles))
+    return m.head(y.flatten(1))
+
+
 def fused_qkv(m: Any, x: Tensor) -> Any:
     n, t, _ = x.shape
     q, k, v = m.qkv(x).reshape(n, t, 3, 2, 3).permute(2, 0, 3, 1, 4).unbind(0)
@@ -225,6 +233,7 @@ MODULES = {
     "positions for every example": net(lambda m, x: m.head(flat(m.a(x) + m.table.repeat(x.shape[0], 1, 1))), 5, x=(3, 4), a=nn.Linear(4, 5), table=P(3, 5), head=head(15)),
     "positions for every head of every example": net(positions_by_head, 10, x=(3, 4), q=nn.Linear(4, 6), table=P(5, 2, 3), head=head(30)),
     "rotated as a whole": net(lambda m, x: (lambda y: m.head(flat(torch.cat([y[..., :5] * 2, y[..., 5:]], -1))))(m.a(x)), 5, x=(3, 4), a=nn.Linear(4, 5), head=head(15)),
+    "turned as complex numbers": net(turned, 2, x=(3, 4), q=nn.Linear(4, 8), angles=torch.linspace(0.1, 1.0, 6).view(3, 1, 2), head=head(24)),
     "softmax of a dtype": net(lambda m, x: m.head(flat(m.a(x).softmax(1, dtype=torch.float64).to(x.dtype))), 5, x=(3, 4), a=nn.Linear(4, 5), head=head(15)),
     "equations of every example": net(lambda m, x: m.head(flat(torch.linalg.solve_triangular(x @ x.mT, m.a(x), upper=False, unitriangular=True))), 0, x=(3, 4), a=nn.Linear(4, 5), head=head(15)),
     "pooled along one axis": net(lambda m, x: m.head(F.adaptive_avg_pool2d(m.a(x).permute(0, 3, 1, 2), (None, 1)).flatten(1)), 4, a=conv(), head=head(16)),

@@ -271,6 +271,16 @@ def _complex(c: Convert, node: fx.Node) -> None:
     c.add(node, L.Elementwise("complex.default", ((SLOT, 0), (SLOT, 1))), parts)
 
 
+def _real(c: Convert, node: fx.Node) -> None:
+    """Complex numbers as pairs, which are a new last axis."""
+    x = tensor_node(node.args[0])
+    shape, axis = measured(x)
+    pair = (L.Elementwise(f"{name}.default", ((SLOT, 0),)) for name in ("real", "imag"))
+    parts = [c.add(node, part, (c.tensor(x),), tag=f"_{k}") for k, part in enumerate(pair)]
+    view = L.View((*shape, 1), axis, axis)
+    c.add(node, L.Concat(len(shape)), [c.add(node, view, (part,), tag="_part") for part in parts])
+
+
 def _filled(c: Convert, node: fx.Node) -> None:
     """The same number everywhere: one of it, expanded."""
     shape, axis = measured(node)
@@ -368,6 +378,7 @@ CONVERTERS: dict[str, Converter] = {
     "expand": movement.expand,
     "copy": _copy,
     "view_as_complex": _complex,
+    "view_as_real": _real,
     "arange": movement.arange,
     **dict.fromkeys(("repeat", "tile"), movement.repeat),
     "repeat_interleave": movement.repeat_interleave,
