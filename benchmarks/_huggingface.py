@@ -28,6 +28,13 @@ ROUTED = {
     "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "first_k_dense_replace": 0,
     "n_group": 1, "topk_group": 1, "n_shared_experts": 1,
 }  # fmt: skip
+BOTH = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
+"""Of a layer of each kind of attention."""
+DELTA = {
+    "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+}  # fmt: skip
+"""Of a layer with a state and a layer of attention."""
 PICTURE = {**SIZES, "image_size": 16, "patch_size": 8}
 SIDES = {
     f"{side}_{name}": n
@@ -82,6 +89,61 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
     "ALBERT": ("AlbertForSequenceClassification", {**TEXT, "embedding_size": 16}, "logits"),
     "Mamba": ("MambaForCausalLM", {
         "hidden_size": 32, "num_hidden_layers": LAYERS, "state_size": 4, "vocab_size": 60, **SPECIAL}, "logits"),
+    "Qwen2": ("Qwen2ForCausalLM", DECODER, "logits"),
+    "Phi-3": ("Phi3ForCausalLM", DECODER, "logits"),
+    "Gemma2": ("Gemma2ForCausalLM", {**DECODER, **BOTH, "query_pre_attn_scalar": 8}, "logits"),
+    "Gemma3": ("Gemma3ForCausalLM", {**DECODER, **BOTH, "query_pre_attn_scalar": 8}, "logits"),
+    "SmolLM3": ("SmolLM3ForCausalLM", {**DECODER, "num_hidden_layers": 2, "no_rope_layers": [1, 0]}, "logits"),
+    "OLMo2": ("Olmo2ForCausalLM", DECODER, "logits"),
+    "OLMo3": ("Olmo3ForCausalLM", {**DECODER, **BOTH}, "logits"),
+    "StarCoder2": ("Starcoder2ForCausalLM", DECODER, "logits"),
+    "GPT-NeoX": ("GPTNeoXForCausalLM", TEXT, "logits"),
+    "Falcon": ("FalconForCausalLM", {
+        "hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "ffn_hidden_size": 24,
+        "new_decoder_architecture": True, "num_kv_heads": 2, "vocab_size": 60, **SPECIAL}, "logits"),
+    "Cohere": ("CohereForCausalLM", DECODER, "logits"),
+    "Granite": ("GraniteForCausalLM", DECODER, "logits"),
+    "GLM-4": ("Glm4ForCausalLM", DECODER, "logits"),
+    "Hunyuan": ("HunYuanDenseV1ForCausalLM", DECODER, "logits"),
+    "Hunyuan-MoE": ("HunYuanMoEV1ForCausalLM", {**DECODER, "num_experts": 4, "moe_topk": 2}, "logits"),
+    "Phi-MoE": ("PhimoeForCausalLM", {**DECODER, "num_local_experts": 4, "num_experts_per_tok": 2}, "logits"),
+    "Llama 4": ("Llama4ForCausalLM", {
+        **DECODER, "num_hidden_layers": 2, "intermediate_size_mlp": 24, "num_local_experts": 4,
+        "num_experts_per_tok": 1, "interleave_moe_layer_step": 2, "attention_chunk_size": 32}, "logits"),
+    "Qwen3-Next": ("Qwen3NextForCausalLM", {
+        **DECODER, **DELTA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 24}, "logits"),
+    "Qwen3.5": ("Qwen3_5ForCausalLM", {
+        **DECODER, **DELTA, "head_dim": 32, "rope_parameters": {
+            "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.25},
+        }, "logits"),
+    "Jamba": ("JambaForCausalLM", {
+        **DECODER, "num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2, "attn_layer_period": 2,
+        "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1, "mamba_d_state": 4,
+        "mamba_dt_rank": 4, "use_mamba_kernels": False}, "logits"),
+    "MiniMax": ("MiniMaxForCausalLM", {
+        **DECODER, "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"],
+        "num_local_experts": 4, "num_experts_per_tok": 2, "block_size": 4}, "logits"),
+    "XLM-RoBERTa": ("XLMRobertaForSequenceClassification", TEXT, "logits"),
+    "ELECTRA": ("ElectraForSequenceClassification", {**TEXT, "embedding_size": 16}, "logits"),
+    "MPNet": ("MPNetForSequenceClassification", TEXT, "logits"),
+    "ModernBERT": ("ModernBertForSequenceClassification", {
+        **TEXT, "num_hidden_layers": 2, "local_attention": 4, "global_attn_every_n_layers": 2, "cls_token_id": 1,
+        "sep_token_id": 2}, "logits"),
+    "DeBERTa-v2": ("DebertaV2ForSequenceClassification", {
+        **TEXT, "relative_attention": True, "position_buckets": 8, "pos_att_type": ["p2c", "c2p"],
+        "share_att_key": True, "norm_rel_ebd": "layer_norm", "position_biased_input": False, "type_vocab_size": 0},
+        "logits"),
+    "BART": ("BartForConditionalGeneration", {
+        **SIDES, "d_model": 32, "vocab_size": 60, "max_position_embeddings": 32, "decoder_start_token_id": 2,
+        "forced_eos_token_id": None, **SPECIAL}, "logits"),
+    "SigLIP": ("SiglipModel", {"text_config": {**TEXT, "projection_size": 32}, "vision_config": PICTURE},
+        "text_embeds image_embeds"),
+    "BEiT": ("BeitForImageClassification", PICTURE, "logits"),
+    "Wav2Vec2": ("Wav2Vec2ForCTC", {
+        **SIZES, "vocab_size": 20, "conv_dim": [16, 16], "conv_kernel": [10, 3], "conv_stride": [5, 2],
+        "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2,
+        "pad_token_id": 0}, "logits"),
 }  # fmt: skip
 """By name, the class, its config, and the outputs that are captured, of which the first one is compared."""
 
@@ -95,15 +157,16 @@ SECOND = re.compile(r"\.(layers?|h|block)\.1[.:](?!DenseReluDense|EncDec)")
 
 
 def made(name: str, layers: int = LAYERS) -> Any:
-    """A random model of a family."""
+    """A random model of a family; of one layer, or of one of each kind, where no number of layers is asked for."""
     kind, config, _ = FAMILIES[name]
-    return random_model(kind, _deep(config, layers))
+    return random_model(kind, config if layers == LAYERS else _deep(config, layers))
 
 
 def _deep(config: dict[str, Any], layers: int) -> dict[str, Any]:
-    """A config with this many layers."""
+    """A config with this many layers, their kinds over and over."""
     each = ((key, _deep(x, layers) if isinstance(x, dict) else x) for key, x in config.items())
-    return {key: layers if key in DEPTHS else x for key, x in each}
+    kinds = {key: (config[key] * layers)[:layers] for key in ("layer_types", "no_rope_layers") if key in config}
+    return {key: layers if key in DEPTHS else kinds.get(key, x) for key, x in each}
 
 
 def random_model(kind: str, config: dict[str, Any]) -> Any:

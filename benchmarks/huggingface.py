@@ -1,13 +1,13 @@
 """The families of transformers, there and back: what their configs can hold, and whether it comes back.
 
-    python benchmarks/huggingface.py             # all families, 5 to 10 minutes
+    python benchmarks/huggingface.py             # all families, 15 to 30 minutes
     python benchmarks/huggingface.py Llama T5    # some
     python benchmarks/huggingface.py --layers 3 Llama T5    # of three layers, of which the second leaves
 
-Every family is a small random model. It is captured, half of the units that its config can do without leave, and
-the rest is saved. The folder is loaded by a second process, which has not imported taylorfx: its outputs are compared
-with those of the pruned network, for the example and for another length and number of examples, and `generate` with a
-cache is compared with `generate` without one.
+Every family is a small random model, of one layer or of one of each kind. It is captured, half of the units that its
+config can do without leave, and the rest is saved. The folder is loaded by a second process, which has not imported
+taylorfx: its outputs are compared with those of the pruned network, for the example and for another length and number
+of examples, and `generate` with a cache is compared with `generate` without one.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def saved(home: Path, name: str, layers: int = LAYERS) -> tuple[list[Any], tfx.P
     example = {key: x for key, x in example_of(model).items() if key in spec.input_layers}
     huggingface.save_pretrained(home / name, small, plan.spec, like=model, example_inputs=example)
     calls = [example]
-    if "input_ids" in example:  # fewer examples of another length
-        shorter = {key: x[:2, :5] if x.ndim == 2 else x[:2] for key, x in example.items()}
+    if {"input_ids", "input_values"} & example.keys():  # fewer examples of another length
+        shorter = {key: x[:2, : x.shape[1] * 5 // 8] if x.ndim == 2 else x[:2] for key, x in example.items()}
         with contextlib.suppress(tfx.ShapeError):  # a network that takes one length only
             tfx.apply(small, plan.spec, shorter)
             calls.append(shorter)
@@ -106,10 +106,11 @@ def roles(plan: tfx.Plan, constraints: tfx.Constraints) -> str:
     return ", ".join(shown.values())
 
 
-def depths(folder: Path, layers: int) -> str:
-    """What the config of a folder says of the number of layers, and how many there were."""
+def depths(folder: Path, before: dict[str, Any]) -> str:
+    """What the config of a folder says of the number of layers, and what the config of the whole model says."""
     config = json.loads((folder / "config.json").read_text())
-    return ", ".join(f"{name} {layers} to {config[name]}" for name in (*DEPTHS, "num_decoder_layers") if name in config)
+    names = [name for name in (*DEPTHS, "num_decoder_layers") if name in config]
+    return ", ".join(f"{name} {before[name]} to {config[name]}" for name in names)
 
 
 def main() -> None:
@@ -128,7 +129,8 @@ def main() -> None:
         home, results = Path(folder), {}
         for name in names:
             try:
-                results[name] = (*saved(home, name, options.layers), depths(home / name, options.layers))
+                before = captured(name, options.layers)[0].config.to_dict()
+                results[name] = (*saved(home, name, options.layers), depths(home / name, before))
             except Exception as error:  # the table shows what fails, and goes on
                 print(f"| {name} | {type(error).__name__}: {str(error).splitlines()[0]} |", flush=True)
         outputs = read(home, [*results])

@@ -56,6 +56,22 @@ def heads_by_hand(m: Any, x: Tensor) -> Any:
     return m.head((weights @ v).transpose(1, 2).reshape(n, t * 6))
 
 
+def positions_by_head(m: Any, x: Tensor) -> Any:
+    """Heads in the axis of the examples, as in DeBERTa."""
+    n, t, _ = x.shape
+    q = m.q(x).view(n, t, 2, 3).transpose(1, 2).reshape(n * 2, t, 3)
+    table = m.table.permute(1, 2, 0).repeat(q.shape[0] // 2, 1, 1)
+    return m.head((q @ table).view(n, -1))
+
+
+def turned(m: Any, x: Tensor) -> Any:
+    """Rotary positions by complex numbers, as in Llama 4: heads may leave, pairs may not."""
+    n, t, _ = x.shape
+    q = torch.view_as_complex(m.q(x).view(n, t, 2, 2, 2))
+    y = torch.view_as_real(q * torch.polar(torch.ones_like(m.angles), m.angles))
+    return m.head(y.flatten(1))
+
+
 def fused_qkv(m: Any, x: Tensor) -> Any:
     n, t, _ = x.shape
     q, k, v = m.qkv(x).reshape(n, t, 3, 2, 3).permute(2, 0, 3, 1, 4).unbind(0)
@@ -215,6 +231,11 @@ MODULES = {
     "looked up by example": net(lambda m, x: m.head((m.a(x) + m.a(x)[torch.arange(x.shape[0])[:, None], torch.tensor([2, 1, 0])]).flatten(1)), 0, x=(3, 4), a=nn.Linear(4, 5), head=head(15)),
     "one row of each example": net(lambda m, x: m.head(m.norm(m.a(x))[torch.arange(len(x)), x[..., 0].argmax(-1)]), 5, x=(3, 4), a=nn.Linear(4, 5), norm=nn.Tanh(), head=head(5)),
     "positions for every example": net(lambda m, x: m.head(flat(m.a(x) + m.table.repeat(x.shape[0], 1, 1))), 5, x=(3, 4), a=nn.Linear(4, 5), table=P(3, 5), head=head(15)),
+    "positions for every head of every example": net(positions_by_head, 10, x=(3, 4), q=nn.Linear(4, 6), table=P(5, 2, 3), head=head(30)),
+    "rotated as a whole": net(lambda m, x: (lambda y: m.head(flat(torch.cat([y[..., :5] * 2, y[..., 5:]], -1))))(m.a(x)), 5, x=(3, 4), a=nn.Linear(4, 5), head=head(15)),
+    "turned as complex numbers": net(turned, 2, x=(3, 4), q=nn.Linear(4, 8), angles=torch.linspace(0.1, 1.0, 6).view(3, 1, 2), head=head(24)),
+    "softmax of a dtype": net(lambda m, x: m.head(flat(m.a(x).softmax(1, dtype=torch.float64).to(x.dtype))), 5, x=(3, 4), a=nn.Linear(4, 5), head=head(15)),
+    "equations of every example": net(lambda m, x: m.head(flat(torch.linalg.solve_triangular(x @ x.mT, m.a(x), upper=False, unitriangular=True))), 0, x=(3, 4), a=nn.Linear(4, 5), head=head(15)),
     "pooled along one axis": net(lambda m, x: m.head(F.adaptive_avg_pool2d(m.a(x).permute(0, 3, 1, 2), (None, 1)).flatten(1)), 4, a=conv(), head=head(16)),
     "instance norm of sequences": net(lambda m, x: m.head(flat(m.b(m.a(x)))), 4, x=(2, 6), a=nn.Conv1d(2, 4, 3), b=nn.InstanceNorm1d(4), head=head(16)),
     "instance norm, tracked": net(lambda m, x: m.head(flat(m.b(m.a(x)))), 4, a=conv(), b=nn.InstanceNorm2d(4, affine=True, track_running_stats=True), head=head()),

@@ -162,9 +162,7 @@ def differs(results: Leaves, expected: Truth, call: Call, spec: Spec) -> str:
         return _beyond(results, expected, call)
     if not expected.outputs:
         return ""
-    # Another output (a cache, where the network was captured without one) is left alone.
-    outputs = {key: x for key, x in _outputs(results, spec).items() if key in expected.outputs or not spec.keys}
-    outputs = {key: x[call.since :] if call.since else x for key, x in outputs.items()}
+    outputs = _compared(results, expected, call, spec)
     buffers = {path: results[path] for path in expected.buffers if path in results}
     received, wanted = {**outputs, **buffers}, {**expected.outputs, **expected.buffers}
     share = max(1e-4, *map(rounding, wanted.values()))
@@ -176,6 +174,28 @@ def differs(results: Leaves, expected: Truth, call: Call, spec: Spec) -> str:
         if not routed or not all(close(received[key], x, share, scale, routed=True) for key, x in wanted.items()):
             return f"{error}"
     return ""
+
+
+def _compared(results: Leaves, expected: Truth, call: Call, spec: Spec) -> dict[str, Tensor]:
+    """The outputs; another one (a cache, where the network was captured without one) is left alone."""
+    outputs = {key: x for key, x in _outputs(results, spec).items() if key in expected.outputs or not spec.keys}
+    return {key: x[call.since :] if call.since else x for key, x in outputs.items()}
+
+
+def apart(results: Leaves, expected: Truth, call: Call, spec: Spec) -> float:
+    """How far results that do not differ, by `differs`, are from what is expected: as a share of its largest number.
+
+    What is no more than rounding is nothing.
+    """
+    if call.shapes or not expected.outputs:
+        return 0.0
+    shares = [0.0]
+    for key, x in _compared(results, expected, call, spec).items():
+        wanted = expected.outputs[key]
+        if x.is_floating_point() and x.numel():
+            share = float((x - wanted).abs().nan_to_num(0).max() / wanted.abs().nan_to_num(0).max().clamp(min=1e-30))
+            shares.append(share if share > 4 * rounding(x) else 0.0)
+    return max(shares)
 
 
 def _beyond(results: Leaves, expected: Truth, call: Call) -> str:

@@ -368,6 +368,57 @@ def test_a_module_whose_examples_meet_is_not_run_one_by_one():
 # Outputs.
 
 
+def is_torchdynamo_exporting():
+    """As in the code of models of transformers, which import it."""
+    return torch.compiler.is_exporting()
+
+
+class Asking(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 3)
+
+    def forward(self, x):
+        y = self.a(x)
+        for _ in range(9 if is_torchdynamo_exporting() else 0):
+            y = y + 0
+        return y
+
+
+def test_code_that_asks_whether_it_is_exported_runs_as_it_does_otherwise():
+    asks, module, x = is_torchdynamo_exporting, Asking(), torch.randn(2, 4)
+    params, spec = from_torch(module, x)
+    assert [node.name for node in spec] == ["x", "a"]
+    assert_close(tfx.apply(params, spec, x), module(x))
+    assert is_torchdynamo_exporting is asks
+
+
+def test_a_softmax_is_computed_in_the_dtype_that_it_names():
+    class Scores(nn.Module):
+        def forward(self, x):
+            return x.softmax(-1, dtype=torch.float32)
+
+    x = torch.randn(3, 50).bfloat16()
+    params, spec = from_torch(Scores(), x)
+    assert torch.equal(tfx.apply(params, spec, x), Scores()(x))
+
+
+def test_a_part_with_nothing_in_it_is_left_out_or_refused():
+    def forward(m, x):
+        y = m.a(x)
+        kept, rest = y.split((5, 0), -1)
+        z = kept * 2
+        z[..., 5:] = rest * 2
+        return torch.cat([z, y[..., 5:], rest], -1) if m.whole else y[..., 5:].sum(-1, True) + z
+
+    module, shape, _ = net(forward, 0, x=(4,), a=nn.Linear(4, 5))
+    x, module.whole = torch.randn(3, *shape), True
+    assert_close(tfx.apply(*from_torch(module, x), x), module(x))
+    module.whole = False
+    with pytest.raises(CaptureError, match=r"slice_\d+ has nothing in it"):
+        from_torch(module, x)
+
+
 class Several(nn.Module):
     """Gives out a number and tensors, of which ``inner`` has a layer of its own."""
 

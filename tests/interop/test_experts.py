@@ -233,6 +233,18 @@ def test_as_many_experts_stay_as_a_router_chooses(network, tmp_path):
         huggingface.save_pretrained(tmp_path / "x", tfx.cut(params, plan), plan.spec, like=model, example_inputs=inputs)
 
 
+def test_experts_of_some_tokens_and_those_of_all_tokens_lose_width_together():
+    """A config has one number for both widths, and grouped products take only multiples of four."""
+    kind, config, _ = FAMILIES["Hunyuan-MoE"]
+    model = random_model(kind, config)
+    _, params, spec = huggingface.from_pretrained(model, outputs="logits")
+    rules = huggingface.holdable(model, params, spec)
+    widths = {name for name in tfx.couple(params, spec).scopes if name.endswith(": hidden")}
+    assert len(widths) == 2
+    assert widths in [{*names} for names in rules.uniform]
+    assert {rules.multiple[name] for name in widths} == {4}
+
+
 @pytest.mark.parametrize(
     "name", ["mixture of experts", "mixture of experts, softmax of the chosen", "mixture of experts, in any order"]
 )

@@ -26,7 +26,7 @@ from huggingface import read, saved
 
 FAMILIES = (
     "Llama", "Qwen3", "GPT-2", "BERT", "DistilBERT", "OPT", "T5", "ViT", "DINOv2", "ALBERT", "Whisper", "Mixtral",
-    "CLIP",
+    "CLIP", "DeBERTa-v2", "Phi-3",
 )  # fmt: skip
 """Those that are tried here; `benchmarks/huggingface.py` tries more."""
 
@@ -102,6 +102,22 @@ def test_a_folder_is_loaded_captured_and_its_tokenizer_goes_along(folder, tmp_pa
     assert_close(tfx.apply(loaded.params, loaded.spec, example)["logits"], loaded.model(**example).logits)
     huggingface.save_pretrained(tmp_path / "again", loaded.params, loaded.spec, like=loaded.model)
     assert (tmp_path / "again" / "tokenizer.json").read_text() == "{}"
+
+
+def test_a_model_of_sound_waves_is_captured_at_all_lengths():
+    model, params, spec, _ = captured("Wav2Vec2")
+    waves = torch.randn(2, 170, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert_close(tfx.apply(params, spec, waves)["logits"], model(waves).logits)
+
+
+def test_heads_are_units_where_the_scores_are_computed_by_hand():
+    model = made("Llama")
+    model.set_attn_implementation("eager")
+    _, params, spec = huggingface.from_pretrained(model, outputs="logits")
+    scopes = tfx.couple(params, spec).scopes
+    assert "model.layers.0.self_attn: key/value heads" in scopes
+    assert any(name.endswith(": query heads per key/value head") for name in scopes)
 
 
 def test_a_module_without_a_config_is_refused(tmp_path):

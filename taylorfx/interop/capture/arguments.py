@@ -17,7 +17,7 @@ from taylorfx.interop.capture.symbols import Open, OpenRatio
 from taylorfx.layers import Shape
 
 __all__ = [
-    "Unmapped", "argument", "called_with", "coefficient", "flag", "measured", "number", "optional_tensor",
+    "Unmapped", "argument", "called_with", "coefficient", "flag", "measured", "nothing", "number", "optional_tensor",
     "tensor_node", "tensor_nodes", "tensors_of", "whole", "wholes", "window",
 ]  # fmt: skip
 
@@ -43,6 +43,12 @@ def _plain(value: object) -> object:
     if isinstance(value, Open):
         return int(value)
     return float(value) if isinstance(value, OpenRatio) else value
+
+
+def nothing(node: fx.Node) -> bool:
+    """Whether a tensor has no numbers: what rotary positions leave beside them of a head may be none."""
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and any(isinstance(n, int) and n == 0 for n in value.shape)
 
 
 def tensor_node(value: object) -> fx.Node:

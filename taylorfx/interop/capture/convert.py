@@ -18,6 +18,7 @@ from taylorfx.interop.capture.arguments import (
     coefficient,
     measured,
     named_dtype,
+    nothing,
     tensor_node,
     tensors_of,
     whole,
@@ -126,8 +127,14 @@ class Convert:
         return self.paths[node.name][0]
 
     def tensor(self, node: fx.Node) -> str:
-        """The name of the node that gives this value."""
+        """The name of the node that gives this value.
+
+        Raises:
+            ValueError: for a value with nothing in it.
+        """
         if node.name not in self.names:
+            if node.name not in self.paths and nothing(node):
+                raise ValueError(f"{node.name} has nothing in it, its sizes are {measured(node)[0]}")
             path, trained = self.paths[node.name]
             tensor = self.tensors[path]
             shape = tuple(tensor.shape)

@@ -12,6 +12,7 @@ from taylorfx.interop.capture.arguments import (
     Unmapped,
     argument,
     measured,
+    nothing,
     number,
     tensor_node,
     tensor_nodes,
@@ -74,10 +75,16 @@ def repeat(c: Convert, node: fx.Node) -> None:
     x = tensor_node(node.args[0])
     shape, after = measured(x)[0], measured(node)[0]
     lead = len(after) - len(shape)
-    if measured(x)[1] < 0 <= measured(node)[1] and math.prod(after) == math.prod(shape):  # once for every example
-        view = c.add(node, L.View(after, -1, -1), (c.tensor(x),), tag="_view")
-        sizes = tuple(1 if k == measured(node)[1] else -1 for k in range(len(after)))
-        c.add(node, L.Expand(sizes, measured(node)[1]), (view, c.known_examples()))
+    axis = measured(node)[1]
+    if measured(x)[1] < 0 <= axis and math.prod(after) == math.prod(shape):  # once for every example
+        # The copies come first: with the heads in the axis of the examples, (4, T) is (1, 4, T), (N, 4, T), (N * 4, T).
+        parted = (*after[:axis], 1, *after[axis + (after[axis] == 1) :])
+        view = c.add(node, L.View(parted, -1, -1), (c.tensor(x),), tag="_view")
+        sizes = tuple(1 if k == axis else -1 for k in range(len(parted)))
+        tag = "" if parted == after else "_examples"
+        name = c.add(node, L.Expand(sizes, axis), (view, c.known_examples()), tag=tag)
+        if parted != after:
+            c.add(node, L.View(after, axis, axis), (name,))
         return
     times = wholes(node.args[1])
     counts = (1,) * (len(after) - len(times)) + times
@@ -176,11 +183,15 @@ def parts(c: Convert, node: fx.Node) -> None:
 
 
 def cat(c: Convert, node: fx.Node) -> None:
-    tensors = tensor_nodes(node.args[0])
+    """All that has something in it."""
+    tensors = [t for t in tensor_nodes(node.args[0]) if not nothing(t)]
     dim = whole(argument(node, 1, "dim", 0)) % len(measured(node)[0])
     if any(measured(t)[1] != measured(node)[1] for t in tensors) or dim == measured(node)[1]:
         raise Unmapped
-    c.add(node, L.Concat(dim), [c.tensor(t) for t in tensors])
+    if len(tensors) == 1:
+        c.names[node.name] = c.tensor(tensors[0])
+    else:
+        c.add(node, L.Concat(dim), [c.tensor(t) for t in tensors])
 
 
 def stack(c: Convert, node: fx.Node) -> None:
@@ -240,6 +251,9 @@ def slice_scatter(c: Convert, node: fx.Node) -> None:
     x, source = tensor_node(node.args[0]), tensor_node(node.args[1])
     shape, axis = measured(x)
     dim = whole(argument(node, 2, "dim", 0)) % len(shape)
+    if nothing(source):
+        c.alias(node)
+        return
     if argument(node, 5, "step", 1) != 1 or measured(source)[1] != axis:
         raise Unmapped
     if measured(source) == measured(node):  # the whole axis

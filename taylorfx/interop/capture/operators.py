@@ -116,10 +116,11 @@ def _adaptive(c: Convert, node: fx.Node) -> None:
 
 
 def _softmax(c: Convert, node: fx.Node) -> None:
-    if argument(node, 2, "dtype") or argument(node, 2, "half_to_float"):
-        raise Unmapped
-    x = tensor_node(node.args[0])
-    c.add(node, L.Softmax(whole(node.args[1])), (c.tensor(x),))
+    x, dtype = tensor_node(node.args[0]), node.meta["val"].dtype
+    name = c.tensor(x)
+    if x.meta["val"].dtype != dtype:  # computed in it, as of scores in bfloat16
+        name = c.add(node, _conversion(dtype), (name,), tag="_scores")
+    c.add(node, L.Softmax(whole(node.args[1])), (name,))
 
 
 def _pair(kind: Callable[..., Layer]) -> Converter:
@@ -240,8 +241,12 @@ def _identity(c: Convert, node: fx.Node) -> None:
 
 
 def _converted(c: Convert, node: fx.Node, source: fx.Node, dtype: torch.dtype) -> None:
+    c.add(node, _conversion(dtype), (c.tensor(source),))
+
+
+def _conversion(dtype: torch.dtype) -> L.Elementwise:
     options = (("dtype", (DTYPE, str(dtype).removeprefix("torch."))),)
-    c.add(node, L.Elementwise("_to_copy.default", ((SLOT, 0),), options), (c.tensor(source),))
+    return L.Elementwise("_to_copy.default", ((SLOT, 0),), options)
 
 
 def _copy(c: Convert, node: fx.Node) -> None:
@@ -264,6 +269,16 @@ def _complex(c: Convert, node: fx.Node) -> None:
         part = c.add(node, L.Slice(len(shape) - 1, k, k + 1), (c.tensor(x),), tag=f"_{k}")
         parts.append(c.add(node, L.View(shape[:-1], axis, axis), (part,), tag=f"_part{k}"))
     c.add(node, L.Elementwise("complex.default", ((SLOT, 0), (SLOT, 1))), parts)
+
+
+def _real(c: Convert, node: fx.Node) -> None:
+    """Complex numbers as pairs, which are a new last axis."""
+    x = tensor_node(node.args[0])
+    shape, axis = measured(x)
+    pair = (L.Elementwise(f"{name}.default", ((SLOT, 0),)) for name in ("real", "imag"))
+    parts = [c.add(node, part, (c.tensor(x),), tag=f"_{k}") for k, part in enumerate(pair)]
+    view = L.View((*shape, 1), axis, axis)
+    c.add(node, L.Concat(len(shape)), [c.add(node, view, (part,), tag="_part") for part in parts])
 
 
 def _filled(c: Convert, node: fx.Node) -> None:
@@ -294,6 +309,14 @@ def _spectral_norm(c: Convert, node: fx.Node) -> None:
     x = tensor_node(weight)
     layer = L.SpectralNorm(measured(x)[0], whole(dim), whole(steps), number(eps), flag(left))
     c.add(node, layer, (c.tensor(x),), leaves={"u": c.path(u), "v": c.path(v)})
+
+
+def _solved(c: Convert, node: fx.Node) -> None:
+    """Systems of equations, which are along the last two axes; every example has its own."""
+    shape, axis = measured(node)
+    if not 0 <= axis < len(shape) - 2:
+        raise Unmapped
+    c.captured(node, apart=True)
 
 
 UNTAGGED = (
@@ -355,6 +378,7 @@ CONVERTERS: dict[str, Converter] = {
     "expand": movement.expand,
     "copy": _copy,
     "view_as_complex": _complex,
+    "view_as_real": _real,
     "arange": movement.arange,
     **dict.fromkeys(("repeat", "tile"), movement.repeat),
     "repeat_interleave": movement.repeat_interleave,
@@ -388,6 +412,7 @@ CONVERTERS: dict[str, Converter] = {
     "linalg_vector_norm": movement.along(2, "dim"),
     "cosine_similarity": _cosine_similarity,
     "roll": movement.along(2, "dims"),
+    "linalg_solve_triangular": _solved,
     **dict.fromkeys(
         ("clone", "contiguous", "alias", "detach", "detach_", "lift_fresh_copy", "_to_copy", "to", "type_as"), _identity
     ),

@@ -16,7 +16,7 @@ from torch.export.graph_signature import ArgumentSpec, InputKind, OutputKind, Te
 
 from taylorfx.internals import pytree
 from taylorfx.interop.calls import dotted, read_interface
-from taylorfx.interop.capture.arguments import Unmapped, called_with, tensor_node
+from taylorfx.interop.capture.arguments import Unmapped, called_with, nothing, tensor_node
 from taylorfx.interop.capture.convert import RULES, Convert
 from taylorfx.interop.capture.operators import CONVERTERS
 from taylorfx.interop.capture.sizes import Sizes
@@ -127,10 +127,11 @@ class Reader:
     def _call(self, node: fx.Node) -> None:
         before = len(self.convert.nodes)
         if node.target is operator.getitem:
-            self.convert.getitem(node)
+            if not nothing(node):
+                self.convert.getitem(node)
         elif not isinstance(node.meta.get("val"), (Tensor, tuple, list)):
             return  # arithmetic on sizes: read from the shapes of the tensors that use it
-        elif not self.convert.folded(node):
+        elif not self.convert.folded(node) and not nothing(node):  # which is left out of what it is part of
             space, name = str(node.target).split(".")[:2]
             rule = RULES.get(f"{space}::{name}") or (CONVERTERS.get(name) if space in ("aten", "taylorfx") else None)
             try:

@@ -54,7 +54,7 @@ def tracing(module: nn.Module, *, alike: bool, patient: bool) -> Iterator[None]:
     ones = alike_sizes() if alike else nullcontext()
     with (
         torch.no_grad(), quiet(), _Followed(alike=alike, patient=patient), _shortened(), ones, _user_lines(),
-        _open_length(module), _batched_experts(module),
+        _own_code(module), _batched_experts(module),
     ):  # fmt: skip
         yield
 
@@ -115,18 +115,38 @@ def _shortened() -> Iterator[None]:
 
 
 @contextmanager
-def _open_length(module: nn.Module) -> Iterator[None]:
-    """Let ``len(x)`` in the module's own code be ``x.shape[0]``, a symbol: Python's ``len`` is a plain number."""
+def _own_code(module: nn.Module) -> Iterator[None]:
+    """Let ``len(x)`` in the module's own code be ``x.shape[0]``, a symbol: Python's ``len`` is a plain number.
+
+    Code of ``transformers`` that asks whether it is exported is told that it is not, and does what it does when it
+    runs. For other runtimes it has loops there, of hundreds of operators for each layer.
+    """
     codes = [getattr(type(part).forward, "__globals__", {}) for part in module.modules()]
     spaces = {id(space): space for space in codes if not str(space.get("__name__", "torch.")).startswith("torch.")}
-    changed = [space for space in spaces.values() if "len" not in space]
-    for space in changed:
-        space["len"] = _length
+    changed: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    for space in spaces.values():
+        names: dict[str, Any] = {} if "len" in space else {"len": _length}
+        if _EXPORTING[0] in space:
+            names |= dict.fromkeys(_EXPORTING, _never)
+        changed.append((space, {name: space.get(name) for name in names}))
+        space.update(names)
     try:
         yield
     finally:
-        for space in changed:
-            del space["len"]
+        for space, names in changed:
+            for name, former in names.items():
+                if former is None:
+                    del space[name]
+                else:
+                    space[name] = former
+
+
+_EXPORTING = ("is_torchdynamo_exporting", "is_torchdynamo_compiling")
+"""Functions that say whether code is traced. Only where the first one is asked, the second one is answered, too."""
+
+
+def _never() -> bool:
+    return False
 
 
 @contextmanager

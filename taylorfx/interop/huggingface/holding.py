@@ -175,21 +175,34 @@ def _rules(trials: _Trials) -> Iterator[Rule]:
             left.append(kind)
         else:
             yield rule
+    yield from _several(trials, left)  # dimensions of queries and values; heads of encoder and decoder
+    for kind in [*left]:
+        size = int(trials.coupling.sizes[kind[0]])
+        ways = (rule for n in range(2, size // 2 + 1) if size % n == 0 for rule in _ways(trials, kind, n))
+        for rule in islice((rule for rule in ways if trials.everywhere([rule]) and trials.proven([rule])), 1):
+            yield rule
+            left.remove(kind)
+    for multiple in (2, 4, 8, 16):  # routed experts, whose products take only some widths, and those for all tokens
+        yield from _several(trials, left, multiple)
+
+
+def _several(trials: _Trials, left: list[tuple[int, ...]], multiple: int = 1) -> Iterator[Rule]:
+    """Kinds of scopes of one size that may lose units together; they are taken out of those that are left."""
     sizes = trials.coupling.sizes
-    for count in range(2, len(left) + 1):  # dimensions of queries and values; heads of encoder and decoder
-        several_sizes = {int(sizes[kind[0]]) for kind in left}
-        alike = [[kind for kind in left if sizes[kind[0]] == size] for size in several_sizes]
-        for several in (x for kinds in alike if count < 4 or count == len(kinds) for x in combinations(kinds, count)):
+    for count in range(2, len(left) + 1):
+        alike: dict[int, list[tuple[int, ...]]] = {}
+        for kind in left:
+            if (size := int(sizes[kind[0]])) % multiple == 0 and size > multiple:
+                alike.setdefault(size, []).append(kind)
+        kinds = [x for x in alike.values() if count < 4 or count == len(x)]
+        for several in (x for each in kinds for x in combinations(each, count)):
             if any(kind not in left for kind in several):
                 continue
-            rule = Rule((tuple(scope for kind in several for scope in kind),))
+            rule = Rule((tuple(scope for kind in several for scope in kind),), multiple)
             if trials.everywhere([rule]) and trials.proven([rule]):
                 yield rule
-                left = [kind for kind in left if kind not in several]
-    for kind in left:
-        size = int(sizes[kind[0]])
-        ways = (rule for n in range(2, size // 2 + 1) if size % n == 0 for rule in _ways(trials, kind, n))
-        yield from islice((rule for rule in ways if trials.everywhere([rule]) and trials.proven([rule])), 1)
+                for kind in several:
+                    left.remove(kind)
 
 
 def _ways(trials: _Trials, kind: tuple[int, ...], multiple: int = 1) -> Iterator[Rule]:

@@ -191,11 +191,15 @@ def example_of(model: Any) -> dict[str, Tensor]:
     if "input_features" in names:
         length = 2 * config.max_source_positions
         inputs["input_features"] = torch.randn(EXAMPLES, config.num_mel_bins, length, generator=generator)
+    if "input_values" in names and hasattr(config, "inputs_to_logits_ratio"):  # a wave, of so many values a position
+        length = (LENGTH + 1) * config.inputs_to_logits_ratio  # the first windows of its convolutions overlap
+        inputs["input_values"] = torch.randn(EXAMPLES, length, generator=generator)
     if "decoder_input_ids" in names:
         inputs["decoder_input_ids"] = _tokens(config, generator)
     if not inputs:
         raise ConfigError(
-            f"{type(model).__name__} takes neither input_ids, pixel_values nor input_features; give example_inputs."
+            f"{type(model).__name__} takes neither input_ids, pixel_values, input_features nor waves as "
+            "input_values; give example_inputs."
         )
     return {name: x.to(model.device, model.dtype if x.is_floating_point() else x.dtype) for name, x in inputs.items()}
 
