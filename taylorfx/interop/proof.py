@@ -27,7 +27,7 @@ from taylorfx.network.run import evaluate
 from taylorfx.network.spec import Spec
 from taylorfx.tree import Params, flatten
 
-__all__ = ["Call", "Truth", "calls_of", "close", "copied", "differs", "rounding", "truth"]
+__all__ = ["Call", "Truth", "apart", "calls_of", "close", "copied", "differs", "doubled", "rounding", "truth"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -61,6 +61,11 @@ class Call:
     extra: str = ""
     method: str = "forward"
     shapes: Mapping[str, Shape] = field(default_factory=dict)
+
+    def double(self) -> Call:
+        """The same in double precision."""
+        arguments, inputs, then = pytree.tree_map(doubled, (self.arguments, dict(self.inputs), self.then))
+        return replace(self, arguments=arguments, inputs=inputs, then=then)
 
     def outputs(self, module: nn.Module) -> dict[str, Tensor]:
         """What the module returns, and the buffers that it moves in training, which are put back afterwards."""
@@ -123,6 +128,11 @@ class Truth:
             if abs(one - a) <= near and abs(two - b) <= 1e-3 * (1e-6 + b)
         ]
         return 1 + any(same) if same else 0
+
+
+def doubled(x: Any) -> Any:
+    """A tensor of floating-point numbers in double precision, and anything else as it is."""
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 def print_of(x: Tensor) -> tuple[float, float]:
