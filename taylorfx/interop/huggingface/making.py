@@ -23,10 +23,11 @@ from taylorfx.interop.huggingface.fields import (
 )
 from taylorfx.interop.huggingface.vocabulary import renumbered
 from taylorfx.interop.like import Original, renewed, used
-from taylorfx.interop.proof import Call, apart, copied, differs, doubled, truth
+from taylorfx.interop.nearness import apart, apart_in_double
+from taylorfx.interop.proof import Call, copied, differs, truth
 from taylorfx.layers import ShapeError
 from taylorfx.network.spec import Spec
-from taylorfx.tree import Params, flatten, map_paths
+from taylorfx.tree import Params, flatten
 
 __all__ = ["Made", "Source"]
 
@@ -181,10 +182,11 @@ class Source:
         """
         causes: list[str] = []
         right: list[tuple[float, Candidate]] = []
+        example = self.original.calls[0]
         for candidate in self.candidates(params):
             wrong = next(self._wrong(self._filled(candidate), params, spec, every_call=every_call), "")
             if not wrong:
-                right.append((self._apart(candidate, params, spec), candidate))
+                right.append((apart(self._filled(candidate), params, spec, example), candidate))
                 if not right[-1][0]:
                     break
                 continue
@@ -192,7 +194,7 @@ class Source:
             said += [_said(candidate.layers.stay)] * bool(candidate.layers.stay)
             causes.append(f"with {', '.join(said) or 'the same config'} it computes something else, {wrong}")
         for share, candidate in sorted(right, key=lambda each: each[0]):
-            if not share or self._rounded(candidate, params, spec, share):
+            if not share or apart_in_double(self._filled(candidate), params, spec, example) < 0.1 * share:
                 return Made(self._filled(candidate), candidate.layers)  # without what a call may have left in it
             causes.append(f"its outputs differ by {share:.0e} of the largest, and do so in double precision, too")
         if lost := [path for path in self.lost(params) if not self._in_layers(path, self.left(params))]:
@@ -271,24 +273,6 @@ class Source:
                 wrong = "" if call is not calls[0] else f"{error}"
             if wrong and (call is calls[0] or self.original.certain(call)):
                 yield f"{call.title}: {wrong.splitlines()[0]}"
-
-    def _apart(self, candidate: Candidate, params: Params, spec: Spec, *, double: bool = False) -> float:
-        """How far the outputs of a candidate are from those of the network at the example, beyond rounding."""
-        call, model = self.original.calls[0], self._filled(candidate)
-        if double:
-            call, model, params = call.double(), model.double(), map_paths(lambda _, x: doubled(x), params)
-        results = call.outputs(model)
-        return apart(results, truth(params, spec, call), call, spec)
-
-    def _rounded(self, candidate: Candidate, params: Params, spec: Spec, share: float) -> bool:
-        """A difference is of rounding alone: in double precision nearly nothing is left of it.
-
-        A scale of attention that does not fit hardly shows where attention looks at all positions nearly alike.
-        """
-        try:
-            return self._apart(candidate, params, spec, double=True) < 0.1 * share
-        except (RuntimeError, TypeError, ValueError):  # of code that computes in one precision only
-            return True
 
     def _difference(self, model: nn.Module, params: Params, spec: Spec, call: Call) -> str:
         expected = truth(params, spec, call)
