@@ -143,7 +143,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
     "Wav2Vec2": ("Wav2Vec2ForCTC", {
         **SIZES, "vocab_size": 20, "conv_dim": [16, 16], "conv_kernel": [10, 3], "conv_stride": [5, 2],
         "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2,
-        "pad_token_id": 0}, "logits"),
+        "apply_spec_augment": False, "layerdrop": 0.0, "pad_token_id": 0}, "logits"),
 }  # fmt: skip
 """By name, the class, its config, and the outputs that are captured, of which the first one is compared."""
 

@@ -27,7 +27,7 @@ from taylorfx.network.run import evaluate
 from taylorfx.network.spec import Spec
 from taylorfx.tree import Params, flatten
 
-__all__ = ["Call", "Truth", "calls_of", "close", "copied", "differs", "rounding", "truth"]
+__all__ = ["Call", "Truth", "calls_of", "close", "copied", "differs", "outputs_of", "rounding", "truth"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -162,7 +162,9 @@ def differs(results: Leaves, expected: Truth, call: Call, spec: Spec) -> str:
         return _beyond(results, expected, call)
     if not expected.outputs:
         return ""
-    outputs = _compared(results, expected, call, spec)
+    # Another output (a cache, where the network was captured without one) is left alone.
+    outputs = {key: x for key, x in outputs_of(results, spec).items() if key in expected.outputs or not spec.keys}
+    outputs = {key: x[call.since :] if call.since else x for key, x in outputs.items()}
     buffers = {path: results[path] for path in expected.buffers if path in results}
     received, wanted = {**outputs, **buffers}, {**expected.outputs, **expected.buffers}
     share = max(1e-4, *map(rounding, wanted.values()))
@@ -174,28 +176,6 @@ def differs(results: Leaves, expected: Truth, call: Call, spec: Spec) -> str:
         if not routed or not all(close(received[key], x, share, scale, routed=True) for key, x in wanted.items()):
             return f"{error}"
     return ""
-
-
-def _compared(results: Leaves, expected: Truth, call: Call, spec: Spec) -> dict[str, Tensor]:
-    """The outputs; another one (a cache, where the network was captured without one) is left alone."""
-    outputs = {key: x for key, x in _outputs(results, spec).items() if key in expected.outputs or not spec.keys}
-    return {key: x[call.since :] if call.since else x for key, x in outputs.items()}
-
-
-def apart(results: Leaves, expected: Truth, call: Call, spec: Spec) -> float:
-    """How far results that do not differ, by `differs`, are from what is expected: as a share of its largest number.
-
-    What is no more than rounding is nothing.
-    """
-    if call.shapes or not expected.outputs:
-        return 0.0
-    shares = [0.0]
-    for key, x in _compared(results, expected, call, spec).items():
-        wanted = expected.outputs[key]
-        if x.is_floating_point() and x.numel():
-            share = float((x - wanted).abs().nan_to_num(0).max() / wanted.abs().nan_to_num(0).max().clamp(min=1e-30))
-            shares.append(share if share > 4 * rounding(x) else 0.0)
-    return max(shares)
 
 
 def _beyond(results: Leaves, expected: Truth, call: Call) -> str:
@@ -298,11 +278,11 @@ def calls_of(whole: nn.Module, spec: Spec, base: Call) -> Iterator[Call]:
 
 def truth_of(results: Leaves, spec: Spec) -> Truth:
     """What a module returned, as what is expected of others."""
-    outputs = _outputs(results, spec)
+    outputs = outputs_of(results, spec)
     return Truth({key: x for key, x in outputs.items() if key in spec.keys or not spec.keys}, {}, {})
 
 
-def _outputs(results: Leaves, spec: Spec) -> dict[str, Tensor]:
+def outputs_of(results: Leaves, spec: Spec) -> dict[str, Tensor]:
     """What a module returned, as the network names it: by its keys, or by the numbers of those that it gives out."""
     leaves = {place: x for place, x in results.items() if not place.startswith("buffer ")}
     if spec.keys:

@@ -26,7 +26,7 @@ from huggingface import read, saved
 
 FAMILIES = (
     "Llama", "Qwen3", "GPT-2", "BERT", "DistilBERT", "OPT", "T5", "ViT", "DINOv2", "ALBERT", "Whisper", "Mixtral",
-    "CLIP", "DeBERTa-v2", "Phi-3",
+    "CLIP", "DeBERTa-v2",
 )  # fmt: skip
 """Those that are tried here; `benchmarks/huggingface.py` tries more."""
 
@@ -118,6 +118,15 @@ def test_heads_are_units_where_the_scores_are_computed_by_hand():
     scopes = tfx.couple(params, spec).scopes
     assert "model.layers.0.self_attn: key/value heads" in scopes
     assert any(name.endswith(": query heads per key/value head") for name in scopes)
+
+
+def test_a_scale_that_does_not_fit_is_seen_though_it_hardly_shows(tmp_path):
+    model, params, spec, _ = captured("BEiT")  # whose scale of attention is of the dimensions of a head
+    coupling = tfx.couple(params, spec)
+    assert any(name.endswith(": query/key dims") for name in coupling.scopes)
+    plan = tfx.Plan(coupling, coupling.index < coupling.sizes[coupling.scope] // 2)
+    with pytest.raises(huggingface.ConfigError, match=r"differ by .* in double precision, too"):
+        huggingface.save_pretrained(tmp_path / "x", tfx.cut(params, plan), plan.spec, like=model)
 
 
 def test_a_module_without_a_config_is_refused(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -24,7 +23,8 @@ from taylorfx.interop.huggingface.fields import (
 )
 from taylorfx.interop.huggingface.vocabulary import renumbered
 from taylorfx.interop.like import Original, renewed, used
-from taylorfx.interop.proof import Call, apart, copied, differs, truth
+from taylorfx.interop.nearness import apart, apart_in_double
+from taylorfx.interop.proof import Call, copied, differs, truth
 from taylorfx.layers import ShapeError
 from taylorfx.network.spec import Spec
 from taylorfx.tree import Params, flatten
@@ -169,7 +169,7 @@ class Source:
         return {path: detached[id(known[old])] for path, old in former.items()}
 
     def make(self, params: Params, spec: Spec, *, every_call: bool = True) -> Made:
-        """The smaller model of the same class, by the config that is right, or that is nearest of those that may be.
+        """The smaller model of the same class, by the config that is right; if several may be, the nearest.
 
         Two heads of four dimensions and four of two have the same shapes. Where attention looks at all positions nearly
         alike, their outputs hardly differ.
@@ -181,20 +181,22 @@ class Source:
             ConfigError: if there is no such config.
         """
         causes: list[str] = []
-        nearest, least = None, math.inf
+        right: list[tuple[float, Candidate]] = []
+        example = self.original.calls[0]
         for candidate in self.candidates(params):
             wrong = next(self._wrong(self._filled(candidate), params, spec, every_call=every_call), "")
             if not wrong:
-                share = self._apart(self._filled(candidate), params, spec)
-                nearest, least = (candidate, share) if share < least else (nearest, least)
-                if not least:
+                right.append((apart(self._filled(candidate), params, spec, example), candidate))
+                if not right[-1][0]:
                     break
                 continue
             said = [f"{'.'.join(map(str, key))}={value}" for key, value in candidate.changes.items()]
             said += [_said(candidate.layers.stay)] * bool(candidate.layers.stay)
             causes.append(f"with {', '.join(said) or 'the same config'} it computes something else, {wrong}")
-        if nearest is not None:
-            return Made(self._filled(nearest), nearest.layers)  # without what a call may have left in it
+        for share, candidate in sorted(right, key=lambda each: each[0]):
+            if not share or apart_in_double(self._filled(candidate), params, spec, example) < 0.1 * share:
+                return Made(self._filled(candidate), candidate.layers)  # without what a call may have left in it
+            causes.append(f"its outputs differ by {share:.0e} of the largest, and do so in double precision, too")
         if lost := [path for path in self.lost(params) if not self._in_layers(path, self.left(params))]:
             more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
             causes.append(f"it has no {', '.join(lost[:3])}{more}; a config says how many whole layers there are")
@@ -271,13 +273,6 @@ class Source:
                 wrong = "" if call is not calls[0] else f"{error}"
             if wrong and (call is calls[0] or self.original.certain(call)):
                 yield f"{call.title}: {wrong.splitlines()[0]}"
-
-    def _apart(self, model: nn.Module, params: Params, spec: Spec) -> float:
-        """How far a model's outputs are from those of the network at the example, beyond rounding."""
-        call = self.original.calls[0]
-        results = call.outputs(model)
-        model.eval()
-        return apart(results, truth(params, spec, call), call, spec)
 
     def _difference(self, model: nn.Module, params: Params, spec: Spec, call: Call) -> str:
         expected = truth(params, spec, call)
