@@ -305,12 +305,16 @@ class Timings:
     def _inputs(
         self, layer: Layer, leaves: dict[str, Tensor], shapes: Sequence[Shape], generator: torch.Generator
     ) -> list[Tensor]:
-        """Random numbers; where the layer does not take those, zeros that count or true masks. It has run with them."""
+        """Random numbers; where the layer does not take those, zeros that count, true masks, or complex zeros.
+
+        It has run with them.
+        """
         choices = [
             [
                 self._to(torch.randn(shape, generator=generator)),
                 torch.zeros(shape, dtype=torch.int64, device=self.device),
                 torch.ones(shape, dtype=torch.bool, device=self.device),
+                torch.zeros(shape, dtype=torch.complex64, device=self.device),
             ]
             for shape in shapes
         ]
@@ -322,8 +326,8 @@ class Timings:
             except (RuntimeError, IndexError, TypeError) as error:
                 problem = problem or error
         raise ShapeError(
-            f"A layer is timed on random numbers, zeros that count, or true masks; {layer} runs on none of them, of "
-            f"shape {', '.join(map(str, shapes))}. Put its time into the table, or override `measure`."
+            f"A layer is timed on random numbers, zeros that count, true masks, or complex zeros; {layer} runs on "
+            f"none of them, of shape {', '.join(map(str, shapes))}. Put its time into the table, or override `measure`."
         ) from problem
 
     def _wait(self) -> None:

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from taylorfx.internals import pytree
 from taylorfx.interop.attributes import Resized, groups_of, guesses, tensors_of
 from taylorfx.interop.calls import bind, example_of, interface_of, off_path
+from taylorfx.interop.nearness import apart, apart_in_double
 from taylorfx.interop.proof import Call, calls_of, copied, differs, truth
 from taylorfx.interop.search import LikeError, settle
 from taylorfx.layers import Embedding, Input, Layer
@@ -141,7 +142,19 @@ def resized(
     for slot in (slot for group in groups for slot in group.slots):
         if slot.get(fresh) != (number := slot.get(copy)):
             slot.set(fresh, number)
+    _refuse_near(copy, params, spec, calls[0])
     return fresh
+
+
+def _refuse_near(module: nn.Module, params: Params, spec: Spec, example: Call) -> None:
+    """Refuse a module that is near the network, but computes something else."""
+    share = apart(module, params, spec, example)
+    if share and apart_in_double(copied(module, {}), params, spec, example) >= 0.1 * share:
+        raise LikeError(
+            f"{type(module).__name__} with smaller layers computes nearly what the network does: outputs differ by "
+            f"{share:.0e} of the largest, and do so in double precision, too. Give an example, or parameters, by which "
+            "the sizes that fit are told from others: heads, where attention looks at all positions nearly alike."
+        )
 
 
 def renewed(old: Tensor, leaf: Tensor) -> Tensor:

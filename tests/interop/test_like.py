@@ -261,6 +261,34 @@ def test_what_is_written_in_the_code_is_protected_and_refused_with_its_line():
         to_torch(*without(params, spec, ["stem"]), like=module)
 
 
+class Faint(nn.Module):
+    """Attention that looks at all positions nearly alike; its scale is that of the dimensions that there are."""
+
+    def __init__(self, std):
+        super().__init__()
+        self.heads = 4
+        self.q, self.k, self.v, self.head = (nn.Linear(16, 16, bias=False) for _ in range(4))
+        nn.init.normal_(self.q.weight, 0, std)
+        nn.init.normal_(self.k.weight, 0, std)
+
+    def forward(self, x):
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        return self.head(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).mean(1))
+
+
+@pytest.mark.parametrize(("std", "message"), [(1.0, "computes something else"), (0.005, "computes nearly what")])
+def test_a_scale_that_does_not_fit_is_refused_where_it_hardly_shows(std, message):
+    torch.manual_seed(0)
+    module, x = Faint(std).eval(), torch.randn(4, 6, 16)
+    params, spec = from_torch(module, x)
+    coupling = tfx.couple(params, spec)
+    others = [scope for scope in coupling.scopes if scope != "query/key dims"]
+    plan = tfx.select(tfx.criteria.weight_l2(params, coupling), coupling, budget=tfx.Remove(2), protect=others)
+    with pytest.raises(LikeError, match=message):
+        to_torch(tfx.cut(params, plan), plan.spec, like=module, example_inputs=x)
+    assert "query/key dims" in holdable(module, params, spec, example_inputs=x).protect
+
+
 def test_an_auxiliary_head_keeps_what_it_consumes():
     torch.manual_seed(0)
     module, x = Auxiliary().eval(), X[:, :, 0, 0]
