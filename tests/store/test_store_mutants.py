@@ -5,6 +5,7 @@ Two thousand mutants of each kind, by seeds, so that a failure names the one tha
 
 import copy
 import functools
+import gc
 import json
 import random
 import sys
@@ -128,6 +129,16 @@ def status(name):
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
+@pytest.fixture
+def tidy():
+    """What other tests have left is not collected meanwhile: of a long run that alone may take more than a second."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("tidy")
 @pytest.mark.parametrize("kind", SAVES)
 def test_a_mutated_file_is_read_as_it_was_or_refused_soon_and_in_little_room(kind, tmp_path):
     path, refused = tmp_path / "mutant", 0
