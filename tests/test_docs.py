@@ -78,6 +78,11 @@ def test_a_document_names_what_there_is(document: Path) -> None:
     assert set(re.findall(r"`(test_\w+)`", text)) <= tests
 
 
+def test_every_benchmark_has_a_section_with_its_results() -> None:
+    sections = re.findall(r"^## `(\w+\.py)`: ", (ROOT / "benchmarks" / "README.md").read_text(), re.MULTILINE)
+    assert sorted(sections) == sorted(path.name for path in (ROOT / "benchmarks").glob("[!_]*.py"))
+
+
 def test_what_can_be_added_is_shown_from_outside() -> None:
     """Each recipe points to a test of `test_from_outside`, and none of these is left out."""
     shown = re.findall(r"Test: `(test_\w+)`", CONTRIBUTING.read_text())

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from taylorfx.internals import pytree
 from taylorfx.interop.attributes import Resized, groups_of, guesses, tensors_of
 from taylorfx.interop.calls import bind, example_of, interface_of, off_path
-from taylorfx.interop.nearness import apart, apart_in_double
+from taylorfx.interop.nearness import apart, only_rounding
 from taylorfx.interop.proof import Call, calls_of, copied, differs, truth
 from taylorfx.interop.search import LikeError, settle
 from taylorfx.layers import Embedding, Input, Layer
@@ -149,7 +149,7 @@ def resized(
 def _refuse_near(module: nn.Module, params: Params, spec: Spec, example: Call) -> None:
     """Refuse a module that is near the network, but computes something else."""
     share = apart(module, params, spec, example)
-    if share and apart_in_double(copied(module, {}), params, spec, example) >= 0.1 * share:
+    if share and not only_rounding(share, copied(module, {}), params, spec, example):
         raise LikeError(
             f"{type(module).__name__} with smaller layers computes nearly what the network does: outputs differ by "
             f"{share:.0e} of the largest, and do so in double precision, too. Give an example, or parameters, by which "

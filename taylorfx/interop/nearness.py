@@ -16,7 +16,7 @@ from taylorfx.interop.proof import Call, outputs_of, rounding, truth
 from taylorfx.network.spec import Spec
 from taylorfx.tree import Params, map_paths
 
-__all__ = ["apart", "apart_in_double"]
+__all__ = ["apart", "only_rounding"]
 
 
 def apart(model: nn.Module, params: Params, spec: Spec, call: Call) -> float:
@@ -34,17 +34,17 @@ def apart(model: nn.Module, params: Params, spec: Spec, call: Call) -> float:
     return max(shares)
 
 
-def apart_in_double(model: nn.Module, params: Params, spec: Spec, call: Call) -> float:
-    """The same in double precision; the model is changed.
+def only_rounding(share: float, model: nn.Module, params: Params, spec: Spec, call: Call) -> bool:
+    """Whether hardly anything of this share, by which they are `apart`, is left in double precision.
 
-    Where its code computes in one precision only, it cannot be told from rounding, which is nothing.
+    The model is changed. Where its code computes in one precision only, nothing tells the share from rounding.
     """
     arguments, inputs, then = pytree.tree_map(_doubled, (call.arguments, dict(call.inputs), call.then))
     doubled = replace(call, arguments=arguments, inputs=inputs, then=then)
     try:
-        return apart(model.double(), map_paths(lambda _, x: _doubled(x), params), spec, doubled)
+        return apart(model.double(), map_paths(lambda _, x: _doubled(x), params), spec, doubled) < 0.1 * share
     except (RuntimeError, TypeError, ValueError):
-        return 0.0
+        return True
 
 
 def _doubled(x: Any) -> Any:

@@ -23,7 +23,7 @@ from taylorfx.interop.huggingface.fields import (
 )
 from taylorfx.interop.huggingface.vocabulary import renumbered
 from taylorfx.interop.like import Original, renewed, used
-from taylorfx.interop.nearness import apart, apart_in_double
+from taylorfx.interop.nearness import apart, only_rounding
 from taylorfx.interop.proof import Call, copied, differs, truth
 from taylorfx.layers import ShapeError
 from taylorfx.network.spec import Spec
@@ -194,7 +194,7 @@ class Source:
             said += [_said(candidate.layers.stay)] * bool(candidate.layers.stay)
             causes.append(f"with {', '.join(said) or 'the same config'} it computes something else, {wrong}")
         for share, candidate in sorted(right, key=lambda each: each[0]):
-            if not share or apart_in_double(self._filled(candidate), params, spec, example) < 0.1 * share:
+            if not share or only_rounding(share, self._filled(candidate), params, spec, example):
                 return Made(self._filled(candidate), candidate.layers)  # without what a call may have left in it
             causes.append(f"its outputs differ by {share:.0e} of the largest, and do so in double precision, too")
         if lost := [path for path in self.lost(params) if not self._in_layers(path, self.left(params))]:
